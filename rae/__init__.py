@@ -1,0 +1,1 @@
+"""Representation Autoencoders and diffusion transformers on their latents."""

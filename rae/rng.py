@@ -1,0 +1,81 @@
+"""Random draws that depend on named keys alone.
+
+Every draw of the library is made for one sample from one seed, and that seed is a hash of what the sample is: the run's
+seed, a purpose, the epoch, the sample's position in the data set. The result is then the same for any batch size, number of
+workers or number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+_SEED_BITS = 63
+
+
+def sample_seed(seed: int, *keys: int | str) -> int:
+    """Hashes a seed and any number of keys to a 63-bit seed, the same on every machine and Python version.
+
+    Args:
+        seed: The run's seed.
+        keys: What the draw is for, e.g. ``("noise", epoch, index)``.
+
+    Returns:
+        An integer in [0, 2^63), fit for ``torch.Generator.manual_seed``.
+    """
+    text = "/".join(str(int(key)) if not isinstance(key, str) else repr(key) for key in (seed, *keys))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> (64 - _SEED_BITS)
+
+
+def sample_seeds(seed: int, purpose: str, epochs: Iterable[int], indices: Iterable[int]) -> list[int]:
+    """One seed per sample of a batch.
+
+    Args:
+        seed: The run's seed.
+        purpose: What the draws are for; two purposes never share a draw.
+        epochs: Epoch of every sample.
+        indices: Position of every sample in its data set.
+    """
+    return [sample_seed(seed, purpose, int(e), int(i)) for e, i in zip(epochs, indices, strict=True)]
+
+
+def normal(
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal draws [len(seeds), *shape]; row i depends on ``seeds[i]`` alone."""
+    return _rows(torch.randn, seeds, shape, device, dtype)
+
+
+def uniform(
+    seeds: Sequence[int],
+    shape: Sequence[int] = (),
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniform draws in [0, 1) [len(seeds), *shape]; row i depends on ``seeds[i]`` alone."""
+    return _rows(torch.rand, seeds, shape, device, dtype)
+
+
+def _rows(
+    draw: Callable[..., Tensor],
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Draws every row from a generator of its own; on devices without generators, on the CPU."""
+    device = torch.device(device)
+    where = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+    generator = torch.Generator(device=where)
+    out = torch.empty((len(seeds), *shape), device=where, dtype=dtype)
+    for row, seed in enumerate(seeds):
+        generator.manual_seed(seed)
+        draw(tuple(shape), generator=generator, out=out[row])
+    return out.to(device)

@@ -1,0 +1,127 @@
+"""Weight files: safe reading, strict loading, atomic writing, content hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_LISTED = 12  # keys of a mismatch that an error spells out
+
+
+def read_file(path: str | Path) -> Any:
+    """Reads a ``.safetensors`` file or a file written by ``torch.save``, never executing code from it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What the file holds, on the CPU: a dict of tensors for safetensors, any tensors and plain containers otherwise.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated, not a weight file, or holds pickled objects other than tensors and containers.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"weight file {str(path)!r} does not exist; give the path of an existing file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"weight file {str(path)!r} cannot be read: {reason}; it may be truncated") from error
+    except Exception as error:  # pickle.UnpicklingError has no common base with the above
+        raise ValueError(
+            f"weight file {str(path)!r} is refused: it is no file of tensors ({type(error).__name__}); "
+            "weights are read with weights_only=True, which runs no code from the file"
+        ) from error
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads a state dict whose keys and shapes must be exactly the module's.
+
+    Args:
+        module: The module to fill.
+        state: Tensors by the module's own names.
+        source: Where the tensors come from, for the message.
+
+    Raises:
+        ValueError: Lists all missing keys, unexpected keys and differing shapes.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key}: file {tuple(state[key].shape)}, model {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
+    problems = [
+        f"{len(found)} {name}: {', '.join(found[:_LISTED])}{' …' if len(found) > _LISTED else ''}"
+        for name, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if found
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
+    module.load_state_dict(dict(state), strict=True)
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors, independent of their order and device."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:
+    """Writes a file under a temporary name beside it and renames it, so that no reader ever sees half of it.
+
+    Args:
+        path: The file to make or replace; its folder is made where it is missing.
+        write: Called with the open binary file.
+    """
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def save_state(state: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> Path:
+    """Writes tensors atomically: as safetensors where the name ends so, else in PyTorch's own format."""
+    path = Path(path).expanduser()
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    if path.suffix != ".safetensors":
+        return write_atomically(path, lambda file: torch.save(tensors, file))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

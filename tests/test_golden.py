@@ -1,0 +1,43 @@
+"""Every golden case against the library, within the tolerance the case states.
+
+The folder is ``tests/golden``, or the one that ``RAE_GOLDEN_DIR`` names. The check of a case is chosen by its name: the
+longest name in the table that the case's name begins with. A case without a check fails.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.golden_checks import Case, Check, data, decoder, denoiser, encoder, flow, metric, training
+
+CHECKS: dict[str, Check] = {
+    name: check
+    for module in (data, decoder, denoiser, encoder, flow, metric, training)
+    for name, check in module.CHECKS.items()
+}
+FOLDER = Path(os.environ.get("RAE_GOLDEN_DIR") or Path(__file__).parent / "golden")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def test_the_folder_holds_cases():
+    assert NAMES, f"no golden case in {FOLDER}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden(name: str):
+    case = Case(FOLDER, name)
+    matching = [key for key in CHECKS if name.startswith(key)]
+    assert matching, f"golden case {name!r} has no check; checks exist for {sorted(CHECKS)}"
+    with torch.random.fork_rng():
+        computed = CHECKS[max(matching, key=len)](case)
+    assert case.outputs, f"golden case {name!r} holds no outputs"
+    assert computed.keys() >= case.outputs.keys(), f"not computed: {sorted(case.outputs.keys() - computed.keys())}"
+    for key, expected in case.outputs.items():
+        actual = computed[key]
+        assert actual.shape == expected.shape, f"{key}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+        error = (actual.double() - expected.double()).abs().max().item()
+        assert error <= case.tolerance[key], f"{key}: error {error:.3g} exceeds {case.tolerance[key]:.3g}"
