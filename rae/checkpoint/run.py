@@ -1,0 +1,85 @@
+"""Checkpoints of training runs: which file, which configuration, and the trained weights of one part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rae.weights import load_strict, read_file
+
+LAST = Path("checkpoints") / "last.ckpt"
+"""Where a run keeps its newest checkpoint, below its folder."""
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint file of a run.
+
+    Args:
+        path: A run's folder, which stands for its last checkpoint, or a checkpoint file.
+
+    Raises:
+        FileNotFoundError: Neither exists.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / LAST).is_file():
+            return path / LAST
+        raise FileNotFoundError(f"{str(path)!r} holds no {LAST}: give the folder of a trained run, or a .ckpt file")
+    raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist: give the folder of a trained run, or a .ckpt file")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The resolved configuration that a run was trained with, which every one of its checkpoints holds.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The file holds no configuration.
+    """
+    file = find_checkpoint(path)
+    checkpoint = read_file(file)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), dict):
+        raise ValueError(f"{str(file)!r} is no checkpoint of a training run: it does not hold the run's configuration")
+    return checkpoint["config"]
+
+
+def trained_weights(path: str | Path, network: str, averaged: bool = True) -> dict[str, Tensor]:
+    """Weights of one trained part.
+
+    Args:
+        path: A run's folder or checkpoint file.
+        network: Name of the part inside the training module, e.g. ``denoiser`` or ``autoencoder.decoder``.
+        averaged: Whether to take the moving average of the weights, where the run kept one.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The run did not train this part.
+    """
+    file = find_checkpoint(path)
+    checkpoint = read_file(file)
+    state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+    prefix = f"{network}."
+    weights = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    if not weights:
+        parts = sorted({key.split(".")[0] for key in state})
+        raise ValueError(
+            f"{str(file)!r} holds no trained {network!r}"
+            + (f"; it holds {', '.join(parts)}" if parts else ": it is no checkpoint of a training run")
+        )
+    average = checkpoint.get("callbacks", {}).get("EMA", {})
+    if averaged and average.get("network") == network:
+        weights.update(average["averages"])
+    return weights
+
+
+def load_trained(module: nn.Module, path: str | Path, network: str, averaged: bool = True) -> None:
+    """Fills a module with the trained weights of one part, strictly; arguments as for :func:`trained_weights`.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The run did not train this part, or it has other keys or shapes.
+    """
+    load_strict(module, trained_weights(path, network, averaged), f"{network} of {str(path)!r}")

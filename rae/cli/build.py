@@ -1,0 +1,176 @@
+"""From a configuration to objects: what the commands, notebooks and tests all use."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from rae.cli.config import check_complete, plain
+
+if TYPE_CHECKING:
+    import lightning
+    from torch import nn
+
+    from rae.autoencoder import RAE
+    from rae.generator import Generator
+
+log = logging.getLogger(__name__)
+
+
+def make(node: Any, **objects: Any) -> Any:
+    """Instantiates one node of a configuration.
+
+    Args:
+        node: A node with ``_target_``; a node without one, or None, stands for "none" and gives None.
+        objects: Ready-made arguments.
+
+    Returns:
+        The object, made with plain Python containers. A node with ``_partial_: true`` gives a factory.
+    """
+    if node is None or "_target_" not in node:
+        return None
+    if node.get("_partial_", False):
+        return instantiate(node, _convert_="all", **objects)
+    # Objects go to the call itself: Hydra would copy them into the configuration first.
+    return instantiate(node, _partial_=True, _convert_="all")(**objects)
+
+
+def make_all(nodes: DictConfig | None) -> list[Any]:
+    """Instantiates every entry of a group such as callbacks; entries that are null are left out."""
+    return [make(node) for node in (nodes or {}).values() if node is not None]
+
+
+def seed(cfg: DictConfig) -> None:
+    """Seeds Python, NumPy, torch and the loaders' workers; network weights are drawn from these."""
+    from lightning import seed_everything  # noqa: PLC0415 (slow to import)
+
+    seed_everything(int(cfg.seed), workers=True, verbose=False)
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def build_autoencoder(cfg: DictConfig) -> RAE:
+    """Encoder, decoder and latent statistics; with the decoder's trained weights where ``decoder_checkpoint`` names them."""
+    from rae.autoencoder import RAE  # noqa: PLC0415
+    from rae.checkpoint.run import load_trained  # noqa: PLC0415
+
+    autoencoder = RAE(make(cfg.encoder), make(cfg.decoder), make(cfg.get("latent")))
+    source = cfg.get("decoder_checkpoint")
+    if source is not None:
+        load_trained(autoencoder.decoder, source, "autoencoder.decoder")
+    return autoencoder
+
+
+def _strategy(cfg: DictConfig) -> Any:
+    """The name of a strategy, or the object that its node describes."""
+    node = cfg.get("strategy", "auto")
+    return node if isinstance(node, str) else make(node)
+
+
+_BUILDERS: dict[str, Callable[[DictConfig], Any]] = {
+    "autoencoder": build_autoencoder,
+    "config": plain,
+}
+"""How arguments of a training module are made that are no config group of their own."""
+
+
+def build_module(cfg: DictConfig) -> lightning.LightningModule:
+    """The LightningModule of ``cfg.training``, with each part that its class asks for by name.
+
+    A part is the config group of that name, e.g. ``denoiser``; a new module class gets whatever groups it names.
+    """
+    wanted = inspect.signature(get_class(cfg.training["_target_"])).parameters
+    parts = {}
+    for name in wanted:
+        if name in cfg.training:
+            continue
+        if name in _BUILDERS:
+            parts[name] = _BUILDERS[name](cfg)
+        elif name in cfg:
+            parts[name] = make(cfg[name])
+    if "autoencoder" in parts and "denoiser" in parts and cfg.get("decoder_checkpoint") is None:
+        log.warning("decoder_checkpoint is not given: pictures of this run are drawn by an untrained decoder")
+    return make(cfg.training, **parts)
+
+
+def build_trainer(cfg: DictConfig) -> lightning.Trainer:
+    """The Lightning Trainer with its callbacks, loggers and strategy."""
+    from lightning.pytorch.callbacks import LearningRateMonitor  # noqa: PLC0415 (slow to import)
+
+    loggers = make_all(cfg.get("logger"))
+    callbacks = make_all(cfg.get("callbacks"))
+    if not loggers:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    return make(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=loggers or False,
+        strategy=_strategy(cfg),
+        default_root_dir=cfg.output_dir,
+    )
+
+
+def build_generator(cfg: DictConfig, autoencoder: RAE, denoiser: nn.Module, guide: nn.Module | None = None) -> Generator:
+    """Generator with the sampler and guidance of the configuration around given networks."""
+    from rae.generator import Generator  # noqa: PLC0415
+
+    return Generator(autoencoder, denoiser, make(cfg.flow), make(cfg.sampler), make(cfg.guidance), guide)
+
+
+# --- everything at once ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Parts:
+    """The objects of a training configuration."""
+
+    data: lightning.LightningDataModule
+    module: lightning.LightningModule
+    trainer: lightning.Trainer
+
+
+def build(cfg: DictConfig) -> Parts:
+    """Builds what ``rae-train`` would train with: ``parts.trainer.fit(parts.module, datamodule=parts.data)``.
+
+    Args:
+        cfg: A configuration of ``train``, from :func:`rae.cli.config.compose`.
+
+    Raises:
+        ConfigError: A mandatory value is missing.
+        ValueError: What the classes say of their arguments.
+    """
+    check_complete(cfg)
+    seed(cfg)
+    return Parts(data=make(cfg.data), module=build_module(cfg), trainer=build_trainer(cfg))
+
+
+# --- trained runs ------------------------------------------------------------------------------------------------
+
+
+def load_run(checkpoint: str | Path, cfg: DictConfig | None = None) -> DictConfig:
+    """The configuration of a trained run, with sections of another configuration put over it.
+
+    Args:
+        checkpoint: A run's folder or checkpoint file.
+        cfg: Sections that replace the run's, e.g. sampler and guidance of ``rae-sample``.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The checkpoint does not say what it was trained with.
+    """
+    from rae.checkpoint.run import read_config  # noqa: PLC0415
+
+    merged = OmegaConf.create(read_config(checkpoint))
+    if cfg is not None:
+        for key in cfg:
+            merged[key] = cfg._get_node(key)
+    OmegaConf.set_struct(merged, True)
+    return merged

@@ -1,0 +1,132 @@
+"""Console scripts: Hydra's command line with errors in one line, folders of our own and Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from rae.cli.config import VERSION_BASE, absolute_paths, check_complete, conf_dir, normalise, register_resolvers
+
+Task = Callable[[DictConfig], None]
+
+USER_ERROR, TASK_ERROR, INTERRUPTED = 2, 1, 130
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a message that says where the work stands."""
+
+
+def entry(config: str, task: Task) -> Callable[[], None]:
+    """Makes the ``main`` of a console script.
+
+    The exit code is 0, 1 (the task failed; one line says why), 2 (the command line is wrong; one line names the nearest right
+    one) or 130 (Ctrl-C). ``RAE_TRACEBACK=1`` or ``hydra.verbose=true`` shows full traces.
+
+    Args:
+        config: Name of the root config in ``conf/``.
+        task: Receives the composed configuration, whose ``output_dir`` is absolute and exists.
+    """
+    return functools.partial(_main, config, task, f"rae-{config}")
+
+
+def _main(config: str, task: Task, program: str) -> None:
+    import hydra  # noqa: PLC0415 (after the resolvers; slow)
+
+    register_resolvers()
+    given = sys.argv[1:]
+    sys.argv[1:] = _without_fixed_keys(normalise(given))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, which are put in words below
+    failed: list[BaseException] = []
+
+    def guarded(cfg: DictConfig) -> None:
+        error = _run(cfg, task, program)
+        if error is not None:
+            failed.append(error)
+
+    command = hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config)(guarded)
+    try:
+        command()
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        if _wants_trace():
+            raise
+        from hydra._internal.utils import get_args_parser  # noqa: PLC0415 (only where it is needed)
+
+        from rae.cli.errors import explain  # noqa: PLC0415 (only where it is needed)
+
+        arguments = get_args_parser().parse_known_args(given)[0]
+        folders = [Path(arguments.config_dir).resolve()] if arguments.config_dir else []
+        text = explain(error, arguments.config_name or config, arguments.overrides, folders)
+        print(f"{program}: error: {text}", file=sys.stderr)
+        raise SystemExit(USER_ERROR) from None
+    if failed:
+        raise SystemExit(TASK_ERROR)
+
+
+def _run(cfg: DictConfig, task: Task, program: str) -> BaseException | None:
+    """Runs one job; returns its error, already reported, so that the other jobs of a sweep still run."""
+    from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
+    from hydra.types import RunMode  # noqa: PLC0415
+
+    from rae.cli.errors import describe, is_expected  # noqa: PLC0415
+
+    job = HydraConfig.get()
+    sweeping = job.mode == RunMode.MULTIRUN
+    cfg.output_dir = job.runtime.output_dir if sweeping else str(Path(cfg.output_dir).expanduser().resolve())
+    arguments = sys.argv
+    if sweeping:
+        # Processes that a strategy starts repeat the command line: for them it is this one job's.
+        sys.argv = [arguments[0], *job.overrides.hydra, *job.overrides.task, f"output_dir={cfg.output_dir}"]
+        sys.argv = [argument for argument in sys.argv if argument != "hydra.mode=MULTIRUN"]
+    try:
+        check_complete(cfg)
+        absolute_paths(cfg)
+        task(cfg)
+    except KeyboardInterrupt as stop:
+        print(f"{program}: {stop or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        if _wants_trace() or not is_expected(error):
+            traceback.print_exc()
+        print(f"{program}: error: {describe(error)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # it is not empty
+            Path(cfg.output_dir).rmdir()
+        return error
+    finally:
+        sys.argv = arguments
+    return None
+
+
+def _wants_trace() -> bool:
+    return os.environ.get("RAE_TRACEBACK") == "1" or "hydra.verbose=true" in sys.argv[1:]
+
+
+def _without_fixed_keys(arguments: list[str]) -> list[str]:
+    """In a sweep, leaves the overrides that all jobs share out of the names of the jobs' folders."""
+    if not {"-m", "--multirun"} & set(arguments):
+        return arguments
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: PLC0415
+    from hydra.errors import HydraException  # noqa: PLC0415
+
+    parser = OverridesParser.create()
+    fixed = []
+    for argument in arguments:
+        if "=" not in argument or argument.startswith("-"):
+            continue
+        try:
+            override = parser.parse_override(argument)
+        except HydraException:
+            return arguments  # Hydra says what is wrong
+        if not override.is_sweep_override() and not override.is_hydra_override():
+            fixed.append(override.get_key_element())
+    keys = ",".join(f"'{key}'" for key in fixed)
+    return [*arguments, f"hydra.job.config.override_dirname.exclude_keys=[{keys}]"]

@@ -1,0 +1,182 @@
+"""One clear line for every fault of the user's: what was given, and the nearest right thing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rae.cli.config import compose_plainly, conf_dir, config_groups, normalise
+from rae.cli.help import stages_with
+
+_FOREIGN = ("MisconfigurationException", "OutOfMemoryError")  # of Lightning and torch, known by name to spare the import
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether the message alone tells the user what to do, so that no trace is wanted."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return is_expected(error.__cause__)
+    if isinstance(error, (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)):
+        return True
+    return type(error).__module__.startswith("rae.") or type(error).__name__ in _FOREIGN
+
+
+def describe(error: BaseException) -> str:
+    """The message of an error, without the wrapping of Hydra and OmegaConf."""
+    if isinstance(error, InstantiationException):
+        place = str(error).rpartition("full_key: ")
+        where = f" [{place[2].strip()}]" if place[1] else ""
+        return (describe(error.__cause__) if error.__cause__ is not None else _first_line(error)) + where
+    if isinstance(error, OmegaConfBaseException):
+        key = getattr(error, "full_key", None)
+        cause = error.__cause__
+        text = describe(cause) if isinstance(cause, (ValueError, TypeError)) else _first_line(error)
+        return f"{key}: {text}" if key and key not in text else text
+    if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
+        return f"{_first_line(error)} ({_first_line(error.__cause__)})"
+    if isinstance(error, ImportError) and error.name and not error.name.startswith("rae"):
+        return f"{error} (is the package {error.name.split('.')[0]!r} installed?)"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+# --- faults in overrides -----------------------------------------------------------------------------------------
+
+
+def explain(error: Exception, config: str, overrides: Sequence[str], folders: Sequence[Path] = ()) -> str:
+    """Says which override a failed composition is due to, and what was probably meant.
+
+    Args:
+        error: What Hydra raised.
+        config: Name of the root config.
+        overrides: The overrides as given.
+        folders: Config folders beside the project's own.
+    """
+    roots = sorted(file.stem for file in conf_dir().glob("*.yaml"))
+    if config not in roots:
+        return f"there is no config {config!r}; {_nearest(config, roots)}"
+    groups = config_groups(folders)
+    choices, values = [], []
+    for text in normalise(overrides):
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            return f"cannot read the override {text!r}: write key=value, and quote values with spaces or special signs"
+        if override.key_or_group not in groups:
+            values.append(override)
+            continue
+        choices.append(override)
+        for choice in _choices(override):
+            if choice not in groups[override.key_or_group]:
+                listed = ", ".join(groups[override.key_or_group])
+                guess = _nearest(choice, groups[override.key_or_group], "")
+                return f"{override.key_or_group}={choice}: there is no such choice; {guess}choose one of {listed}"
+    unused = _unused_group(error, choices)
+    if unused is not None:
+        return f"this configuration has no {unused!r}{_elsewhere(unused)}"
+    return _unknown_key(config, choices, values, groups, folders) or describe(error)
+
+
+def _choices(override: Override) -> list[str]:
+    """The files that a group override names."""
+    value = override.value()
+    items = value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else [value]
+    return [item.text if isinstance(item, QuotedString) else str(item) for item in items if item is not None]
+
+
+def _unused_group(error: Exception, choices: Sequence[Override]) -> str | None:
+    """The group that was chosen from although nothing in the configuration makes use of it."""
+    text = str(error)
+    if "No match in the defaults list" not in text:
+        return None
+    return next((override.key_or_group for override in choices if f"'{override.get_key_element()}'" in text), None)
+
+
+def _elsewhere(group: str) -> str:
+    stages = stages_with(group)
+    return f"; it belongs to stage={' and stage='.join(stages)}" if stages else f"; +{group}=… would add it"
+
+
+def _unknown_key(
+    config: str,
+    choices: Sequence[Override],
+    values: Sequence[Override],
+    groups: dict[str, list[str]],
+    folders: Sequence[Path],
+) -> str | None:
+    """The first override of a key that the configuration, composed from the chosen groups alone, does not have."""
+    fixed = [override.input_line for override in choices if override.input_line and not override.is_sweep_override()]
+    try:
+        cfg = compose_plainly(config, fixed, folders)
+    except Exception:
+        return None  # the fault lies in a file, and the original message names it
+    for override in values:
+        key = override.key_or_group
+        if key.startswith("hydra.") or override.is_add() or override.is_force_add() or _exists(cfg, key):
+            continue
+        head = key.split(".")[0]
+        if head in groups and head not in cfg:
+            return f"there is no key {key!r}: this configuration has no {head!r}{_elsewhere(head)}"
+        parent = key.rpartition(".")[0]
+        if parent and _exists(cfg, parent) and OmegaConf.select(cfg, parent) is None:
+            return f"there is no key {key!r}: {parent!r} is null; give it as a whole, {parent}={{name: value}}"
+        guess = _nearest(key, [*_keys(cfg), *groups])
+        return f"there is no key {key!r}; {guess} (+{key}=… adds a key of that name)"
+    return None
+
+
+def _exists(cfg: DictConfig, key: str) -> bool:
+    """Whether a dotted key is there, null or still to be given included."""
+    node: Any = cfg
+    for part in key.split("."):
+        if isinstance(node, DictConfig):
+            if node._is_none() or part not in node.keys():  # noqa: SIM118 (`in` hides values still to be given)
+                return False
+            node = node._get_node(part)
+            if node._is_interpolation():
+                node = node._maybe_dereference_node()
+        elif OmegaConf.is_list(node) and part.isdigit() and int(part) < len(node):
+            node = node._get_node(int(part))
+        else:
+            return False
+    return True
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    """All dotted keys."""
+    found = []
+    for name in cfg:
+        node = cfg._get_node(name)
+        found.append(f"{prefix}{name}")
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+            found += _keys(node, f"{prefix}{name}.")
+    return found
+
+
+def _nearest(wrong: str, right: Sequence[str], otherwise: str | None = None) -> str:
+    """A guess at what was meant; failing that, ``otherwise`` or what there is."""
+    parent, _, name = wrong.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in right if key.rpartition(".")[0] == parent}
+    by_last_part = {key.rpartition(".")[2]: key for key in reversed(right)}
+    close = (
+        [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]
+        or difflib.get_close_matches(wrong, right, n=1)
+        or [by_last_part[match] for match in difflib.get_close_matches(name, by_last_part, n=1, cutoff=0.8)]
+    )
+    if close:
+        return f"did you mean {close[0]!r}?" + ("" if otherwise is None else " ")
+    if otherwise is not None:
+        return otherwise
+    listed = [key for key in (siblings.values() or right) if not key.rpartition(".")[2].startswith("_")]
+    return f"there are {', '.join(listed)}" if siblings and parent else f"the nearest are {', '.join(listed[:12])}"

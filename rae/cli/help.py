@@ -1,0 +1,79 @@
+"""What ``--help`` says of the config groups."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+
+from omegaconf import OmegaConf
+
+from rae.cli.config import conf_dir, config_groups
+
+GROUPS = {
+    "stage": "what is trained: 0 an encoder of your own, 1 the decoder, 2 the diffusion transformer",
+    "experiment": "a complete recipe; chosen last, so that it may change all others",
+    "encoder": "frozen network whose patch tokens are the latents",
+    "latent": "normalisation of the latents",
+    "decoder": "network from latents back to images",
+    "discriminator": "adversary of the decoder",
+    "loss": "loss of the decoder",
+    "denoiser": "diffusion transformer on the latents",
+    "flow": "path between data and noise, prediction, training times, shift",
+    "guidance": "guidance of the samples",
+    "sampler": "solver that goes from noise to data",
+    "data": "images",
+    "metric": "scores",
+    "training": "the LightningModule and its arguments",
+    "optimizer": "optimiser",
+    "scheduler": "learning rate over time",
+    "trainer": "devices, length, precision: Lightning's Trainer",
+    "strategy": "how devices share the work",
+    "callbacks": "checkpoints, averages, previews",
+    "logger": "where curves and pictures go",
+    "paths": "folders",
+    "debug": "short runs that look for faults",
+    "hydra": "Hydra itself",
+}
+"""One line on every folder in ``conf/``."""
+
+_WIDTH = 118
+_INDENT = " " * 17
+
+
+def help_groups(choices: Mapping[str, object]) -> str:
+    """Lists the groups of a command, with their choices.
+
+    Args:
+        choices: Hydra's record of the choice made in every group.
+    """
+    available = config_groups()
+    chosen = {group.split("@")[0]: choice for group, choice in choices.items() if "hydra/" not in group}
+    lines = []
+    for group, description in GROUPS.items():
+        if group not in available or (group not in chosen and not (elsewhere := _stages_with(group, chosen))):
+            continue
+        lines.append(f"  {group:<14} {description}")
+        if group not in chosen:
+            lines[-1] += f" (with stage={elsewhere[0]})"
+        options = [f"[{option}]" if option == str(chosen.get(group)) else option for option in available[group]]
+        lines += textwrap.wrap(
+            "  ".join(options), _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False
+        )
+    # Hydra puts the text through string.Template.
+    return "\n".join(lines).replace("$", "$$")
+
+
+def _stages_with(group: str, chosen: Mapping[str, object]) -> list[str]:
+    """The stages, other than the one chosen, that make use of a group; none where the command knows no stages."""
+    return stages_with(group) if "stage" in chosen else []
+
+
+def stages_with(group: str) -> list[str]:
+    """The stages whose defaults list names a group."""
+    found = []
+    for file in sorted((conf_dir() / "stage").glob("*.yaml")):
+        defaults = OmegaConf.load(file).get("defaults", [])
+        names = {str(name).lstrip("/").split("@")[0] for entry in defaults if hasattr(entry, "keys") for name in entry}
+        if group in names:
+            found.append(file.stem)
+    return found

@@ -1,0 +1,117 @@
+"""Scores of generated handwritten digits, judged by a classifier that saw real training digits only."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rae.data.digits import SIDE, load_split
+from rae.metric.functional import frechet_distance
+
+_PEAK = 16.0  # the data set's largest grey value
+
+
+class DigitsScores:
+    """Label accuracy, Fréchet distance, distance to the training digits and variety of generated digits.
+
+    The judge is a multilayer perceptron on the 8×8 grey values, fitted on the real training digits; its hidden activations
+    are the features of the Fréchet distance. It has nothing in common with the autoencoder's encoder. The held-out digits are
+    used as the reference only, never for fitting.
+
+    Args:
+        hidden: Width of the judge's hidden layer.
+        seed: Seed of the judge and of the choice of real digits for the yardstick.
+    """
+
+    def __init__(self, hidden: int = 64, seed: int = 0) -> None:
+        from sklearn.neural_network import MLPClassifier  # noqa: PLC0415 (an extra: needed by the demo only)
+
+        self.seed = seed
+        self.train_pixels, self.train_labels = load_split("train")
+        self.held_pixels, self.held_labels = load_split("held_out")
+        self.judge = MLPClassifier((hidden,), alpha=1e-2, max_iter=400, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the iteration limit is deliberate
+            self.judge.fit(self.train_pixels / _PEAK, self.train_labels)
+        self._images: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+
+    def update(self, images: Tensor, labels: Tensor) -> None:
+        """Adds samples.
+
+        Args:
+            images: uint8 B×3×H×W, H = W a multiple of 8.
+            labels: The digits that they should show, B.
+
+        Raises:
+            ValueError: Images that are no bytes or whose side is no multiple of 8.
+        """
+        if images.dtype != torch.uint8 or images.shape[-1] % SIDE or images.shape[-1] != images.shape[-2]:
+            raise ValueError(f"images must be uint8 B×3×H×H with H a multiple of {SIDE}, got {tuple(images.shape)}")
+        small = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), SIDE)
+        self._images.append((small.flatten(1) / 255 * _PEAK).numpy())
+        self._labels.append(np.asarray(labels))
+
+    def features(self, pixels: np.ndarray) -> np.ndarray:
+        """Hidden activations N×hidden of the judge for grey values N×64 in [0, 16]."""
+        return np.maximum(pixels / _PEAK @ self.judge.coefs_[0] + self.judge.intercepts_[0], 0)
+
+    def compute(self) -> dict[str, float]:
+        """All scores of what was added.
+
+        Returns:
+            ``judge_accuracy`` (of the judge on held-out digits), ``accuracy`` of the samples and of the worst class,
+            ``frechet`` to the held-out digits and its yardstick ``frechet_real`` (as many real training digits of the same
+            classes), median nearest-neighbour distances to the training digits (samples, held-out digits, and the share of
+            samples closer than any held-out digit), and the mean distance within a class (samples, real digits).
+        """
+        if not self._images:
+            raise ValueError("no sample was given to the scores; call update first")
+        samples, labels = np.concatenate(self._images), np.concatenate(self._labels)
+        right = self.judge.predict(samples / _PEAK) == labels
+        rng = np.random.default_rng(self.seed)
+        chosen = np.concatenate(
+            [
+                rng.choice(np.flatnonzero(self.train_labels == digit), count, replace=False)
+                for digit, count in zip(*np.unique(labels, return_counts=True), strict=True)
+            ]
+        )
+        held = self.features(self.held_pixels)
+        nearest_sample = _nearest(samples, self.train_pixels)
+        nearest_held = _nearest(self.held_pixels, self.train_pixels)
+        return {
+            "judge_accuracy": float(self.judge.score(self.held_pixels / _PEAK, self.held_labels)),
+            "accuracy": float(right.mean()),
+            "accuracy_worst_class": float(min(right[labels == digit].mean() for digit in np.unique(labels))),
+            "frechet": _frechet(self.features(samples), held),
+            "frechet_real": _frechet(self.features(self.train_pixels[chosen]), held),
+            "nearest_train_samples": float(np.median(nearest_sample)),
+            "nearest_train_held_out": float(np.median(nearest_held)),
+            "share_nearer_than_any_held_out": float((nearest_sample < nearest_held.min()).mean()),
+            "spread_samples": _spread(samples, labels),
+            "spread_real": _spread(self.held_pixels, self.held_labels),
+            "samples": float(len(samples)),
+        }
+
+
+def _frechet(first: np.ndarray, second: np.ndarray) -> float:
+    a, b = (torch.as_tensor(features, dtype=torch.float64) for features in (first, second))
+    return float(frechet_distance(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T)))
+
+
+def _nearest(points: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Euclidean distance of every point to the nearest of the others."""
+    return torch.cdist(torch.as_tensor(points).double(), torch.as_tensor(others).double()).min(1).values.numpy()
+
+
+def _spread(points: np.ndarray, labels: np.ndarray) -> float:
+    """Mean Euclidean distance between two members of a class, averaged over the classes."""
+    spreads = []
+    for label in np.unique(labels):
+        members = torch.as_tensor(points[labels == label]).double()
+        spreads.append(torch.pdist(members).mean().item())
+    return float(np.mean(spreads))

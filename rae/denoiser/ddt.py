@@ -1,0 +1,86 @@
+"""DiT-DH: a diffusion transformer with a wide, shallow head (paper §5, "DiT with a wide diffusion head")."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rae.denoiser.base import Denoiser, PatchEmbedding, make_blocks, position_buffer
+from rae.layers import FinalLayer, RotaryEmbedding2D, unpatchify
+
+
+class DiTDH(Denoiser):
+    """A narrow, deep backbone makes a condition for every token; a wide, shallow head denoises with it.
+
+    Args:
+        channels: Channels of the latent.
+        grid: Side of the latent.
+        width: Width of the backbone.
+        depth: Blocks of the backbone.
+        heads: Attention heads of the backbone.
+        head_width: Width of the head; at least the latent's channels for latents of full rank (paper theorem 1).
+        head_depth: Blocks of the head.
+        head_heads: Attention heads of the head.
+        num_classes: Number of classes; the null label is ``num_classes``.
+        patch: Side of a patch of both.
+        mlp_ratio: Width of the feed-forward layers divided by the width.
+        qk_norm: LayerNorm on queries and keys.
+        norm: ``rms`` or ``layer``.
+        mlp: ``swiglu`` or ``gelu``.
+        rope: Rotary embedding of the attention; without it only the backbone's table tells the head where a token is.
+        position_table: Fixed sine-cosine table in the backbone; the head has none.
+        checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
+
+    Raises:
+        ValueError: Sizes that do not divide, or an unknown ``norm`` or ``mlp``.
+    """
+
+    position: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        grid: int,
+        width: int,
+        depth: int,
+        heads: int,
+        head_width: int,
+        head_depth: int,
+        head_heads: int,
+        num_classes: int,
+        patch: int = 1,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        norm: str = "rms",
+        mlp: str = "swiglu",
+        rope: bool = True,
+        position_table: bool = True,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__(channels, grid, patch, num_classes, width, checkpointing)
+        side = grid // patch
+        self.backbone_embedding = PatchEmbedding(channels, width, patch)
+        self.head_embedding = PatchEmbedding(channels, head_width, patch)
+        if position_table:
+            position_buffer(self, width, side)
+        self.position_table = position_table
+        self.backbone_rope = RotaryEmbedding2D(width // heads, side) if rope else None
+        self.head_rope = RotaryEmbedding2D(head_width // head_heads, side) if rope else None
+        self.backbone = make_blocks(depth, width, heads, mlp_ratio, qk_norm, norm, mlp)
+        self.projection = nn.Linear(width, head_width) if width != head_width else nn.Identity()
+        self.head = make_blocks(head_depth, head_width, head_heads, mlp_ratio, qk_norm, norm, mlp)
+        self.final = FinalLayer(head_width, patch * patch * channels, norm)
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B."""
+        self.check(x_t, t, label)
+        time = self.time_embedding(t)  # B×D
+        # SiLU twice on purpose: the released models have one outside and one inside every modulation.
+        condition = F.silu(F.silu(time + self.label_embedding(label)))[:, None]  # B×1×D
+        s = self.backbone_embedding(x_t)  # B×N×D
+        if self.position_table:
+            s = s + self.position
+        s = self.run_blocks(self.backbone, s, condition, self.backbone_rope)  # B×N×D
+        s = self.projection(F.silu(time[:, None] + s))  # B×N×D_head; the label is not in it
+        x = self.run_blocks(self.head, self.head_embedding(x_t), F.silu(s), self.head_rope)  # B×N×D_head
+        return unpatchify(self.final(x, F.silu(s)), self.patch, self.channels)  # B×C×H×W

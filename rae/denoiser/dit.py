@@ -1,0 +1,77 @@
+"""LightningDiT: a diffusion transformer of one width."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rae.denoiser.base import Denoiser, PatchEmbedding, make_blocks, position_buffer
+from rae.layers import FinalLayer, RotaryEmbedding2D, unpatchify
+
+
+class DiT(Denoiser):
+    """Diffusion transformer with RMSNorm, SwiGLU and rotary embedding (LightningDiT).
+
+    Args:
+        channels: Channels of the latent.
+        grid: Side of the latent.
+        width: Width of the tokens.
+        depth: Number of blocks.
+        heads: Attention heads.
+        num_classes: Number of classes; the null label is ``num_classes``.
+        patch: Side of a patch.
+        mlp_ratio: Width of the feed-forward layer divided by ``width``.
+        qk_norm: LayerNorm on queries and keys.
+        norm: ``rms`` or ``layer``.
+        mlp: ``swiglu`` or ``gelu``.
+        rope: Rotary embedding of the attention, beside the fixed table.
+        checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
+
+    Raises:
+        ValueError: Sizes that do not divide, or an unknown ``norm`` or ``mlp``.
+    """
+
+    position: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        grid: int,
+        width: int,
+        depth: int,
+        heads: int,
+        num_classes: int,
+        patch: int = 1,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        norm: str = "rms",
+        mlp: str = "swiglu",
+        rope: bool = True,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__(channels, grid, patch, num_classes, width, checkpointing)
+        self.patch_embedding = PatchEmbedding(channels, width, patch)
+        position_buffer(self, width, grid // patch)
+        self.rope = RotaryEmbedding2D(width // heads, grid // patch) if rope else None
+        self.blocks = make_blocks(depth, width, heads, mlp_ratio, qk_norm, norm, mlp)
+        self.final = FinalLayer(width, patch * patch * channels, norm)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for the blocks' linear layers (LightningDiT); modulations stay zero."""
+        for block in self.blocks:
+            for name, layer in block.named_modules():
+                if isinstance(layer, nn.Linear) and name != "modulation":
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.time_embedding.fc1.bias)
+        nn.init.zeros_(self.time_embedding.fc2.bias)
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B."""
+        self.check(x_t, t, label)
+        x = self.patch_embedding(x_t) + self.position  # B×N×D
+        c = self.time_embedding(t) + self.label_embedding(label)  # B×D
+        condition = F.silu(c)[:, None]  # B×1×D
+        x = self.run_blocks(self.blocks, x, condition, self.rope)  # B×N×D
+        return unpatchify(self.final(x, condition), self.patch, self.channels)  # B×C×H×W

@@ -1,0 +1,117 @@
+"""From noise and class labels to images: guided denoiser, sampler, decoder (paper §4 and appendix)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rae.autoencoder import RAE
+from rae.flow import AutoGuidance, FlowMatching, NoGuidance
+from rae.rng import normal, sample_seed
+
+
+class Generator(nn.Module):
+    """Draws images of given classes.
+
+    Sample ``i`` depends on the seed and on ``i`` alone, so it is the same for any batch size, order or number of processes.
+
+    Args:
+        autoencoder: Decodes the latents.
+        denoiser: Network (x_t B×C×h×w, t B, label B) -> prediction B×C×h×w.
+        flow: Path, prediction and time shift that the denoiser was trained with.
+        sampler: Any sampler of :mod:`rae.flow`.
+        guidance: Any guidance of :mod:`rae.flow`; None for none.
+        guide: The smaller, less trained denoiser that autoguidance steers away from.
+
+    Raises:
+        ValueError: Autoguidance without a guide, or networks for latents of another shape.
+    """
+
+    def __init__(
+        self,
+        autoencoder: RAE,
+        denoiser: nn.Module,
+        flow: FlowMatching,
+        sampler: Any,
+        guidance: Any | None = None,
+        guide: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.denoiser = denoiser
+        self.flow = flow
+        self.sampler = sampler
+        self.guidance = guidance if guidance is not None else NoGuidance()
+        self.guide = guide
+        if isinstance(self.guidance, AutoGuidance) and guide is None:
+            raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
+        for name, network in (("denoiser", denoiser), ("guide", guide)):
+            shape = getattr(network, "latent_shape", None)
+            if shape is not None and tuple(shape) != tuple(autoencoder.latent_shape):
+                raise ValueError(
+                    f"{name} is for latents of shape {tuple(shape)}, the autoencoder makes {autoencoder.latent_shape}"
+                )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that can be asked for."""
+        return int(self.denoiser.num_classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser's weights are."""
+        return next(self.denoiser.parameters()).device
+
+    @torch.no_grad()
+    def latents(
+        self,
+        labels: Tensor | Sequence[int],
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        on_step: Callable[[int, float, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Samples normalised latents.
+
+        Args:
+            labels: Classes, B integers in [0, num_classes).
+            seed: Seed of the whole set of samples.
+            indices: Number of every sample in that set; 0, 1, … where not given.
+            on_step: Called after every step with its number, the time reached and the latents.
+
+        Returns:
+            Latents B×C×h×w.
+
+        Raises:
+            ValueError: A label outside the range, or as many indices as labels are not given.
+        """
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        indices = range(len(labels)) if indices is None else indices
+        if len(indices) != len(labels):
+            raise ValueError(f"indices must number as many as labels: {len(indices)} for {len(labels)}")
+        wrong = [label for label in labels.tolist() if not 0 <= label < self.num_classes]
+        if wrong:
+            raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], got {wrong[:8]}")
+        shape = self.autoencoder.latent_shape
+        noise = normal([sample_seed(seed, "sample", i) for i in indices], shape, device=self.device)
+
+        def step_noise(step: int) -> Tensor:
+            return normal([sample_seed(seed, "step", i, step) for i in indices], shape, device=self.device)
+
+        guide = self.flow.velocity_model(self.guide) if self.guide is not None else None
+        velocity = self.guidance(
+            self.flow.velocity_model(self.denoiser),
+            labels.to(self.device),
+            null_label=self.denoiser.null_label,
+            guide=guide,
+        )
+        return self.sampler.sample(velocity, noise, shift=self.flow.shift, step_noise=step_noise, on_step=on_step)
+
+    @torch.no_grad()
+    def forward(
+        self, labels: Tensor | Sequence[int], seed: int = 0, indices: Sequence[int] | None = None
+    ) -> Tensor:
+        """Samples images B×3×H×W in [0, 1] of the given classes; arguments as for :meth:`latents`."""
+        return self.autoencoder.decode(self.latents(labels, seed, indices)).clamp(0, 1)

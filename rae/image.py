@@ -1,0 +1,58 @@
+"""Images to bytes, to files and to one picture of many."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rae.weights import write_atomically
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Rounds float images in [0, 1] (values outside are clamped) to bytes, shape unchanged."""
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def make_grid(images: Tensor, columns: int, padding: int = 2, scale: int = 1) -> Tensor:
+    """Lays images out row by row on a white ground.
+
+    Args:
+        images: uint8 B×3×H×W.
+        columns: Images in a row.
+        padding: White pixels between the images and around them.
+        scale: Every pixel becomes a square of this side, so that small images can be looked at.
+
+    Returns:
+        One picture, uint8 3×H'×W'.
+
+    Raises:
+        ValueError: ``images`` is no uint8 batch of RGB images, or ``columns`` or ``scale`` is below 1.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be uint8 of shape B×3×H×W, got {images.dtype} {tuple(images.shape)}")
+    if columns < 1 or scale < 1:
+        raise ValueError(f"columns and scale must be at least 1, got columns={columns} and scale={scale}")
+    images = images.cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    count, _, height, width = images.shape
+    rows = math.ceil(count / columns)
+    grid = torch.full((3, rows * (height + padding) + padding, columns * (width + padding) + padding), 255).byte()
+    for position, image in enumerate(images):
+        top = padding + position // columns * (height + padding)
+        left = padding + position % columns * (width + padding)
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Turns one uint8 3×H×W image into a Pillow image."""
+    return Image.fromarray(np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy()))
+
+
+def save_png(image: Tensor, path: str | Path) -> Path:
+    """Writes one uint8 3×H×W image as PNG, atomically."""
+    return write_atomically(path, lambda file: to_pil(image).save(file, format="PNG"))

@@ -1,0 +1,29 @@
+"""Building blocks of all networks."""
+
+from rae.layers.attention import Attention
+from rae.layers.block import AdaptiveBlock, Block, FinalLayer
+from rae.layers.embedding import LabelEmbedding, TimeEmbedding, drop_labels
+from rae.layers.mlp import GELUMlp, SwiGLU
+from rae.layers.norm import RMSNorm, modulate
+from rae.layers.patch import grid_to_tokens, patchify, tokens_to_grid, unpatchify
+from rae.layers.position import RotaryEmbedding2D, sincos_table
+
+__all__ = [
+    "AdaptiveBlock",
+    "Attention",
+    "Block",
+    "FinalLayer",
+    "GELUMlp",
+    "LabelEmbedding",
+    "RMSNorm",
+    "RotaryEmbedding2D",
+    "SwiGLU",
+    "TimeEmbedding",
+    "drop_labels",
+    "grid_to_tokens",
+    "modulate",
+    "patchify",
+    "sincos_table",
+    "tokens_to_grid",
+    "unpatchify",
+]

@@ -1,0 +1,42 @@
+"""Self-attention through PyTorch's fused kernel."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rae.layers.position import RotaryEmbedding2D
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    Args:
+        width: Width of the tokens, divisible by ``heads``.
+        heads: Number of heads.
+        qk_norm: LayerNorm (eps 1e-5, affine) on every query and key, before the rotary embedding.
+
+    Raises:
+        ValueError: ``width`` is not divisible by ``heads``.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width={width} is not divisible by heads={heads}")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rope: RotaryEmbedding2D | None = None) -> Tensor:
+        """B×N×D => B×N×D."""
+        batch, count, width = x.shape
+        qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B×heads×N×head_dim each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)  # B×heads×N×head_dim
+        return self.proj(out.transpose(1, 2).reshape(batch, count, width))  # B×N×D

@@ -1,0 +1,90 @@
+"""Transformer blocks: plain (ViT decoder) and adaptive (diffusion transformers)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rae.layers.attention import Attention
+from rae.layers.mlp import GELUMlp, make_mlp
+from rae.layers.norm import make_norm, modulate
+from rae.layers.position import RotaryEmbedding2D
+
+
+class Block(nn.Module):
+    """Pre-norm ViT block: attention, then exact-GELU feed-forward, each around a residual.
+
+    Args:
+        width: Width of the tokens.
+        heads: Attention heads.
+        hidden: Width of the feed-forward layer.
+        norm_eps: Epsilon of both LayerNorms.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = GELUMlp(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B×N×D => B×N×D."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class AdaptiveBlock(nn.Module):
+    """Block whose norms are modulated and whose branches are gated by a condition (adaLN-Zero).
+
+    Args:
+        width: Width of the tokens and of the condition.
+        heads: Attention heads.
+        hidden: Width of the feed-forward layer; two thirds of it with ``swiglu``.
+        qk_norm: See :class:`~rae.layers.attention.Attention`.
+        norm: ``rms`` or ``layer``.
+        mlp: ``swiglu`` or ``gelu``.
+    """
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, qk_norm: bool = False, norm: str = "rms", mlp: str = "swiglu"
+    ) -> None:
+        super().__init__()
+        self.norm1 = make_norm(norm, width)
+        self.attn = Attention(width, heads, qk_norm)
+        self.norm2 = make_norm(norm, width)
+        self.mlp = make_mlp(mlp, width, hidden)
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor, rope: RotaryEmbedding2D | None = None) -> Tensor:
+        """Tokens B×N×D and the condition after its SiLU, B×1×D or per token B×N×D => B×N×D."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Norm, modulation and linear map to the prediction's values; starts at zero.
+
+    Args:
+        width: Width of the tokens and of the condition.
+        out: Values per token.
+        norm: ``rms`` or ``layer``.
+    """
+
+    def __init__(self, width: int, out: int, norm: str = "rms") -> None:
+        super().__init__()
+        self.norm = make_norm(norm, width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, out)
+        for layer in (self.modulation, self.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens B×N×D and the condition after its SiLU => B×N×out."""
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+

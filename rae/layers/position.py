@@ -1,0 +1,63 @@
+"""Position: fixed sine-cosine tables and two-dimensional rotary embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def sincos_table(width: int, grid: int) -> Tensor:
+    """Fixed sine-cosine table of a square grid (MAE's): the first half of the channels encodes the column, the second the row.
+
+    Args:
+        width: Channels, divisible by 4.
+        grid: Side of the grid.
+
+    Returns:
+        Table (grid²)×width in float32; each half is [sin | cos] of position / 10000^(k / (width/4)).
+
+    Raises:
+        ValueError: ``width`` is not divisible by 4.
+    """
+    if width % 4:
+        raise ValueError(f"width={width} of a sine-cosine table must be divisible by 4")
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # grid×(width/4)
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)  # grid×(width/2)
+    columns = line[None, :, :].expand(grid, -1, -1)
+    rows = line[:, None, :].expand(-1, grid, -1)
+    return torch.cat([columns, rows], dim=2).reshape(grid * grid, width).float()
+
+
+class RotaryEmbedding2D(nn.Module):
+    """Rotary embedding of a square grid: pairs (2i, 2i+1) turn by row in the first half of the head, by column in the second.
+
+    Args:
+        head_dim: Dimensions of a head, divisible by 4.
+        grid: Side of the grid.
+        theta: Base of the frequencies.
+
+    Raises:
+        ValueError: ``head_dim`` is not divisible by 4.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, grid: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        if head_dim % 4:
+            raise ValueError(f"head_dim={head_dim} must be divisible by 4 for two-dimensional rotary embedding")
+        half = head_dim // 2
+        frequency = theta ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
+        line = (torch.arange(grid, dtype=torch.float64)[:, None] * frequency).repeat_interleave(2, dim=1)  # grid×half
+        rows = line[:, None, :].expand(-1, grid, -1)
+        columns = line[None, :, :].expand(grid, -1, -1)
+        angle = torch.cat([rows, columns], dim=2).reshape(grid * grid, head_dim)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turns queries or keys B×heads×N×head_dim; N must be the grid's."""
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        return (x * self.cos + turned * self.sin).to(x.dtype)

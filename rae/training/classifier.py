@@ -1,0 +1,76 @@
+"""Stage 0: trains a representation encoder of one's own, as a classifier, where no published one fits the images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rae.data.transforms import to_float
+from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, TrainingModule
+
+
+class ClassifierModule(TrainingModule):
+    """Supervised training of a timm ViT; its weight file then serves ``encoder.checkpoint=…``.
+
+    Args:
+        model: Name of a timm vision transformer.
+        num_classes: Number of classes.
+        mean: Mean of the images, subtracted before the network, per colour.
+        std: Standard deviation of the images, per colour.
+        optimizer: Makes the optimiser from the parameters.
+        scheduler: Makes the schedule; None for a constant rate.
+        model_args: Arguments of the timm model, e.g. ``{img_size: 32, patch_size: 8, embed_dim: 64}``.
+        label_smoothing: Share of the target spread over all classes, in [0, 1).
+        seed: See :class:`~rae.training.module.TrainingModule`.
+        config: See :class:`~rae.training.module.TrainingModule`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        num_classes: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None = None,
+        model_args: dict[str, Any] | None = None,
+        label_smoothing: float = 0.1,
+        seed: int = 42,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(seed=seed, config=config)
+        self.network = timm.create_model(model, pretrained=False, num_classes=num_classes, **(model_args or {}))
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.label_smoothing = label_smoothing
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser, its schedule stepped after every step."""
+        optimizer = self.optimizer(self.network.parameters())
+        if self.scheduler is None:
+            return optimizer
+        steps = self.steps_per_epoch(self.trainer.accumulate_grad_batches)
+        scheduler = self.scheduler(optimizer, steps_per_epoch=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images B×3×H×W in [0, 1] => logits B×num_classes."""
+        return self.network((images - self.mean) / self.std)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy with smoothed labels."""
+        logits = self(to_float(batch["image"]))
+        loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Share of held-out images that are classified correctly."""
+        right = self(to_float(batch["image"])).argmax(1) == batch["label"]
+        self.log("val/accuracy", right.float().mean(), batch_size=len(right), sync_dist=True, prog_bar=True)

@@ -1,0 +1,145 @@
+"""Exponential moving average of the trained network's weights, and the callback that keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+STATE_KEY = "EMA"
+
+
+class WeightAverage:
+    """average <- decay * average + (1 - decay) * weight, for every parameter of a network; buffers are never averaged.
+
+    Args:
+        network: The network to follow; the averages start as a copy of its parameters.
+        decay: Weight of the past, in [0, 1).
+        device: Where the averages live; None for where the parameters are.
+
+    Raises:
+        ValueError: ``decay`` lies outside [0, 1).
+    """
+
+    def __init__(self, network: nn.Module, decay: float, device: torch.device | str | None = None) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"ema decay={decay} must lie in [0, 1); 0 keeps the live weights")
+        self.decay = decay
+        self.averages: dict[str, Tensor] = {
+            name: parameter.detach().to(device or parameter.device, copy=True)
+            for name, parameter in network.named_parameters()
+        }
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Moves the averages towards the network's present parameters, all in one fused call."""
+        averages = list(self.averages.values())
+        present = [p.detach().to(a.device) for a, p in zip(averages, self._parameters(network), strict=True)]
+        torch._foreach_lerp_(averages, present, 1.0 - self.decay)
+
+    @torch.no_grad()
+    def swap(self, network: nn.Module) -> None:
+        """Exchanges averages and parameters in place, so that compiled graphs and optimisers keep their tensors."""
+        for average, parameter in zip(self.averages.values(), self._parameters(network), strict=True):
+            live = parameter.detach().to(average.device, copy=True)
+            parameter.copy_(average)
+            average.copy_(live)
+
+    def _parameters(self, network: nn.Module) -> list[nn.Parameter]:
+        own = dict(network.named_parameters())
+        return [own[name] for name in self.averages]
+
+
+class EMA(L.Callback):
+    """Keeps the average of one named submodule of the LightningModule, the one that is trained.
+
+    The averages are part of every checkpoint, and validation (previews and metrics included) runs on them.
+
+    Args:
+        decay: Weight of the past; 0.9978 for the decoder, 0.9995 for the denoiser (paper appendix).
+        network: Name of the submodule, e.g. ``denoiser``.
+        device: Where the averages live; None for beside the weights, ``cpu`` to save device memory.
+        validate: Whether validation runs on the averages.
+    """
+
+    def __init__(self, decay: float, network: str, device: str | None = None, validate: bool = True) -> None:
+        super().__init__()
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"ema decay={decay} must lie in [0, 1); 0 keeps the live weights")
+        self.decay = decay
+        self.network = network
+        self.device = device
+        self.validate = validate
+        self.average: WeightAverage | None = None
+        self._restored: dict[str, Tensor] | None = None
+        self._step = 0
+        self._swapped = False
+
+    @property
+    def state_key(self) -> str:
+        """One name whatever the arguments, so that a checkpoint is read by runs with another decay."""
+        return STATE_KEY
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Copies the weights, or takes the averages of the checkpoint."""
+        network = pl_module.get_submodule(self.network)
+        self.average = WeightAverage(network, self.decay, self.device)
+        if self._restored is not None:
+            missing = self.average.averages.keys() ^ self._restored.keys()
+            if missing:
+                raise ValueError(f"the checkpoint's averages do not fit {self.network!r}: {sorted(missing)[:12]}")
+            for name, average in self.average.averages.items():
+                average.copy_(self._restored[name])
+            self._restored = None
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Updates once per optimiser step, not per micro-batch."""
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            assert self.average is not None
+            self.average.update(pl_module.get_submodule(self.network))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lets validation see the averages."""
+        if self.validate and self.average is not None and not self._swapped:
+            self.average.swap(pl_module.get_submodule(self.network))
+            self._swapped = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gives the live weights back."""
+        if self._swapped:
+            assert self.average is not None
+            self.average.swap(pl_module.get_submodule(self.network))
+            self._swapped = False
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Gives the live weights back before anything saves them."""
+        self.on_validation_end(trainer, pl_module)
+
+    @contextmanager
+    def averaged(self, pl_module: L.LightningModule) -> Iterator[None]:
+        """Within the context the network holds the averages (where there are any yet)."""
+        swap = self.average is not None and not self._swapped
+        if swap:
+            assert self.average is not None
+            self.average.swap(pl_module.get_submodule(self.network))
+        try:
+            yield
+        finally:
+            if swap and self.average is not None:
+                self.average.swap(pl_module.get_submodule(self.network))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages by parameter name, whatever is swapped in at the moment."""
+        if self.average is None:
+            return {}
+        return {"network": self.network, "decay": self.decay, "averages": self.average.averages}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the averages until the network exists."""
+        self._restored = state_dict.get("averages")

@@ -1,0 +1,132 @@
+"""What both training modules share: frozen weights stay out of checkpoints, non-finite gradients stop the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[..., LRScheduler]
+Batch = dict[str, Tensor]
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient became NaN or infinite."""
+
+
+class TrainingModule(L.LightningModule):
+    """Base of the stage-1 and stage-2 modules.
+
+    Args:
+        seed: Seed of every draw made for a training sample.
+        on_nonfinite: ``stop`` raises :class:`NonFiniteError` before the weights are touched; ``skip`` leaves the step out.
+        config: The run's resolved configuration, kept in every checkpoint so that the file describes itself.
+
+    Raises:
+        ValueError: Unknown ``on_nonfinite``.
+    """
+
+    frozen: tuple[str, ...] = ()
+    """Names of submodules, or prefixes of names, whose weights are not in checkpoints."""
+
+    def __init__(
+        self, seed: int = 42, on_nonfinite: Literal["stop", "skip"] = "stop", config: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        if on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"training.on_nonfinite={on_nonfinite!r} is unknown; choose stop or skip")
+        self.seed = seed
+        self.on_nonfinite = on_nonfinite
+        self.config = config
+        self._keys: tuple[Tensor, Tensor] | None = None
+        self._clock: tuple[float, int] | None = None
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """State of the trained parts alone."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for key in [key for key in state if key[len(prefix) :].startswith(self.frozen)] if self.frozen else []:
+            del state[key]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads the trained parts; every one of them must be there and nothing else.
+
+        Raises:
+            ValueError: Lists missing and unexpected keys.
+        """
+        own = self.state_dict()
+        if strict and own.keys() != state_dict.keys():
+            raise ValueError(
+                f"checkpoint does not fit {type(self).__name__}: missing {sorted(own.keys() - state_dict.keys())[:12]}, "
+                f"unexpected {sorted(state_dict.keys() - own.keys())[:12]}"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the configuration."""
+        if self.config is not None:
+            checkpoint["config"] = self.config
+
+    # --- optimisation ------------------------------------------------------------------------------------------
+
+    def steps_per_epoch(self, accumulate: int) -> int:
+        """Optimiser steps in one epoch of this run."""
+        _ = self.trainer.estimated_stepping_batches  # sets the data up, so that the number of batches is known
+        batches = int(self.trainer.num_training_batches)
+        return max(1, -(-batches // accumulate))
+
+    def check_finite(self, norm: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
+        """Decides on the averaged gradient's norm, which is the same on all processes.
+
+        Returns:
+            Whether the step is to be taken; where it is skipped, all gradients are removed.
+
+        Raises:
+            NonFiniteError: The norm is not finite and ``on_nonfinite`` is ``stop``.
+        """
+        if torch.isfinite(norm).item():
+            return True
+        keys = "unknown"
+        if self._keys is not None:
+            epochs, indices = (key.tolist() for key in self._keys)
+            keys = f"epoch {epochs[0]}, samples {indices[:16]}{' …' if len(indices) > 16 else ''}"
+        text = f"gradient norm is {norm.item()} at step {self.trainer.global_step} (batch: {keys})"
+        if self.on_nonfinite == "skip":
+            self.print(f"{text}; the step is skipped")
+            for parameter in parameters:
+                parameter.grad = None
+            return False
+        callback = self.trainer.checkpoint_callback
+        last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "") or "none yet"
+        raise NonFiniteError(
+            f"{text}; the weights are untouched. Last checkpoint: {last}. "
+            "Continue from it with a lower optimizer.lr or trainer.precision=32, or set training.on_nonfinite=skip"
+        )
+
+    # --- logging -----------------------------------------------------------------------------------------------
+
+    def remember(self, batch: Batch) -> None:
+        """Keeps the batch's keys for error messages."""
+        self._keys = (batch["epoch"], batch["index"])
+
+    def log_throughput(self, images: int) -> None:
+        """Logs images per second over all processes, between two logged steps."""
+        interval = max(1, self.trainer.log_every_n_steps)
+        step = self.trainer.global_step
+        if self._clock is None:
+            self._clock = (time.perf_counter(), step)
+        elif step - self._clock[1] >= interval:
+            now = time.perf_counter()
+            rate = (step - self._clock[1]) * images * self.trainer.world_size / (now - self._clock[0])
+            self._clock = (now, step)
+            self.log("train/images_per_second", rate, prog_bar=False)

@@ -1,0 +1,131 @@
+"""Callbacks that draw pictures during training: reconstructions in stage 1, samples in stage 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from rae.data.transforms import to_float
+from rae.generator import Generator
+from rae.image import make_grid, save_png, to_pil, to_uint8
+
+
+class PicturePreview(L.Callback):
+    """Draws at the end of validation, on whatever weights validation ran on (the averages, where there are any).
+
+    Args:
+        folder: Where the PNG files go; None for ``previews`` in the trainer's root folder.
+        scale: Every pixel becomes a square of this side.
+    """
+
+    name = "preview"
+
+    def __init__(self, folder: str | None = None, scale: int = 1) -> None:
+        super().__init__()
+        self.folder = folder
+        self.scale = scale
+
+    def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
+        """Images uint8 B×3×H×W and how many stand in a row; None where there is nothing to draw."""
+        raise NotImplementedError
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws, writes the picture and hands it to the loggers that take pictures."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        drawn = self.draw(trainer, pl_module)
+        if drawn is None:
+            return
+        images, columns = drawn
+        picture = make_grid(images, columns, scale=self.scale)
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "previews")
+        save_png(picture, folder / f"{self.name}_{trainer.global_step:08d}.png")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):  # wandb
+                logger.log_image(key=self.name, images=[to_pil(picture)], step=trainer.global_step)
+            elif hasattr(logger.experiment, "add_image"):  # tensorboard
+                logger.experiment.add_image(self.name, picture, global_step=trainer.global_step)
+
+
+class ReconstructionPreview(PicturePreview):
+    """The first held-out images and their reconstructions, side by side.
+
+    Args:
+        count: Number of images.
+        folder: See :class:`PicturePreview`.
+        scale: See :class:`PicturePreview`.
+    """
+
+    name = "reconstruction"
+
+    def __init__(self, count: int = 8, folder: str | None = None, scale: int = 1) -> None:
+        super().__init__(folder, scale)
+        self.count = count
+        self._pairs: list[Tensor] = []
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Collects pairs until there are enough."""
+        if batch_idx == 0:
+            self._pairs = []
+        missing = self.count - len(self._pairs)
+        if missing <= 0 or not trainer.is_global_zero:
+            return
+        images = batch["image"][:missing]
+        with torch.no_grad():
+            reconstructions = to_uint8(pl_module.autoencoder(to_float(images)))
+        self._pairs += [torch.stack(pair).cpu() for pair in zip(images, reconstructions, strict=True)]
+
+    def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
+        """Two pairs in a row where they are few, four where they are many."""
+        if not self._pairs:
+            return None
+        return torch.cat(self._pairs), 8 if len(self._pairs) >= 8 else 4
+
+
+class SamplePreview(PicturePreview):
+    """Samples of a few classes, each class a row, always from the same noise.
+
+    Args:
+        sampler: Sampler, see :mod:`rae.flow`.
+        guidance: Guidance without a guide, see :mod:`rae.flow`.
+        classes: Classes to draw; a number takes the first ones.
+        per_class: Samples of each.
+        seed: Seed of the noise.
+        folder: See :class:`PicturePreview`.
+        scale: See :class:`PicturePreview`.
+    """
+
+    name = "samples"
+
+    def __init__(
+        self,
+        sampler: Any,
+        guidance: Any | None = None,
+        classes: int | list[int] = 8,
+        per_class: int = 8,
+        seed: int = 0,
+        folder: str | None = None,
+        scale: int = 1,
+    ) -> None:
+        super().__init__(folder, scale)
+        self.sampler = sampler
+        self.guidance = guidance
+        self.classes = classes
+        self.per_class = per_class
+        self.seed = seed
+
+    def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
+        """One row a class."""
+        total = int(pl_module.denoiser.num_classes)
+        classes = range(min(self.classes, total)) if isinstance(self.classes, int) else self.classes
+        labels = [label for label in classes for _ in range(self.per_class)]
+        generator = Generator(
+            pl_module.autoencoder, pl_module.denoiser, pl_module.flow, self.sampler, self.guidance
+        )
+        return to_uint8(generator(labels, seed=self.seed)), self.per_class

@@ -1,0 +1,110 @@
+"""Learning-rate schedules: warm-up from zero or at the full rate, then constant, cosine or linear."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Kind = Literal["cosine", "linear", "constant"]
+KINDS = ("cosine", "linear", "constant")
+
+
+def rate_factor(
+    step: int,
+    kind: Kind,
+    warmup_steps: int,
+    decay_end_steps: int,
+    final_factor: float,
+    warmup_from_zero: bool,
+) -> float:
+    """Learning rate of optimiser step ``step``, divided by the base rate.
+
+    During warm-up the factor is (step + 1) / warm-up, so that the first step is not lost, or 1 where the warm-up is at the
+    full rate. Then it goes from 1 to ``final_factor`` with progress (step - warm-up) / (end - warm-up), and stays there.
+
+    Args:
+        step: Number of the optimiser step, from 0.
+        kind: Course after the warm-up.
+        warmup_steps: Steps of warm-up; 0 for none.
+        decay_end_steps: Step from which on the factor is ``final_factor``; unused for ``constant``.
+        final_factor: Final rate divided by the base rate.
+        warmup_from_zero: Whether the warm-up rises linearly from zero.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps if warmup_from_zero else 1.0
+    if kind == "constant":
+        return 1.0
+    if step >= decay_end_steps:
+        return final_factor
+    progress = (step - warmup_steps) / (decay_end_steps - warmup_steps)
+    remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0 - progress
+    return final_factor + (1.0 - final_factor) * remaining
+
+
+class WarmupDecay(LambdaLR):
+    """The schedule of :func:`rate_factor` for an optimiser whose groups share one base rate.
+
+    Every length is given in steps or in epochs; epochs become ``int(epochs * steps_per_epoch)`` steps.
+
+    Args:
+        optimizer: Its ``lr`` is the base rate.
+        kind: ``cosine``, ``linear`` or ``constant``.
+        warmup_steps: Warm-up in steps.
+        warmup_epochs: Warm-up in epochs, where not given in steps.
+        decay_end_steps: End of the decay in steps.
+        decay_end_epochs: End of the decay in epochs, where not given in steps.
+        final_lr: Learning rate after the decay.
+        warmup_from_zero: Whether the warm-up rises from zero or stays at the base rate.
+        steps_per_epoch: Optimiser steps in one epoch; needed where an epoch count is given.
+
+    Raises:
+        ValueError: Unknown ``kind``, a missing or double length, or a decay that ends before the warm-up.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        kind: Kind = "cosine",
+        warmup_steps: int | None = None,
+        warmup_epochs: float | None = None,
+        decay_end_steps: int | None = None,
+        decay_end_epochs: float | None = None,
+        final_lr: float = 0.0,
+        warmup_from_zero: bool = True,
+        steps_per_epoch: int | None = None,
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"scheduler.kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        warmup = _in_steps("warmup", warmup_steps, warmup_epochs, steps_per_epoch, default=0)
+        end = _in_steps("decay_end", decay_end_steps, decay_end_epochs, steps_per_epoch, default=None)
+        if kind == "constant":
+            end = warmup
+        elif end is None:
+            raise ValueError(f"scheduler.kind={kind!r} needs decay_end_steps or decay_end_epochs")
+        elif end < warmup:
+            raise ValueError(f"scheduler: the decay ends at step {end}, before the warm-up does at step {warmup}")
+        base = optimizer.param_groups[0]["lr"]
+        self.warmup_steps = warmup
+        self.decay_end_steps = end
+        super().__init__(
+            optimizer, lambda step: rate_factor(step, kind, warmup, end, final_lr / base, warmup_from_zero)
+        )
+
+
+def _in_steps(
+    name: str, steps: int | None, epochs: float | None, steps_per_epoch: int | None, default: int | None
+) -> int | None:
+    """One length in steps, from whichever unit was given."""
+    if steps is not None and epochs is not None:
+        raise ValueError(f"scheduler: give {name}_steps={steps} or {name}_epochs={epochs}, not both (null removes one)")
+    if steps is not None:
+        return int(steps)
+    if epochs is None:
+        return default
+    if steps_per_epoch is None:
+        raise ValueError(f"scheduler: {name}_epochs={epochs} needs steps_per_epoch; or give {name}_steps")
+    return int(epochs * steps_per_epoch)

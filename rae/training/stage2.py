@@ -1,0 +1,150 @@
+"""Stage 2: trains a diffusion transformer on the normalised latents of a frozen autoencoder (paper §4-5)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rae.autoencoder import RAE
+from rae.data.transforms import to_float
+from rae.flow import FlowMatching
+from rae.layers import drop_labels
+from rae.rng import normal, sample_seeds, uniform
+from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, TrainingModule
+
+
+class Stage2Module(TrainingModule):
+    """Encode, flow-matching loss, log.
+
+    Every draw for a training sample (noise, time, label dropout) depends on the seed, the epoch and the sample's number, so
+    two processes with batches of b train as one process with batches of 2b.
+
+    Args:
+        autoencoder: Frozen autoencoder; encodes the images, decodes previews and samples.
+        denoiser: The network that is trained.
+        flow: Path, prediction, time distribution and shift.
+        optimizer: Makes the optimiser from the parameters.
+        scheduler: Makes the schedule from the optimiser and ``steps_per_epoch``; None for a constant rate.
+        label_dropout: Share of labels replaced by the null class, in [0, 1); 0 forgoes classifier-free guidance.
+        seed: Seed of every draw.
+        compile: Whether the denoiser is compiled.
+        on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
+        config: See :class:`~rae.training.module.TrainingModule`.
+
+    Raises:
+        ValueError: ``label_dropout`` outside [0, 1), or a denoiser for other latents.
+    """
+
+    frozen = ("autoencoder.",)
+
+    def __init__(
+        self,
+        autoencoder: RAE,
+        denoiser: nn.Module,
+        flow: FlowMatching,
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None = None,
+        label_dropout: float = 0.1,
+        seed: int = 42,
+        compile: bool = False,  # noqa: A002 (the option's name everywhere)
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(seed, on_nonfinite, config)
+        if not 0.0 <= label_dropout < 1.0:
+            raise ValueError(f"training.label_dropout={label_dropout} must lie in [0, 1)")
+        if tuple(denoiser.latent_shape) != tuple(autoencoder.latent_shape):
+            raise ValueError(
+                f"denoiser is for latents of shape {tuple(denoiser.latent_shape)}, "
+                f"the autoencoder makes {tuple(autoencoder.latent_shape)}"
+            )
+        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.denoiser = denoiser
+        self.flow = flow
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.label_dropout = label_dropout
+        if compile:
+            self.denoiser.compile()
+
+    def train(self, mode: bool = True) -> Stage2Module:
+        """Sets the mode of the denoiser; the autoencoder always stays in evaluation mode."""
+        super().train(mode)
+        self.autoencoder.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser over the denoiser, its schedule stepped after every optimiser step."""
+        optimizer = self.optimizer(self.denoiser.parameters())
+        if self.scheduler is None:
+            return optimizer
+        steps = self.steps_per_epoch(self.trainer.accumulate_grad_batches)
+        scheduler = self.scheduler(optimizer, steps_per_epoch=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the total norm (paper: 1.0), logs the norm before clipping and refuses a non-finite one."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
+        limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
+        sharded = getattr(self.trainer.model, "clip_grad_norm_", None)
+        parameters = list(self.denoiser.parameters())
+        norm = sharded(limit) if sharded is not None else nn.utils.clip_grad_norm_(parameters, limit)
+        if self.check_finite(norm, parameters):
+            self.log("train/grad_norm", norm)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Normalised latents B×C×h×w of a batch of images or of cached latents."""
+        if "latent" in batch:
+            return self.autoencoder.latent.normalize(batch["latent"].float())
+        return self.autoencoder.encode(to_float(batch["image"]))
+
+    def losses(self, batch: Batch, purpose: str, label_dropout: float) -> Tensor:
+        """Flow-matching loss of every sample, B, with the draws that belong to the samples."""
+        latents = self.encode(batch)
+        epochs, indices = batch["epoch"].tolist(), batch["index"].tolist()
+
+        def seeds(what: str) -> list[int]:
+            return sample_seeds(self.seed, f"{purpose} {what}", epochs, indices)
+
+        noise = normal(seeds("noise"), latents.shape[1:], device=latents.device)
+        t = self.flow.sample_time(uniform(seeds("time")).to(latents.device))
+        draws = uniform(seeds("label")).to(latents.device)
+        label = drop_labels(batch["label"], draws, label_dropout, self.denoiser.null_label)
+        return self.flow.loss(self.denoiser, latents, noise, t, label=label)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of the batch."""
+        self.remember(batch)
+        loss = self.losses(batch, "train", self.label_dropout).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_throughput(len(batch["index"]) * self.trainer.accumulate_grad_batches)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss on held-out images, with the same noise and times at every validation."""
+        loss = self.losses(batch, "validate", label_dropout=0.0)
+        self.log("val/loss", loss.mean(), batch_size=len(loss), sync_dist=True, prog_bar=True)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Refuses labels outside the denoiser's classes while they are still in host memory.
+
+        Raises:
+            ValueError: With the labels found and the range allowed.
+        """
+        labels, classes = batch["label"], int(self.denoiser.num_classes)
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(
+                f"labels must lie in [0, {classes - 1}] (denoiser.num_classes={classes}), got {wrong[:8].tolist()}; "
+                "set data.num_classes to the data set's number of classes"
+            )
+        return batch
+
