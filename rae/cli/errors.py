@@ -73,6 +73,10 @@ def explain(error: Exception, config: str, overrides: Sequence[str], folders: Se
             override = OverridesParser.create().parse_override(text)
         except HydraException:
             return f"cannot read the override {text!r}: write key=value, and quote values with spaces or special signs"
+        if override.is_sweep_override() and "multirun" in str(error):
+            key, value = override.get_key_element(), text.partition("=")[2]
+            as_list = f", or write {key}=[{value}] for a list" if isinstance(override.value(), ChoiceSweep) else ""
+            return f"{key} has several values: add -m to run with each{as_list}"
         if override.key_or_group not in groups:
             values.append(override)
             continue

@@ -50,17 +50,19 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = -1
         self._stop_asked = False
         self._process = 0
-        self._previous_handler: Any = None
 
     # --- saving ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listens to Ctrl-C."""
+        """Notes where the run begins."""
         self._seen_step = self._saved_step = trainer.global_step
         self._stop_asked = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listens to Ctrl-C; Lightning itself gives it back when the run is over."""
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
-            self._previous_handler = signal.signal(signal.SIGINT, self._ask)
+            signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Saves where it is time to, but never between the micro-batches of one step."""
@@ -78,11 +80,6 @@ class RunCheckpoint(Checkpoint):
         """Saves the final state, unless it is saved already."""
         if trainer.global_step != self._saved_step:
             self.save(trainer)
-        self._restore_handler()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives Ctrl-C back."""
-        self._restore_handler()
 
     def save(self, trainer: L.Trainer) -> None:
         """Writes the present state, moves ``last.ckpt`` on and removes what is too old."""
@@ -112,8 +109,3 @@ class RunCheckpoint(Checkpoint):
             raise KeyboardInterrupt
         self._stop_asked = True
         log.warning("Ctrl-C: the run stops after this step, with a checkpoint; press again to stop at once")
-
-    def _restore_handler(self) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None

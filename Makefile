@@ -1,0 +1,45 @@
+# Every target makes its environment first and reuses it while pyproject.toml stays the same.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -q
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format clean
+
+help:  ## this list
+	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(READY)  ## the environment, with everything the other targets need
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+demo: $(READY)  ## both stages on handwritten digits, to a picture and a table of scores, on a CPU within minutes
+	$(BIN)/rae-demo
+
+test: $(READY)  ## the fast tests: no GPU, no downloads; about a minute
+	$(PYTEST) -m "not slow and not gpu" --durations=5
+
+test-slow: $(READY)  ## the tests that take longer
+	$(PYTEST) -m "slow and not gpu" --durations=10
+
+lint: $(READY)  ## style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## mends style and formatting in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## removes the environment, caches and built files; results in outputs/ and demo/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find rae tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,47 @@
+"""Flow matching: paths, times, objective, guidance and samplers. Models are callables."""
+
+from rae.flow.guidance import AutoGuidance, ClassifierFreeGuidance, Guidance, NoGuidance
+from rae.flow.objective import FlowMatching
+from rae.flow.ode import (
+    AdaptiveSampler,
+    EulerSampler,
+    Heun3Sampler,
+    HeunSampler,
+    MidpointSampler,
+    ODESampler,
+    RK4Sampler,
+)
+from rae.flow.path import Coefficients, GVPPath, LinearPath, Path, PathSample, VPPath, check_time
+from rae.flow.sde import EulerMaruyamaSampler, SDESampler, StochasticHeunSampler
+from rae.flow.time import FullGrid, LogitNormalTime, OfficialGrid, UniformTime, dimension_shift, shift_time
+
+__all__ = [
+    "AdaptiveSampler",
+    "AutoGuidance",
+    "ClassifierFreeGuidance",
+    "Coefficients",
+    "EulerMaruyamaSampler",
+    "EulerSampler",
+    "FlowMatching",
+    "FullGrid",
+    "GVPPath",
+    "Guidance",
+    "Heun3Sampler",
+    "HeunSampler",
+    "LinearPath",
+    "LogitNormalTime",
+    "MidpointSampler",
+    "NoGuidance",
+    "ODESampler",
+    "OfficialGrid",
+    "Path",
+    "PathSample",
+    "RK4Sampler",
+    "SDESampler",
+    "StochasticHeunSampler",
+    "UniformTime",
+    "VPPath",
+    "check_time",
+    "dimension_shift",
+    "shift_time",
+]

@@ -1,0 +1,193 @@
+"""Samplers of the probability-flow ODE dx/dt = v(x, t), from noise (t = 1) to data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rae.flow.time import FullGrid, OfficialGrid
+
+Velocity = Callable[..., Tensor]
+OnStep = Callable[[int, float, Tensor], None]
+StepNoise = Callable[[int], Tensor]
+
+
+class ODESampler(ABC):
+    """Fixed-step sampler: walks down the times of a grid, which is on the host, so that no step waits for the device.
+
+    Args:
+        grid: Grid of times; :class:`~rae.flow.time.OfficialGrid` is that of the published numbers.
+    """
+
+    stochastic = False
+    stages: int
+    """Evaluations of the velocity in one step."""
+
+    def __init__(self, grid: OfficialGrid | FullGrid | None = None) -> None:
+        self.grid = grid if grid is not None else OfficialGrid()
+
+    @property
+    def evaluations(self) -> int | None:
+        """Evaluations of the velocity in one run."""
+        return self.grid.steps * self.stages
+
+    @abstractmethod
+    def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+        """One step from t to t_next."""
+
+    def sample(
+        self,
+        velocity: Velocity,
+        noise: Tensor,
+        shift: float = 1.0,
+        step_noise: StepNoise | None = None,
+        on_step: OnStep | None = None,
+        reverse: bool = False,
+    ) -> Tensor:
+        """Integrates the ODE.
+
+        Args:
+            velocity: Velocity field of x B×… and a time (float).
+            noise: Standard normal start B×…; the data where ``reverse``.
+            shift: Shift of the grid's times, at least 1.
+            step_noise: Unused here.
+            on_step: Called after every step with its number, the time reached and the state.
+            reverse: Walk from data to noise instead.
+
+        Returns:
+            The state at the end of the grid, B×….
+        """
+        times = self.grid.times(shift).tolist()
+        times = times[::-1] if reverse else times
+        x = noise
+        for number, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            x = self.step(velocity, x, t, t_next)
+            if on_step is not None:
+                on_step(number, t_next, x)
+        return x
+
+
+class EulerSampler(ODESampler):
+    """First order: x + h·v(x, t). The sampler of the published numbers."""
+
+    stages = 1
+
+    def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+        """See :meth:`ODESampler.step`."""
+        return x + (t_next - t) * velocity(x, t)
+
+
+class HeunSampler(ODESampler):
+    """Second order: the explicit trapezoid rule."""
+
+    stages = 2
+
+    def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+        """See :meth:`ODESampler.step`."""
+        h = t_next - t
+        first = velocity(x, t)
+        return x + h / 2 * (first + velocity(x + h * first, t_next))
+
+
+class Heun3Sampler(ODESampler):
+    """Third order: Heun's rule with stages at 0, 1/3 and 2/3 of the step."""
+
+    stages = 3
+
+    def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+        """See :meth:`ODESampler.step`."""
+        h = t_next - t
+        first = velocity(x, t)
+        second = velocity(x + h / 3 * first, t + h / 3)
+        third = velocity(x + 2 * h / 3 * second, t + 2 * h / 3)
+        return x + h / 4 * (first + 3 * third)
+
+
+class MidpointSampler(ODESampler):
+    """Second order: evaluates in the arithmetic middle of the step."""
+
+    stages = 2
+
+    def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+        """See :meth:`ODESampler.step`."""
+        h = t_next - t
+        return x + h * velocity(x + h / 2 * velocity(x, t), t + h / 2)
+
+
+class RK4Sampler(ODESampler):
+    """Fourth order: Kutta's 3/8 rule, which torchdiffeq calls ``rk4``."""
+
+    stages = 4
+
+    def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+        """See :meth:`ODESampler.step`."""
+        h = t_next - t
+        k1 = velocity(x, t)
+        k2 = velocity(x + h / 3 * k1, t + h / 3)
+        k3 = velocity(x + h * (k2 - k1 / 3), t + 2 * h / 3)
+        k4 = velocity(x + h * (k1 - k2 + k3), t_next)
+        return x + h / 8 * (k1 + 3 * (k2 + k3) + k4)
+
+
+class AdaptiveSampler(ODESampler):
+    """Dormand-Prince 5(4) with adaptive steps, by torchdiffeq.
+
+    It steps past the last time and interpolates back, so the velocity is also evaluated a little below it. The steps follow
+    one error norm over the whole batch: unlike with the other samplers a sample depends on the rest of its batch, within the
+    tolerances.
+
+    Args:
+        grid: Its first and last times bound the integration.
+        atol: Absolute tolerance.
+        rtol: Relative tolerance.
+
+    Raises:
+        ValueError: A tolerance that is not above 0.
+    """
+
+    stages = 0
+
+    def __init__(self, grid: OfficialGrid | FullGrid | None = None, atol: float = 1e-6, rtol: float = 1e-3) -> None:
+        super().__init__(grid)
+        if not (atol > 0 and rtol > 0):
+            raise ValueError(f"sampler.atol={atol} and sampler.rtol={rtol} must be above 0")
+        self.atol = atol
+        self.rtol = rtol
+
+    @property
+    def evaluations(self) -> int | None:
+        """Unknown before the run."""
+        return None
+
+    def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+        """Integrates from t to t_next."""
+        times = torch.tensor([t, t_next])
+        return self._integrate(velocity, x, times)[-1]
+
+    def sample(
+        self,
+        velocity: Velocity,
+        noise: Tensor,
+        shift: float = 1.0,
+        step_noise: StepNoise | None = None,
+        on_step: OnStep | None = None,
+        reverse: bool = False,
+    ) -> Tensor:
+        """See :meth:`ODESampler.sample`; ``on_step`` sees the states interpolated at the grid's times, after the run."""
+        times = self.grid.times(shift)
+        states = self._integrate(velocity, noise, times.flip(0) if reverse else times)
+        if on_step is not None:
+            for number, (t, x) in enumerate(zip(times.tolist()[1:], states[1:], strict=True)):
+                on_step(number, t, x)
+        return states[-1]
+
+    def _integrate(self, velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
+        from torchdiffeq import odeint  # noqa: PLC0415 (brings scipy along; only this sampler needs it)
+
+        def field(t: Tensor, x: Tensor) -> Tensor:
+            return velocity(x, float(t))
+
+        return odeint(field, x, times.to(x.device), method="dopri5", atol=self.atol, rtol=self.rtol)

@@ -1,0 +1,174 @@
+"""Cases about paths, times, losses and samplers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rae import flow
+from rae.flow.time import TimeDistribution
+from tests.golden_checks import Case
+from tests.golden_checks.denoiser import models
+
+FORMS = {"SBDM": "sbdm", "inccreasing-decreasing": "increasing-decreasing"}
+ODE = {
+    "euler": flow.EulerSampler,
+    "heun2": flow.HeunSampler,
+    "heun3": flow.Heun3Sampler,
+    "midpoint": flow.MidpointSampler,
+    "rk4": flow.RK4Sampler,
+    "dopri5": flow.AdaptiveSampler,
+}
+SDE = {"euler": flow.EulerMaruyamaSampler, "heun": flow.StochasticHeunSampler}
+
+
+def make_path(name: str, config: dict) -> flow.Path:
+    if name == "VP":
+        return flow.VPPath(config["vp"]["sigma_min"], config["vp"]["sigma_max"]) if "vp" in config else flow.VPPath()
+    return {"Linear": flow.LinearPath, "GVP": flow.GVPPath}[name]()
+
+
+def check_paths(case: Case) -> dict[str, Tensor]:
+    t, data, noise, score, ends = (case.inputs[key] for key in ("t", "data", "noise", "score", "t_ends"))
+    computed = {}
+    for name in case.config["paths"]:
+        path = make_path(name, case.config)
+        point, c = path.interpolate(data, noise, t), path.coefficients(t)
+        x, v = point.x_t, point.velocity
+        drift, factor = path.drift(x, t)
+        values = {
+            "x_t": x,
+            "u_t": v,
+            "alpha": c.alpha,
+            "d_alpha": c.d_alpha,
+            "sigma": c.sigma,
+            "d_sigma": c.d_sigma,
+            "drift": drift,
+            "drift_var": factor,
+            "score_from_velocity": path.score_from_velocity(v, x, t),
+            "noise_from_velocity": path.noise_from_velocity(v, x, t),
+            "velocity_from_score": path.velocity_from_score(score, x, t),
+            "velocity_from_true_score": path.velocity_from_score(path.score_from_velocity(v, x, t), x, t),
+        }
+        for form in case.config["diffusion_forms"]:
+            values[f"diffusion_{form}"] = path.diffusion(t, FORMS.get(form, form), case.config["diffusion_norm"])
+        if name != "VP":
+            at_ends = path.interpolate(data[: len(ends)], noise[: len(ends)], ends)
+            values |= {"x_t_ends": at_ends.x_t, "u_t_ends": at_ends.velocity}
+        computed |= {f"outputs/{name}/{key}": value for key, value in values.items()}
+    return computed
+
+
+def check_training_loss(case: Case) -> dict[str, Tensor]:
+    t, data, noise, output = (case.inputs[key] for key in ("t", "data", "noise", "model_output"))
+    computed = {}
+    for name in case.config["paths"]:
+        for prediction in case.config["predictions"]:
+            for weighting in case.config["weightings"]:
+                objective = flow.FlowMatching(make_path(name, case.config), prediction, weighting)
+                key = f"outputs/{name}/{prediction}/{weighting}"
+                computed[key] = objective.loss(lambda x, t: output, data, noise, t)
+    return computed
+
+
+def check_time_shift(case: Case) -> dict[str, Tensor]:
+    config, u = case.config, case.inputs["u"]
+
+    def shift_of(dimension: int) -> float:
+        return flow.dimension_shift(int(dimension), 1, 1, base=config["base"])
+
+    computed = {"outputs/shift": torch.tensor([shift_of(dimension) for dimension in case.inputs["dims"].tolist()])}
+    low, high = config["ode_interval"]
+    for dimension in config["grid_dims"]:
+        shift = shift_of(dimension)
+        for steps in config["grid_steps"]:
+            key = f"outputs/ode_grid/dim{dimension}/steps{steps}"
+            computed[key] = flow.OfficialGrid(steps).times(shift, low, high)
+        maximum = config["train_interval"][1]
+        times: dict[str, TimeDistribution] = {
+            "uniform": flow.UniformTime(maximum),
+            "logit_normal": flow.LogitNormalTime(maximum=maximum),
+        }
+        for name, time in times.items():
+            sampled = flow.FlowMatching(time=time, shift=shift).sample_time(u)
+            computed[f"outputs/train_t/{name}/dim{dimension}"] = sampled
+    return computed
+
+
+@torch.no_grad()
+def check_ode_sampling(case: Case) -> dict[str, Tensor]:
+    config = case.config
+    model, guide = models(case.other(config["weights_from"]))
+    noise, y = case.inputs["noise"], case.inputs["y"]
+    guidances = {
+        "": flow.NoGuidance(),
+        "cfg_": flow.ClassifierFreeGuidance(config["cfg_scale"], tuple(config["interval"])),
+        "autoguidance_": flow.AutoGuidance(config["autoguidance_scale"], tuple(config["interval"])),
+    }
+    computed = {}
+    for key in case.outputs:
+        name = key.removeprefix("outputs/").removeprefix("evaluation_times/")
+        prefix = next(p for p in ("cfg_", "autoguidance_", "") if name.startswith(p))
+        method, steps, shift = name.removeprefix(prefix).split("_")
+        run = config["runs"].get(name)
+        exact = run["shift"] if run else (config["shift"] if float(shift[5:]) != 1 else 1.0)
+        tolerances = {"atol": config["atol"], "rtol": config["rtol"]} if method == "dopri5" else {}
+        sampler = ODE[method](flow.OfficialGrid(int(steps[5:])), **tolerances)
+        velocity = guidances[prefix](model, y, null_label=model.null_label, guide=guide)
+        times: list[float] = []
+
+        def recording(x: Tensor, t: float, velocity=velocity, times=times) -> Tensor:
+            times.append(t)
+            return velocity(x, t)
+
+        sample = sampler.sample(recording, noise, shift=exact)
+        if run and not prefix:
+            assert len(times) == run["model_evaluations"]
+            assert sampler.evaluations in (None, run["model_evaluations"])
+        if key.startswith("outputs/evaluation_times/"):
+            computed[key] = torch.tensor(times)
+        else:
+            computed[key] = torch.cat([sample, sample]) if prefix == "cfg_" else sample
+    return computed
+
+
+@torch.no_grad()
+def check_sde_sampling(case: Case) -> dict[str, Tensor]:
+    config = case.config
+    model, _ = models(case.other(config["weights_from"]))
+    velocity = flow.NoGuidance()(model, case.inputs["y"])
+    noise, steps = case.inputs["noise_init"], case.inputs["noise_steps"]
+    computed: dict[str, Tensor] = {}
+    for name, run in config["runs"].items():
+        arguments = {
+            "grid": flow.OfficialGrid(config["num_steps"]),
+            "path": make_path(run["path"], config),
+            "diffusion": FORMS.get(run["diffusion_form"], run["diffusion_form"]),
+            "norm": run["diffusion_norm"],
+            "last_step": run["last_step"].lower() if run["last_step"] else None,
+            "last_step_size": run["last_step_size"],
+        }
+        if not run["finite"]:
+            with pytest.raises(ValueError, match=r"sbdm|last_step"):
+                SDE[run["method"]](**arguments)
+            continue
+        sampler = SDE[run["method"]](**arguments)
+        states = [noise]
+        computed[f"outputs/{name}"] = sampler.sample(
+            velocity, noise, run["shift"], steps.__getitem__, lambda number, t, x, states=states: states.append(x)
+        )
+        computed[f"outputs/trajectory_{name}"] = torch.stack(states[1:])
+        if run["last_step"]:
+            grid = sampler.grid.times(run["shift"], end=1 - sampler.last_step_size)
+            computed.setdefault(f"outputs/grid_with_last_step_shift{run['shift']:.3f}", grid)
+    return computed
+
+
+CHECKS = {
+    "paths": check_paths,
+    "training_loss": check_training_loss,
+    "time_shift": check_time_shift,
+    "ode_sampling": check_ode_sampling,
+    "sde_sampling": check_sde_sampling,
+}

@@ -1,0 +1,48 @@
+"""The console commands, as processes of their own and from a folder that is not the repository's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ["train", "stats", "reconstruct", "sample", "evaluate"]
+
+
+def run(command: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"rae.cli.{command}", *arguments],
+        cwd=folder,
+        env={**__import__("os").environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS[1:])])
+def test_help_explains_groups_and_shows_examples(command, tmp_path):
+    result = run(command, "--help", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"\n  rae-{command} ") == 2
+    assert "Groups:" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_misspelt_override_is_answered_in_one_line(tmp_path):
+    result = run("train", "optimiser.lr=1", folder=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "rae-train: error: there is no key 'optimiser.lr'; did you mean 'optimizer.lr'? "
+        "(+optimiser.lr=… adds a key of that name)"
+    ]
+
+
+def test_missing_data_path_is_answered_in_one_line(tmp_path):
+    result = run("train", "stage=1", "encoder=dinov2", folder=tmp_path)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "data.root=" in result.stderr

@@ -1,0 +1,218 @@
+"""The configurations: every choice composes, every node fits its class, every default is explained, faults are named."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cache
+
+import pytest
+import yaml
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from rae.cli.config import (
+    ConfigError,
+    check_complete,
+    check_same_run,
+    compose,
+    conf_dir,
+    config_groups,
+    normalise,
+    plain,
+    save_config,
+)
+from rae.cli.help import GROUPS, help_groups
+
+CONF = conf_dir()
+FILES = sorted(CONF.rglob("*.yaml"))
+ROOTS = sorted(path.stem for path in CONF.glob("*.yaml"))
+STAGES = [f"stage={stage}" for stage in config_groups()["stage"]]
+HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+GIVEN_LATER = {"training", "optimizer", "scheduler", "callbacks"}
+"""Groups whose classes receive further arguments from the program, or whose files may hold several classes."""
+
+
+def name(path):
+    return path.relative_to(CONF).as_posix()
+
+
+@cache
+def composed(root: str, *overrides: str):
+    return compose(root, overrides)
+
+
+@cache
+def groups_of(root: str, *overrides: str) -> frozenset:
+    """The top-level keys of a composed root: the groups that it makes use of."""
+    return frozenset(composed(root, *overrides))
+
+
+def cases():
+    """Every choice of every group, with every root (and stage) that makes use of the group."""
+    settings = [("train", stage) for stage in STAGES] + [(root,) for root in ROOTS if root != "train"]
+    for group, choices in config_groups().items():
+        if group in ("stage", "hydra", "paths"):
+            continue
+        for setting in settings:
+            anywhere = group in ("experiment", "debug") and setting == ("train", STAGES[0])
+            if anywhere or group in groups_of(*setting):
+                for choice in choices:
+                    yield pytest.param(setting, f"{group}={choice}", id=f"{'-'.join(setting)}-{group}={choice}")
+
+
+@pytest.mark.parametrize(("setting", "choice"), cases())
+def test_every_choice_composes(setting, choice):
+    root, *overrides = setting
+    if choice.startswith("experiment="):
+        overrides = []  # an experiment chooses its stage
+        if root == "train" and choice.endswith("stats"):
+            root = "stats"
+    cfg = compose(root, [*overrides, choice])
+    for key in OmegaConf.missing_keys(cfg):
+        OmegaConf.update(cfg, key, "given")
+    plain(cfg)  # every interpolation leads somewhere
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_hold_what_their_module_asks_for(stage):
+    cfg = composed("train", stage)
+    parameters = inspect.signature(get_object(cfg.training["_target_"])).parameters
+    needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
+    assert needed <= {*cfg.training, *cfg, "autoencoder"}
+    assert f"{cfg.stage}" == stage[-1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_targets_exist_and_take_the_keys(path):
+    group = path.parent.relative_to(CONF).as_posix()
+    for node in nodes(yaml.safe_load(path.read_text())):
+        parameters = inspect.signature(get_object(node["_target_"])).parameters
+        keys = {key for key in node if key not in HYDRA_KEYS}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            assert keys <= parameters.keys(), f"{node['_target_']} does not take {sorted(keys - parameters.keys())}"
+        needed = {
+            key
+            for key, parameter in parameters.items()
+            if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        }
+        inherits = "defaults" in node
+        if group not in GIVEN_LATER and not inherits and not node.get("_partial_", False):
+            assert needed <= keys, f"{node['_target_']} also needs {sorted(needed - keys)}"
+
+
+def nodes(value):
+    """Every mapping with a ``_target_`` inside a parsed file."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield value
+        for inner in value.values():
+            yield from nodes(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from nodes(inner)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_every_default_is_explained(path):
+    lines = path.read_text().splitlines()
+    heading = lines[1] if lines[0].startswith("# @package") else lines[0]
+    assert heading.startswith("# "), "the file begins with a line that says what it is"
+    block = None  # indentation of a defaults list or block of text, whose lines are no defaults
+    for number, line in enumerate(lines, 1):
+        indent = len(line) - len(line.lstrip())
+        if block is not None and (not line.strip() or indent > block):
+            continue
+        block = None
+        if re.match(r"\s*(- )?[\w@/]+:( [|>]-?)?$", line) and (line.startswith("defaults:") or line.rstrip("-")[-1] in "|>"):
+            block = indent
+        elif re.match(r"\s*(- )?[\w@/]+: \S", line) and not re.match(r"\s*(- )?(_\w+_|app_name):", line):
+            assert " # " in line, f"line {number} has no comment: {line.strip()}"
+
+
+def test_every_group_is_explained_in_the_help():
+    groups = {group for group in config_groups() if "/" not in group}
+    assert groups <= GROUPS.keys()
+    text = help_groups({"stage": "1", "encoder": "digits"})
+    assert "[digits]" in text
+    assert "with stage=2" in text
+
+
+# --- overriding --------------------------------------------------------------------------------------------------
+
+
+def test_stage_and_groups_can_be_chosen_together():
+    cfg = compose("train", ["stage=2", "denoiser=dit_dh_s", "guidance=cfg"])
+    assert cfg.stage == 2
+    assert cfg.denoiser.depth == 12
+    assert compose("train", ["stage=1"]).stage == 1
+
+
+def test_numbers_are_quoted_where_they_name_files():
+    assert normalise(["stage=2", "stage=1,2", "seed=3", "optimizer.lr=1e-4"]) == [
+        "stage='2'",
+        "stage='1','2'",
+        "seed=3",
+        "optimizer.lr=1e-4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["encoder=dinov"], r"encoder=dinov: there is no such choice; did you mean 'dinov\w+'\? choose one of .*digits"),
+        (["encodr=dinov2"], "no key 'encodr'; did you mean 'encoder'"),
+        (["stage=2", "optimizer.lrr=1"], "no key 'optimizer.lrr'; did you mean 'optimizer.lr'"),
+        (["lr=1"], "did you mean 'optimizer.lr'"),
+        (["trainer.max_step=1"], "did you mean 'trainer.max_steps'"),
+        (["denoiser.depth=1"], "has no 'denoiser'; it belongs to stage=2"),
+        (["denoiser=dit_dh_s"], "has no 'denoiser'; it belongs to stage=2"),
+        (["stage=7"], "stage=7: there is no such choice; choose one of 0, 1, 2"),
+        (["optimizer.lr=[1"], r"cannot read the override 'optimizer.lr=\[1'"),
+        (["optimizer.lr=1,2"], "several values: add -m"),
+    ],
+)
+def test_faults_in_overrides_are_named(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        compose("train", overrides)
+
+
+def test_unknown_root():
+    with pytest.raises(ConfigError, match="no config 'sampel'; did you mean 'sample'"):
+        compose("sampel")
+
+
+def test_experiment_as_first_argument():
+    assert compose("seed=7").seed == 7
+
+
+def test_missing_values_are_named_with_what_they_are():
+    with pytest.raises(ConfigError, match=r"checkpoint must be given: add checkpoint=… \(folder of a stage-2 run"):
+        check_complete(compose("sample"))
+
+
+def test_division_is_exact():
+    cfg = OmegaConf.create({"a": "${div:224,14}", "b": "${div:224,15}", "c": "${mul:3,4}"})
+    composed("train", STAGES[0])  # registers the resolvers
+    assert (cfg.a, cfg.c) == (16, 12)
+    with pytest.raises(Exception, match="224 is not divisible by 15"):
+        _ = cfg.b
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_config_is_written_resolved(tmp_path):
+    cfg = compose("train", ["stage=2", f"output_dir={tmp_path}"])
+    written = yaml.safe_load(save_config(cfg, tmp_path).read_text())
+    assert "${" not in (tmp_path / "config.yaml").read_text()
+    assert written["callbacks"]["checkpoint"]["folder"] == f"{tmp_path}/checkpoints"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_is_not_continued_with_other_networks():
+    cfg = compose("train", ["stage=2", "denoiser=dit_dh_s"])
+    check_same_run(cfg, plain(cfg), "outputs/x")
+    check_same_run(compose("train", ["stage=2", "denoiser=dit_dh_s", "optimizer.lr=1"]), plain(cfg), "outputs/x")
+    with pytest.raises(ConfigError, match=r"outputs/x .* denoiser.depth was 12 and is now 3"):
+        check_same_run(compose("train", ["stage=2", "denoiser=dit_dh_s", "denoiser.depth=3"]), plain(cfg), "outputs/x")
