@@ -1,4 +1,4 @@
-"""The configurations: every choice composes, every node fits its class, every default is explained, faults are named."""
+"""The configurations: each choice composes, each node fits its class, each default is explained, faults are named."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def test_targets_exist_and_take_the_keys(path):
         needed = {
             key
             for key, parameter in parameters.items()
-            if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         }
         inherits = "defaults" in node
         if group not in GIVEN_LATER and not inherits and not node.get("_partial_", False):
@@ -124,7 +125,9 @@ def test_every_default_is_explained(path):
         if block is not None and (not line.strip() or indent > block):
             continue
         block = None
-        if re.match(r"\s*(- )?[\w@/]+:( [|>]-?)?$", line) and (line.startswith("defaults:") or line.rstrip("-")[-1] in "|>"):
+        if re.match(r"\s*(- )?[\w@/]+:( [|>]-?)?$", line) and (
+            line.startswith("defaults:") or line.rstrip("-")[-1] in "|>"
+        ):
             block = indent
         elif re.match(r"\s*(- )?[\w@/]+: \S", line) and not re.match(r"\s*(- )?(_\w+_|app_name):", line):
             assert " # " in line, f"line {number} has no comment: {line.strip()}"
@@ -160,7 +163,10 @@ def test_numbers_are_quoted_where_they_name_files():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["encoder=dinov"], r"encoder=dinov: there is no such choice; did you mean 'dinov\w+'\? choose one of .*digits"),
+        (
+            ["encoder=dinov"],
+            r"encoder=dinov: there is no such choice; did you mean 'dinov\w+'\? choose one of .*digits",
+        ),
         (["encodr=dinov2"], "no key 'encodr'; did you mean 'encoder'"),
         (["stage=2", "optimizer.lrr=1"], "no key 'optimizer.lrr'; did you mean 'optimizer.lr'"),
         (["lr=1"], "did you mean 'optimizer.lr'"),

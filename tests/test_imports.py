@@ -78,9 +78,7 @@ def test_imports_only_what_stands_below(path):
             assert own in THIRD_PARTY[parts[0]], f"{own} must not import {parts[0]}"
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.rglob("__init__.py")), ids=lambda path: path.relative_to(ROOT).as_posix()
-)
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("__init__.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_init_files_list_public_names_and_nothing_else(path):
     lazily = path == ROOT / "__init__.py"  # may hand out the command line's functions without importing them
     for node in ast.parse(path.read_text()).body:

@@ -28,8 +28,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_dir():
         if (path / LAST).is_file():
             return path / LAST
-        raise FileNotFoundError(f"{str(path)!r} holds no {LAST}: give the folder of a trained run, or a .ckpt file")
-    raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist: give the folder of a trained run, or a .ckpt file")
+        raise FileNotFoundError(f"{str(path)!r} holds no {LAST}: give a trained run's folder or a .ckpt file")
+    raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist: give a trained run's folder or a .ckpt file")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rae.cli.config import check_complete, plain
+from rae.cli.config import ConfigError, check_complete, plain
 
 if TYPE_CHECKING:
     import lightning
+    import torch
     from torch import nn
 
     from rae.autoencoder import RAE
@@ -58,7 +59,7 @@ def seed(cfg: DictConfig) -> None:
 
 
 def build_autoencoder(cfg: DictConfig) -> RAE:
-    """Encoder, decoder and latent statistics; with the decoder's trained weights where ``decoder_checkpoint`` names them."""
+    """Encoder, decoder and latent statistics; ``decoder_checkpoint`` names the decoder's trained weights."""
     from rae.autoencoder import RAE  # noqa: PLC0415
     from rae.checkpoint.run import load_trained  # noqa: PLC0415
 
@@ -118,11 +119,30 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     )
 
 
-def build_generator(cfg: DictConfig, autoencoder: RAE, denoiser: nn.Module, guide: nn.Module | None = None) -> Generator:
+def build_generator(
+    cfg: DictConfig, autoencoder: RAE, denoiser: nn.Module, guide: nn.Module | None = None
+) -> Generator:
     """Generator with the sampler and guidance of the configuration around given networks."""
     from rae.generator import Generator  # noqa: PLC0415
 
     return Generator(autoencoder, denoiser, make(cfg.flow), make(cfg.sampler), make(cfg.guidance), guide)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is the best there is.
+
+    Raises:
+        ValueError: The device is unknown or absent.
+    """
+    import torch  # noqa: PLC0415 (slow to import)
+
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in present.items() if there)
+    if not present.get(name.split(":")[0], False):
+        listed = ", ".join(kind for kind, there in present.items() if there)
+        raise ValueError(f"device={name!r} is not at hand; choose auto or one of {listed}")
+    return torch.device(name)
 
 
 # --- everything at once ------------------------------------------------------------------------------------------
@@ -155,12 +175,12 @@ def build(cfg: DictConfig) -> Parts:
 # --- trained runs ------------------------------------------------------------------------------------------------
 
 
-def load_run(checkpoint: str | Path, cfg: DictConfig | None = None) -> DictConfig:
-    """The configuration of a trained run, with sections of another configuration put over it.
+def load_run(checkpoint: str | Path, cfg: DictConfig) -> DictConfig:
+    """The configuration of a trained run with that of a command over it.
 
     Args:
-        checkpoint: A run's folder or checkpoint file.
-        cfg: Sections that replace the run's, e.g. sampler and guidance of ``rae-sample``.
+        checkpoint: The run's folder or checkpoint file.
+        cfg: The command's configuration; what is null in it stays as the run has it.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -169,8 +189,50 @@ def load_run(checkpoint: str | Path, cfg: DictConfig | None = None) -> DictConfi
     from rae.checkpoint.run import read_config  # noqa: PLC0415
 
     merged = OmegaConf.create(read_config(checkpoint))
-    if cfg is not None:
-        for key in cfg:
+    for key in cfg:
+        if cfg[key] is not None or key not in merged:
             merged[key] = cfg._get_node(key)
     OmegaConf.set_struct(merged, True)
     return merged
+
+
+def load_generator(run: DictConfig, checkpoint: str | Path) -> Generator:
+    """The generator of a stage-2 run with its trained weights, from :func:`load_run`.
+
+    Raises:
+        ConfigError: There is no decoder to draw with, or the guidance wants a guide that is not given.
+        ValueError: The checkpoint is not of stage 2.
+    """
+    from rae.checkpoint.run import load_trained, read_config  # noqa: PLC0415
+
+    if "denoiser" not in run:
+        raise ConfigError(f"checkpoint={checkpoint} is a run of stage {run.stage}; samples are drawn by one of stage 2")
+    if run.get("decoder_checkpoint") is None:
+        raise ConfigError("the run was trained without a decoder: add decoder_checkpoint=… (folder of a stage-1 run)")
+    denoiser = make(run.denoiser)
+    load_trained(denoiser, checkpoint, "denoiser", run.averaged)
+    guide = None
+    if run.get("guide_checkpoint") is not None:
+        guide = make(OmegaConf.create(read_config(run.guide_checkpoint)).denoiser)
+        load_trained(guide, run.guide_checkpoint, "denoiser", run.averaged)
+    return build_generator(run, build_autoencoder(run), denoiser, guide).eval()
+
+
+def load_autoencoder(run: DictConfig, checkpoint: str | Path) -> RAE:
+    """The autoencoder of a stage-1 run with its trained decoder, or of a stage-2 run with the decoder it was given.
+
+    Raises:
+        ConfigError: The run has no decoder.
+    """
+    from rae.autoencoder import RAE  # noqa: PLC0415
+    from rae.checkpoint.run import load_trained  # noqa: PLC0415
+
+    if "decoder" not in run:
+        raise ConfigError(
+            f"checkpoint={checkpoint} is a run of stage {run.stage}, without a decoder; give one of stage 1"
+        )
+    if "denoiser" in run:
+        return build_autoencoder(run).eval()
+    autoencoder = RAE(make(run.encoder), make(run.decoder), make(run.get("latent")))
+    load_trained(autoencoder.decoder, checkpoint, "autoencoder.decoder", run.averaged)
+    return autoencoder.eval()

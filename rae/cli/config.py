@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def register_resolvers() -> None:
     """Makes ``${div:a,b}``, ``${mul:a,b}``, ``${folder_name:…}`` and ``${help_groups:…}`` known to OmegaConf."""
     from rae.cli.help import help_groups  # noqa: PLC0415 (help imports this module)
 
-    resolvers = {
+    resolvers: dict[str, Callable[..., Any]] = {
         "div": _divide,
         "mul": lambda a, b: a * b,
         "folder_name": _folder_name,
@@ -102,8 +102,8 @@ def compose(config: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
     """Composes a configuration as the command line does.
 
     Args:
-        config: Name of a root config (``train``, ``stats``, ``sample``, …), or directly an override of ``train`` such as
-            ``"experiment=digits_stage2"``.
+        config: Name of a root config (``train``, ``stats``, ``sample``, …), or directly an override of ``train`` such
+            as ``"experiment=digits_stage2"``.
         overrides: Overrides as on the command line, e.g. ``["optimizer.lr=1e-4", "guidance=cfg"]``.
 
     Returns:
@@ -192,8 +192,12 @@ def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> N
         for key, old, new in _differences(before.get(section), now.get(section), section)
     ]
     if changes:
-        listed = "; ".join(changes[:_LISTED]) + (f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else "")
-        raise ConfigError(f"{folder} holds a run that cannot be continued: {listed}. Choose another name=… or output_dir=…")
+        listed = "; ".join(changes[:_LISTED]) + (
+            f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
+        )
+        raise ConfigError(
+            f"{folder} holds a run that cannot be continued: {listed}. Choose another name=… or output_dir=…"
+        )
 
 
 def _differences(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:

@@ -26,8 +26,8 @@ class Interrupted(KeyboardInterrupt):
 def entry(config: str, task: Task) -> Callable[[], None]:
     """Makes the ``main`` of a console script.
 
-    The exit code is 0, 1 (the task failed; one line says why), 2 (the command line is wrong; one line names the nearest right
-    one) or 130 (Ctrl-C). ``RAE_TRACEBACK=1`` or ``hydra.verbose=true`` shows full traces.
+    The exit code is 0, 1 (the task failed; one line says why), 2 (the command line is wrong; one line names the nearest
+    right one) or 130 (Ctrl-C). ``RAE_TRACEBACK=1`` or ``hydra.verbose=true`` shows full traces.
 
     Args:
         config: Name of the root config in ``conf/``.

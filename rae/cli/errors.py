@@ -16,7 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from rae.cli.config import compose_plainly, conf_dir, config_groups, normalise
 from rae.cli.help import stages_with
 
-_FOREIGN = ("MisconfigurationException", "OutOfMemoryError")  # of Lightning and torch, known by name to spare the import
+_FOREIGN = (
+    "MisconfigurationException",
+    "OutOfMemoryError",
+)  # of Lightning and torch, known by name to spare the import
 
 
 def is_expected(error: BaseException) -> bool:
@@ -160,7 +163,7 @@ def _exists(cfg: DictConfig, key: str) -> bool:
 def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     """All dotted keys."""
     found = []
-    for name in cfg:
+    for name in map(str, cfg):
         node = cfg._get_node(name)
         found.append(f"{prefix}{name}")
         if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):

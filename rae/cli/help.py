@@ -72,8 +72,9 @@ def stages_with(group: str) -> list[str]:
     """The stages whose defaults list names a group."""
     found = []
     for file in sorted((conf_dir() / "stage").glob("*.yaml")):
-        defaults = OmegaConf.load(file).get("defaults", [])
-        names = {str(name).lstrip("/").split("@")[0] for entry in defaults if hasattr(entry, "keys") for name in entry}
+        stage = OmegaConf.to_container(OmegaConf.load(file))
+        defaults = stage.get("defaults", []) if isinstance(stage, dict) else []
+        names = {str(name).lstrip("/").split("@")[0] for entry in defaults if isinstance(entry, dict) for name in entry}
         if group in names:
             found.append(file.stem)
     return found

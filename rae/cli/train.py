@@ -10,8 +10,9 @@ from rae.cli.config import check_same_run, save_config
 from rae.cli.entry import Interrupted, entry
 
 if TYPE_CHECKING:
-    import lightning
     from omegaconf import DictConfig
+
+    from rae.cli.build import Parts
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +37,11 @@ def resume_from(cfg: DictConfig) -> str | None:
     return str(last)
 
 
-def fit(trainer: lightning.Trainer, module: lightning.LightningModule, data: object, checkpoint: str | None) -> None:
+def fit(parts: Parts, checkpoint: str | None) -> None:
     """Trains; Ctrl-C becomes :class:`~rae.cli.entry.Interrupted` with a word on the last checkpoint."""
+    trainer = parts.trainer
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as stop:  # Lightning's answer to Ctrl-C
         if not trainer.interrupted:
             raise
@@ -58,7 +60,7 @@ def train(cfg: DictConfig) -> None:
         save_config(cfg, cfg.output_dir)
     if checkpoint is not None:
         log.info("continuing from %s", checkpoint)
-    fit(parts.trainer, parts.module, parts.data, checkpoint)
+    fit(parts, checkpoint)
     log.info("finished at step %d; everything is in %s", parts.trainer.global_step, cfg.output_dir)
 
 

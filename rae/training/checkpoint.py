@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 class RunCheckpoint(Checkpoint):
     """Writes ``step_N.ckpt`` files and keeps ``last.ckpt`` pointing at the newest.
 
-    Checkpoints are written when a step is complete, averages included, so that a run continued from one takes the very next
-    step. A file appears under its name when it is whole, and ``last.ckpt`` is moved on afterwards, so a run that is killed at
-    any moment leaves a usable ``last.ckpt``.
+    Checkpoints are written when a step is complete, averages included, so that a run continued from one takes the very
+    next step. A file appears under its name when it is whole, and ``last.ckpt`` is moved on afterwards, so a run that
+    is killed at any moment leaves a usable ``last.ckpt``.
 
     On Ctrl-C the step under way is finished and saved before the run stops; a second Ctrl-C stops at once. (Of several
     processes, each stops at once.)
@@ -53,13 +53,10 @@ class RunCheckpoint(Checkpoint):
 
     # --- saving ------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes where the run begins."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes where the run begins and listens to Ctrl-C, which Lightning gives back when the run is over."""
         self._seen_step = self._saved_step = trainer.global_step
         self._stop_asked = False
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listens to Ctrl-C; Lightning itself gives it back when the run is over."""
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
             signal.signal(signal.SIGINT, self._ask)
@@ -89,7 +86,7 @@ class RunCheckpoint(Checkpoint):
         path = self.folder / f"step_{self._saved_step:08d}.ckpt"
         last = self.folder / "last.ckpt"
         self.last_model_path = str(last)
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         if not trainer.is_global_zero:
             return
         pointer = self.folder / f".last.{os.getpid()}"

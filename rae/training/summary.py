@@ -19,8 +19,8 @@ _RECENT = 2000  # intervals that the time per step is taken from
 class RunSummary(L.Callback):
     """Writes ``summary.json`` when training ends: the last metrics, the number of steps and the time per step.
 
-    The time per step is the median time between the ends of two steps, loading included, which validations and checkpoints
-    in between do not distort.
+    The time per step is the median time between the ends of two steps, loading included, which validations and
+    checkpoints in between do not distort.
 
     Args:
         path: The file.

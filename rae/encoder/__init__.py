@@ -1,0 +1,7 @@
+"""Encoders: images -> latents, frozen."""
+
+from rae.encoder.base import Encoder
+from rae.encoder.clip_vit import ClipEncoder
+from rae.encoder.timm_vit import TimmEncoder, tiny_encoder
+
+__all__ = ["ClipEncoder", "Encoder", "TimmEncoder", "tiny_encoder"]

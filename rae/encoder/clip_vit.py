@@ -1,0 +1,109 @@
+"""CLIP's image tower through open_clip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import open_clip
+from torch import Tensor, nn
+
+from rae.encoder.base import Encoder, check_layers
+from rae.encoder.weights import read_weights, resize_position_table
+from rae.weights import load_strict
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_UNUSED = ("ln_post.", "proj", "attn_pool.")
+
+
+class ClipEncoder(Encoder):
+    """The vision transformer of a CLIP model; pooling and projection are left out.
+
+    Args:
+        model: Name of the open_clip architecture, e.g. ``ViT-L-14``; ``ViT-L-14-quickgelu`` for OpenAI's weights.
+        channels: See :class:`~rae.encoder.base.Encoder`.
+        stride: See :class:`~rae.encoder.base.Encoder`.
+        input_size: See :class:`~rae.encoder.base.Encoder`.
+        mean: See :class:`~rae.encoder.base.Encoder`.
+        std: See :class:`~rae.encoder.base.Encoder`.
+        layers: See :class:`~rae.encoder.base.Encoder`.
+        reduce: See :class:`~rae.encoder.base.Encoder`.
+        dtype: See :class:`~rae.encoder.base.Encoder`.
+        pretrained: Whether weights are loaded; False leaves random ones.
+        checkpoint: Local weight file in open_clip's naming.
+        hub_id: Hub repository in open_clip's naming.
+        revision: Branch, tag or commit of that repository.
+        pos_antialias: Whether the position table is resized with antialiasing.
+
+    Raises:
+        ValueError: Unknown model, facts that differ from the network's, or weights that do not fit.
+        FileNotFoundError: The weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        channels: int,
+        stride: int,
+        input_size: int,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        layers: Sequence[int] | None = None,
+        reduce: str = "sum",
+        dtype: str | None = None,
+        pretrained: bool = True,
+        checkpoint: str | None = None,
+        hub_id: str | None = None,
+        revision: str | None = None,
+        pos_antialias: bool = True,
+    ) -> None:
+        super().__init__(channels, stride, input_size, mean, std, layers, reduce, dtype)
+        if model not in open_clip.list_models():
+            raise ValueError(f"encoder.model={model!r} is unknown to open_clip; see open_clip.list_models()")
+        self.model_name = model
+        self.hub_id = hub_id
+        self.revision = revision
+        network = open_clip.create_model(model, pretrained=None, force_image_size=input_size).visual
+        if not hasattr(network, "transformer"):
+            raise ValueError(f"encoder.model={model!r} is no vision transformer of open_clip's own")
+        facts = {"channels": network.conv1.out_channels, "stride": network.patch_size[0]}
+        for name, value in facts.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"encoder.{name}={getattr(self, name)} differs from {model}'s {value}; set it to {value}")
+        network.ln_post = nn.LayerNorm(channels, eps=network.ln_post.eps, elementwise_affine=False)
+        network.proj = None
+        self.network = network
+        check_layers(self.layers, len(network.transformer.resblocks))
+        if pretrained:
+            self.load_published(read_weights(checkpoint, hub_id, revision), str(checkpoint or hub_id), pos_antialias)
+        self.freeze()
+
+    def load_published(self, state: Mapping[str, Tensor], source: str, pos_antialias: bool = True) -> None:
+        """Loads the image tower of a CLIP state dict, strictly.
+
+        Raises:
+            ValueError: Keys or shapes that do not fit, all listed.
+        """
+        if any(key.startswith("visual.") for key in state):
+            state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+        kept = {key: value for key, value in state.items() if not key.startswith(_UNUSED)}
+        own = self.network.state_dict()
+        if "positional_embedding" in kept and kept["positional_embedding"].shape != own["positional_embedding"].shape:
+            table = resize_position_table(kept["positional_embedding"][None], self.grid, 1, pos_antialias)
+            kept["positional_embedding"] = table[0]
+        load_strict(self.network, kept, source)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See :attr:`Encoder.identity`."""
+        return super().identity | {"model": self.model_name, "hub_id": self.hub_id, "revision": self.revision}
+
+    def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
+        """See :meth:`Encoder.layer_tokens`."""
+        chosen = check_layers(layers, len(self.network.transformer.resblocks))
+        output = self.network.forward_intermediates(
+            pixels, indices=chosen, stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+        tokens: list[Tensor] = [self.network.ln_post(x) for x in output["image_intermediates"]]
+        return tokens

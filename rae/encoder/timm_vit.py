@@ -1,0 +1,152 @@
+"""Vision transformers of timm: DINOv2, DINOv3, SigLIP2, MAE and any other by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import GELUTanh
+from torch import Tensor, nn
+
+from rae.encoder.base import Encoder, check_layers
+from rae.encoder.convert import to_timm
+from rae.encoder.weights import read_weights, resize_position_table
+from rae.weights import load_strict
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
+_UNUSED = ("norm.", "fc_norm.", "head.", "head_drop.", "attn_pool.", "mask_token")
+"""Keys of published checkpoints that an encoder has no use for: final affine, pooling, classifier, mask token."""
+
+
+class TimmEncoder(Encoder):
+    """A timm vision transformer as encoder.
+
+    Args:
+        model: Name of the timm architecture.
+        channels: See :class:`~rae.encoder.base.Encoder`.
+        stride: See :class:`~rae.encoder.base.Encoder`.
+        input_size: See :class:`~rae.encoder.base.Encoder`.
+        mean: See :class:`~rae.encoder.base.Encoder`.
+        std: See :class:`~rae.encoder.base.Encoder`.
+        layers: See :class:`~rae.encoder.base.Encoder`.
+        reduce: See :class:`~rae.encoder.base.Encoder`.
+        dtype: See :class:`~rae.encoder.base.Encoder`.
+        pretrained: Whether weights are loaded; False leaves random ones.
+        checkpoint: Local weight file, in timm's or transformers' naming.
+        hub_id: Hub repository to take the weights from where there is no file; None for timm's own.
+        revision: Branch, tag or commit of that repository.
+        act: ``gelu`` (exact) or ``gelu_tanh``; None for timm's.
+        norm_eps: Epsilon of all LayerNorms; None for timm's.
+        pos_antialias: Whether the position table is resized with antialiasing (DINOv2) or without (SigLIP2, MAE).
+        model_args: Further arguments of the timm model.
+
+    Raises:
+        ValueError: Unknown model or option, facts that differ from the network's, or weights that do not fit.
+        FileNotFoundError: The weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        channels: int,
+        stride: int,
+        input_size: int,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        layers: Sequence[int] | None = None,
+        reduce: str = "sum",
+        dtype: str | None = None,
+        pretrained: bool = True,
+        checkpoint: str | None = None,
+        hub_id: str | None = None,
+        revision: str | None = None,
+        act: str | None = None,
+        norm_eps: float | None = None,
+        pos_antialias: bool = True,
+        model_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(channels, stride, input_size, mean, std, layers, reduce, dtype)
+        self.model_name = model
+        self.hub_id = hub_id
+        self.revision = revision
+        self.pos_antialias = pos_antialias
+        self.network = self._build(model, act, norm_eps, dict(model_args or {}))
+        check_layers(self.layers, len(self.network.blocks))
+        if pretrained:
+            own_hub = self.network.pretrained_cfg.get("hf_hub_id")
+            state = read_weights(checkpoint, hub_id or own_hub, revision)
+            self.load_published(state, source=str(checkpoint or hub_id or own_hub))
+        self.freeze()
+
+    def _build(self, model: str, act: str | None, norm_eps: float | None, arguments: dict[str, Any]) -> nn.Module:
+        if not timm.is_model(model):
+            near = timm.list_models(f"*{model.split('.')[0].split('_')[-1]}*")[:8]
+            raise ValueError(f"encoder.model={model!r} is unknown to timm; near: {', '.join(near) or 'see timm.list_models()'}")
+        if act is not None:
+            if act not in ACTIVATIONS:
+                raise ValueError(f"encoder.act={act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+            arguments["act_layer"] = ACTIVATIONS[act]
+        if norm_eps is not None:
+            arguments["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
+        # Whatever pooling the classifier had: an encoder keeps the tokens.
+        arguments |= {"num_classes": 0, "global_pool": "", "img_size": self.input_size}
+        network = timm.create_model(model, pretrained=False, **arguments)
+        for name in ("blocks", "norm", "patch_embed", "embed_dim"):
+            if not hasattr(network, name):
+                raise ValueError(f"encoder.model={model!r} is no vision transformer: it has no {name}")
+        facts = {"channels": network.embed_dim, "stride": network.patch_embed.patch_size[0]}
+        for name, value in facts.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"encoder.{name}={getattr(self, name)} differs from {model}'s {value}; set it to {value}")
+        norm = network.norm
+        eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm_eps or 1e-6
+        network.norm = nn.LayerNorm(network.embed_dim, eps=eps, elementwise_affine=False)
+        for unused in ("fc_norm", "head", "head_drop"):
+            if hasattr(network, unused):
+                setattr(network, unused, nn.Identity())
+        return network
+
+    def load_published(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Loads weights in timm's or transformers' naming, strictly; a position table of another size is resized.
+
+        Raises:
+            ValueError: Keys or shapes that do not fit, all listed.
+        """
+        renamed = to_timm(state)
+        own = self.network.state_dict()
+        kept = {key: value for key, value in renamed.items() if key in own or not key.startswith(_UNUSED)}
+        if "pos_embed" in kept and "pos_embed" in own and kept["pos_embed"].shape != own["pos_embed"].shape:
+            prefix = 0 if getattr(self.network, "no_embed_class", False) else self.network.num_prefix_tokens
+            kept["pos_embed"] = resize_position_table(kept["pos_embed"], self.grid, prefix, self.pos_antialias)
+        load_strict(self.network, kept, source)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See :attr:`Encoder.identity`."""
+        hub_id = self.hub_id or self.network.pretrained_cfg.get("hf_hub_id")
+        return super().identity | {"model": self.model_name, "hub_id": hub_id, "revision": self.revision}
+
+    def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
+        """See :meth:`Encoder.layer_tokens`."""
+        chosen = check_layers(layers, len(self.network.blocks))
+        outputs: list[Tensor] = self.network.forward_intermediates(
+            pixels, indices=chosen, norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+        return outputs
+
+
+def tiny_encoder(input_size: int = 32, channels: int = 32, stride: int = 8, depth: int = 2, seed: int = 0) -> TimmEncoder:
+    """A small encoder with random weights, for tests and first steps without downloads."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return TimmEncoder(
+            "vit_tiny_patch16_224",
+            channels=channels,
+            stride=stride,
+            input_size=input_size,
+            pretrained=False,
+            model_args={"patch_size": stride, "embed_dim": channels, "depth": depth, "num_heads": 2},
+        )

@@ -1,0 +1,81 @@
+"""Where an encoder's weights come from: a local file or the Hugging Face hub; and position tables of another size."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from torch import Tensor
+
+from rae.weights import read_file
+
+HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+
+
+def read_weights(
+    checkpoint: str | None, hub_id: str | None, revision: str | None, option: str = "encoder.checkpoint"
+) -> dict[str, Tensor]:
+    """Reads a state dict from the local file, or else from the hub (its cache first).
+
+    Args:
+        checkpoint: Local file.
+        hub_id: Repository on the Hugging Face hub.
+        revision: Branch, tag or commit of the repository.
+        option: Name of the option that gives the local file, for messages.
+
+    Raises:
+        FileNotFoundError: No file and no connection; names the repository, the cache and the option.
+        ValueError: The file is no state dict.
+    """
+    if checkpoint is not None:
+        state = read_file(checkpoint)
+    elif hub_id is None:
+        raise FileNotFoundError(f"no weights are named: give {option}=/path/to/file (.safetensors, .bin, .pt or .pth)")
+    else:
+        state = read_file(_download(hub_id, revision, option))
+    for wrapper in ("state_dict", "model", "teacher"):
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{checkpoint or hub_id} holds no state dict: {option} needs a file of named tensors")
+    return state
+
+
+def _download(hub_id: str, revision: str | None, option: str) -> Path:
+    problem: Exception | None = None
+    for name in HUB_FILES:
+        try:
+            return Path(hf_hub_download(hub_id, name, revision=revision))
+        except (RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+            problem = error
+            if not isinstance(error, EntryNotFoundError):
+                break
+    reason = str(problem).strip().splitlines()[0] if problem is not None else ""
+    raise FileNotFoundError(
+        f"weights of {hub_id!r} (revision {revision or 'main'}) are neither in the cache {constants.HF_HUB_CACHE} nor can they "
+        f"be downloaded ({type(problem).__name__}: {reason[:160]}); connect once, or give a local file with {option}=/path/to/file"
+    ) from None
+
+
+def resize_position_table(table: Tensor, grid: int, prefix: int, antialias: bool) -> Tensor:
+    """Resizes a position table 1×(prefix + n²)×C to prefix + grid² rows: bicubic, align_corners=False.
+
+    Antialiasing also changes the cubic's coefficient, so it matters for enlarging too.
+
+    Raises:
+        ValueError: The table is not that of a square grid.
+    """
+    count = table.shape[1] - prefix
+    side = math.isqrt(max(count, 0))
+    if side * side != count:
+        raise ValueError(f"a position table of {table.shape[1]} rows, {prefix} of them prefix, is not that of a square grid")
+    if side == grid:
+        return table
+    head, body = table[:, :prefix], table[:, prefix:]
+    image = body.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, (grid, grid), mode="bicubic", align_corners=False, antialias=antialias)
+    return torch.cat([head, image.permute(0, 2, 3, 1).reshape(1, grid * grid, -1).to(table.dtype)], dim=1)

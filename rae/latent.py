@@ -1,0 +1,162 @@
+"""Latents: normalisation by stored statistics, training noise, exact statistics of a data set (paper §3, appendix)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rae.weights import read_file
+
+
+class LatentNormalizer(nn.Module):
+    """z ← (z − mean) / √(var + eps) with mean and variance of every position; the identity without statistics.
+
+    Args:
+        shape: Channels, height and width of a latent.
+        mean: Mean C×H×W; None for 0.
+        var: Population variance C×H×W; None for no scaling.
+        eps: Added to the variance.
+        stats: File with ``mean`` and ``var`` instead of the tensors; the mean may be missing or None, as in released files.
+
+    Raises:
+        ValueError: Statistics given twice, of another shape, not finite, or with a negative variance.
+        FileNotFoundError: The file does not exist.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        mean: Tensor | None = None,
+        var: Tensor | None = None,
+        eps: float = 1e-5,
+        stats: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(int(size) for size in shape)
+        self.eps = eps
+        source = "latent statistics"
+        if stats is not None:
+            if mean is not None or var is not None:
+                raise ValueError("latent statistics are given twice: as a file and as tensors; give one of them")
+            mean, var = read_statistics(stats)
+            source = str(stats)
+        # Without a variance the scale is to be exactly 1, so the epsilon is taken off it.
+        self.register_buffer("mean", self._fit(mean, 0.0, "mean", source))
+        self.register_buffer("var", self._fit(var, 1.0 - eps, "var", source))
+        if (self.var < 0).any():
+            raise ValueError(f"{source}: the variance is negative in places; it must be a population variance")
+
+    def _fit(self, value: Tensor | None, default: float, name: str, source: str) -> Tensor:
+        if value is None:
+            return torch.full(self.shape, default)
+        value = value.detach().float()
+        if value.ndim == 1 and value.shape[0] == self.shape[0]:
+            value = value[:, None, None].expand(self.shape)  # one value a channel
+        if tuple(value.shape) != self.shape:
+            raise ValueError(
+                f"{source}: {name} has shape {tuple(value.shape)}, the encoder's latents have {self.shape}; "
+                "compute the statistics for this encoder and image size with rae-stats"
+            )
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{source}: {name} holds NaN or infinite values")
+        return value.clone()
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """B×C×H×W as the encoder makes them => normalised."""
+        return (latents - self.mean) / (self.var + self.eps).sqrt()
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Normalised B×C×H×W => as the decoder wants them."""
+        return latents * (self.var + self.eps).sqrt() + self.mean
+
+
+def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
+    """Reads a statistics file, the original project's or ours.
+
+    Returns:
+        Mean and variance, either of which may be None.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds neither.
+    """
+    content = read_file(path)
+    if not isinstance(content, dict) or not {"mean", "var"} & content.keys():
+        raise ValueError(f"{str(path)!r} is no statistics file: it must hold 'mean' and 'var' of the latents")
+    return content.get("mean"), content.get("var")
+
+
+def add_noise(latents: Tensor, tau: float, uniform: Tensor, noise: Tensor) -> Tensor:
+    """Training noise of the decoder, before normalisation: z + σ·ε with one σ = τ·u a sample (paper §3, eq. of τ).
+
+    Args:
+        latents: B×C×H×W.
+        tau: Largest standard deviation, τ.
+        uniform: Draws in [0, 1), B.
+        noise: Standard normal draws of the latents' shape.
+    """
+    return latents + tau * uniform.reshape(-1, 1, 1, 1).to(latents.dtype) * noise
+
+
+class RunningMoments:
+    """Exact mean and population variance of every position, in float64, independent of order and batch size up to rounding.
+
+    Two sets of moments merge by the parallel formula, so processes and interrupted runs can be joined.
+
+    Args:
+        shape: Shape of one sample.
+        device: Where the moments live; None for the CPU.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device | str | None = None) -> None:
+        self.count = 0
+        self.mean = torch.zeros(tuple(shape), dtype=torch.float64, device=device)
+        self.m2 = torch.zeros(tuple(shape), dtype=torch.float64, device=device)
+
+    @property
+    def var(self) -> Tensor:
+        """Population variance.
+
+        Raises:
+            ValueError: Nothing was added.
+        """
+        if self.count == 0:
+            raise ValueError("no sample was added to the statistics")
+        return self.m2 / self.count
+
+    def update(self, batch: Tensor) -> None:
+        """Adds samples B×…."""
+        if len(batch) == 0:
+            return
+        batch = batch.detach().to(self.mean.device, torch.float64)
+        mean = batch.mean(0)
+        self._join(len(batch), mean, (batch - mean).square().sum(0))
+
+    def merge(self, other: RunningMoments) -> None:
+        """Adds the samples that other moments have seen."""
+        if other.count:
+            self._join(other.count, other.mean.to(self.mean.device), other.m2.to(self.mean.device))
+
+    def _join(self, count: int, mean: Tensor, m2: Tensor) -> None:
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean += delta * (count / total)
+        self.m2 += m2 + delta.square() * (self.count * count / total)
+        self.count = total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Count and tensors, for a file."""
+        return {"count": self.count, "mean": self.mean.clone(), "m2": self.m2.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+        self.count = int(state["count"])
+        self.mean.copy_(state["mean"])
+        self.m2.copy_(state["m2"])
