@@ -56,12 +56,16 @@ def train(cfg: DictConfig) -> None:
 
     checkpoint = resume_from(cfg)
     parts = build(cfg)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what it has to say is said below
     if parts.trainer.is_global_zero:
         save_config(cfg, cfg.output_dir)
+    trainer = parts.trainer
+    device, precision = trainer.strategy.root_device.type, trainer.precision
+    log.info("stage %s on %s, %d process(es), %s", cfg.stage, device, trainer.world_size, precision)
     if checkpoint is not None:
         log.info("continuing from %s", checkpoint)
     fit(parts, checkpoint)
-    log.info("finished at step %d; everything is in %s", parts.trainer.global_step, cfg.output_dir)
+    log.info("finished at step %d; everything is in %s", trainer.global_step, cfg.output_dir)
 
 
 main = entry("train", train)

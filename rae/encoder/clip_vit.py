@@ -9,7 +9,8 @@ import open_clip
 from torch import Tensor, nn
 
 from rae.encoder.base import Encoder, check_layers
-from rae.encoder.weights import read_weights, resize_position_table
+from rae.hub import read_weights
+from rae.layers import resize_position_table
 from rae.weights import load_strict
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from rae.encoder.base import Encoder, check_layers
 from rae.encoder.convert import to_timm
-from rae.encoder.weights import read_weights, resize_position_table
+from rae.hub import read_weights
+from rae.layers import resize_position_table
 from rae.weights import load_strict
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}

@@ -6,7 +6,7 @@ from rae.layers.embedding import LabelEmbedding, TimeEmbedding, drop_labels
 from rae.layers.mlp import GELUMlp, SwiGLU
 from rae.layers.norm import RMSNorm, modulate
 from rae.layers.patch import grid_to_tokens, patchify, tokens_to_grid, unpatchify
-from rae.layers.position import RotaryEmbedding2D, sincos_table
+from rae.layers.position import RotaryEmbedding2D, resize_position_table, sincos_table
 
 __all__ = [
     "AdaptiveBlock",
@@ -23,6 +23,7 @@ __all__ = [
     "grid_to_tokens",
     "modulate",
     "patchify",
+    "resize_position_table",
     "sincos_table",
     "tokens_to_grid",
     "unpatchify",

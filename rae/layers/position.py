@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -61,3 +64,23 @@ class RotaryEmbedding2D(nn.Module):
         """Turns queries or keys B×heads×N×head_dim; N must be the grid's."""
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
         return (x * self.cos + turned * self.sin).to(x.dtype)
+
+
+def resize_position_table(table: Tensor, grid: int, prefix: int, antialias: bool) -> Tensor:
+    """Resizes a position table 1×(prefix + n²)×C to prefix + grid² rows: bicubic, align_corners=False.
+
+    Antialiasing also changes the cubic's coefficient, so it matters for enlarging too.
+
+    Raises:
+        ValueError: The table is not that of a square grid.
+    """
+    count = table.shape[1] - prefix
+    side = math.isqrt(max(count, 0))
+    if side * side != count:
+        raise ValueError(f"a position table of {table.shape[1]} rows, {prefix} of them prefix, is not that of a square grid")
+    if side == grid:
+        return table
+    head, body = table[:, :prefix], table[:, prefix:]
+    image = body.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, (grid, grid), mode="bicubic", align_corners=False, antialias=antialias)
+    return torch.cat([head, image.permute(0, 2, 3, 1).reshape(1, grid * grid, -1).to(table.dtype)], dim=1)

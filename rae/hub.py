@@ -1,12 +1,9 @@
-"""Where an encoder's weights come from: a local file or the Hugging Face hub; and position tables of another size."""
+"""Where the weights of frozen networks come from: a local file, or the Hugging Face hub and its cache."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from torch import Tensor
@@ -59,23 +56,3 @@ def _download(hub_id: str, revision: str | None, option: str) -> Path:
         f"weights of {hub_id!r} (revision {revision or 'main'}) are neither in the cache {constants.HF_HUB_CACHE} nor can they "
         f"be downloaded ({type(problem).__name__}: {reason[:160]}); connect once, or give a local file with {option}=/path/to/file"
     ) from None
-
-
-def resize_position_table(table: Tensor, grid: int, prefix: int, antialias: bool) -> Tensor:
-    """Resizes a position table 1×(prefix + n²)×C to prefix + grid² rows: bicubic, align_corners=False.
-
-    Antialiasing also changes the cubic's coefficient, so it matters for enlarging too.
-
-    Raises:
-        ValueError: The table is not that of a square grid.
-    """
-    count = table.shape[1] - prefix
-    side = math.isqrt(max(count, 0))
-    if side * side != count:
-        raise ValueError(f"a position table of {table.shape[1]} rows, {prefix} of them prefix, is not that of a square grid")
-    if side == grid:
-        return table
-    head, body = table[:, :prefix], table[:, prefix:]
-    image = body.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, (grid, grid), mode="bicubic", align_corners=False, antialias=antialias)
-    return torch.cat([head, image.permute(0, 2, 3, 1).reshape(1, grid * grid, -1).to(table.dtype)], dim=1)

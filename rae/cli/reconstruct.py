@@ -1,0 +1,67 @@
+"""rae-reconstruct: images through encoder and decoder, beside the originals, with scores."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rae.cli.config import save_config
+from rae.cli.entry import entry
+from rae.cli.sample import grid_scale
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def reconstruct(cfg: DictConfig) -> None:
+    """Rebuilds the run's autoencoder, reconstructs the images and writes grid, scores and, if asked to, every image."""
+    import torch  # noqa: PLC0415 (slow to import)
+    from tqdm import tqdm  # noqa: PLC0415
+
+    from rae.cli.build import load_autoencoder, load_run, make, pick_device, seed  # noqa: PLC0415
+    from rae.cli.results import table, write_scores  # noqa: PLC0415
+    from rae.data.transforms import to_float  # noqa: PLC0415
+    from rae.image import make_grid, save_png, to_uint8  # noqa: PLC0415
+
+    folder = Path(cfg.output_dir)
+    run = load_run(cfg.checkpoint, cfg)
+    seed(run)
+    device = pick_device(cfg.device)
+    autoencoder = load_autoencoder(run, cfg.checkpoint).to(device)
+    metric = make(run.metric).to(device)
+    data = make(run.data)
+    data.setup("validate")
+    save_config(run, folder)
+
+    pairs: list[Tensor] = []
+    done = 0
+    with torch.no_grad(), tqdm(total=cfg.count, desc="reconstructing", unit="image") as bar:
+        for batch in data.val_dataloader():
+            images = to_float(batch["image"].to(device))[: None if cfg.count is None else cfg.count - done]
+            drawn = autoencoder(images).clamp(0, 1)
+            metric.update(drawn, images)
+            for original, copy in zip(to_uint8(images), to_uint8(drawn), strict=True):
+                if len(pairs) < cfg.grid_pairs:
+                    pairs.append(torch.stack([original, copy]).cpu())
+                if cfg.png:
+                    save_png(copy, folder / "images" / f"{done:06d}.png")
+                done += 1
+            bar.update(len(images))
+            if done == cfg.count:
+                break
+    scores = {"images": done, **metric.compute()}
+    picture = make_grid(torch.cat(pairs), 8, scale=grid_scale(pairs[0].shape[-1]))
+    save_png(picture, folder / "grid.png")
+    write_scores(folder / "scores.json", scores)
+    print(table(scores))
+    log.info("grid.png (originals left, reconstructions right) and scores.json are in %s", folder)
+
+
+main = entry("reconstruct", reconstruct)
+
+if __name__ == "__main__":
+    main()

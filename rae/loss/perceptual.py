@@ -1,0 +1,90 @@
+"""LPIPS on images in [0, 1], always frozen, through the lpips package (paper §3)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from rae.weights import load_strict, read_file
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS with VGG-16: images B×3×H×W in [0, 1] => distance of every sample, B.
+
+    The linear weights ship inside the lpips package; those of VGG are looked up in the file given, then in torch's hub cache,
+    then downloaded.
+
+    Args:
+        vgg_checkpoint: Local file of torchvision's VGG-16 weights.
+        pretrained: Whether VGG weights are loaded; False leaves random ones, for tests.
+
+    Raises:
+        FileNotFoundError: The weights cannot be had.
+        ValueError: The file does not hold VGG-16.
+    """
+
+    def __init__(self, vgg_checkpoint: str | None = None, pretrained: bool = True) -> None:
+        super().__init__()
+        import lpips  # noqa: PLC0415 (slow to import)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips calls torchvision by an old signature
+            self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        if pretrained:
+            self._load_vgg(_read_vgg(vgg_checkpoint), str(vgg_checkpoint or VGG_URL))
+        self.requires_grad_(False)
+        self.train(False)
+
+    def _load_vgg(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Puts ``features.N`` where the package keeps layer N, in one of five slices."""
+        places = {key.split(".", 1)[1]: key for key in self.network.net.state_dict()}
+        features = {
+            key.removeprefix("features."): value for key, value in state.items() if not key.startswith("classifier.")
+        }
+        load_strict(self.network.net, {places.get(key, key): value for key, value in features.items()}, source)
+
+    def train(self, mode: bool = True) -> PerceptualLoss:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Channel-normalised features of five depths, each B×C×h×w, of images in [0, 1]."""
+        outputs = self.network.net(self.network.scaling_layer(images * 2 - 1))
+        return [x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in outputs]
+
+    def distance(self, features: list[Tensor], target: list[Tensor]) -> Tensor:
+        """Distance of every sample, B, from features of :meth:`features`."""
+        layers = zip(features, target, self.network.lins, strict=True)
+        return torch.stack([lin((x - y).square()).mean((1, 2, 3)) for x, y, lin in layers]).sum(0)
+
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        """Distance of every sample, B; no graph is built for the target."""
+        with torch.no_grad():
+            wanted = self.features(target)
+        return self.distance(self.features(images), wanted)
+
+
+def _read_vgg(path: str | None) -> Mapping[str, Tensor]:
+    if path is not None:
+        content: Mapping[str, Tensor] = read_file(path)
+        return content
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name
+    if not cached.is_file():
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(VGG_URL, str(cached), hash_prefix="397923af", progress=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"LPIPS needs VGG-16 weights, which are neither in {cached} nor can they be downloaded from {VGG_URL} "
+                f"({error}); give a local file with loss.perceptual.vgg_checkpoint=/path/to/vgg16.pth, or train without "
+                "LPIPS with loss=l1_gan"
+            ) from None
+    cached_content: Mapping[str, Tensor] = read_file(cached)
+    return cached_content

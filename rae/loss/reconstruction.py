@@ -1,0 +1,117 @@
+"""The decoder's loss: what is summed, when each part starts, and its gradients in one backward pass (paper appendix)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rae.loss.adversarial import LOSSES, discriminator_loss
+from rae.loss.perceptual import PerceptualLoss
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Which parts of the training are on."""
+
+    perceptual: bool
+    discriminator: bool
+    gan: bool
+
+
+class Stage1Loss(nn.Module):
+    """L1 + LPIPS + weighted GAN loss, with the start of each.
+
+    Args:
+        perceptual: LPIPS; None for none.
+        perceptual_weight: Weight of LPIPS.
+        gan_weight: Weight of the generator's GAN loss, beside the adaptive weight.
+        adaptive_maximum: Largest adaptive weight.
+        adversarial: ``hinge`` or ``vanilla`` loss of the discriminator.
+        perceptual_start: When LPIPS starts.
+        discriminator_start: When the discriminator is first updated.
+        gan_start: When the generator's GAN loss starts.
+        unit: ``epochs`` or ``steps`` of the three starts.
+
+    Raises:
+        ValueError: Unknown loss or unit, a negative weight, or a GAN loss that starts before the discriminator.
+    """
+
+    def __init__(
+        self,
+        perceptual: PerceptualLoss | None = None,
+        perceptual_weight: float = 1.0,
+        gan_weight: float = 0.75,
+        adaptive_maximum: float = 1e4,
+        adversarial: str = "hinge",
+        perceptual_start: float = 0,
+        discriminator_start: float = 6,
+        gan_start: float = 8,
+        unit: Literal["epochs", "steps"] = "epochs",
+    ) -> None:
+        super().__init__()
+        if adversarial not in LOSSES:
+            raise ValueError(f"loss.adversarial={adversarial!r} is unknown; choose one of {', '.join(LOSSES)}")
+        if unit not in ("epochs", "steps"):
+            raise ValueError(f"loss.unit={unit!r} is unknown; choose epochs or steps")
+        if min(perceptual_weight, gan_weight, adaptive_maximum) < 0:
+            raise ValueError(
+                f"loss weights must not be negative: perceptual_weight={perceptual_weight}, gan_weight={gan_weight}, "
+                f"adaptive_maximum={adaptive_maximum}"
+            )
+        if gan_weight > 0 and gan_start < discriminator_start:
+            raise ValueError(
+                f"loss.gan_start={gan_start} lies before loss.discriminator_start={discriminator_start}: the decoder would "
+                "follow an untrained discriminator"
+            )
+        self.perceptual = perceptual
+        self.perceptual_weight = perceptual_weight
+        self.gan_weight = gan_weight
+        self.adaptive_maximum = adaptive_maximum
+        self.adversarial = adversarial
+        self.starts = (perceptual_start, discriminator_start, gan_start)
+        self.unit = unit
+
+    def phases(self, step: int, steps_per_epoch: int) -> Phases:
+        """Which parts are on in optimiser step ``step``, counted from 0."""
+        factor = steps_per_epoch if self.unit == "epochs" else 1
+        perceptual, discriminator, gan = (step >= int(start * factor) for start in self.starts)
+        return Phases(
+            perceptual=perceptual and self.perceptual is not None and self.perceptual_weight > 0,
+            discriminator=discriminator,
+            gan=gan and self.gan_weight > 0,
+        )
+
+    def reconstruction(self, images: Tensor, target: Tensor, phases: Phases) -> dict[str, Tensor]:
+        """``l1``, ``lpips`` (where on) and their weighted sum ``total`` of images B×3×H×W in [0, 1]."""
+        losses = {"l1": (images - target).abs().mean()}
+        losses["total"] = losses["l1"]
+        if phases.perceptual:
+            assert self.perceptual is not None
+            losses["lpips"] = self.perceptual(images, target).mean()
+            losses["total"] = losses["l1"] + self.perceptual_weight * losses["lpips"]
+        return losses
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Loss of the discriminator from its logits."""
+        return discriminator_loss(real, fake, self.adversarial)
+
+
+def gradient_at(image: Tensor, loss: Tensor) -> Tensor:
+    """Gradient of a loss at an image that was cut off the decoder's graph (``detach().requires_grad_()``)."""
+    return torch.autograd.grad(loss, image)[0]
+
+
+def last_layer_gradient(image: Tensor, weight: Tensor, at_image: Tensor) -> Tensor:
+    """Gradient with respect to the last layer's weight of the loss whose gradient at the image is given.
+
+    Only the last layer is differentiated: one matrix product, instead of a second pass through loss and discriminator.
+
+    Args:
+        image: Image as a function of the last layer, with its graph.
+        weight: The last layer's weight.
+        at_image: Gradient of the loss at the image.
+    """
+    return torch.autograd.grad(image, weight, at_image, retain_graph=True)[0]
