@@ -45,4 +45,4 @@ def test_missing_data_path_is_answered_in_one_line(tmp_path):
     result = run("train", "stage=1", "encoder=dinov2", folder=tmp_path)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
-    assert "data.root=" in result.stderr
+    assert "data.train_path=" in result.stderr

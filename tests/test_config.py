@@ -18,6 +18,7 @@ from rae.cli.config import (
     compose,
     conf_dir,
     config_groups,
+    missing_keys,
     normalise,
     plain,
     save_config,
@@ -48,29 +49,39 @@ def groups_of(root: str, *overrides: str) -> frozenset:
     return frozenset(composed(root, *overrides))
 
 
+def applies(setting: tuple[str, ...], group: str, choice: str) -> bool:
+    """Whether a choice is meant for a root (and stage)."""
+    if group in ("stage", "hydra", "paths"):
+        return False
+    if group == "experiment":  # it chooses its stage itself
+        return setting == (("stats",) if choice.endswith("stats") else ("train", "stage=0"))
+    if group == "debug":
+        return setting[0] == "train"
+    if choice.startswith("stage"):
+        return setting[-1] == f"stage={choice[-1]}"
+    if (setting[-1], group) == ("stage=0", "encoder"):
+        return choice == "digits"
+    return group in groups_of(*setting)
+
+
 def cases():
-    """Every choice of every group, with every root (and stage) that makes use of the group."""
-    settings = [("train", stage) for stage in STAGES] + [(root,) for root in ROOTS if root != "train"]
+    """Every choice of every group, with the roots (and stages) that it is meant for; all but one are slow."""
+    settings = [*(("train", stage) for stage in reversed(STAGES)), *((root,) for root in ROOTS if root != "train")]
     for group, choices in config_groups().items():
-        if group in ("stage", "hydra", "paths"):
-            continue
-        for setting in settings:
-            anywhere = group in ("experiment", "debug") and setting == ("train", STAGES[0])
-            if anywhere or group in groups_of(*setting):
-                for choice in choices:
-                    yield pytest.param(setting, f"{group}={choice}", id=f"{'-'.join(setting)}-{group}={choice}")
+        for choice in choices:
+            for number, setting in enumerate(one for one in settings if applies(one, group, choice)):
+                name = f"{'-'.join(setting)}-{group}={choice}"
+                yield pytest.param(setting, f"{group}={choice}", id=name, marks=[pytest.mark.slow] * bool(number))
 
 
 @pytest.mark.parametrize(("setting", "choice"), cases())
 def test_every_choice_composes(setting, choice):
     root, *overrides = setting
-    if choice.startswith("experiment="):
-        overrides = []  # an experiment chooses its stage
-        if root == "train" and choice.endswith("stats"):
-            root = "stats"
-    cfg = compose(root, [*overrides, choice])
-    for key in OmegaConf.missing_keys(cfg):
-        OmegaConf.update(cfg, key, "given")
+    cfg = compose(root, [*([] if choice.startswith("experiment=") else overrides), choice])
+    for key in missing_keys(cfg):
+        OmegaConf.update(cfg, key, 16)
+    if root not in ("train", "stats"):  # the commands put their configuration over that of a trained run
+        cfg = OmegaConf.merge(plain(composed("train", "stage=2", "image_size=256")), cfg)
     plain(cfg)  # every interpolation leads somewhere
 
 
@@ -194,7 +205,7 @@ def test_experiment_as_first_argument():
 
 def test_missing_values_are_named_with_what_they_are():
     with pytest.raises(ConfigError, match=r"checkpoint must be given: add checkpoint=… \(folder of a stage-2 run"):
-        check_complete(compose("sample"))
+        check_complete(compose("sample"), "sample")
 
 
 def test_division_is_exact():

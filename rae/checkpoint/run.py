@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rae.weights import load_strict, read_file
@@ -32,6 +33,35 @@ def find_checkpoint(path: str | Path) -> Path:
     raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist: give a trained run's folder or a .ckpt file")
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """Opens a checkpoint without reading its tensors, which are mapped from the file.
+
+    Raises:
+        ValueError: The file is truncated, holds objects other than tensors and containers, or is no checkpoint.
+    """
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        checkpoint = read_file(file)  # says what is wrong, or can do without mapping
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{str(file)!r} is no checkpoint of a training run: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def read_step(path: str | Path) -> int:
+    """Number of optimiser steps taken before the checkpoint was written.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The file is no checkpoint of a training run.
+    """
+    file = find_checkpoint(path)
+    step = _read(file).get("global_step")
+    if step is None:
+        raise ValueError(f"{str(file)!r} is no checkpoint of a training run: it does not hold the run's step")
+    return int(step)
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The resolved configuration that a run was trained with, which every one of its checkpoints holds.
 
@@ -40,10 +70,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ValueError: The file holds no configuration.
     """
     file = find_checkpoint(path)
-    checkpoint = read_file(file)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), dict):
+    config = _read(file).get("config")
+    if not isinstance(config, dict):
         raise ValueError(f"{str(file)!r} is no checkpoint of a training run: it does not hold the run's configuration")
-    return checkpoint["config"]
+    return config
 
 
 def trained_weights(path: str | Path, network: str, averaged: bool = True) -> dict[str, Tensor]:
@@ -59,8 +89,8 @@ def trained_weights(path: str | Path, network: str, averaged: bool = True) -> di
         ValueError: The run did not train this part.
     """
     file = find_checkpoint(path)
-    checkpoint = read_file(file)
-    state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+    checkpoint = _read(file)
+    state = checkpoint.get("state_dict", {})
     prefix = f"{network}."
     weights = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     if not weights:

@@ -104,12 +104,12 @@ def build_module(cfg: DictConfig) -> lightning.LightningModule:
 
 def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     """The Lightning Trainer with its callbacks, loggers and strategy."""
-    from lightning.pytorch.callbacks import LearningRateMonitor  # noqa: PLC0415 (slow to import)
+    from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar  # noqa: PLC0415 (slow to import)
 
     loggers = make_all(cfg.get("logger"))
-    callbacks = make_all(cfg.get("callbacks"))
-    if not loggers:
-        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    # Lightning refuses a monitor that has no logger to write to, and a bar where none is wanted.
+    useless = (() if loggers else (LearningRateMonitor,)) + (() if cfg.trainer.enable_progress_bar else (ProgressBar,))
+    callbacks = [callback for callback in make_all(cfg.get("callbacks")) if not isinstance(callback, useless)]
     return make(
         cfg.trainer,
         callbacks=callbacks,
@@ -212,6 +212,8 @@ def load_generator(run: DictConfig, checkpoint: str | Path) -> Generator:
     denoiser = make(run.denoiser)
     load_trained(denoiser, checkpoint, "denoiser", run.averaged)
     guide = None
+    if str(run.guidance.get("_target_")).endswith("AutoGuidance") and run.get("guide_checkpoint") is None:
+        raise ConfigError("autoguidance needs guide_checkpoint=… (folder of a run of a smaller, less trained denoiser)")
     if run.get("guide_checkpoint") is not None:
         guide = make(OmegaConf.create(read_config(run.guide_checkpoint)).denoiser)
         load_trained(guide, run.guide_checkpoint, "denoiser", run.averaged)

@@ -18,8 +18,8 @@ _PATHS = (
     "decoder_checkpoint",
     "encoder.checkpoint",
     "latent.stats",
-    "data.root",
-    "data.val_root",
+    "data.train_path",
+    "data.val_path",
     "samples",
     "reference",
 )
@@ -63,8 +63,8 @@ def _divide(numerator: int, denominator: int) -> int:
 
 
 def _folder_name(overrides: str) -> str:
-    """Turns ``a.b=1,c=/x/y`` into the name of one folder."""
-    name = re.sub(r"[^\w.,=+-]+", "-", re.sub("[\"']", "", overrides)).strip("-")
+    """Turns the swept keys and values into the name of one folder, with signs that need no quotes."""
+    name = re.sub(r"[^\w.+-]+", "-", re.sub("[\"']", "", overrides)).strip("-")
     return name[:_LONGEST_NAME]
 
 
@@ -143,22 +143,34 @@ def compose_plainly(config: str, overrides: Iterable[str], folders: Sequence[Pat
 # --- completing and writing --------------------------------------------------------------------------------------
 
 
-def check_complete(cfg: DictConfig) -> None:
+def check_complete(cfg: DictConfig, config: str = "train") -> None:
     """Refuses a configuration with values still to be given.
+
+    Args:
+        cfg: The configuration.
+        config: Name of the root config that it was composed from.
 
     Raises:
         ConfigError: Names every missing value and what it is, as its comment in the YAML file says.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    missing = missing_keys(cfg)
     if missing:
-        wanted = [f"{key}=… ({note})" if (note := comment_of(key)) else f"{key}=…" for key in missing]
+        wanted = [f"{key}=… ({note})" if (note := comment_of(key, config)) else f"{key}=…" for key in missing]
         raise ConfigError(f"{', '.join(missing)} must be given: add {'; '.join(wanted)}")
 
 
-def comment_of(key: str) -> str:
-    """The comment beside a key's mandatory default (``root: ???  # folder …``) in the group that defines it."""
+def missing_keys(node: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of all values still to be given (``???``); interpolations that lead to them are not listed again."""
+    if node._is_none() or node._is_missing() or node._is_interpolation():
+        return [prefix] if node._is_missing() else []
+    names = range(len(node)) if OmegaConf.is_list(node) else list(node) if OmegaConf.is_dict(node) else []
+    return [key for name in names for key in missing_keys(node._get_node(name), f"{prefix}.{name}".lstrip("."))]
+
+
+def comment_of(key: str, config: str) -> str:
+    """The comment beside a key's mandatory default (``root: ???  # folder …``), in its group or in the root config."""
     group, _, name = key.rpartition(".")
-    files = sorted((conf_dir() / group).glob("*.yaml")) if group else sorted(conf_dir().glob("*.yaml"))
+    files = sorted((conf_dir() / group).glob("*.yaml")) if group else [conf_dir() / f"{config}.yaml"]
     for file in files:
         found = re.search(rf"^\s*{re.escape(name)}:\s*\?\?\?\s*#\s*(.+)$", file.read_text(), re.MULTILINE)
         if found:

@@ -17,6 +17,10 @@ from rae.cli.config import VERSION_BASE, absolute_paths, check_complete, conf_di
 Task = Callable[[DictConfig], None]
 
 USER_ERROR, TASK_ERROR, INTERRUPTED = 2, 1, 130
+_FLAGS_WITH_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"),
+    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,12 +45,12 @@ def _main(config: str, task: Task, program: str) -> None:
 
     register_resolvers()
     given = sys.argv[1:]
-    sys.argv[1:] = _without_fixed_keys(normalise(given))
+    sys.argv[1:] = _without_fixed_keys(normalise(_flags_first(given)))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, which are put in words below
     failed: list[BaseException] = []
 
     def guarded(cfg: DictConfig) -> None:
-        error = _run(cfg, task, program)
+        error = _run(cfg, config, task, program)
         if error is not None:
             failed.append(error)
 
@@ -63,7 +67,7 @@ def _main(config: str, task: Task, program: str) -> None:
 
         from rae.cli.errors import explain  # noqa: PLC0415 (only where it is needed)
 
-        arguments = get_args_parser().parse_known_args(given)[0]
+        arguments = get_args_parser().parse_known_args(_flags_first(given))[0]
         folders = [Path(arguments.config_dir).resolve()] if arguments.config_dir else []
         text = explain(error, arguments.config_name or config, arguments.overrides, folders)
         print(f"{program}: error: {text}", file=sys.stderr)
@@ -72,7 +76,7 @@ def _main(config: str, task: Task, program: str) -> None:
         raise SystemExit(TASK_ERROR)
 
 
-def _run(cfg: DictConfig, task: Task, program: str) -> BaseException | None:
+def _run(cfg: DictConfig, config: str, task: Task, program: str) -> BaseException | None:
     """Runs one job; returns its error, already reported, so that the other jobs of a sweep still run."""
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
     from hydra.types import RunMode  # noqa: PLC0415
@@ -82,13 +86,13 @@ def _run(cfg: DictConfig, task: Task, program: str) -> BaseException | None:
     job = HydraConfig.get()
     sweeping = job.mode == RunMode.MULTIRUN
     cfg.output_dir = job.runtime.output_dir if sweeping else str(Path(cfg.output_dir).expanduser().resolve())
-    arguments = sys.argv
+    arguments, environment = sys.argv, dict(os.environ)
     if sweeping:
         # Processes that a strategy starts repeat the command line: for them it is this one job's.
-        sys.argv = [arguments[0], *job.overrides.hydra, *job.overrides.task, f"output_dir={cfg.output_dir}"]
+        sys.argv = [arguments[0], *job.overrides.hydra, *job.overrides.task, f"output_dir='{cfg.output_dir}'"]
         sys.argv = [argument for argument in sys.argv if argument != "hydra.mode=MULTIRUN"]
     try:
-        check_complete(cfg)
+        check_complete(cfg, config)
         absolute_paths(cfg)
         task(cfg)
     except KeyboardInterrupt as stop:
@@ -103,11 +107,35 @@ def _run(cfg: DictConfig, task: Task, program: str) -> BaseException | None:
         return error
     finally:
         sys.argv = arguments
+        if sweeping:
+            _leave_process_group(environment)
     return None
+
+
+def _leave_process_group(environment: dict[str, str]) -> None:
+    """Lets the next job of a sweep start its processes anew."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _wants_trace() -> bool:
     return os.environ.get("RAE_TRACEBACK") == "1" or "hydra.verbose=true" in sys.argv[1:]
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Flags may stand anywhere among the overrides, which argparse by itself does not allow."""
+    flags, overrides, takes_value = [], [], False
+    for argument in arguments:
+        is_flag = argument.startswith("-")
+        if is_flag or (takes_value and "=" not in argument):
+            flags.append(argument)
+        else:
+            overrides.append(argument)
+        takes_value = is_flag and argument in _FLAGS_WITH_VALUE
+    return flags + overrides
 
 
 def _without_fixed_keys(arguments: list[str]) -> list[str]:

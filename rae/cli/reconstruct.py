@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rae.cli.config import save_config
+from rae.cli.config import ConfigError, save_config
 from rae.cli.entry import entry
 from rae.cli.sample import grid_scale
 
@@ -15,6 +15,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+
+def open_images(run: DictConfig) -> Any:
+    """Batches of the folder that ``images`` names, or of the held-out images of the run's data.
+
+    Raises:
+        ConfigError: The run has no held-out images.
+    """
+    from rae.cli.build import make  # noqa: PLC0415 (imports Hydra's instantiation)
+    from rae.data import ImageFolderDataModule  # noqa: PLC0415
+
+    if run.images is not None:
+        data = ImageFolderDataModule(
+            val_path=run.images, batch_size=run.batch_size, num_workers=0, image_size=run.image_size, unlabelled=True
+        )
+    else:
+        run.data.batch_size = run.batch_size
+        data = make(run.data)
+    data.setup("validate")
+    try:
+        return data.val_dataloader()
+    except ValueError as error:
+        raise ConfigError("the run has no held-out images: add images=… (a folder)") from error
 
 
 def reconstruct(cfg: DictConfig) -> None:
@@ -33,14 +56,13 @@ def reconstruct(cfg: DictConfig) -> None:
     device = pick_device(cfg.device)
     autoencoder = load_autoencoder(run, cfg.checkpoint).to(device)
     metric = make(run.metric).to(device)
-    data = make(run.data)
-    data.setup("validate")
+    batches = open_images(run)
     save_config(run, folder)
 
     pairs: list[Tensor] = []
     done = 0
     with torch.no_grad(), tqdm(total=cfg.count, desc="reconstructing", unit="image") as bar:
-        for batch in data.val_dataloader():
+        for batch in batches:
             images = to_float(batch["image"].to(device))[: None if cfg.count is None else cfg.count - done]
             drawn = autoencoder(images).clamp(0, 1)
             metric.update(drawn, images)

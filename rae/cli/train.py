@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     from rae.cli.build import Parts
 
 log = logging.getLogger(__name__)
+
+_KNOWN_WARNINGS = (
+    ".*LeafSpec.* is deprecated",  # Lightning's own business
+    ".*module\\(s\\) in eval mode",  # the frozen networks
+    ".*smaller than the logging interval",  # steps are counted over epochs
+    ".*overridden `on_before_batch_transfer`",  # it only looks at the labels
+)
 
 
 def resume_from(cfg: DictConfig) -> str | None:
@@ -50,22 +58,41 @@ def fit(parts: Parts, checkpoint: str | None) -> None:
         raise Interrupted(f"interrupted at step {trainer.global_step}; {where}") from stop
 
 
+def quieten_lightning() -> None:
+    """Leaves Lightning's warnings on the screen; what else it has to say is said below, or is advertising."""
+    import lightning.pytorch  # noqa: F401, PLC0415 (it sets its own level when it is imported)
+
+    logging.getLogger("lightning").handlers.clear()  # else every line comes twice
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for known in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=known)
+
+
 def train(cfg: DictConfig) -> None:
     """Builds data, module and trainer from the configuration, and trains."""
-    from rae.cli.build import build  # noqa: PLC0415 (imports Lightning)
+    from lightning.pytorch.utilities import rank_zero_only  # noqa: PLC0415 (slow to import)
+
+    from rae.checkpoint.run import read_step  # noqa: PLC0415
+    from rae.cli.build import build  # noqa: PLC0415
 
     checkpoint = resume_from(cfg)
+    quieten_lightning()
     parts = build(cfg)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what it has to say is said below
-    if parts.trainer.is_global_zero:
-        save_config(cfg, cfg.output_dir)
     trainer = parts.trainer
+    say = rank_zero_only(log.info)
+    rank_zero_only(save_config)(cfg, cfg.output_dir)
     device, precision = trainer.strategy.root_device.type, trainer.precision
-    log.info("stage %s on %s, %d process(es), %s", cfg.stage, device, trainer.world_size, precision)
+    say("stage %s on %s, %d process(es), %s", cfg.stage, device, trainer.world_size, precision)
+    begin = -1
     if checkpoint is not None:
-        log.info("continuing from %s", checkpoint)
+        begin = read_step(checkpoint)
+        say("continuing from step %d, %s", begin, checkpoint)
     fit(parts, checkpoint)
-    log.info("finished at step %d; everything is in %s", trainer.global_step, cfg.output_dir)
+    if trainer.global_step == begin:
+        say("the run was finished already; to go on, raise trainer.max_steps or trainer.max_epochs")
+    else:
+        say("finished at step %d; everything is in %s", trainer.global_step, cfg.output_dir)
 
 
 main = entry("train", train)

@@ -90,6 +90,7 @@ class RunCheckpoint(Checkpoint):
         if not trainer.is_global_zero:
             return
         pointer = self.folder / f".last.{os.getpid()}"
+        pointer.unlink(missing_ok=True)
         pointer.symlink_to(path.name)
         pointer.replace(last)
         for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.keep]:

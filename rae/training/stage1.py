@@ -15,8 +15,7 @@ from rae.autoencoder import RAE
 from rae.data.transforms import to_float
 from rae.discriminator import DiffAugment, DinoDiscriminator, quantize
 from rae.latent import add_noise
-from rae.loss import Stage1Loss, adaptive_weight
-from rae.metric.functional import psnr
+from rae.loss import Phases, Stage1Loss, adaptive_weight, generator_loss, gradient_at, last_layer_gradient
 from rae.rng import normal, sample_seeds, uniform
 from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, TrainingModule
 
@@ -117,13 +116,178 @@ class Stage1Module(TrainingModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Gradients of one micro-batch; after ``accumulate`` of them, the decoder's and the discriminator's update."""
         self.remember(batch)
-        phases = self.loss.phases(self.trainer.global_step, self._steps_per_epoch)
+        phases = self.loss.phases(self.trainer.global_step, self._steps_per_epoch())
         with self._no_sync():
             self._decoder_gradients(batch, phases)
             if (batch_idx + 1) % self.accumulate and batch_idx + 1 < self.trainer.num_training_batches:
                 return
             self._update_decoder(phases)
-            if phases.discriminator:
-                self._update_discriminator()
+            if phases.discriminator and self.discriminator is not None:
+                self._update_discriminator(self.discriminator)
         self.log_throughput(sum(len(micro.indices) for micro in self._pending))
         self._pending = []
+
+    def _decoder_gradients(self, batch: Batch, phases: Phases) -> None:
+        """Adds one micro-batch's gradients to the decoder."""
+        images = to_float(batch["image"])
+        latents = self.autoencoder.encoder(images)
+        micro = MicroBatch(images, latents, batch["epoch"].tolist(), batch["index"].tolist())
+        self._pending.append(micro)
+        noise = normal(self._seeds("latent noise", micro), latents.shape[1:], device=latents.device)
+        level = uniform(self._seeds("latent noise level", micro)).to(latents.device)
+        features = self.decoder.forward_features(add_noise(latents, self.noise_tau, level, noise))
+        cut = features.detach().requires_grad_()
+        image = self.decoder.to_image(cut)
+        leaf = image.detach().requires_grad_()
+        losses = self.loss.reconstruction(leaf, images, phases)
+        at_image = gradient_at(leaf, losses["total"]) / self.accumulate
+        for name, value in losses.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "l1")
+        if not (phases.gan and self.discriminator is not None):
+            self._backward(features, cut, image, at_image)
+            return
+        gan_loss = generator_loss(self._judge(self.discriminator, leaf, micro, "augment generator", training=False))
+        gan_at_image = gradient_at(leaf, gan_loss) / self.accumulate
+        self.log("train/gan", gan_loss.detach())
+        if self.accumulate == 1:
+            weight = self.decoder.last_layer.weight
+            pair = torch.stack([last_layer_gradient(image, weight, at) for at in (at_image, gan_at_image)])
+            scale = self._gan_scale(*average_over_processes(pair))
+            self._backward(features, cut, image, at_image + scale * gan_at_image)
+            return
+        # The adaptive weight is a function of the whole batch's gradients: the two kinds are summed apart until it is known.
+        parameters = self._decoder_parameters()
+        (at_cut,) = torch.autograd.grad(image, cut, gan_at_image, retain_graph=True)
+        last = list(self.decoder.last_layer.parameters())
+        gradients = dict(zip(last, torch.autograd.grad(image, last, gan_at_image, retain_graph=True), strict=True))
+        rest = [p for p in parameters if p not in gradients]
+        gradients |= dict(zip(rest, torch.autograd.grad(features, rest, at_cut, retain_graph=True), strict=True))
+        gan = [gradients[p] for p in parameters]
+        if self._gan_gradients is None:
+            self._gan_gradients = gan
+        else:
+            torch._foreach_add_(self._gan_gradients, gan)
+        self._backward(features, cut, image, at_image)
+
+    def _backward(self, features: Tensor, cut: Tensor, image: Tensor, at_image: Tensor) -> None:
+        """One backward pass through the decoder, from the gradient at the image."""
+        image.backward(at_image)
+        features.backward(cut.grad)
+
+    def _gan_scale(self, reconstruction: Tensor, gan: Tensor) -> Tensor:
+        """Weight of the GAN gradient from the two averaged gradients of the last layer's weight."""
+        adaptive = adaptive_weight(reconstruction, gan, self.loss.adaptive_maximum)
+        self.log("train/adaptive_weight", adaptive)
+        return self.loss.gan_weight * adaptive
+
+    def _update_decoder(self, phases: Phases) -> None:
+        """Averages the gradients over processes and takes the decoder's step."""
+        parameters = self._decoder_parameters()
+        gradients = [p.grad for p in parameters]
+        average_gradients(gradients)
+        if self._gan_gradients is not None:
+            average_gradients(self._gan_gradients)
+            last = next(i for i, p in enumerate(parameters) if p is self.decoder.last_layer.weight)
+            scale = self._gan_scale(gradients[last], self._gan_gradients[last])
+            torch._foreach_add_(gradients, torch._foreach_mul(self._gan_gradients, scale))
+            self._gan_gradients = None
+        norm = nn.utils.get_total_norm(gradients)
+        optimizers = self.optimizers()
+        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
+        if self.check_finite(norm, parameters):
+            self.log("train/grad_norm", norm)
+        optimizer.step()  # with all gradients removed (a skipped step) it counts and changes nothing
+        optimizer.zero_grad(set_to_none=True)
+        self._advance(0)
+
+    def _update_discriminator(self, discriminator: DinoDiscriminator) -> None:
+        """Takes the discriminator's step on fresh reconstructions by the updated decoder."""
+        for number, micro in enumerate(self._pending):
+            with torch.no_grad():
+                fake = quantize(self.decoder(micro.latents))
+            # One power iteration a call in training; only the first micro-batch makes them, as one large batch would.
+            training = number == 0
+            fake_logits = self._judge(discriminator, fake, micro, "augment fake", training)
+            real_logits = self._judge(discriminator, micro.images, micro, "augment real", training)
+            loss = self.loss.discriminator(real_logits, fake_logits)
+            (loss / len(self._pending)).backward()
+            self.log("train/discriminator", loss.detach())
+            self.log("train/logits_real", real_logits.detach().mean())
+            self.log("train/logits_fake", fake_logits.detach().mean())
+        parameters = [p for p in discriminator.parameters() if p.requires_grad]
+        gradients = [p.grad for p in parameters]
+        average_gradients(gradients)
+        norm = nn.utils.get_total_norm(gradients)
+        if self.check_finite(norm, parameters):
+            self.log("train/discriminator_grad_norm", norm)
+            # The bare optimiser: only the decoder's steps are to be counted.
+            optimizer = self.optimizers(use_pl_optimizer=False)[1]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._advance(1)
+
+    # --- helpers -----------------------------------------------------------------------------------------------
+
+    def _judge(
+        self, discriminator: DinoDiscriminator, images: Tensor, micro: MicroBatch, purpose: str, training: bool
+    ) -> Tensor:
+        """Logits of augmented images."""
+        if self.augment is not None:
+            images = self.augment(images, self._seeds(purpose, micro))
+        discriminator.train(training)
+        return discriminator(images)
+
+    def _seeds(self, purpose: str, micro: MicroBatch) -> list[int]:
+        return sample_seeds(self.seed, purpose, micro.epochs, micro.indices)
+
+    def _advance(self, number: int) -> None:
+        schedulers = self.lr_schedulers()
+        if schedulers is not None:
+            (schedulers if isinstance(schedulers, list) else [schedulers])[number].step()
+
+    def _decoder_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.decoder.parameters() if p.requires_grad]
+
+    def _steps_per_epoch(self) -> int:
+        return max(1, -(-int(self.trainer.num_training_batches) // self.accumulate))
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        """Keeps DistributedDataParallel from averaging: it is done here, when a step's gradients are complete."""
+        model = self.trainer.model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    # --- validation --------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """L1 and PSNR of held-out images reconstructed without noise."""
+        images = to_float(batch["image"])
+        reconstructions = self.autoencoder(images)
+        if reconstructions.shape != images.shape:
+            raise ValueError(
+                f"reconstructions have shape {tuple(reconstructions.shape)}, the images {tuple(images.shape)}: "
+                "image_size must be decoder.grid · decoder.patch"
+            )
+        count = len(images)
+        error = (reconstructions.clamp(0, 1) - images).square().flatten(1).mean(1)
+        self.log("val/l1", (reconstructions - images).abs().mean(), batch_size=count, sync_dist=True)
+        self.log("val/psnr", (-10 * error.log10()).mean(), batch_size=count, sync_dist=True, prog_bar=True)
+
+
+def average_over_processes(values: Tensor) -> Tensor:
+    """Mean over all processes; the tensor itself where there is one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def average_gradients(gradients: list[Tensor]) -> None:
+    """Averages gradients over all processes in place, in one message a data type."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for dtype in {gradient.dtype for gradient in gradients}:
+        same = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = average_over_processes(torch.cat([gradient.flatten() for gradient in same]))
+        pieces = flat.split([gradient.numel() for gradient in same])
+        torch._foreach_copy_(same, [piece.view_as(g) for piece, g in zip(pieces, same, strict=True)])

@@ -49,8 +49,8 @@ class RunSummary(L.Callback):
             self._clock = (now, step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the file on the first process."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Writes the file on the first process, unless no step was taken."""
+        if trainer.is_global_zero and self._clock is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             text = json.dumps(self.summary(trainer), indent=2)
             write_atomically(self.path, lambda file: file.write(text.encode()))
 

@@ -1,0 +1,23 @@
+"""Data modules and image transforms."""
+
+from rae.data.digits import DigitsDataModule, DigitsDataset
+from rae.data.folder import ImageFolder, ImageFolderDataModule
+from rae.data.loader import SeededDataset
+from rae.data.module import ImageDataModule
+from rae.data.sampler import ShardedBatchSampler
+from rae.data.synthetic import SyntheticDataModule, SyntheticDataset
+from rae.data.transforms import ImageTransform, to_float
+
+__all__ = [
+    "DigitsDataModule",
+    "DigitsDataset",
+    "ImageDataModule",
+    "ImageFolder",
+    "ImageFolderDataModule",
+    "ImageTransform",
+    "SeededDataset",
+    "ShardedBatchSampler",
+    "SyntheticDataModule",
+    "SyntheticDataset",
+    "to_float",
+]

@@ -1,0 +1,159 @@
+"""Folders of image files, e.g. ImageNet: one subfolder a class, or all images in one folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rae.data.loader import Sample, SeededDataset, too_many_broken
+from rae.data.module import ImageDataModule
+from rae.data.transforms import ImageTransform, open_rgb
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+
+
+class ImageFolder(SeededDataset):
+    """Images below a folder; the subfolders, sorted by name, are the classes 0, 1, ….
+
+    A file that cannot be read is replaced by the next one that can, the same one in every run.
+
+    Args:
+        root: The folder: of class subfolders, or, with ``unlabelled``, of images at any depth.
+        transform: Makes an opened image a square of bytes.
+        unlabelled: True gives all images label 0. A folder without subfolders is always unlabelled.
+        max_bad_share: Largest share of unreadable files.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: There are no images in it.
+    """
+
+    def __init__(
+        self, root: str | Path, transform: ImageTransform, unlabelled: bool = False, max_bad_share: float = 0.01
+    ) -> None:
+        self.root = Path(root).expanduser()
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"image folder {str(self.root)!r} does not exist; give the path of a folder")
+        self.transform = transform
+        self.max_bad_share = max_bad_share
+        folders = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        self.unlabelled = unlabelled or not folders
+        self.classes = ["all"] if self.unlabelled else folders
+        # Paths relative to the folder, so that order and labels do not depend on where it is.
+        found: list[tuple[str, int]] = []
+        for label, name in enumerate([""] if self.unlabelled else folders):
+            files = _image_files(self.root, name)
+            if not files and not self.unlabelled:
+                raise ValueError(
+                    f"class folder {str(self.root / name)!r} holds no image; remove it or fill it, since "
+                    "the labels of the folders after it depend on it"
+                )
+            found += [(file, label) for file in files]
+        if not found:
+            raise ValueError(f"{str(self.root)!r} holds no image; known endings are {', '.join(sorted(SUFFIXES))}")
+        self.files = [file for file, _ in found]
+        self.labels = [label for _, label in found]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, index: int, seed: int) -> Sample:
+        """The image at a position, or the next one that can be read.
+
+        Raises:
+            RuntimeError: More files in a row are unreadable than may be in the whole folder.
+        """
+        broken: list[tuple[str, str]] = []
+        while len(broken) <= self.max_bad_share * len(self):
+            position = (index + len(broken)) % len(self)
+            path = self.root / self.files[position]
+            try:
+                image = self.transform(open_rgb(path), seed)
+            except Exception as error:  # decoders raise whatever they like on spoiled bytes
+                broken.append((str(path), f"{type(error).__name__}: {error}".splitlines()[0]))
+            else:
+                return {"image": image, "label": self.labels[position], "index": index, "broken": broken}
+        names = [name for name, _ in broken]
+        raise RuntimeError(too_many_broken(len(broken), len(self), self.max_bad_share, names))
+
+
+def _image_files(root: Path, below: str) -> list[str]:
+    """Image files at any depth below a subfolder, as sorted paths relative to the root."""
+    files = []
+    for folder, _, names in os.walk(root / below, followlinks=True):
+        relative = os.path.relpath(folder, root)
+        files += [os.path.join(relative, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+    return sorted(files)
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Images in folders, for training and validation.
+
+    Args:
+        train_path: Folder of the training images, one subfolder a class.
+        val_path: The same for validation; None for none. Validation images are cropped from the centre, unflipped.
+        batch_size: Samples per process and step.
+        num_workers: Processes that load ahead.
+        seed: The run's seed: order and augmentation.
+        image_size: Side of the squares, in pixels.
+        num_classes: Number of classes.
+        mode: ``random_crop`` or ``center_crop``, see :class:`~rae.data.transforms.ImageTransform`.
+        resize: Shorter side before a random crop; None for 1.5 times ``image_size``.
+        flip: Whether to mirror every other training image.
+        unlabelled: True gives all images label 0, whatever the subfolders.
+        max_bad_share: Largest share of unreadable files.
+        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
+
+    Raises:
+        ValueError: Neither path is given, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        train_path: str | None = None,
+        val_path: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 8,
+        seed: int = 42,
+        image_size: int = 256,
+        num_classes: int = 1000,
+        mode: str = "center_crop",
+        resize: int | None = None,
+        flip: bool = True,
+        unlabelled: bool = False,
+        max_bad_share: float = 0.01,
+        pin_memory: bool = True,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, image_size, num_classes, pin_memory, max_bad_share)
+        self.train_path = train_path
+        self.val_path = val_path
+        self.unlabelled = unlabelled
+        self.train_transform = ImageTransform(image_size, mode, resize, flip)
+        self.val_transform = ImageTransform(image_size, "center_crop")
+        if val_path is None:
+            self._given_train_path()
+
+    def train_dataset(self) -> ImageFolder:
+        """The images below ``train_path``."""
+        return self._folder(self._given_train_path(), self.train_transform)
+
+    def val_dataset(self) -> ImageFolder | None:
+        """The images below ``val_path``, if given."""
+        return None if self.val_path is None else self._folder(self.val_path, self.val_transform)
+
+    def _given_train_path(self) -> str:
+        if self.train_path is None:
+            raise ValueError(
+                "data.train_path is not given; add data.train_path=/path/to/imagenet/train "
+                "(a folder with one subfolder a class)"
+            )
+        return self.train_path
+
+    def _folder(self, path: str, transform: ImageTransform) -> ImageFolder:
+        folder = ImageFolder(path, transform, self.unlabelled, self.max_bad_share)
+        if len(folder.classes) > self.num_classes:
+            raise ValueError(
+                f"{path!r} holds {len(folder.classes)} class folders, but data.num_classes is {self.num_classes}; "
+                f"set data.num_classes={len(folder.classes)}, or data.unlabelled=true to take all images as one class"
+            )
+        return folder

@@ -1,0 +1,175 @@
+"""From keys to batches: seeded data sets, collation, a loader that Lightning leaves as it is, broken files."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rae.data.sampler import Key, ShardedBatchSampler
+from rae.rng import sample_seed
+
+log = logging.getLogger(__name__)
+
+Sample = dict[str, Any]
+"""``image`` (uint8 3×H×W), ``label`` (int), ``index`` (int); optionally ``broken``, (name, reason) of bad files."""
+
+_LISTED = 100  # broken files that are named at the end
+
+
+class SeededDataset(Dataset[Sample], Sized, ABC):
+    """A map-style data set of images whose augmentation depends on a given seed alone."""
+
+    @abstractmethod
+    def load(self, index: int, seed: int) -> Sample:
+        """The sample at a position, augmented with the draws of a seed."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at a position with one fixed augmentation."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is outside of the data set's {len(self)} samples")
+        index %= len(self)
+        return self.load(index, sample_seed(0, "augment", 0, index))
+
+
+class KeyedDataset(Dataset[Sample]):
+    """Looks samples up by (epoch, index) and derives the seed of their augmentation from both.
+
+    Args:
+        dataset: The samples.
+        seed: The run's seed.
+    """
+
+    def __init__(self, dataset: SeededDataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, index = key
+        sample = self.dataset.load(index, sample_seed(self.seed, "augment", epoch, index))
+        return {**sample, "epoch": epoch}
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """Samples to a batch: ``image`` uint8 B×3×H×W; ``label``, ``index``, ``epoch`` int64 B; ``broken`` a list."""
+    batch: dict[str, Any] = {"image": torch.stack([sample["image"] for sample in samples])}
+    for name in ("label", "index", "epoch"):
+        batch[name] = torch.tensor([int(sample[name]) for sample in samples], dtype=torch.int64)
+    batch["broken"] = [entry for sample in samples for entry in sample.get("broken", ())]
+    return batch
+
+
+class BrokenFiles:
+    """Counts the files that could not be read, warns once for each and gives up when they are too many.
+
+    Args:
+        length: Files of the data set.
+        max_share: Largest share of them that may be broken.
+    """
+
+    def __init__(self, length: int, max_share: float) -> None:
+        self.length = length
+        self.max_share = max_share
+        self.reasons: dict[str, str] = {}
+
+    def add(self, entries: list[tuple[str, str]]) -> None:
+        """Takes note of (name, reason) pairs.
+
+        Raises:
+            RuntimeError: More than the allowed share is broken.
+        """
+        for name, reason in entries:
+            if name not in self.reasons:
+                self.reasons[name] = reason
+                log.warning("%s cannot be read (%s); the next readable file takes its place", name, reason)
+        if len(self.reasons) > self.max_share * self.length:
+            raise RuntimeError(too_many_broken(len(self.reasons), self.length, self.max_share, list(self.reasons)))
+
+    def summarise(self) -> None:
+        """Lists all that were found, if any."""
+        if self.reasons:
+            names = "".join(f"\n  {name}" for name in list(self.reasons)[:_LISTED])
+            more = f"\n  and {len(self.reasons) - _LISTED} more" if len(self.reasons) > _LISTED else ""
+            log.warning("%d of %d files could not be read:%s%s", len(self.reasons), self.length, names, more)
+
+
+def too_many_broken(count: int, length: int, max_share: float, names: list[str]) -> str:
+    """The message of the error that ends a run on a spoiled data set."""
+    return (
+        f"at least {count} of {length} files cannot be read, more than data.max_bad_share={max_share:g} allows, "
+        f"e.g. {', '.join(names[:3])}; repair or remove them, or raise data.max_bad_share"
+    )
+
+
+class BatchLoader:
+    """A torch DataLoader that hands out batches of keyed samples.
+
+    It is deliberately no subclass of DataLoader: Lightning would exchange the sampler of one for its own distributed
+    sampler, and here every process takes its exact share already. Its (empty) state tells Lightning that training can
+    be continued in the middle of an epoch; the position is part of the data module's state.
+
+    Args:
+        dataset: The samples.
+        batches: Says which keys make up each batch.
+        seed: The run's seed, for the augmentation.
+        num_workers: Processes that load ahead; 0 loads in this one.
+        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
+        broken: Where unreadable files are counted.
+    """
+
+    def __init__(
+        self,
+        dataset: SeededDataset,
+        batches: ShardedBatchSampler,
+        seed: int,
+        num_workers: int,
+        pin_memory: bool,
+        broken: BrokenFiles,
+    ) -> None:
+        self.batches = batches
+        self.broken = broken
+        self.loader: DataLoader[Sample] = DataLoader(
+            KeyedDataset(dataset, seed),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+        )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        # The workers start, and the position is asked for, now and not at the first batch.
+        return self._counted(iter(self.loader))
+
+    def close(self) -> None:
+        """Ends the workers. Left to the garbage collector, each of them is waited for for seconds."""
+        iterator = self.loader._iterator
+        self.loader._iterator = None
+        if iterator is not None and self.loader.num_workers:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; see the class."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing; see the class."""
+
+    def _counted(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
+        for batch in batches:
+            self.broken.add(batch.pop("broken"))
+            yield batch

@@ -1,0 +1,223 @@
+"""The data module that all data sets share: loaders, shares of the processes, and the position within an epoch."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+from rae.data.loader import BatchLoader, BrokenFiles, SeededDataset
+from rae.data.sampler import Position, ShardedBatchSampler
+
+log = logging.getLogger(__name__)
+
+_MUST_AGREE = ("global_batch_size", "length", "seed")  # else the seen batches are not the first ones of the new order
+
+
+class ImageDataModule(L.LightningDataModule, ABC):
+    """Batches ``{"image": uint8 B×3×H×W, "label", "index", "epoch": int64 B}`` that depend on the run's seed alone.
+
+    Order and augmentation are the same for any number of workers, and for any number of processes with the same global
+    batch (``batch_size`` × processes). Every process takes its exact share itself: Lightning's
+    ``Trainer(use_distributed_sampler=…)`` has no effect. A run that is continued from a checkpoint of the middle of an
+    epoch sees the batches it had not seen, and no other.
+
+    A subclass says what the samples are: :meth:`train_dataset` and :meth:`val_dataset`.
+
+    Args:
+        batch_size: Samples per process and step.
+        num_workers: Processes that load ahead; 0 loads in the training process.
+        seed: The run's seed: order and augmentation.
+        image_size: Side of the images, in pixels.
+        num_classes: Number of classes.
+        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
+        max_bad_share: Largest share of unreadable files.
+
+    Raises:
+        ValueError: A number that is out of range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 42,
+        image_size: int = 256,
+        num_classes: int = 1000,
+        pin_memory: bool = True,
+        max_bad_share: float = 0.01,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("image_size", image_size, 1),
+            ("num_classes", num_classes, 1),
+        ):
+            if value < least:
+                raise ValueError(f"data.{name} must be at least {least}, got {value}")
+        if not 0 <= max_bad_share < 1:
+            raise ValueError(f"data.max_bad_share must be in [0, 1), got {max_bad_share}")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.image_size = image_size
+        self.num_classes = num_classes
+        self.pin_memory = pin_memory
+        self.max_bad_share = max_bad_share
+        self._datasets: dict[str, SeededDataset | None] = {}
+        self._broken: dict[str, BrokenFiles] = {}
+        self._loaders: list[BatchLoader] = []
+        self._train_batches: ShardedBatchSampler | None = None
+        self._begun: tuple[int, int, int] | None = None  # epoch, start and Lightning's batch count of the iteration
+        self._resumed: dict[str, int] | None = None
+
+    # --- what a subclass says --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def train_dataset(self) -> SeededDataset:
+        """The training samples."""
+
+    @abstractmethod
+    def val_dataset(self) -> SeededDataset | None:
+        """The validation samples; None if there are none."""
+
+    # --- loaders ---------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Finds the files that a stage (``fit``, ``validate``) needs."""
+        if stage == "fit":
+            self._resumed = self._begun = None  # of an earlier fit; Lightning restores checkpoints after this
+            self._dataset("train")
+        self._dataset("val")
+
+    def train_dataloader(self) -> BatchLoader:
+        """Shuffled batches of this process; without a Trainer, always those of epoch 0."""
+        dataset = self._dataset("train")
+        if dataset is None:
+            raise ValueError("train_dataset() returned None; there is nothing to train on")
+        # Overfitting means the same few batches in every epoch.
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        self._train_batches = self._batches(dataset, shuffle=not overfit, drop_last=True)
+        return self._loader("train", dataset, self._train_batches)
+
+    def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
+        """Batches of this process in their order, each sample exactly once over all processes.
+
+        Raises:
+            ValueError: There are no validation samples, and no Trainer that could do without.
+        """
+        dataset = self._dataset("val")
+        if dataset is None:
+            if self.trainer is None:
+                raise ValueError("the data set has no validation samples; add data.val_path=/path/to/images")
+            return []
+        return self._loader("val", dataset, self._batches(dataset, shuffle=False, drop_last=False))
+
+    def statistics_dataloader(self) -> BatchLoader:
+        """All training samples in their order, each exactly once over all processes, augmented as in epoch 0."""
+        dataset = self._dataset("train")
+        if dataset is None:
+            raise ValueError("train_dataset() returned None; there is nothing to take statistics of")
+        return self._loader("train", dataset, self._batches(dataset, shuffle=False, drop_last=False))
+
+    def teardown(self, stage: str) -> None:
+        """Ends the workers and lists the files that could not be read."""
+        self._close()
+        for broken in self._broken.values():
+            broken.summarise()
+        self._broken.clear()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends the workers."""
+        self._close()
+
+    # --- position within an epoch ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and number of global batches of it that were trained on, at this moment of a fit."""
+        if self._begun is None or self._train_batches is None or self.trainer is None:
+            return {}
+        epoch, batches = self._seen(*self._begun)
+        if batches >= self.trainer.num_training_batches:
+            epoch, batches = epoch + 1, 0
+        return {"epoch": epoch, "batches": batches, **self._order_facts(self._train_batches)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the position of a checkpoint, for a fit that is continued from it."""
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = dict(state_dict)
+
+    def _position(self) -> Position:
+        """Where the iteration that now begins starts.
+
+        While a checkpoint is restored, Lightning makes the first iterator before its epoch counter is complete, so the
+        position of the checkpoint goes first. Continuing from some ends of epochs, it takes a batch from that iterator,
+        drops it and asks for another of the same epoch: what was seen is not repeated then either.
+        """
+        if self.trainer is None or self._train_batches is None:
+            return 0, 0
+        epoch, start = int(self.trainer.current_epoch), 0
+        if self._begun is not None and self._begun[0] == epoch:
+            epoch, start = self._seen(*self._begun)
+        elif self._resumed is not None and self._resumed["epoch"] >= epoch:
+            epoch, start = self._resumed["epoch"], self._resumed["batches"]
+            if start:
+                self._check_same_order(self._resumed, self._order_facts(self._train_batches))
+        self._begun = epoch, start, self._trained_batches()
+        return epoch, start
+
+    def _trained_batches(self) -> int:
+        """Batches of all epochs that were trained on; unlike the count of the epoch it only ever grows."""
+        assert self.trainer is not None
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+
+    def _seen(self, epoch: int, start: int, trained_before: int) -> Position:
+        """Where an iteration is that began at ``start`` when ``trained_before`` batches were trained on."""
+        return epoch, start + self._trained_batches() - trained_before
+
+    @staticmethod
+    def _order_facts(batches: ShardedBatchSampler) -> dict[str, int]:
+        return {"global_batch_size": batches.global_batch_size, "length": batches.length, "seed": batches.seed}
+
+    @staticmethod
+    def _check_same_order(old: dict[str, int], new: dict[str, int]) -> None:
+        for name in _MUST_AGREE:
+            if old[name] != new[name]:
+                raise ValueError(
+                    f"the checkpoint is of the middle of an epoch with {name}={old[name]}, but it is now {new[name]}, "
+                    "so that seen and unseen batches cannot be told apart; continue with the same seed, data set and "
+                    "global batch (data.batch_size × processes), or from a checkpoint of the end of an epoch"
+                )
+
+    # --- helpers ---------------------------------------------------------------------------------------------------
+
+    def _dataset(self, split: str) -> SeededDataset | None:
+        if split not in self._datasets:
+            self._datasets[split] = self.train_dataset() if split == "train" else self.val_dataset()
+        return self._datasets[split]
+
+    def _batches(self, dataset: SeededDataset, shuffle: bool, drop_last: bool) -> ShardedBatchSampler:
+        return ShardedBatchSampler(
+            len(dataset),
+            self.batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            num_replicas=self.trainer.world_size if self.trainer is not None else 1,
+            rank=self.trainer.global_rank if self.trainer is not None else 0,
+            drop_last=drop_last,
+            position=self._position if drop_last else lambda: (0, 0),
+        )
+
+    def _loader(self, split: str, dataset: SeededDataset, batches: ShardedBatchSampler) -> BatchLoader:
+        broken = self._broken.setdefault(split, BrokenFiles(len(dataset), self.max_bad_share))
+        loader = BatchLoader(dataset, batches, self.seed, self.num_workers, self.pin_memory, broken)
+        self._loaders.append(loader)
+        return loader
+
+    def _close(self) -> None:
+        while self._loaders:
+            self._loaders.pop().close()

@@ -1,0 +1,110 @@
+"""Which samples every process sees, in which order: the same for any number of processes and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from rae.rng import sample_seed
+
+Key = tuple[int, int]
+"""Epoch and position in the data set: all that a sample and its random draws depend on."""
+
+Position = tuple[int, int]
+"""Epoch, and the number of its global batches that were seen already."""
+
+
+class ShardedBatchSampler(Sampler[list[Key]]):
+    """Deals an epoch's permutation out in global batches, of which every process takes its part.
+
+    With W processes and b samples per process, global batch k is ``permutation[k·W·b : (k+1)·W·b]`` and process r takes
+    ``[r·b : (r+1)·b]`` of it, so that one process with W·b samples sees the same batches as W with b.
+
+    Args:
+        length: Samples of the data set.
+        batch_size: Samples per process and batch.
+        seed: The run's seed; the permutation depends on it and on the epoch alone.
+        shuffle: False takes the samples in their order.
+        num_replicas: Number of processes.
+        rank: This process among them.
+        drop_last: True (training) leaves an incomplete global batch at the end out. False (evaluation) neither leaves
+            out nor repeats a sample: the last global batch is shared out evenly, and where it has less than a sample
+            for each process it is added to the one before. So all processes get as many batches: none waits for ever.
+        position: Called whenever an iteration begins; says the epoch and how many of its global batches to skip.
+
+    Raises:
+        ValueError: A size below 1, a rank that is not one of the processes, or too few samples for one global batch
+            (with ``drop_last``) or for one sample per process.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_replicas: int = 1,
+        rank: int = 0,
+        drop_last: bool = True,
+        position: Callable[[], Position] = lambda: (0, 0),
+    ) -> None:
+        for name, value in (("length", length), ("batch_size", batch_size), ("num_replicas", num_replicas)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= rank < num_replicas:
+            raise ValueError(f"rank must be in 0..{num_replicas - 1} with num_replicas {num_replicas}, got {rank}")
+        needed = batch_size * num_replicas if drop_last else num_replicas
+        if length < needed:
+            raise ValueError(
+                f"batch_size {batch_size} on {num_replicas} process(es) needs at least {needed} samples, but the data "
+                f"set holds {length}; give a smaller batch_size or fewer processes"
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.drop_last = drop_last
+        self.position = position
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples that all processes take in one step."""
+        return self.batch_size * self.num_replicas
+
+    def permutation(self, epoch: int) -> list[int]:
+        """All positions of the data set in the order of an epoch."""
+        if not self.shuffle:
+            return list(range(self.length))
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, "order", epoch))
+        return torch.randperm(self.length, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """This process's batches, from the present position to the end of the epoch."""
+        # Asked now and not at the first batch, which workers fetch ahead.
+        epoch, start = self.position()
+        return self._batches(epoch, start)
+
+    def __len__(self) -> int:
+        """Batches of an epoch from its beginning, wherever the present iteration started."""
+        whole, rest = divmod(self.length, self.global_batch_size)
+        return whole + self._is_batch(rest)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
+        order = self.permutation(epoch)
+        for number in range(start, len(self)):
+            first, last = number * self.global_batch_size, (number + 1) * self.global_batch_size
+            if number == len(self) - 1 and not self.drop_last:
+                last = self.length
+            count = last - first
+            mine = slice(
+                first + count * self.rank // self.num_replicas, first + count * (self.rank + 1) // self.num_replicas
+            )
+            yield [(epoch, index) for index in order[mine]]
+
+    def _is_batch(self, rest: int) -> bool:
+        """Whether what remains after the complete global batches makes one more."""
+        return not self.drop_last and (rest >= self.num_replicas)

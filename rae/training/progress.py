@@ -1,0 +1,101 @@
+"""Callback that shows one bar for the whole run, counted in optimiser steps."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm.auto import tqdm
+
+_SELDOM = 15.0  # seconds between two lines where the screen is a file
+
+
+class StepProgress(ProgressBar):
+    """One bar over all steps of the run, with the values that are logged for the bar and whether it validates just now.
+
+    Args:
+        refresh_rate: Steps between two updates; values are fetched from the device no more often than that.
+
+    Raises:
+        ValueError: ``refresh_rate`` is below 1.
+    """
+
+    def __init__(self, refresh_rate: int = 10) -> None:
+        super().__init__()
+        if refresh_rate < 1:
+            raise ValueError(f"callbacks.progress: refresh_rate={refresh_rate} must be at least 1")
+        self.refresh_rate = refresh_rate
+        self._enabled = True
+        self._bar: Any = None
+
+    def disable(self) -> None:
+        """Hides the bar, as Lightning does on all processes but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Shows the bar again."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Writes a line above the bar."""
+        if self._enabled:
+            tqdm.write(" ".join(map(str, args)), file=sys.stderr)
+
+    def total_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int | None:
+        """Steps of the whole run; None where it has no end."""
+        limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            accumulate = int(getattr(pl_module, "accumulate", trainer.accumulate_grad_batches))
+            limits.append(trainer.max_epochs * -(-int(trainer.num_training_batches) // accumulate))
+        return min(limits, default=None)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens the bar where the run begins or goes on."""
+        if self._enabled:
+            self._bar = tqdm(
+                total=self.total_steps(trainer, pl_module),
+                initial=trainer.global_step,
+                desc="training",
+                unit="step",
+                mininterval=0.1 if sys.stderr.isatty() else _SELDOM,
+                dynamic_ncols=True,
+            )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Moves the bar."""
+        ahead = 0 if self._bar is None else trainer.global_step - self._bar.n
+        if ahead >= self.refresh_rate or (ahead and trainer.global_step == self._bar.total):
+            self._bar.set_postfix(self._values(trainer), refresh=False)
+            self._bar.update(ahead)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Says that it validates."""
+        self._describe("validating")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Shows what validation found."""
+        if self._bar is not None:
+            self._bar.set_postfix(self._values(trainer), refresh=False)
+        self._describe("training")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Closes the bar."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Closes the bar, so that messages begin on a line of their own."""
+        self._close()
+
+    def _values(self, trainer: L.Trainer) -> dict[str, str]:
+        return {name: f"{value:.4g}" for name, value in trainer.progress_bar_metrics.items()}
+
+    def _describe(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description(text, refresh=sys.stderr.isatty())
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
