@@ -34,13 +34,19 @@ def make(node: Any, **objects: Any) -> Any:
 
     Returns:
         The object, made with plain Python containers. A node with ``_partial_: true`` gives a factory.
+
+    Raises:
+        ConfigError: The node's values do not fit the class.
     """
     if node is None or "_target_" not in node:
         return None
     if node.get("_partial_", False):
         return instantiate(node, _convert_="all", **objects)
-    # Objects go to the call itself: Hydra would copy them into the configuration first.
-    return instantiate(node, _partial_=True, _convert_="all")(**objects)
+    try:
+        # Objects go to the call itself: Hydra would copy them into the configuration first.
+        return instantiate(node, _partial_=True, _convert_="all")(**objects)
+    except TypeError as error:  # a value of the wrong kind, or an argument that the class does not have
+        raise ConfigError(f"{node._get_full_key(None)} does not fit {node['_target_']}: {error}") from error
 
 
 def make_all(nodes: DictConfig | None) -> list[Any]:
@@ -168,6 +174,7 @@ def build(cfg: DictConfig) -> Parts:
         ValueError: What the classes say of their arguments.
     """
     check_complete(cfg)
+    plain(cfg)  # names the key of an interpolation that leads nowhere
     seed(cfg)
     return Parts(data=make(cfg.data), module=build_module(cfg), trainer=build_trainer(cfg))
 

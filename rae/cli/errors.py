@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ _FOREIGN = (
     "OutOfMemoryError",
 )  # of Lightning and torch, known by name to spare the import
 
+_RESOLVING = re.compile(r"^\w+ (raised )?while resolving interpolation: ")
+
 
 def is_expected(error: BaseException) -> bool:
     """Whether the message alone tells the user what to do, so that no trace is wanted."""
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        return is_expected(error.__cause__)
     if isinstance(error, (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)):
         return True
     return type(error).__module__.startswith("rae.") or type(error).__name__ in _FOREIGN
@@ -38,10 +39,9 @@ def describe(error: BaseException) -> str:
         where = f" [{place[2].strip()}]" if place[1] else ""
         return (describe(error.__cause__) if error.__cause__ is not None else _first_line(error)) + where
     if isinstance(error, OmegaConfBaseException):
-        key = getattr(error, "full_key", None)
-        cause = error.__cause__
-        text = describe(cause) if isinstance(cause, (ValueError, TypeError)) else _first_line(error)
-        return f"{key}: {text}" if key and key not in text else text
+        text = _RESOLVING.sub("", _first_line(error))
+        key = re.search(r"full_key: (\S+)", str(error))
+        return f"{key[1]}: {text}" if key and key[1] not in text else text
     if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
         return f"{_first_line(error)} ({_first_line(error.__cause__)})"
     if isinstance(error, ImportError) and error.name and not error.name.startswith("rae"):
@@ -175,15 +175,14 @@ def _nearest(wrong: str, right: Sequence[str], otherwise: str | None = None) -> 
     """A guess at what was meant; failing that, ``otherwise`` or what there is."""
     parent, _, name = wrong.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in right if key.rpartition(".")[0] == parent}
-    by_last_part = {key.rpartition(".")[2]: key for key in reversed(right)}
-    close = (
-        [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]
-        or difflib.get_close_matches(wrong, right, n=1)
-        or [by_last_part[match] for match in difflib.get_close_matches(name, by_last_part, n=1, cutoff=0.8)]
-    )
+    elsewhere = {key.rpartition(".")[2]: key for key in reversed(right)}
+    close = [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]
+    if not siblings:
+        close = close or difflib.get_close_matches(wrong, right, n=1)
+    close = close or [elsewhere[match] for match in difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8)]
     if close:
         return f"did you mean {close[0]!r}?" + ("" if otherwise is None else " ")
     if otherwise is not None:
         return otherwise
-    listed = [key for key in (siblings.values() or right) if not key.rpartition(".")[2].startswith("_")]
-    return f"there are {', '.join(listed)}" if siblings and parent else f"the nearest are {', '.join(listed[:12])}"
+    listed = [key for key in siblings if not key.startswith("_")] or list(right)
+    return f"{repr(parent) + ' has' if parent and siblings else 'there are'} {', '.join(listed)}"

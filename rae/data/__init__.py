@@ -5,6 +5,7 @@ from rae.data.folder import ImageFolder, ImageFolderDataModule
 from rae.data.loader import SeededDataset
 from rae.data.module import ImageDataModule
 from rae.data.sampler import ShardedBatchSampler
+from rae.data.shards import ShardsDataModule, TarShards
 from rae.data.synthetic import SyntheticDataModule, SyntheticDataset
 from rae.data.transforms import ImageTransform, to_float
 
@@ -17,7 +18,9 @@ __all__ = [
     "ImageTransform",
     "SeededDataset",
     "ShardedBatchSampler",
+    "ShardsDataModule",
     "SyntheticDataModule",
     "SyntheticDataset",
+    "TarShards",
     "to_float",
 ]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rae.data.loader import Sample, SeededDataset, too_many_broken
+from PIL import Image
+
+from rae.data.loader import ImageFiles
 from rae.data.module import ImageDataModule
 from rae.data.transforms import ImageTransform, open_rgb
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 
 
-class ImageFolder(SeededDataset):
+class ImageFolder(ImageFiles):
     """Images below a folder; the subfolders, sorted by name, are the classes 0, 1, ….
-
-    A file that cannot be read is replaced by the next one that can, the same one in every run.
 
     Args:
         root: The folder: of class subfolders, or, with ``unlabelled``, of images at any depth.
@@ -34,8 +34,6 @@ class ImageFolder(SeededDataset):
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise FileNotFoundError(f"image folder {str(self.root)!r} does not exist; give the path of a folder")
-        self.transform = transform
-        self.max_bad_share = max_bad_share
         folders = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
         self.unlabelled = unlabelled or not folders
         self.classes = ["all"] if self.unlabelled else folders
@@ -52,29 +50,15 @@ class ImageFolder(SeededDataset):
         if not found:
             raise ValueError(f"{str(self.root)!r} holds no image; known endings are {', '.join(sorted(SUFFIXES))}")
         self.files = [file for file, _ in found]
-        self.labels = [label for _, label in found]
+        super().__init__([label for _, label in found], transform, max_bad_share)
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def open(self, position: int) -> Image.Image:
+        """The image file at a position."""
+        return open_rgb(self.name(position))
 
-    def load(self, index: int, seed: int) -> Sample:
-        """The image at a position, or the next one that can be read.
-
-        Raises:
-            RuntimeError: More files in a row are unreadable than may be in the whole folder.
-        """
-        broken: list[tuple[str, str]] = []
-        while len(broken) <= self.max_bad_share * len(self):
-            position = (index + len(broken)) % len(self)
-            path = self.root / self.files[position]
-            try:
-                image = self.transform(open_rgb(path), seed)
-            except Exception as error:  # decoders raise whatever they like on spoiled bytes
-                broken.append((str(path), f"{type(error).__name__}: {error}".splitlines()[0]))
-            else:
-                return {"image": image, "label": self.labels[position], "index": index, "broken": broken}
-        names = [name for name, _ in broken]
-        raise RuntimeError(too_many_broken(len(broken), len(self), self.max_bad_share, names))
+    def name(self, position: int) -> str:
+        """Its path."""
+        return str(self.root / self.files[position])
 
 
 def _image_files(root: Path, below: str) -> list[str]:
@@ -108,6 +92,8 @@ class ImageFolderDataModule(ImageDataModule):
         ValueError: Neither path is given, or an argument is out of range.
     """
 
+    what = "/path/to/imagenet/train (a folder with one subfolder a class)"
+
     def __init__(
         self,
         train_path: str | None = None,
@@ -133,23 +119,20 @@ class ImageFolderDataModule(ImageDataModule):
         if val_path is None:
             self._given_train_path()
 
-    def train_dataset(self) -> ImageFolder:
-        """The images below ``train_path``."""
-        return self._folder(self._given_train_path(), self.train_transform)
+    def train_dataset(self) -> ImageFiles:
+        """The images of ``train_path``."""
+        return self._images(self._given_train_path(), self.train_transform)
 
-    def val_dataset(self) -> ImageFolder | None:
-        """The images below ``val_path``, if given."""
-        return None if self.val_path is None else self._folder(self.val_path, self.val_transform)
+    def val_dataset(self) -> ImageFiles | None:
+        """The images of ``val_path``, if given."""
+        return None if self.val_path is None else self._images(self.val_path, self.val_transform)
 
     def _given_train_path(self) -> str:
         if self.train_path is None:
-            raise ValueError(
-                "data.train_path is not given; add data.train_path=/path/to/imagenet/train "
-                "(a folder with one subfolder a class)"
-            )
+            raise ValueError(f"data.train_path is not given; add data.train_path={self.what}")
         return self.train_path
 
-    def _folder(self, path: str, transform: ImageTransform) -> ImageFolder:
+    def _images(self, path: str, transform: ImageTransform) -> ImageFiles:
         folder = ImageFolder(path, transform, self.unlabelled, self.max_bad_share)
         if len(folder.classes) > self.num_classes:
             raise ValueError(

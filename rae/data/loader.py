@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rae.data.sampler import Key, ShardedBatchSampler
+from rae.data.transforms import ImageTransform
 from rae.rng import sample_seed
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,52 @@ class SeededDataset(Dataset[Sample], Sized, ABC):
             raise IndexError(f"index {index} is outside of the data set's {len(self)} samples")
         index %= len(self)
         return self.load(index, sample_seed(0, "augment", 0, index))
+
+
+class ImageFiles(SeededDataset):
+    """Labelled images to be opened and transformed.
+
+    One that cannot be read is replaced by the next one that can, the same one in every run.
+
+    Args:
+        labels: Label of every image.
+        transform: Makes an opened image a square of bytes.
+        max_bad_share: Largest share of unreadable images.
+    """
+
+    def __init__(self, labels: Sequence[int], transform: ImageTransform, max_bad_share: float) -> None:
+        self.labels = labels
+        self.transform = transform
+        self.max_bad_share = max_bad_share
+
+    @abstractmethod
+    def open(self, position: int) -> Image.Image:
+        """The image at a position, as RGB."""
+
+    @abstractmethod
+    def name(self, position: int) -> str:
+        """What to call it in a message."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int, seed: int) -> Sample:
+        """The image at a position, or the next one that can be read.
+
+        Raises:
+            RuntimeError: More images in a row are unreadable than may be in the whole data set.
+        """
+        broken: list[tuple[str, str]] = []
+        while len(broken) <= self.max_bad_share * len(self):
+            position = (index + len(broken)) % len(self)
+            try:
+                image = self.transform(self.open(position), seed)
+            except Exception as error:  # decoders raise whatever they like on spoiled bytes
+                broken.append((self.name(position), f"{type(error).__name__}: {error}".splitlines()[0]))
+            else:
+                return {"image": image, "label": int(self.labels[position]), "index": index, "broken": broken}
+        names = [name for name, _ in broken]
+        raise RuntimeError(too_many_broken(len(broken), len(self), self.max_bad_share, names))
 
 
 class KeyedDataset(Dataset[Sample]):
@@ -170,6 +218,10 @@ class BatchLoader:
         """Nothing; see the class."""
 
     def _counted(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
-        for batch in batches:
-            self.broken.add(batch.pop("broken"))
-            yield batch
+        try:
+            for batch in batches:
+                self.broken.add(batch.pop("broken"))
+                yield batch
+        except Exception:
+            self.close()
+            raise

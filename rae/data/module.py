@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from typing import Any
+from weakref import WeakSet
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -70,7 +71,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.max_bad_share = max_bad_share
         self._datasets: dict[str, SeededDataset | None] = {}
         self._broken: dict[str, BrokenFiles] = {}
-        self._loaders: list[BatchLoader] = []
+        self._loaders: WeakSet[BatchLoader] = WeakSet()  # weak: a cycle would leave their workers to the collector
         self._train_batches: ShardedBatchSampler | None = None
         self._begun: tuple[int, int, int] | None = None  # epoch, start and Lightning's batch count of the iteration
         self._resumed: dict[str, int] | None = None
@@ -215,9 +216,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def _loader(self, split: str, dataset: SeededDataset, batches: ShardedBatchSampler) -> BatchLoader:
         broken = self._broken.setdefault(split, BrokenFiles(len(dataset), self.max_bad_share))
         loader = BatchLoader(dataset, batches, self.seed, self.num_workers, self.pin_memory, broken)
-        self._loaders.append(loader)
+        self._loaders.add(loader)
         return loader
 
     def _close(self) -> None:
-        while self._loaders:
-            self._loaders.pop().close()
+        for loader in self._loaders:
+            loader.close()

@@ -81,7 +81,7 @@ class TrainingModule(L.LightningModule):
 
     def steps_per_epoch(self, accumulate: int) -> int:
         """Optimiser steps in one epoch of this run."""
-        _ = self.trainer.estimated_stepping_batches  # sets the data up, so that the number of batches is known
+        self.trainer.fit_loop.setup_data()  # so that the number of batches is known
         batches = int(self.trainer.num_training_batches)
         return max(1, -(-batches // accumulate))
 

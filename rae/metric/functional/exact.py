@@ -1,0 +1,25 @@
+"""float32 that is float32: no TF32 or bfloat16 shortcuts, whatever the program has set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Matrix products and convolutions inside keep float32 and are not autotuned; the settings come back afterwards."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    before = [backend.fp32_precision for backend in backends]
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+        torch.backends.cudnn.benchmark = benchmark

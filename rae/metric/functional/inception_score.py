@@ -1,0 +1,78 @@
+"""Inception Score (Salimans et al. 2016, arXiv 1606.03498, §4), in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SPLIT_SIZE = 5000
+"""Samples of a split in ADM's evaluation suite."""
+
+
+def check_probabilities(probabilities: Tensor) -> Tensor:
+    """Returns class probabilities N×K as they are.
+
+    Raises:
+        ValueError: They are no floating-point matrix with at least one row.
+    """
+    if probabilities.ndim != 2 or not probabilities.is_floating_point() or not len(probabilities):
+        raise ValueError(
+            f"probabilities must be floats of shape N×K with N ≥ 1, got {probabilities.dtype} of shape "
+            f"{tuple(probabilities.shape)}"
+        )
+    return probabilities
+
+
+def negative_entropy(probabilities: Tensor) -> Tensor:
+    """Σ p log p of every row, with 0 log 0 = 0."""
+    return torch.special.xlogy(probabilities, probabilities).sum(-1)
+
+
+def score_from_sums(total: Tensor, entropy: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Inception Score from sums over every split.
+
+    The mean divergence KL(p‖q) of a split, with q the mean of its p, is mean(Σ p log p) − Σ q log q.
+
+    Args:
+        total: Sum of the probabilities of every split, float64 S×K.
+        entropy: Sum of their Σ p log p, float64 S.
+        count: Samples of every split, S; splits without samples are left out.
+
+    Returns:
+        Mean and (population) standard deviation over the splits, float64 [].
+
+    Raises:
+        ValueError: There is no sample, or probabilities that are not finite.
+    """
+    used = count > 0
+    if not used.any():
+        raise ValueError("the Inception Score needs at least 1 sample, got 0; call update first")
+    if not (total.isfinite().all() and entropy.isfinite().all()):
+        raise ValueError("the class probabilities hold NaN or infinite values; check the detector")
+    total, entropy, count = total[used].double(), entropy[used].double(), count[used].double()
+    scores = (entropy / count - negative_entropy(total / count[:, None])).exp()
+    return scores.mean(), scores.std(correction=0)
+
+
+def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> tuple[Tensor, Tensor]:
+    """Inception Score of class probabilities, over consecutive splits; the last one may be shorter.
+
+    Args:
+        probabilities: N×K, rows sum to 1.
+        split_size: Rows of a split.
+
+    Returns:
+        Mean and standard deviation over the splits, float64 [].
+
+    Raises:
+        ValueError: Probabilities of another shape, not finite, or ``split_size`` below 1.
+    """
+    check_probabilities(probabilities)
+    if split_size < 1:
+        raise ValueError(f"split_size must be at least 1, got {split_size}; the usual one is {SPLIT_SIZE}")
+    splits = probabilities.double().split(split_size)
+    return score_from_sums(
+        torch.stack([split.sum(0) for split in splits]),
+        torch.stack([negative_entropy(split).sum() for split in splits]),
+        torch.tensor([len(split) for split in splits], device=probabilities.device),
+    )

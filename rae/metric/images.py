@@ -1,0 +1,211 @@
+"""Images to be scored, batch by batch: from an .npz without reading it whole, or from the files of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
+"""Pillow's modes of 8 bits or fewer; others (16-bit, float, CMYK) would be changed by a conversion to RGB."""
+
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
+"""What reading a damaged archive raises."""
+
+
+class ImageBatch(NamedTuple):
+    """Images uint8 B×3×H×W, and their labels int64 B where there are any."""
+
+    images: Tensor
+    labels: Tensor | None
+
+
+class NpzShape(NamedTuple):
+    """What an archive of images holds."""
+
+    count: int
+    height: int
+    width: int
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with Path(path).expanduser().open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_npz(path: str | Path) -> zipfile.ZipFile:
+    """Opens an .npz archive, whose members are .npy files.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no archive, or its end is missing.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} does not exist: give the path of an .npz file")
+    try:
+        return zipfile.ZipFile(path)
+    except BROKEN as error:
+        raise ValueError(f"{str(path)!r} is no .npz archive or is truncated ({error}); write or fetch it again") from error
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type from the head of a .npy file, which is left at its first value."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def _check_header(path: Path, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> NpzShape:
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
+        hint = "; float images are refused: round them to bytes first" if dtype.kind == "f" else ""
+        raise ValueError(
+            f"arr_0 of {str(path)!r} must be uint8 N×H×W×3 in C order, got {dtype} {shape}"
+            f"{' in Fortran order' if fortran else ''}{hint}"
+        )
+    if not shape[0]:
+        raise ValueError(f"arr_0 of {str(path)!r} is empty: it must hold at least 1 image")
+    return NpzShape(*shape[:3])
+
+
+def _open_images(archive: zipfile.ZipFile, path: Path) -> tuple[IO[bytes], NpzShape]:
+    names = archive.namelist()
+    if "arr_0.npy" not in names:
+        held = ", ".join(sorted(name.removesuffix(".npy") for name in names)) or "nothing"
+        raise ValueError(f"{str(path)!r} has no arr_0 (images uint8 N×H×W×3); it holds {held}")
+    try:
+        file = archive.open("arr_0.npy")
+        header = _header(file)
+    except BROKEN as error:
+        raise ValueError(f"arr_0 of {str(path)!r} cannot be read ({error}); the file may be truncated") from error
+    return file, _check_header(path, *header)
+
+
+def npz_shape(path: str | Path) -> NpzShape:
+    """Number and size of the images in an archive, from its header alone.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: No archive, no ``arr_0``, or no uint8 N×H×W×3.
+    """
+    with open_npz(path) as archive:
+        file, shape = _open_images(archive, Path(path))
+        file.close()
+        return shape
+
+
+def iterate_npz(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
+    """Batches of ``arr_0``, with ``arr_1`` as labels where it exists; only one batch is held at a time.
+
+    Args:
+        path: Archive with ``arr_0`` uint8 N×H×W×3, and ``arr_1`` integers N if there are labels.
+        batch_size: Images of a batch; the last one may be smaller.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: No archive, no ``arr_0``, images of another type or shape, labels of another number, or the file ends early.
+    """
+    path = Path(path).expanduser()
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    with open_npz(path) as archive:
+        labels = _read_labels(archive, path)
+        file, (count, height, width) = _open_images(archive, path)
+        if labels is not None and labels.shape != (count,):
+            raise ValueError(f"arr_1 of {str(path)!r} must hold {count} labels, one per image, got {tuple(labels.shape)}")
+        size = height * width * 3
+        with file:
+            for start in range(0, count, batch_size):
+                wanted = min(batch_size, count - start)
+                try:
+                    data = file.read(wanted * size)
+                except BROKEN as error:
+                    raise ValueError(f"{str(path)!r} is damaged after image {start} of {count}: {error}") from error
+                if len(data) < wanted * size:
+                    raise ValueError(f"{str(path)!r} is truncated: image {start + len(data) // size} of {count} is missing")
+                pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(wanted, height, width, 3)
+                part = None if labels is None else labels[start : start + wanted]
+                yield ImageBatch(pixels.permute(0, 3, 1, 2).contiguous(), part)
+
+
+def _read_labels(archive: zipfile.ZipFile, path: Path) -> Tensor | None:
+    if "arr_1.npy" not in archive.namelist():
+        return None
+    try:
+        with archive.open("arr_1.npy") as file:
+            labels = np.lib.format.read_array(file, allow_pickle=False)
+    except BROKEN as error:
+        raise ValueError(f"arr_1 of {str(path)!r} cannot be read: {error}") from error
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"arr_1 of {str(path)!r} must hold integer labels, got {labels.dtype}")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def folder_files(path: str | Path) -> list[Path]:
+    """The image files of a folder and its subfolders, by name.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no image in it.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"folder {str(path)!r} does not exist")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"folder {str(path)!r} holds no image ({', '.join(SUFFIXES)})")
+    return files
+
+
+def read_image(file: Path) -> Tensor:
+    """Reads one image file as uint8 3×H×W.
+
+    Raises:
+        ValueError: The file is no image, is damaged, or holds more than 8 bits per channel.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode not in MODES:
+                raise ValueError(f"{str(file)!r} has mode {image.mode}: images must be 8-bit RGB or grey; convert it first")
+            pixels = np.array(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{str(file)!r} is no readable image: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def iterate_folder(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
+    """Batches of the images of a folder, in the order of their names; they must all be of one size.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no image in it.
+        ValueError: A file that is no 8-bit image, or images of several sizes.
+    """
+    files = folder_files(path)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    shape = None
+    for start in range(0, len(files), batch_size):
+        batch = []
+        for file in files[start : start + batch_size]:
+            image = read_image(file)
+            shape = image.shape if shape is None else shape
+            if image.shape != shape:
+                raise ValueError(
+                    f"images of a folder must be of one size: {str(file)!r} is {tuple(image.shape[1:])}, {str(files[0])!r} is "
+                    f"{tuple(shape[1:])}; crop or resize them first"
+                )
+            batch.append(image)
+        yield ImageBatch(torch.stack(batch), None)
