@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_OF_RUNS = ("sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged", "samples_per_class", "seed")
+
 Samples = Iterator[tuple["Tensor", "Tensor | None"]]
 """Batches of images uint8 B×3×H×W with their labels B, where there are any."""
 
@@ -57,48 +59,56 @@ def from_folder(path: Path, batch_size: int) -> Samples:
         yield torch.stack(batch), None
 
 
-def from_run(cfg: DictConfig) -> Samples:
+def from_run(run: DictConfig) -> Samples:
     """Batches drawn from a trained stage-2 run."""
     import torch  # noqa: PLC0415
 
-    from rae.cli.build import load_generator, load_run, pick_device  # noqa: PLC0415
+    from rae.cli.build import load_generator, pick_device  # noqa: PLC0415
     from rae.cli.sample import draw  # noqa: PLC0415
 
-    generator = load_generator(load_run(cfg.samples, cfg), cfg.samples).to(pick_device(cfg.device))
-    labels = [label for label in range(generator.num_classes) for _ in range(cfg.samples_per_class)]
+    generator = load_generator(run, run.samples).to(pick_device(run.device))
+    labels = [label for label in range(generator.num_classes) for _ in range(run.samples_per_class)]
     done = 0
-    for images in draw(generator, labels, cfg.batch_size, cfg.seed):
+    for images in draw(generator, labels, run.batch_size, run.seed):
         yield images, torch.tensor(labels[done : done + len(images)])
         done += len(images)
 
 
-def open_samples(cfg: DictConfig) -> Samples:
-    """The samples that ``samples`` names.
+def open_samples(cfg: DictConfig) -> tuple[Samples, DictConfig]:
+    """The samples that ``samples`` names, and the configuration that says how they came about.
 
     Raises:
         FileNotFoundError: There is nothing of that name.
     """
+    from omegaconf import OmegaConf  # noqa: PLC0415
+
     path = Path(cfg.samples).expanduser()
-    if path.suffix == ".npz":
-        return from_npz(path, cfg.batch_size)
     if path.suffix == ".ckpt" or (path / "checkpoints").is_dir():
-        return from_run(cfg)
+        from rae.cli.build import load_run  # noqa: PLC0415 (imports torch)
+
+        run = load_run(path, cfg)
+        return from_run(run), run
+    given = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_RUNS])
+    if path.suffix == ".npz":
+        return from_npz(path, cfg.batch_size), given
     if path.is_dir():
-        return from_folder(path, cfg.batch_size)
+        return from_folder(path, cfg.batch_size), given
     raise FileNotFoundError(f"samples={cfg.samples} does not exist: give an .npz file, a folder of images or a run")
 
 
 def evaluate(cfg: DictConfig) -> None:
     """Feeds all samples to the metric and writes what it computes."""
-    from rae.cli.build import make  # noqa: PLC0415 (imports torch)
+    from rae.cli.build import make, pick_device  # noqa: PLC0415 (imports torch)
     from rae.cli.results import table, write_scores  # noqa: PLC0415
 
     if cfg.batch_size < 1:
         raise ConfigError(f"batch_size={cfg.batch_size} must be at least 1")
     folder = Path(cfg.output_dir)
-    samples = open_samples(cfg)
+    samples, described = open_samples(cfg)
     metric = make(cfg.metric)
-    save_config(cfg, folder)
+    if hasattr(metric, "to"):
+        metric = metric.to(pick_device(cfg.device))
+    save_config(described, folder)
     for images, labels in samples:
         metric.update(images, labels)
     scores = {name: float(value) for name, value in metric.compute().items()}
