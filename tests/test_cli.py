@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from rae.cli.entry import _flags_first, _without_fixed_keys
 
 COMMANDS = ["train", "stats", "reconstruct", "sample", "evaluate"]
 
@@ -15,7 +18,7 @@ def run(command: str, *arguments: str, folder: Path) -> subprocess.CompletedProc
     return subprocess.run(
         [sys.executable, "-m", f"rae.cli.{command}", *arguments],
         cwd=folder,
-        env={**__import__("os").environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=120,
@@ -46,3 +49,14 @@ def test_missing_data_path_is_answered_in_one_line(tmp_path):
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
     assert "data.train_path=" in result.stderr
+
+
+def test_flags_may_stand_anywhere():
+    given = ["stage=2", "-m", "seed=1,2", "--cfg", "job", "x", "--config-dir", "/tmp"]
+    assert _flags_first(given) == ["-m", "--cfg", "job", "--config-dir", "/tmp", "stage=2", "seed=1,2", "x"]
+
+
+def test_folders_of_a_sweep_are_named_by_what_is_swept():
+    given = ["-m", "stage='2'", "optimizer.lr=1e-4,2e-4", "hydra.verbose=true"]
+    assert _without_fixed_keys(given)[-1] == "hydra.job.config.override_dirname.exclude_keys=['stage']"
+    assert _without_fixed_keys(given[1:]) == given[1:]

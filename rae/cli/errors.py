@@ -46,7 +46,8 @@ def describe(error: BaseException) -> str:
         return f"{_first_line(error)} ({_first_line(error.__cause__)})"
     if isinstance(error, ImportError) and error.name and not error.name.startswith("rae"):
         return f"{error} (is the package {error.name.split('.')[0]!r} installed?)"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error).partition("Config search path:")[0]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _first_line(error: BaseException) -> str:

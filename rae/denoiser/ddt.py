@@ -64,11 +64,11 @@ class DiTDH(Denoiser):
         if position_table:
             position_buffer(self, width, side)
         self.position_table = position_table
-        self.backbone_rope = RotaryEmbedding2D(width // heads, side) if rope else None
-        self.head_rope = RotaryEmbedding2D(head_width // head_heads, side) if rope else None
         self.backbone = make_blocks(depth, width, heads, mlp_ratio, qk_norm, norm, mlp)
         self.projection = nn.Linear(width, head_width) if width != head_width else nn.Identity()
         self.head = make_blocks(head_depth, head_width, head_heads, mlp_ratio, qk_norm, norm, mlp)
+        self.backbone_rope = RotaryEmbedding2D(width // heads, side) if rope else None
+        self.head_rope = RotaryEmbedding2D(head_width // head_heads, side) if rope else None
         self.final = FinalLayer(head_width, patch * patch * channels, norm)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:

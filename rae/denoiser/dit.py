@@ -52,8 +52,8 @@ class DiT(Denoiser):
         super().__init__(channels, grid, patch, num_classes, width, checkpointing)
         self.patch_embedding = PatchEmbedding(channels, width, patch)
         position_buffer(self, width, grid // patch)
-        self.rope = RotaryEmbedding2D(width // heads, grid // patch) if rope else None
         self.blocks = make_blocks(depth, width, heads, mlp_ratio, qk_norm, norm, mlp)
+        self.rope = RotaryEmbedding2D(width // heads, grid // patch) if rope else None
         self.final = FinalLayer(width, patch * patch * channels, norm)
         self._initialise()
 

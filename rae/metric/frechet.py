@@ -15,17 +15,17 @@ from rae.metric.functional.frechet import Moments, frechet_distance, moments_fro
 class SummedMetric(Metric):
     """A metric whose states are sums in float64, so that parts can be merged in any order.
 
-    On devices without float64 (Apple's MPS) the states stay on the CPU.
+    They stay float64 whatever the module around them is cast to, and on the CPU where a device has none (Apple's MPS).
     """
 
     full_state_update = False
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
         try:
-            fn(torch.zeros((), dtype=torch.float64))
+            moved = fn(torch.zeros((), dtype=torch.float64))
         except (TypeError, RuntimeError):
             return self
-        return super()._apply(fn, exclude_state)
+        return super()._apply(lambda tensor: tensor.to(moved.device), exclude_state)
 
     def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
         """Registers a sum of the given shape, zero at first."""

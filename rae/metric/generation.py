@@ -1,0 +1,254 @@
+"""All scores of generated images in one pass through one detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+from rae.metric import manifold
+from rae.metric.features import CallableDetector, Detector, check_images
+from rae.metric.frechet import FeatureMoments, distance
+from rae.metric.functional.frechet import Moments
+from rae.metric.functional.inception_score import SPLIT_SIZE
+from rae.metric.inception_score import InceptionScore, LabelCounts
+from rae.metric.manifold import ManifoldMetrics
+from rae.metric.reference import Reference, Statistics, read_reference
+
+NAMES = ("fid", "sfid", "inception_score", *manifold.NAMES)
+NEEDS = {"fid": "moments", "sfid": "spatial"} | dict.fromkeys(manifold.NAMES, "features")
+"""What each metric needs of the reference."""
+
+
+class Collection(WrapperMetric):
+    """Metrics that share a detector. They hold all state, so that copies of two processes can be merged or synchronised.
+
+    The detector is no submodule: its weights stay out of checkpoints, and it follows the images' device.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict()
+
+    def reset(self) -> None:
+        """Forgets all images."""
+        super().reset()
+        for part in self._metrics().values():
+            part.reset()
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Adds the images that another collection of the same kind has seen."""
+        if not isinstance(incoming_state, type(self)) or incoming_state.parts.keys() != self.parts.keys():
+            raise ValueError(f"only a {type(self).__name__} of the same metrics can be merged, got {incoming_state!r}")
+        others = incoming_state._metrics()
+        for name, part in self._metrics().items():
+            part.merge_state(others[name])
+
+    def _metrics(self) -> dict[str, Metric]:
+        return {name: part for name, part in self.parts.items() if isinstance(part, Metric)}
+
+
+class GenerationMetrics(Collection):
+    """FID, sFID, Inception Score, precision, recall, density, coverage and kernel distance of generated images.
+
+    Args:
+        detector: The detector; a function is not enough, see :class:`rae.metric.CallableDetector`.
+        reference: What to compare with, or its file; None where only the Inception Score is wanted.
+        metrics: Which of fid, sfid, inception_score, precision, recall, density, coverage and kid.
+        reference_kind: Kind that the reference must be of: ``training`` for gFID, ``validation`` for held-out images.
+        assume_kind: Kind of a reference file that does not say it.
+        neighbours: Neighbours that the balls of precision and recall reach.
+        density_neighbours: Neighbours that the balls of density and coverage reach.
+        distance_precision: Arithmetic of the distances: ``float32``, ``float64``, or ``float16`` as ADM's suite.
+        split_size: Samples of a split of the Inception Score.
+        num_classes: Number of classes, where labels are counted.
+        balanced: Whether equally many samples of every class are claimed; needs ``num_classes`` and labels.
+        samples: Number of samples that are claimed, or None.
+
+    Raises:
+        ValueError: Unknown metrics, a reference that does not fit, or one that is missing.
+        FileNotFoundError: The reference does not exist.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        reference: Reference | str | Path | None = None,
+        metrics: Sequence[str] = ("fid", "sfid", "inception_score", "precision", "recall"),
+        reference_kind: str = "training",
+        assume_kind: str | None = None,
+        neighbours: int = 3,
+        density_neighbours: int = 5,
+        distance_precision: str = "float32",
+        split_size: int = SPLIT_SIZE,
+        num_classes: int | None = None,
+        balanced: bool = False,
+        samples: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.names = list(metrics)
+        if not isinstance(detector, Detector):
+            raise TypeError(f"detector must be a Detector, got {type(detector).__name__}; wrap it in {CallableDetector.__name__}")
+        _check_names(self.names, detector)
+        single = [name for name in self.names if name in manifold.NAMES]
+        manifold.check_options(single, neighbours, density_neighbours, distance_precision)
+        if balanced and num_classes is None:
+            raise ValueError("balanced=true needs num_classes, the number of classes that the samples are of")
+        object.__setattr__(self, "detector", detector)  # no submodule
+        self.detector: Detector
+        self.reference = self._open(reference, reference_kind, assume_kind)
+        self.balanced = balanced
+        self.samples = samples
+        self._manifold_options: dict[str, Any] = {
+            "names": single,
+            "neighbours": neighbours,
+            "density_neighbours": density_neighbours,
+            "precision": distance_precision,
+        }
+        self._resolved: Statistics | None = None
+        # Moments are taken in any case: they count the samples and show features that are not finite.
+        self.parts["pool"] = FeatureMoments(detector.width)
+        if "sfid" in self.names:
+            self.parts["spatial"] = FeatureMoments(detector.spatial_width or 0)
+        if "inception_score" in self.names:
+            self.parts["inception_score"] = InceptionScore(detector.classes or 0, split_size)
+        if num_classes is not None:
+            self.parts["labels"] = LabelCounts(num_classes)
+
+    def _open(self, reference: Reference | str | Path | None, kind: str, assumed: str | None) -> Reference | None:
+        needing = [name for name in self.names if name in NEEDS]
+        if reference is None:
+            if needing:
+                raise ValueError(
+                    f"{', '.join(needing)} need a reference: give metric.reference=/path/to/reference.npz (for ImageNet ADM's "
+                    "VIRTUAL_imagenet256_labeled.npz), or ask for inception_score alone"
+                )
+            return None
+        opened = reference if isinstance(reference, Reference) else read_reference(reference, assumed)
+        opened.check_kind(kind)
+        return opened
+
+    def _resolve(self) -> Statistics:
+        """The reference's numbers; those not stored are computed once, from its images."""
+        if self._resolved is None:
+            needs = {NEEDS[name] for name in self.names if name in NEEDS}
+            found = Statistics()
+            if self.reference is not None and needs:
+                found = self.reference.for_detector(self.detector, needs, self.device)
+            if self._manifold_options["names"] and found.features is not None:
+                self.parts["manifold"] = ManifoldMetrics(found.features, **self._manifold_options).to(self.device)
+            self._resolved = found
+        return self._resolved
+
+    def update(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> None:
+        """Adds generated images.
+
+        Args:
+            images: uint8 B×3×H×W.
+            labels: Classes that they were asked to show, B.
+            index: Number of every sample among all that are drawn, B; with it the Inception Score's splits are the same for any order
+                and number of processes. None to count them.
+
+        Raises:
+            ValueError: Images that are no bytes or of another size than the reference's, or missing labels.
+        """
+        check_images(images)
+        if self.reference is not None:
+            self.reference.check_size(*images.shape[2:])
+        parts = self.parts
+        if self.balanced and labels is None:
+            raise ValueError("balanced=true needs the labels of the samples (arr_1 of an .npz); give them or set balanced=false")
+        self._resolve()
+        seen = self.detector.to(self.device)(images.to(self.device))
+        parts["pool"].update(seen.pool)
+        if "spatial" in parts:
+            parts["spatial"].update(seen.spatial)
+        if "inception_score" in parts:
+            parts["inception_score"].update(seen.probabilities, index)
+        if "manifold" in parts:
+            parts["manifold"].update(seen.pool)
+        if "labels" in parts and labels is not None:
+            parts["labels"].update(labels)
+
+    def compute(self) -> dict[str, float]:
+        """All scores over the images of all processes, by name, and their number ``samples``.
+
+        Raises:
+            ValueError: Fewer samples than claimed, unbalanced classes where balance is claimed, or features that are not finite.
+        """
+        statistics = self._resolve()
+        parts: Any = self.parts
+        pool: Moments = parts["pool"].compute()
+        if self.samples is not None and pool.count != self.samples:
+            raise ValueError(f"{self.samples} samples are claimed, but {pool.count} were given; sample the rest or set samples")
+        if self.balanced:
+            parts["labels"].check_balance()
+        scores: dict[str, float] = {}
+        if statistics.moments is not None and "fid" in self.names:
+            warn_of_rank(pool, "fid")
+            scores["fid"] = distance(pool, statistics.moments).item()
+        if statistics.spatial is not None and "sfid" in self.names:
+            spatial = parts["spatial"].compute()
+            warn_of_rank(spatial, "sfid")
+            scores["sfid"] = distance(spatial, statistics.spatial).item()
+        for name in ("inception_score", "manifold"):
+            if name in parts:
+                scores |= parts[name].compute()
+        ordered = {name: scores[name] for name in (*self.names, "inception_score_std") if name in scores}
+        return {self.score_name(name): value for name, value in ordered.items()} | {"samples": float(pool.count)}
+
+    def score_name(self, name: str) -> str:
+        """``fid`` for the published features, ``fd_<detector>`` for others; likewise the other metrics."""
+        if self.detector.name == "inception":
+            return name
+        return f"fd_{self.detector.name}" if name == "fid" else f"{name}_{self.detector.name}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these scores from others: detector, reference, settings."""
+        reference = None
+        if self.reference is not None:
+            info = self.reference.info
+            reference = {
+                "path": None if self.reference.path is None else str(self.reference.path),
+                "hash": self.reference.hash,
+                "kind": info.kind,
+                "image_size": info.image_size,
+                "crop": info.crop,
+                "count": info.count,
+            }
+        return {
+            "detector": self.detector.identity | {"hash": self.detector.hash},
+            "reference": reference,
+            "metrics": self.names,
+            "distance_precision": self._manifold_options["precision"],
+            "neighbours": self._manifold_options["neighbours"],
+        }
+
+
+def _check_names(names: Sequence[str], detector: Detector) -> None:
+    """Raises ValueError for unknown metrics, or such that the detector has no output for."""
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or not names:
+        raise ValueError(f"metrics={list(names)} must be one or more of {', '.join(NAMES)}")
+    for name, output in (("sfid", detector.spatial_width), ("inception_score", detector.classes)):
+        if name in names and output is None:
+            raise ValueError(f"metric {name} cannot be had of detector {detector.name!r}; leave it out of metrics={list(names)}")
+
+
+def warn_of_rank(moments: Moments, name: str) -> None:
+    """Warns where there are too few samples for a covariance of full rank."""
+    width = moments.mean.numel()
+    if moments.count <= width:
+        rank_zero_warn(
+            f"{name} of {moments.count} samples: the covariance of {width} features needs at least {width + 1} samples for full rank; "
+            "the score is biased upwards and comparable only with others of as many samples"
+        )

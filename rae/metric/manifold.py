@@ -1,0 +1,177 @@
+"""Precision, recall, density, coverage and kernel distance, from features that stay on the process that saw them.
+
+Every process keeps the features of its own samples. To compare them with all samples, blocks travel from process to process one
+at a time; what is gathered are counts and one truth value per reference point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+
+from rae.metric.functional.frechet import check_features
+from rae.metric.functional.kernel import distance_from_sums, kernel_sum, self_kernel_sum
+from rae.metric.functional.manifold import BLOCK, PRECISIONS, Overlap, nearest_distances, overlap
+
+NAMES = ("precision", "recall", "density", "coverage", "kid")
+
+
+class ManifoldMetrics(Metric):
+    """Metrics that compare single samples with single reference points.
+
+    Args:
+        reference: Features of the reference M×D.
+        names: Which of precision, recall, density, coverage and kid.
+        neighbours: Neighbours that the balls of precision and recall reach.
+        density_neighbours: Neighbours that the balls of density and coverage reach.
+        precision: Arithmetic of the distances: ``float32``, ``float64``, or ``float16`` as ADM's suite.
+        kwargs: Arguments of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: An unknown name or precision, neighbours below 1, or a reference of too few points.
+    """
+
+    full_state_update = False
+    features: list[Tensor]
+
+    def __init__(
+        self,
+        reference: Tensor,
+        names: Sequence[str] = NAMES,
+        neighbours: int = 3,
+        density_neighbours: int = 5,
+        precision: str = "float32",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(sync_on_compute=False, compute_on_cpu=True, **kwargs)
+        check_options(names, neighbours, density_neighbours, precision)
+        self.names = list(names)
+        self.neighbours = neighbours
+        self.density_neighbours = density_neighbours
+        self.precision = precision
+        self.reference = check_features(reference, "reference features").cpu().float()
+        self._reference_radii: Tensor | None = None
+        self.add_state("features", [], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor) -> None:
+        """Adds features B×D, float32.
+
+        Raises:
+            ValueError: Features of another shape than the reference's.
+        """
+        width = self.reference.shape[1]
+        if features.ndim != 2 or features.shape[1] != width:
+            raise ValueError(f"features must be of shape B×{width}, as the reference's, got {tuple(features.shape)}")
+        self.features.append(features.detach().float())
+
+    def compute(self) -> dict[str, float]:
+        """All scores over the samples of all processes, by name.
+
+        Raises:
+            ValueError: Too few samples, or features that are not finite.
+        """
+        own = torch.cat(self.features) if self.features else torch.empty(0, self.reference.shape[1])
+        own = check_features(own).to(self.device)
+        counts = counts_of_processes(len(own), self.device)
+        reference = self.reference.to(self.device)
+        scores: dict[str, float] = {}
+        if self._uses({"precision", "recall", "density", "coverage"}):
+            scores |= self._overlap_scores(own, reference, counts)
+        if "kid" in self.names:
+            scores["kid"] = self._kernel_distance(own, reference, counts)
+        return {name: scores[name] for name in self.names}
+
+    def _uses(self, names: Collection[str]) -> bool:
+        return not set(names).isdisjoint(self.names)
+
+    def _overlap_scores(self, own: Tensor, reference: Tensor, counts: list[int]) -> dict[str, float]:
+        radii = self._radii_of_reference(reference)
+        if "recall" in self.names:
+            others = blocks_of_processes(own, counts)
+            reach = nearest_distances(own, self.neighbours, others, self.precision)[:, -1]
+        else:
+            reach = torch.zeros(len(own), device=own.device)
+        precise, dense = radii[:, self.neighbours - 1], radii[:, self.density_neighbours - 1]
+        found = add_processes(overlap(own, reach, reference, precise, dense, self.precision))
+        total = sum(counts)
+        return {
+            "precision": found.samples_inside / total,
+            "recall": found.reference_inside.double().mean().item(),
+            "density": found.pairs_inside / (self.density_neighbours * total),
+            "coverage": found.reference_covered.double().mean().item(),
+        }
+
+    def _radii_of_reference(self, reference: Tensor) -> Tensor:
+        """Squared distances to the nearest neighbours, computed once."""
+        if self._reference_radii is None:
+            most = max(self.neighbours, self.density_neighbours)
+            self._reference_radii = nearest_distances(reference, most, precision=self.precision).cpu()
+        return self._reference_radii.to(reference.device)
+
+    def _kernel_distance(self, own: Tensor, reference: Tensor, counts: list[int]) -> float:
+        within = kernel_sum(own, blocks_of_processes(own, counts))
+        sums = torch.stack([within, self_kernel_sum(own), kernel_sum(own, reference)])
+        if in_processes():
+            dist.all_reduce(sums)
+        diagonal = self_kernel_sum(reference)
+        total = kernel_sum(reference, reference)
+        return distance_from_sums(sums[0], sums[1], total, diagonal, sums[2], [sum(counts), len(reference)]).item()
+
+
+def check_options(names: Sequence[str], neighbours: int, density_neighbours: int, precision: str) -> None:
+    """Raises ValueError for an unknown name or precision, or neighbours below 1."""
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        raise ValueError(f"metrics {', '.join(unknown)} are unknown; choose among {', '.join(NAMES)}")
+    if min(neighbours, density_neighbours) < 1:
+        raise ValueError(
+            f"neighbours must be at least 1, got neighbours={neighbours} and density_neighbours={density_neighbours}"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+
+
+def in_processes() -> bool:
+    """Whether several processes work together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def counts_of_processes(count: int, device: torch.device) -> list[int]:
+    """Samples that each process holds."""
+    if not in_processes():
+        return [count]
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([count], device=device))
+    return [int(one) for one in counts]
+
+
+def blocks_of_processes(own: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
+    """Blocks of the features of all processes, in the same order on each; only one block of another is held at a time."""
+    if not in_processes():
+        yield from own.split(BLOCK)
+        return
+    for source, count in enumerate(counts):
+        for start in range(0, count, BLOCK):
+            if source == dist.get_rank():
+                block = own[start : start + BLOCK].contiguous()
+            else:
+                block = own.new_empty(min(BLOCK, count - start), own.shape[1])
+            dist.broadcast(block, src=source)
+            yield block
+
+
+def add_processes(found: Overlap) -> Overlap:
+    """The overlap of the samples of all processes."""
+    if not in_processes():
+        return found
+    device = found.reference_inside.device
+    sums = torch.tensor([found.samples_inside, found.pairs_inside], dtype=torch.int64, device=device)
+    flags = torch.stack([found.reference_inside, found.reference_covered]).to(torch.int32)
+    dist.all_reduce(sums)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return Overlap(int(sums[0]), int(sums[1]), flags[0].bool(), flags[1].bool())

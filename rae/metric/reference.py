@@ -1,0 +1,296 @@
+"""Reference statistics: what samples are compared with, and the refusal of what they must not be compared with.
+
+A reference is an .npz with any of ADM's entries ``mu``, ``sigma`` (moments of the pool features), ``mu_s``, ``sigma_s`` (of the
+spatial ones) and ``arr_0`` (images uint8 N×H×W×3), and of ours: ``features`` (pool features N×D for precision and recall) and
+``metadata`` (JSON: kind, image size, crop, count, detector, hashes).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.utilities import rank_zero_warn
+
+from rae.metric.features import Detector
+from rae.metric.frechet import FeatureMoments
+from rae.metric.functional.frechet import Moments
+from rae.metric.images import BROKEN, file_hash, iterate_npz, npz_shape, open_npz
+from rae.weights import state_hash, write_atomically
+
+KINDS = {
+    "training": "the training set, which generated samples are compared with (gFID)",
+    "validation": "held-out images, which their reconstructions are compared with (rFID)",
+}
+
+ADM_PREFIX = "VIRTUAL_"
+"""How the names of ADM's references begin; all of them describe training sets."""
+
+
+@dataclass(frozen=True)
+class ReferenceInfo:
+    """What a reference says about itself."""
+
+    kind: str
+    """``training`` or ``validation``."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of the images."""
+    crop: str | None = None
+    """How they were cropped, e.g. ``center``."""
+    count: int | None = None
+    """How many images the moments are of."""
+    detector: dict[str, Any] | None = None
+    """Identity of the detector."""
+    detector_hash: str | None = None
+    """Hash of the detector; None for ADM's files, which the published Inception made."""
+    hash: str | None = None
+    """Hash of the statistics."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} of a reference is unknown; choose {' or '.join(KINDS)}")
+
+
+class Statistics(NamedTuple):
+    """Numbers of one detector; None where a reference has none."""
+
+    moments: Moments | None = None
+    spatial: Moments | None = None
+    features: Tensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are no numbers at all."""
+        return all(part is None for part in self)
+
+
+@dataclass
+class Reference:
+    """Statistics and images to compare with.
+
+    Args:
+        info: What the reference is.
+        statistics: Its numbers.
+        path: The file, where it comes from one.
+        has_images: Whether the file holds images, from which other detectors' numbers can be computed.
+    """
+
+    info: ReferenceInfo
+    statistics: Statistics
+    path: Path | None = None
+    has_images: bool = False
+    _computed: dict[str, Statistics] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        """How messages call the reference."""
+        return repr(str(self.path)) if self.path is not None else "in memory"
+
+    @property
+    def hash(self) -> str:
+        """Hash of the statistics, or of the file where it holds images alone."""
+        if self.info.hash is not None:
+            return self.info.hash
+        stated = statistics_hash(self.statistics)
+        return stated if stated is not None or self.path is None else file_hash(self.path)
+
+    def check_kind(self, wanted: str) -> None:
+        """Raises ValueError unless the reference is of the wanted kind."""
+        if wanted not in KINDS:
+            raise ValueError(f"reference_kind={wanted!r} is unknown; choose {' or '.join(KINDS)}")
+        if self.info.kind != wanted:
+            raise ValueError(
+                f"reference {self.name} is of kind {self.info.kind!r} ({KINDS[self.info.kind]}), but this run needs kind {wanted!r} "
+                f"({KINDS[wanted]}); the two give different numbers (on ImageNet 1.9 instead of an rFID of 0.57): give a reference "
+                f"of kind {wanted!r}"
+            )
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError if the reference's images are of another size."""
+        size = self.info.image_size
+        if size is not None and tuple(size) != (height, width):
+            raise ValueError(
+                f"images are {height}×{width}, but reference {self.name} is of images of {size[0]}×{size[1]}: give a reference of "
+                f"{height}×{width} images, or sample at {size[0]}×{size[1]}"
+            )
+
+    def for_detector(self, detector: Detector, needs: Collection[str], device: torch.device | str = "cpu") -> Statistics:
+        """The numbers of one detector: those stored, the others from the stored images.
+
+        Args:
+            detector: The detector that samples go through.
+            needs: Which of ``moments``, ``spatial`` and ``features`` are needed.
+            device: Where the detector runs.
+
+        Raises:
+            ValueError: Needed numbers are of another detector or missing, and there are no images to compute them from.
+        """
+        stored = self._stored(detector)
+        missing = [need for need in needs if getattr(stored, need) is None]
+        if missing:
+            if not self.has_images:
+                raise ValueError(
+                    f"{', '.join(missing)} of detector {detector.name!r} are needed, but reference {self.name} has none of that detector and holds no "
+                    "images (arr_0) to compute them from: build a reference with this detector, or leave out the metrics that need "
+                    f"{' and '.join(missing)}"
+                )
+            if detector.hash not in self._computed:
+                self._computed[detector.hash] = self._extract(detector, device)
+            computed = self._computed[detector.hash]
+            stored = stored._replace(**{need: getattr(computed, need) for need in missing})
+        return stored
+
+    def _stored(self, detector: Detector) -> Statistics:
+        """The stored numbers if they are this detector's, else nothing."""
+        stored = self.statistics
+        made_by = self.info.detector_hash
+        if stored.empty:
+            return stored
+        if made_by is not None and made_by != detector.hash:
+            if self.has_images:
+                rank_zero_warn(
+                    f"reference {self.name} was made with another detector than {detector.name!r}; its numbers are computed anew from "
+                    "the images that it holds, which may be fewer",
+                )
+            return Statistics()
+        widths = [(stored.moments, detector.width), (stored.spatial, detector.spatial_width)]
+        if any(moments is not None and moments.mean.numel() != width for moments, width in widths if width is not None):
+            return Statistics()
+        if made_by is None and not detector.published:
+            rank_zero_warn(
+                f"reference {self.name} does not say which detector made it; it is taken for that of {detector.name!r}, which is not "
+                "the published Inception"
+            )
+        return stored
+
+    def _extract(self, detector: Detector, device: torch.device | str) -> Statistics:
+        """Runs the detector over the stored images."""
+        if self.path is None:
+            raise ValueError("a reference in memory has no images")
+        detector = detector.to(device)
+        pool = FeatureMoments(detector.width).to(device)
+        spatial = None if detector.spatial_width is None else FeatureMoments(detector.spatial_width).to(device)
+        kept = []
+        for batch in iterate_npz(self.path, detector.batch_size):
+            seen = detector(batch.images.to(device))
+            pool.update(seen.pool)
+            if spatial is not None:
+                spatial.update(seen.spatial)
+            kept.append(seen.pool.cpu())
+        return Statistics(pool.compute(), None if spatial is None else spatial.compute(), torch.cat(kept))
+
+
+def statistics_hash(statistics: Statistics) -> str | None:
+    """SHA-256 of all stored numbers, None where there are none."""
+    held = {key: torch.from_numpy(value) for key, value in _arrays(statistics).items()}
+    return state_hash(held) if held else None
+
+
+def _arrays(statistics: Statistics) -> dict[str, np.ndarray]:
+    """Entries of the file."""
+    arrays = {}
+    for moments, suffix in ((statistics.moments, ""), (statistics.spatial, "_s")):
+        if moments is not None:
+            arrays[f"mu{suffix}"] = moments.mean.cpu().double().numpy()
+            arrays[f"sigma{suffix}"] = moments.covariance.cpu().double().numpy()
+    if statistics.features is not None:
+        arrays["features"] = statistics.features.cpu().float().numpy()
+    return arrays
+
+
+def write_reference(path: str | Path, reference: Reference, images: np.ndarray | None = None) -> Path:
+    """Writes a reference that ADM's evaluator can read too.
+
+    Args:
+        path: The .npz to write, atomically.
+        reference: Statistics and what they are.
+        images: uint8 N×H×W×3 to keep as ``arr_0``, which may be a memory map; needed by ADM's evaluator.
+
+    Raises:
+        ValueError: Another suffix than .npz, or images of another type, shape or size.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".npz":
+        raise ValueError(f"a reference is an .npz file, got {str(path)!r}")
+    arrays = _arrays(reference.statistics)
+    info = asdict(reference.info) | {"hash": statistics_hash(reference.statistics)}
+    if images is not None:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images must be uint8 N×H×W×3, got {images.dtype} {images.shape}")
+        reference.check_size(*images.shape[1:3])
+        arrays["arr_0"] = images
+    if not arrays:
+        raise ValueError("a reference without statistics and images says nothing: give at least one of them")
+    return write_atomically(path, lambda file: np.savez(file, metadata=np.array(json.dumps(info)), **arrays))
+
+
+def read_reference(path: str | Path, kind: str | None = None) -> Reference:
+    """Reads a reference: ours, ADM's, or any .npz with images or moments.
+
+    Args:
+        path: The .npz.
+        kind: ``training`` or ``validation``, for files that do not say; ADM's (VIRTUAL_….npz) are of training sets.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: No archive, truncated, neither moments nor ``arr_0``, moments that do not fit or are not finite, a file that was
+            changed after it was written, or an unknown kind.
+    """
+    path = Path(path).expanduser()
+    with open_npz(path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+    if not names & {"mu", "arr_0"}:
+        raise ValueError(
+            f"reference {str(path)!r} holds neither moments (mu, sigma) nor images (arr_0), only {', '.join(sorted(names)) or 'nothing'}"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "features", "metadata") if key in names}
+        known = json.loads(str(held.pop("metadata"))) if "metadata" in held else {}
+    except (*BROKEN, KeyError) as error:
+        raise ValueError(f"reference {str(path)!r} cannot be read ({error}); it may be truncated") from error
+    shape = npz_shape(path) if "arr_0" in names else None
+    info = _info(path, known, kind, None if shape is None else (shape.height, shape.width))
+    count = info.count or 0
+    features = torch.from_numpy(held["features"]) if "features" in held else None
+    statistics = Statistics(_moments(path, held, "", count), _moments(path, held, "_s", count), features)
+    if info.hash is not None and info.hash != statistics_hash(statistics):
+        raise ValueError(f"reference {str(path)!r} was changed after it was written: its hash does not fit; build it again")
+    return Reference(info, statistics, path, has_images=shape is not None)
+
+
+def _info(path: Path, known: dict[str, Any], kind: str | None, size: tuple[int, int] | None) -> ReferenceInfo:
+    stated = known.get("kind") or ("training" if path.name.startswith(ADM_PREFIX) else None)
+    if stated is None and kind is None:
+        raise ValueError(
+            f"reference {str(path)!r} does not say whether it is of the training set (for gFID) or of validation images (for rFID): "
+            "say so with kind='training' or kind='validation'"
+        )
+    if stated is not None and kind is not None and stated != kind:
+        raise ValueError(f"reference {str(path)!r} is of kind {stated!r}, not {kind!r}")
+    fields = {key: known[key] for key in ReferenceInfo.__dataclass_fields__ if key in known and key != "kind"}
+    if fields.get("image_size") is not None:
+        fields["image_size"] = tuple(fields["image_size"])
+        if size is not None and fields["image_size"] != size:
+            raise ValueError(f"reference {str(path)!r} says {fields['image_size']}, but its images are {size}; build it again")
+    else:
+        fields["image_size"] = size
+    return ReferenceInfo(kind=stated or str(kind), **fields)
+
+
+def _moments(path: Path, held: dict[str, np.ndarray], suffix: str, count: int) -> Moments | None:
+    mean, covariance = held.get(f"mu{suffix}"), held.get(f"sigma{suffix}")
+    if mean is None and covariance is None:
+        return None
+    if mean is None or covariance is None or mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+        shapes = [None if x is None else x.shape for x in (mean, covariance)]
+        raise ValueError(f"mu{suffix} and sigma{suffix} of {str(path)!r} must be [D] and [D, D], got {shapes[0]} and {shapes[1]}")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"mu{suffix} or sigma{suffix} of {str(path)!r} hold NaN or infinite values; build it again")
+    return Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), count)

@@ -1,0 +1,393 @@
+"""Encoder, latent statistics, decoder, discriminator and losses: properties, closed forms, bad input."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rae.autoencoder import RAE
+from rae.checkpoint.decoder import load_decoder, state_from_ours
+from rae.decoder import ViTDecoder
+from rae.discriminator import DiffAugment, DinoDiscriminator, quantize
+from rae.encoder import ClipEncoder, TimmEncoder, tiny_encoder
+from rae.latent import LatentNormalizer, RunningMoments, add_noise
+from rae.layers import resize_position_table
+from rae.loss import PerceptualLoss, Stage1Loss, adaptive_weight, generator_loss, gradient_at, last_layer_gradient
+
+TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+def encoder(**options) -> TimmEncoder:
+    torch.manual_seed(0)
+    arguments = {"model": "vit_tiny_patch16_224", "channels": 32, "stride": 8, "input_size": 32, "pretrained": False}
+    return TimmEncoder(**(arguments | {"model_args": TINY} | options))
+
+
+def decoder(**options) -> ViTDecoder:
+    torch.manual_seed(0)
+    arguments = {"channels": 32, "grid": 4, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "patch": 8}
+    return ViTDecoder(**(arguments | options))
+
+
+def tiny_discriminator() -> DinoDiscriminator:
+    torch.manual_seed(0)
+    return DinoDiscriminator(
+        "vit_tiny_patch16_224", image_size=32, key_depths=[0, 1], kernel=3, pretrained=False, model_args=TINY
+    )
+
+
+# --- encoder -----------------------------------------------------------------------------------------------------
+
+
+def test_encoder_stays_frozen_and_in_evaluation_mode():
+    model = encoder()
+    model.train()
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    assert not model(images).requires_grad
+    torch.testing.assert_close(copy.deepcopy(model)(images), model(images))
+
+
+def test_encoder_resizes_straight_to_a_square_without_antialias():
+    model, images = encoder(), torch.rand(2, 3, 50, 70)
+    resized = F.interpolate(images, (32, 32), mode="bicubic", align_corners=False, antialias=False)
+    torch.testing.assert_close(model(images), model(resized))
+    assert model(images).shape == (2, 32, 4, 4)
+
+
+def test_tokens_have_no_mean_and_unit_variance_without_affine():
+    latents = encoder()(torch.rand(2, 3, 32, 32))
+    torch.testing.assert_close(latents.mean(1), torch.zeros(2, 4, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents.var(1, unbiased=False), torch.ones(2, 4, 4), atol=1e-3, rtol=0)
+
+
+def test_layers_are_summed_or_averaged():
+    images = torch.rand(1, 3, 32, 32)
+    single = [encoder(layers=[layer])(images) for layer in (0, 2)]
+    torch.testing.assert_close(encoder(layers=[0, 2])(images), single[0] + single[1])
+    torch.testing.assert_close(encoder(layers=[0, 2], reduce="mean")(images), (single[0] + single[1]) / 2)
+    torch.testing.assert_close(encoder()(images), single[1])
+
+
+def test_encoder_precision_is_its_own():
+    images = torch.rand(1, 3, 32, 32)
+    plain = encoder()(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(encoder()(images), plain, atol=0, rtol=0)
+    low = encoder(dtype="bfloat16")(images)
+    assert low.dtype == torch.float32
+    assert 0 < (low - plain).abs().max() < 0.2
+
+
+def test_classifier_weights_load_without_their_head(tmp_path):
+    import timm
+
+    torch.manual_seed(1)
+    classifier = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32, global_pool="avg", **TINY).eval()
+    torch.save(classifier.state_dict(), tmp_path / "vit.pt")
+    model = encoder(pretrained=True, checkpoint=str(tmp_path / "vit.pt"))
+    images = torch.rand(2, 3, 32, 32)
+    pixels = (images - model.image_mean) / model.image_std
+    with torch.no_grad():
+        tokens = classifier.forward_features(pixels)[:, 1:]
+    expected = F.layer_norm(tokens, (32,), eps=1e-6).transpose(1, 2).reshape(2, 32, 4, 4)
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
+    state = {key: value for key, value in classifier.state_dict().items() if "blocks.1." not in key}
+    torch.save(state | {"extra": torch.zeros(1)}, tmp_path / "vit.pt")
+    with pytest.raises(ValueError, match=r"missing: blocks\.1\..*unexpected: extra"):
+        encoder(pretrained=True, checkpoint=str(tmp_path / "vit.pt"))
+
+
+def test_absent_weights_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing.*cache.*encoder\.checkpoint="):
+        encoder(pretrained=True, hub_id="nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"channels": 33}, r"encoder\.channels=33.*32"),
+        ({"stride": 4, "input_size": 32}, r"encoder\.stride=4.*8"),
+        ({"input_size": 30}, r"input_size=30.*24 and 32"),
+        ({"layers": [3]}, r"layers=\[3\].*0 to 2"),
+        ({"layers": []}, "layers"),
+        ({"reduce": "max"}, "max.*sum or mean"),
+        ({"act": "relu"}, "relu.*gelu"),
+        ({"dtype": "int8"}, "int8.*bfloat16"),
+        ({"model": "vit_tinny"}, "vit_tinny"),
+    ],
+)
+def test_wrong_encoder_facts_are_refused(options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        encoder(**options)
+
+
+def test_wrong_images_are_refused():
+    with pytest.raises(ValueError, match=r"uint8.*\(1, 3, 4, 4\)"):
+        encoder()(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"\(1, 4, 32, 32\)"):
+        encoder()(torch.zeros(1, 4, 32, 32))
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_position_tables_are_resized_to_the_exact_size(antialias: bool):
+    table = torch.randn(1, 1 + 9, 4)
+    body = table[:, 1:].reshape(1, 3, 3, 4).permute(0, 3, 1, 2)
+    expected = F.interpolate(body, (5, 5), mode="bicubic", align_corners=False, antialias=antialias)
+    resized = resize_position_table(table, 5, 1, antialias)
+    torch.testing.assert_close(resized[:, 1:], expected.permute(0, 2, 3, 1).reshape(1, 25, 4))
+    torch.testing.assert_close(resized[:, :1], table[:, :1])
+
+
+@pytest.mark.slow
+def test_clip_encoder_gives_normalised_patch_tokens():
+    torch.manual_seed(0)
+    model = ClipEncoder("ViT-B-32", channels=768, stride=32, input_size=64, pretrained=False)
+    latents = model(torch.rand(1, 3, 64, 64))
+    assert latents.shape == (1, 768, 2, 2)
+    torch.testing.assert_close(latents.var(1, unbiased=False), torch.ones(1, 2, 2), atol=1e-3, rtol=0)
+
+
+# --- latents -----------------------------------------------------------------------------------------------------
+
+
+def test_normalisation_inverts_and_is_the_identity_without_statistics(tmp_path):
+    z = torch.randn(3, 2, 4, 4)
+    plain = LatentNormalizer((2, 4, 4))
+    torch.testing.assert_close(plain.normalize(z), z, atol=1e-6, rtol=1e-6)
+    mean, var = torch.randn(2, 4, 4), torch.rand(2, 4, 4) + 0.1
+    model = LatentNormalizer((2, 4, 4), mean, var)
+    torch.testing.assert_close(model.normalize(z), (z - mean) / (var + 1e-5).sqrt())
+    torch.testing.assert_close(model.denormalize(model.normalize(z)), z, atol=1e-5, rtol=1e-5)
+    assert set(model.state_dict()) == {"mean", "var"}
+    for content in ({"var": var}, {"mean": None, "var": var}):
+        torch.save(content, tmp_path / "stat.pt")
+        torch.testing.assert_close(
+            LatentNormalizer((2, 4, 4), stats=tmp_path / "stat.pt").normalize(z), z / (var + 1e-5).sqrt()
+        )
+
+
+def test_noise_level_is_one_a_sample():
+    z, noise = torch.zeros(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    out = add_noise(z, 0.8, torch.tensor([0.5, 0.25]), noise)
+    torch.testing.assert_close(out, torch.stack([0.4 * noise[0], 0.2 * noise[1]]))
+
+
+@pytest.mark.parametrize("sizes", [[64], [1] * 64, [7, 50, 7]])
+def test_moments_do_not_depend_on_batches_or_order(sizes: list[int]):
+    data = torch.randn(64, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 + 1000
+    parts = []
+    for batch in data[torch.randperm(64, generator=torch.Generator().manual_seed(len(sizes)))].split(sizes):
+        part = RunningMoments((3, 2, 2))
+        part.update(batch)
+        parts.append(part)
+    whole = parts[0]
+    for part in parts[1:]:
+        whole.merge(part)
+    torch.testing.assert_close(whole.mean, data.double().mean(0), atol=0, rtol=1e-12)
+    torch.testing.assert_close(whole.var, data.double().var(0, unbiased=False), atol=0, rtol=1e-9)
+    restored = RunningMoments((3, 2, 2))
+    restored.load_state_dict(whole.state_dict())
+    assert torch.equal(restored.var, whole.var)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "words"),
+    [
+        ({"mean": torch.zeros(3, 4, 4), "var": torch.ones(3, 4, 4)}, r"\(3, 4, 4\).*\(2, 4, 4\).*rae-stats"),
+        ({"var": -torch.ones(2, 4, 4)}, "negative"),
+        ({"var": torch.full((2, 4, 4), float("nan"))}, "NaN"),
+    ],
+)
+def test_wrong_statistics_are_refused(statistics: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        LatentNormalizer((2, 4, 4), **statistics)
+
+
+# --- decoder -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "sizes"), [("b", (768, 12, 12, 3072)), ("l", (1024, 24, 16, 4096)), ("xl", (1152, 28, 16, 4096))])
+def test_decoder_parameters_follow_from_the_table(size: str, sizes: tuple[int, int, int, int]):
+    width, depth, heads, mlp = sizes
+    with torch.device("meta"):
+        model = ViTDecoder(768, 16, width, depth, heads, mlp)
+    block = 4 * width * (width + 1) + 2 * width * mlp + width + mlp + 4 * width
+    expected = (768 + 1) * width + width + depth * block + 2 * width + (width + 1) * 768
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected, size
+
+
+def test_decoder_speaks_in_the_encoders_pixels_and_starts_with_a_zero_token():
+    z = torch.randn(2, 32, 4, 4)
+    plain, scaled = decoder(), decoder(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    shift, scale = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+    torch.testing.assert_close(scaled(z), plain(z) * scale + shift)
+    assert not plain.class_token.any()
+    assert plain(z).shape == (2, 3, 32, 32)
+    checkpointed = decoder(checkpointing=True)
+    for model in (plain, checkpointed):
+        model(z).square().mean().backward()
+    torch.testing.assert_close(plain.embedding.weight.grad, checkpointed.embedding.weight.grad)
+
+
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+def test_decoder_weights_go_there_and_back(naming: str):
+    first, second = decoder(), decoder()
+    for parameter in first.parameters():
+        parameter.data.normal_()
+    load_decoder(second, state_from_ours(first, naming), naming)
+    for key, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("shape", [(1, 31, 4, 4), (1, 32, 4, 5), (32, 4, 4)])
+def test_wrong_latents_are_refused(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match="B×32×h×h"):
+        decoder()(torch.zeros(shape))
+
+
+def test_autoencoder_refuses_parts_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"decoder\.channels=16.*encoder\.channels=32"):
+        RAE(tiny_encoder(), decoder(channels=16))
+    with pytest.raises(ValueError, match=r"\(32, 2, 2\).*\(32, 4, 4\)"):
+        RAE(tiny_encoder(), decoder(), LatentNormalizer((32, 2, 2)))
+
+
+# --- discriminator and augmentation ------------------------------------------------------------------------------
+
+
+def test_discriminator_backbone_is_frozen_but_passes_gradients():
+    model = tiny_discriminator()
+    model.train()
+    assert not model.backbone.training
+    images = torch.rand(2, 3, 48, 48, requires_grad=True)
+    model(images).mean().backward()
+    assert images.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    assert all(parameter.grad is not None for parameter in model.heads.parameters())
+
+
+def test_spectral_norm_converges_to_the_largest_singular_value():
+    layer = tiny_discriminator().heads[0].residual
+    x = torch.randn(1, 32, 16)
+    layer.train()
+    for _ in range(60):
+        layer(x)
+    layer.eval()
+    before = layer.u.clone()
+    layer(x)
+    assert torch.equal(layer.u, before)
+    sigma = torch.dot(layer.u, layer.weight.flatten(1) @ layer.v)
+    torch.testing.assert_close(sigma, torch.linalg.matrix_norm(layer.weight.flatten(1), 2), atol=1e-3, rtol=1e-3)
+
+
+def test_quantize_gives_bytes():
+    images = torch.tensor([-0.3, 0.1234, 0.999, 1.7])
+    assert (quantize(images) * 255).tolist() == pytest.approx([0, 31, 255, 255])
+
+
+def test_augmentation_depends_on_the_seed_of_the_sample_alone():
+    images = torch.rand(3, 3, 16, 16)
+    whole = DiffAugment(cutout=0.3)(images, [5, 6, 7])
+    torch.testing.assert_close(DiffAugment(cutout=0.3)(images[1:2], [6]), whole[1:2])
+    assert not torch.allclose(DiffAugment()(images, [8, 9, 10]), DiffAugment()(images, [5, 6, 7]))
+
+
+def test_augmentation_shifts_by_whole_pixels_over_grey():
+    class Only(DiffAugment):
+        """The shift without the colours."""
+
+        def __call__(self, images: Tensor, seeds: list[float]) -> Tensor:
+            draws = torch.tensor(seeds)
+            return self._shift(images, draws, draws)
+
+    image = torch.arange(64.0).reshape(1, 1, 8, 8).expand(1, 3, 8, 8) + 1
+    assert torch.equal(Only()(image, [0.5]), image)
+    moved = Only()(image, [0.99])  # one pixel of eight, both ways
+    assert torch.equal(moved[:, :, :7, :7], image[:, :, 1:, 1:])
+    assert not moved[:, :, 7].any()
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+
+def test_perceptual_loss_is_the_packages():
+    import lpips
+
+    torch.manual_seed(0)
+    model = PerceptualLoss(pretrained=False)
+    assert isinstance(model.network, lpips.LPIPS)
+    x, y = torch.rand(2, 2, 3, 32, 32)
+    torch.testing.assert_close(model(x, y), model.network(x * 2 - 1, y * 2 - 1).flatten(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(x, x), torch.zeros(2))
+    model.train()
+    assert not model.network.training
+
+
+def test_absent_vgg_weights_are_named(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    with pytest.raises(FileNotFoundError, match=r"vgg_checkpoint=.*loss=l1_gan"):
+        PerceptualLoss()
+
+
+def test_vgg_weights_load_from_torchvisions_file(tmp_path):
+    import torchvision
+
+    torch.manual_seed(3)
+    torch.save(torchvision.models.vgg16(weights=None).features.state_dict(), tmp_path / "features.pt")
+    state = {f"features.{k}": v for k, v in torch.load(tmp_path / "features.pt", weights_only=True).items()}
+    torch.save(state, tmp_path / "vgg.pt")
+    model = PerceptualLoss(vgg_checkpoint=str(tmp_path / "vgg.pt"))
+    assert torch.equal(model.network.net.slice5[-2].weight, state["features.28.weight"])
+
+
+def test_gradients_by_one_backward_are_those_of_two():
+    """Gradients at the image and the last layer's input give what differentiating each loss through the decoder gives."""
+    model = decoder().double()
+    z = torch.randn(2, 32, 4, 4, dtype=torch.float64)
+    target, kernel = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    weight = model.last_layer.weight
+
+    def losses(image: Tensor) -> tuple[Tensor, Tensor]:
+        return (image - target).abs().mean(), generator_loss(F.conv2d(image, kernel))
+
+    plain = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses(model(z))]
+    image = model.to_image(model.forward_features(z).detach())
+    leaf = image.detach().requires_grad_()
+    ours = [last_layer_gradient(image, weight, gradient_at(leaf, loss)) for loss in losses(leaf)]
+    for first, second in zip(plain, ours, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-15, rtol=1e-12)
+    torch.testing.assert_close(adaptive_weight(*ours), plain[0].norm() / (plain[1].norm() + 1e-6))
+
+
+def test_phases_start_when_they_should():
+    loss = Stage1Loss(perceptual_start=0, discriminator_start=1.5, gan_start=2)
+    on = [(p.discriminator, p.gan) for p in (loss.phases(step, 10) for step in (0, 14, 15, 19, 20))]
+    assert on == [(False, False), (False, False), (True, False), (True, False), (True, True)]
+    assert not loss.phases(99, 10).perceptual  # none was given
+    assert Stage1Loss(unit="steps", discriminator_start=3, gan_start=4).phases(3, 10).discriminator
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"adversarial": "wgan"}, "wgan.*hinge"),
+        ({"unit": "days"}, "days.*epochs or steps"),
+        ({"gan_weight": -1}, "gan_weight=-1"),
+        ({"gan_start": 2, "discriminator_start": 6}, "gan_start=2.*discriminator_start=6"),
+    ],
+)
+def test_wrong_loss_settings_are_refused(options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        Stage1Loss(**options)

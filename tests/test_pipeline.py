@@ -1,0 +1,148 @@
+"""The commands one after another on digits: encoder, stage 1, statistics, stage 2, samples, reconstructions, scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from rae.checkpoint.run import read_config, read_step
+from rae.cli.config import ConfigError, absolute_paths, check_complete, compose
+
+pytestmark = pytest.mark.slow
+SHORT = [
+    "data.batch_size=32",
+    "trainer.val_check_interval=4",
+    "scheduler.warmup_steps=1",
+    "trainer.enable_progress_bar=false",
+]
+
+
+def run(command: str, *overrides: str) -> None:
+    """What the console command does with a composed configuration."""
+    module = __import__(f"rae.cli.{command}", fromlist=[command])
+    cfg = compose("train" if command == "train" else command, overrides)
+    check_complete(cfg, command)
+    absolute_paths(cfg)
+    getattr(module, command)(cfg)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """All stages, a few steps each."""
+    folder = tmp_path_factory.mktemp("runs")
+    encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
+    run("train", "experiment=digits_encoder", *SHORT, "trainer.max_steps=8", f"output_dir={folder}/encoder")
+    starts = ["loss.discriminator_start=2", "loss.gan_start=4"]
+    stage1 = ["experiment=digits_stage1", encoder, *SHORT, *starts, "trainer.max_steps=8"]
+    run("train", *stage1, f"output_dir={folder}/stage1")
+    digits = ["encoder=digits", "data=digits", "image_size=32", encoder]
+    run("stats", *digits, f"output_dir={folder}/stats")
+    before = [encoder, f"latent.stats={folder}/stats/stat.pt", f"decoder_checkpoint={folder}/stage1"]
+    small = ["denoiser.depth=1", "denoiser.head_depth=1", "sampler.grid.points=6"]
+    stage2 = ["experiment=digits_stage2", *before, *SHORT, *small, "trainer.max_steps=8"]
+    run("train", *stage2, f"output_dir={folder}/stage2")
+    return folder
+
+
+def test_every_run_describes_itself(trained):
+    for stage, name in enumerate(("encoder", "stage1", "stage2")):
+        written = yaml.safe_load((trained / name / "config.yaml").read_text())
+        assert written["stage"] == stage
+        assert written == read_config(trained / name)
+        assert json.loads((trained / name / "summary.json").read_text())["steps"] == 8 == read_step(trained / name)
+    assert list((trained / "stage1" / "previews").glob("*.png"))
+    assert list((trained / "stage2" / "previews").glob("*.png"))
+
+
+def test_statistics_do_not_depend_on_the_batch_size(trained, tmp_path):
+    digits = ["encoder=digits", "data=digits", "image_size=32", f"output_dir={tmp_path}"]
+    digits.append(f"encoder.checkpoint={trained}/encoder/encoder.safetensors")
+    run("stats", *digits, "data.batch_size=17")
+    ours, theirs = (torch.load(folder / "stat.pt", weights_only=True) for folder in (tmp_path, trained / "stats"))
+    assert ours.keys() == theirs.keys() == {"mean", "var"}
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-5, atol=1e-6)
+    assert json.loads((tmp_path / "stat.json").read_text())["images"] == 1437
+    with pytest.raises(ConfigError, match=r"stat\.pt' exists: force=true replaces it"):
+        run("stats", *digits)
+
+
+def test_samples_depend_on_seed_and_number_alone(trained, tmp_path):
+    common = [f"checkpoint={trained}/stage2", "sampler.grid.points=6", "classes=[3,7]", "samples_per_class=3"]
+    run("sample", *common, "batch_size=6", f"output_dir={tmp_path}/a")
+    run("sample", *common, "batch_size=4", "png=false", f"output_dir={tmp_path}/b")
+    first, second = (np.load(tmp_path / name / "samples.npz") for name in "ab")
+    assert first["arr_0"].shape == (6, 32, 32, 3)
+    assert first["arr_0"].dtype == np.uint8
+    assert first["arr_1"].tolist() == [3, 3, 3, 7, 7, 7]
+    assert np.abs(first["arr_0"].astype(int) - second["arr_0"]).max() <= 1
+    assert len(list((tmp_path / "a" / "images").glob("*_class0007.png"))) == 3
+    assert (tmp_path / "a" / "grid.png").is_file()
+    assert not (tmp_path / "b" / "images").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["classes=[3,11]"], r"classes=\[11\] lie outside 0 … 9"),
+        (["classes=some"], "classes='some' must be all or a list"),
+        (["guidance=autoguidance"], "needs guide_checkpoint"),
+        (["samples_per_class=0"], "samples_per_class=0 and batch_size=64 must be at least 1"),
+    ],
+)
+def test_sampling_refuses(trained, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        run("sample", f"checkpoint={trained}/stage2", f"output_dir={tmp_path}", *overrides)
+
+
+def test_sampling_refuses_other_stages(trained, tmp_path):
+    with pytest.raises(ConfigError, match="is a run of stage 1; samples are drawn by one of stage 2"):
+        run("sample", f"checkpoint={trained}/stage1", f"output_dir={tmp_path}")
+
+
+def test_reconstructions(trained, tmp_path):
+    run("reconstruct", f"checkpoint={trained}/stage1", "count=40", "png=true", f"output_dir={tmp_path}")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["images"] == 40
+    assert 5 < scores["psnr"] < 40
+    assert (tmp_path / "grid.png").is_file()
+    assert len(list((tmp_path / "images").iterdir())) == 40
+
+
+def test_scores_of_a_run_equal_those_of_its_samples(trained, tmp_path):
+    same = ["sampler.grid.points=6", "samples_per_class=3", "seed=0"]
+    run("sample", f"checkpoint={trained}/stage2", *same, f"output_dir={tmp_path}/samples")
+    run("evaluate", f"samples={tmp_path}/samples/samples.npz", "metric=digits", f"output_dir={tmp_path}/npz")
+    run("evaluate", f"samples={trained}/stage2", *same, "metric=digits", f"output_dir={tmp_path}/run")
+    first, second = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("npz", "run"))
+    assert first == pytest.approx(second)
+    assert first["samples"] == 30
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_continues_from(tmp_path):
+    arguments = ["experiment=digits_encoder", "data.batch_size=8", "scheduler=constant", f"output_dir={tmp_path}"]
+    command = [sys.executable, "-m", "rae.cli.train", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(
+        [*command, "trainer.max_steps=100000"], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "metrics").rglob("*.csv")) and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    step = read_step(tmp_path)
+    assert f"interrupted at step {step}; the same command continues from" in errors
+    rest = subprocess.run([*command, f"trainer.max_steps={step + 3}"], env=environment, check=True, capture_output=True)
+    assert f"continuing from step {step}" in rest.stderr.decode()
+    assert read_step(tmp_path) == step + 3
