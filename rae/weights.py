@@ -11,7 +11,8 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 _LISTED = 12  # keys of a mismatch that an error spells out
@@ -117,11 +118,4 @@ def save_state(state: Mapping[str, Tensor], path: str | Path, metadata: dict[str
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     if path.suffix != ".safetensors":
         return write_atomically(path, lambda file: torch.save(tensors, file))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_atomically(path, lambda file: file.write(serialize(tensors, metadata)))
