@@ -21,7 +21,8 @@ _PATHS = (
     "data.train_path",
     "data.val_path",
     "samples",
-    "reference",
+    "images",
+    "metric.reference",
 )
 _NETWORKS = ("stage", "encoder", "latent", "decoder", "discriminator", "denoiser")
 _LISTED = 3  # differences that an error spells out
@@ -204,11 +205,10 @@ def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> N
         for key, old, new in _differences(before.get(section), now.get(section), section)
     ]
     if changes:
-        listed = "; ".join(changes[:_LISTED]) + (
-            f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
-        )
+        more = f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
         raise ConfigError(
-            f"{folder} holds a run that cannot be continued: {listed}. Choose another name=… or output_dir=…"
+            f"{folder} holds a run that cannot be continued: {'; '.join(changes[:_LISTED])}{more}. "
+            "Choose another name=… or output_dir=…, or go on regardless with resume=FILE.ckpt"
         )
 
 

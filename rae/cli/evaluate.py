@@ -22,41 +22,18 @@ Samples = Iterator[tuple["Tensor", "Tensor | None"]]
 """Batches of images uint8 B×3×H×W with their labels B, where there are any."""
 
 
-def from_npz(path: Path, batch_size: int) -> Samples:
-    """Batches of an archive, with a progress bar."""
-    import torch  # noqa: PLC0415 (slow to import)
-    from tqdm import trange  # noqa: PLC0415
+def from_file(path: Path, batch_size: int) -> Samples:
+    """Batches of an .npz archive or of a folder of images, with a progress bar."""
+    from tqdm import tqdm  # noqa: PLC0415
 
-    from rae.cli.results import read_npz  # noqa: PLC0415
+    from rae.metric import iterate_folder, iterate_npz, npz_shape  # noqa: PLC0415 (imports torch)
 
-    images, labels = read_npz(path)
-    for start in trange(0, len(images), batch_size, desc="scoring", unit="batch"):
-        part = slice(start, start + batch_size)
-        pixels = torch.from_numpy(images[part]).permute(0, 3, 1, 2).contiguous()
-        yield pixels, None if labels is None else torch.from_numpy(labels[part])
-
-
-def from_folder(path: Path, batch_size: int) -> Samples:
-    """Batches of the images in a folder, by name; they must all be of one size."""
-    import numpy as np  # noqa: PLC0415
-    import torch  # noqa: PLC0415
-    from PIL import Image  # noqa: PLC0415
-    from tqdm import trange  # noqa: PLC0415
-
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if not files:
-        raise FileNotFoundError(f"folder {str(path)!r} holds no image (.png, .jpg, .jpeg, .webp)")
-    side = None
-    for start in trange(0, len(files), batch_size, desc="scoring", unit="batch"):
-        batch = []
-        for file in files[start : start + batch_size]:
-            with Image.open(file) as image:
-                pixels = np.array(image.convert("RGB"))
-            side = side or pixels.shape
-            if pixels.shape != side:
-                raise ValueError(f"images of a folder must be of one size: {file} is {pixels.shape}, others {side}")
-            batch.append(torch.from_numpy(pixels).permute(2, 0, 1))
-        yield torch.stack(batch), None
+    is_archive = path.suffix == ".npz"
+    total = npz_shape(path).images if is_archive else None
+    with tqdm(total=total, desc="scoring", unit="image") as bar:
+        for images, labels in (iterate_npz if is_archive else iterate_folder)(path, batch_size):
+            yield images, labels
+            bar.update(len(images))
 
 
 def from_run(run: DictConfig) -> Samples:
@@ -89,17 +66,15 @@ def open_samples(cfg: DictConfig) -> tuple[Samples, DictConfig]:
         run = load_run(path, cfg)
         return from_run(run), run
     given = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_RUNS])
-    if path.suffix == ".npz":
-        return from_npz(path, cfg.batch_size), given
-    if path.is_dir():
-        return from_folder(path, cfg.batch_size), given
-    raise FileNotFoundError(f"samples={cfg.samples} does not exist: give an .npz file, a folder of images or a run")
+    if not path.exists():
+        raise FileNotFoundError(f"samples={cfg.samples} does not exist: give an .npz file, a folder of images or a run")
+    return from_file(path, cfg.batch_size), given
 
 
 def evaluate(cfg: DictConfig) -> None:
     """Feeds all samples to the metric and writes what it computes."""
     from rae.cli.build import make, pick_device  # noqa: PLC0415 (imports torch)
-    from rae.cli.results import table, write_scores  # noqa: PLC0415
+    from rae.cli.results import table, write_json  # noqa: PLC0415
 
     if cfg.batch_size < 1:
         raise ConfigError(f"batch_size={cfg.batch_size} must be at least 1")
@@ -112,7 +87,9 @@ def evaluate(cfg: DictConfig) -> None:
     for images, labels in samples:
         metric.update(images, labels)
     scores = {name: float(value) for name, value in metric.compute().items()}
-    write_scores(folder / "scores.json", scores)
+    if hasattr(metric, "identity"):  # what the scores are comparable with
+        write_json(folder / "identity.json", metric.identity)
+    write_json(folder / "scores.json", scores)
     print(table(scores))
     log.info("scores.json is in %s", folder)
 

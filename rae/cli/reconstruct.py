@@ -46,7 +46,7 @@ def reconstruct(cfg: DictConfig) -> None:
     from tqdm import tqdm  # noqa: PLC0415
 
     from rae.cli.build import load_autoencoder, load_run, make, pick_device, seed  # noqa: PLC0415
-    from rae.cli.results import table, write_scores  # noqa: PLC0415
+    from rae.cli.results import table, write_json  # noqa: PLC0415
     from rae.data.transforms import to_float  # noqa: PLC0415
     from rae.image import make_grid, save_png, to_uint8  # noqa: PLC0415
 
@@ -75,10 +75,10 @@ def reconstruct(cfg: DictConfig) -> None:
             bar.update(len(images))
             if done == cfg.count:
                 break
-    scores = {"images": done, **metric.compute()}
+    scores = {**metric.compute(), "images": done}
     picture = make_grid(torch.cat(pairs), 8, scale=grid_scale(pairs[0].shape[-1]))
     save_png(picture, folder / "grid.png")
-    write_scores(folder / "scores.json", scores)
+    write_json(folder / "scores.json", scores)
     print(table(scores))
     log.info("grid.png (originals left, reconstructions right) and scores.json are in %s", folder)
 

@@ -25,31 +25,9 @@ def write_npz(path: Path, images: Tensor, labels: Sequence[int]) -> Path:
     return write_atomically(path, lambda file: np.savez(file, pixels, np.asarray(labels, dtype=np.int64)))
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads samples: images uint8 N×H×W×3, and labels N where the file has any.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no such archive, or its images are not bytes of shape N×H×W×3.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"samples {str(path)!r} do not exist: give an .npz file, a folder of images or a run")
-    try:
-        with np.load(path) as archive:
-            images = archive["arr_0"]
-            labels = archive["arr_1"] if "arr_1" in archive.files else None
-    except (KeyError, ValueError, OSError, EOFError) as error:
-        raise ValueError(
-            f"{str(path)!r} holds no images: an .npz with arr_0 (and arr_1) is wanted ({error})"
-        ) from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"arr_0 of {str(path)!r} must be uint8 N×H×W×3, got {images.dtype} {images.shape}")
-    return images, labels
-
-
-def write_scores(path: Path, scores: Mapping[str, Any]) -> Path:
-    """Writes scores as JSON."""
-    text = json.dumps(dict(scores), indent=2)
+def write_json(path: Path, values: Mapping[str, Any]) -> Path:
+    """Writes values by name as JSON."""
+    text = json.dumps(dict(values), indent=2)
     return write_atomically(path, lambda file: file.write(text.encode()))
 
 

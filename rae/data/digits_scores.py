@@ -40,7 +40,7 @@ class DigitsScores:
         self._images: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
 
-    def update(self, images: Tensor, labels: Tensor) -> None:
+    def update(self, images: Tensor, labels: Tensor | None) -> None:
         """Adds samples.
 
         Args:
@@ -48,8 +48,10 @@ class DigitsScores:
             labels: The digits that they should show, B.
 
         Raises:
-            ValueError: Images that are no bytes or whose side is no multiple of 8.
+            ValueError: Images that are no bytes or whose side is no multiple of 8, or samples without labels.
         """
+        if labels is None:
+            raise ValueError("samples without labels cannot be judged: give an .npz with arr_1, or a run")
         if images.dtype != torch.uint8 or images.shape[-1] % SIDE or images.shape[-1] != images.shape[-2]:
             raise ValueError(f"images must be uint8 B×3×H×H with H a multiple of {SIDE}, got {tuple(images.shape)}")
         small = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), SIDE)

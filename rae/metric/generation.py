@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
@@ -26,17 +25,23 @@ NEEDS = {"fid": "moments", "sfid": "spatial"} | dict.fromkeys(manifold.NAMES, "f
 """What each metric needs of the reference."""
 
 
-class Collection(WrapperMetric):
-    """Metrics that share a detector. They hold all state, so that copies of two processes can be merged or synchronised.
+class MetricGroup(WrapperMetric):
+    """Metrics that share a detector; they hold all state, so that those of two processes can be merged.
 
-    The detector is no submodule: its weights stay out of checkpoints, and it follows the images' device.
+    The detector is no submodule, so that its weights stay out of checkpoints; it is moved to the collection's device
+    when used.
     """
 
     full_state_update = False
+    detector: Detector
 
     def __init__(self) -> None:
         super().__init__()
         self.parts = nn.ModuleDict()
+
+    def _hide(self, name: str, value: Any) -> None:
+        """Sets an attribute without registering it as a submodule."""
+        object.__setattr__(self, name, value)
 
     def reset(self) -> None:
         """Forgets all images."""
@@ -52,15 +57,15 @@ class Collection(WrapperMetric):
         for name, part in self._metrics().items():
             part.merge_state(others[name])
 
-    def _metrics(self) -> dict[str, Metric]:
-        return {name: part for name, part in self.parts.items() if isinstance(part, Metric)}
+    def _metrics(self) -> dict[str, Any]:
+        return dict(self.parts.items())
 
 
-class GenerationMetrics(Collection):
+class GenerationMetrics(MetricGroup):
     """FID, sFID, Inception Score, precision, recall, density, coverage and kernel distance of generated images.
 
     Args:
-        detector: The detector; a function is not enough, see :class:`rae.metric.CallableDetector`.
+        detector: The detector; :class:`rae.metric.CallableDetector` makes one of any function.
         reference: What to compare with, or its file; None where only the Inception Score is wanted.
         metrics: Which of fid, sfid, inception_score, precision, recall, density, coverage and kid.
         reference_kind: Kind that the reference must be of: ``training`` for gFID, ``validation`` for held-out images.
@@ -96,14 +101,15 @@ class GenerationMetrics(Collection):
         super().__init__()
         self.names = list(metrics)
         if not isinstance(detector, Detector):
-            raise TypeError(f"detector must be a Detector, got {type(detector).__name__}; wrap it in {CallableDetector.__name__}")
+            raise TypeError(
+                f"detector must be a Detector, got {type(detector).__name__}; wrap it in {CallableDetector.__name__}"
+            )
         _check_names(self.names, detector)
         single = [name for name in self.names if name in manifold.NAMES]
         manifold.check_options(single, neighbours, density_neighbours, distance_precision)
         if balanced and num_classes is None:
             raise ValueError("balanced=true needs num_classes, the number of classes that the samples are of")
-        object.__setattr__(self, "detector", detector)  # no submodule
-        self.detector: Detector
+        self._hide("detector", detector)
         self.reference = self._open(reference, reference_kind, assume_kind)
         self.balanced = balanced
         self.samples = samples
@@ -120,6 +126,8 @@ class GenerationMetrics(Collection):
             self.parts["spatial"] = FeatureMoments(detector.spatial_width or 0)
         if "inception_score" in self.names:
             self.parts["inception_score"] = InceptionScore(detector.classes or 0, split_size)
+        if single:
+            self.parts["manifold"] = ManifoldMetrics(detector.width, **self._manifold_options)
         if num_classes is not None:
             self.parts["labels"] = LabelCounts(num_classes)
 
@@ -128,7 +136,8 @@ class GenerationMetrics(Collection):
         if reference is None:
             if needing:
                 raise ValueError(
-                    f"{', '.join(needing)} need a reference: give metric.reference=/path/to/reference.npz (for ImageNet ADM's "
+                    f"{', '.join(needing)} need a reference: give metric.reference=/path/to/reference.npz (for "
+                    "ImageNet ADM's "
                     "VIRTUAL_imagenet256_labeled.npz), or ask for inception_score alone"
                 )
             return None
@@ -143,8 +152,8 @@ class GenerationMetrics(Collection):
             found = Statistics()
             if self.reference is not None and needs:
                 found = self.reference.for_detector(self.detector, needs, self.device)
-            if self._manifold_options["names"] and found.features is not None:
-                self.parts["manifold"] = ManifoldMetrics(found.features, **self._manifold_options).to(self.device)
+            if "manifold" in self.parts and found.features is not None:
+                self._metrics()["manifold"].set_reference(found.features)
             self._resolved = found
         return self._resolved
 
@@ -154,8 +163,8 @@ class GenerationMetrics(Collection):
         Args:
             images: uint8 B×3×H×W.
             labels: Classes that they were asked to show, B.
-            index: Number of every sample among all that are drawn, B; with it the Inception Score's splits are the same for any order
-                and number of processes. None to count them.
+            index: Number of every sample among all that are drawn, B; with it the Inception Score's splits are the same
+                for any order and number of processes. None to count them.
 
         Raises:
             ValueError: Images that are no bytes or of another size than the reference's, or missing labels.
@@ -163,10 +172,12 @@ class GenerationMetrics(Collection):
         check_images(images)
         if self.reference is not None:
             self.reference.check_size(*images.shape[2:])
-        parts = self.parts
         if self.balanced and labels is None:
-            raise ValueError("balanced=true needs the labels of the samples (arr_1 of an .npz); give them or set balanced=false")
+            raise ValueError(
+                "balanced=true needs the labels of the samples (arr_1 of an .npz); give them or set balanced=false"
+            )
         self._resolve()
+        parts = self._metrics()
         seen = self.detector.to(self.device)(images.to(self.device))
         parts["pool"].update(seen.pool)
         if "spatial" in parts:
@@ -182,13 +193,16 @@ class GenerationMetrics(Collection):
         """All scores over the images of all processes, by name, and their number ``samples``.
 
         Raises:
-            ValueError: Fewer samples than claimed, unbalanced classes where balance is claimed, or features that are not finite.
+            ValueError: Fewer samples than claimed, unbalanced classes where balance is claimed, or features that are
+                not finite.
         """
         statistics = self._resolve()
-        parts: Any = self.parts
+        parts = self._metrics()
         pool: Moments = parts["pool"].compute()
-        if self.samples is not None and pool.count != self.samples:
-            raise ValueError(f"{self.samples} samples are claimed, but {pool.count} were given; sample the rest or set samples")
+        if self.samples is not None and pool.samples != self.samples:
+            raise ValueError(
+                f"{self.samples} samples are claimed, but {pool.samples} were given; sample the rest or set samples"
+            )
         if self.balanced:
             parts["labels"].check_balance()
         scores: dict[str, float] = {}
@@ -203,7 +217,7 @@ class GenerationMetrics(Collection):
             if name in parts:
                 scores |= parts[name].compute()
         ordered = {name: scores[name] for name in (*self.names, "inception_score_std") if name in scores}
-        return {self.score_name(name): value for name, value in ordered.items()} | {"samples": float(pool.count)}
+        return {self.score_name(name): value for name, value in ordered.items()} | {"samples": float(pool.samples)}
 
     def score_name(self, name: str) -> str:
         """``fid`` for the published features, ``fd_<detector>`` for others; likewise the other metrics."""
@@ -241,14 +255,17 @@ def _check_names(names: Sequence[str], detector: Detector) -> None:
         raise ValueError(f"metrics={list(names)} must be one or more of {', '.join(NAMES)}")
     for name, output in (("sfid", detector.spatial_width), ("inception_score", detector.classes)):
         if name in names and output is None:
-            raise ValueError(f"metric {name} cannot be had of detector {detector.name!r}; leave it out of metrics={list(names)}")
+            raise ValueError(
+                f"metric {name} cannot be had of detector {detector.name!r}; leave it out of metrics={list(names)}"
+            )
 
 
 def warn_of_rank(moments: Moments, name: str) -> None:
     """Warns where there are too few samples for a covariance of full rank."""
     width = moments.mean.numel()
-    if moments.count <= width:
+    if moments.samples <= width:
         rank_zero_warn(
-            f"{name} of {moments.count} samples: the covariance of {width} features needs at least {width + 1} samples for full rank; "
+            f"{name} of {moments.samples} samples: the covariance of {width} features needs at least {width + 1} "
+            "samples for full rank; "
             "the score is biased upwards and comparable only with others of as many samples"
         )

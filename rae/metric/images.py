@@ -32,7 +32,7 @@ class ImageBatch(NamedTuple):
 class NpzShape(NamedTuple):
     """What an archive of images holds."""
 
-    count: int
+    images: int
     height: int
     width: int
 
@@ -59,7 +59,9 @@ def open_npz(path: str | Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except BROKEN as error:
-        raise ValueError(f"{str(path)!r} is no .npz archive or is truncated ({error}); write or fetch it again") from error
+        raise ValueError(
+            f"{str(path)!r} is no .npz archive or is truncated ({error}); write or fetch it again"
+        ) from error
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -117,7 +119,8 @@ def iterate_npz(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: No archive, no ``arr_0``, images of another type or shape, labels of another number, or the file ends early.
+        ValueError: No archive, no ``arr_0``, images of another type or shape, labels of another number, or the file
+            ends early.
     """
     path = Path(path).expanduser()
     if batch_size < 1:
@@ -126,7 +129,9 @@ def iterate_npz(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
         labels = _read_labels(archive, path)
         file, (count, height, width) = _open_images(archive, path)
         if labels is not None and labels.shape != (count,):
-            raise ValueError(f"arr_1 of {str(path)!r} must hold {count} labels, one per image, got {tuple(labels.shape)}")
+            raise ValueError(
+                f"arr_1 of {str(path)!r} must hold {count} labels, one per image, got {tuple(labels.shape)}"
+            )
         size = height * width * 3
         with file:
             for start in range(0, count, batch_size):
@@ -136,7 +141,9 @@ def iterate_npz(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
                 except BROKEN as error:
                     raise ValueError(f"{str(path)!r} is damaged after image {start} of {count}: {error}") from error
                 if len(data) < wanted * size:
-                    raise ValueError(f"{str(path)!r} is truncated: image {start + len(data) // size} of {count} is missing")
+                    raise ValueError(
+                        f"{str(path)!r} is truncated: image {start + len(data) // size} of {count} is missing"
+                    )
                 pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(wanted, height, width, 3)
                 part = None if labels is None else labels[start : start + wanted]
                 yield ImageBatch(pixels.permute(0, 3, 1, 2).contiguous(), part)
@@ -179,7 +186,9 @@ def read_image(file: Path) -> Tensor:
     try:
         with Image.open(file) as image:
             if image.mode not in MODES:
-                raise ValueError(f"{str(file)!r} has mode {image.mode}: images must be 8-bit RGB or grey; convert it first")
+                raise ValueError(
+                    f"{str(file)!r} has mode {image.mode}: images must be 8-bit RGB or grey; convert it first"
+                )
             pixels = np.array(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{str(file)!r} is no readable image: {error}") from error
@@ -204,7 +213,8 @@ def iterate_folder(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatc
             shape = image.shape if shape is None else shape
             if image.shape != shape:
                 raise ValueError(
-                    f"images of a folder must be of one size: {str(file)!r} is {tuple(image.shape[1:])}, {str(files[0])!r} is "
+                    f"images of a folder must be of one size: {str(file)!r} is {tuple(image.shape[1:])}, "
+                    f"{str(files[0])!r} is "
                     f"{tuple(shape[1:])}; crop or resize them first"
                 )
             batch.append(image)

@@ -1,8 +1,9 @@
 """Inception-v3 as converted from the 2015 TensorFlow graph, with which every published FID was computed.
 
-The blocks and their weights are those of torch-fidelity's ``inception-v3-compat``. ADM's suite reads three tensors of the graph:
-``pool_3`` (the 2048 features), ``mixed_6/conv`` (the 1×1 branch of the third block on 17×17 places, which here is ``Mixed_6d``;
-its first 7 channels are the spatial features) and the weights of the softmax, which it applies without their bias.
+The blocks and their weights are those of torch-fidelity's ``inception-v3-compat``. ADM's suite reads three tensors of
+the graph: ``pool_3`` (the 2048 features), ``mixed_6/conv`` (the 1×1 branch of the third block on 17×17 places, which
+here is ``Mixed_6d``; its first 7 channels are the spatial features) and the weights of the softmax, which it applies
+without their bias.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def find_weights(checkpoint: str | None = None) -> Path:
             torch.hub.download_url_to_file(INCEPTION_URL, str(cached), hash_prefix=HASH_PREFIX, progress=True)
         except (URLError, OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"the Inception-v3 weights are neither in {cached} nor can they be downloaded from {INCEPTION_URL} ({error}); "
+                f"the Inception-v3 weights are neither in {cached} nor can they be downloaded from {INCEPTION_URL} "
+                f"({error}); "
                 "give a local file with metric.detector.checkpoint=/path/to/weights-inception-2015-12-05-6726825d.pth"
             ) from None
     return cached

@@ -15,8 +15,8 @@ from rae.metric.functional.inception_score import SPLIT_SIZE, check_probabilitie
 class InceptionScore(SummedMetric):
     """Inception Score over splits of samples, from sums over every split.
 
-    A sample belongs to split ``index // split_size``, so that the score depends neither on batches nor on which process saw which
-    sample, if the caller says the indices. Otherwise they are counted, process by process in turn.
+    A sample belongs to split ``index // split_size``, so that the score depends neither on batches nor on which process
+    saw which sample, if the caller says the indices. Otherwise they are counted, process by process in turn.
 
     Args:
         classes: Number of classes K.
@@ -64,7 +64,9 @@ class InceptionScore(SummedMetric):
             index = (self._seen + torch.arange(len(probabilities))) * world + rank
             self._seen += len(probabilities)
         if index.shape != (len(probabilities),):
-            raise ValueError(f"index must hold {len(probabilities)} numbers, one per sample, got shape {tuple(index.shape)}")
+            raise ValueError(
+                f"index must hold {len(probabilities)} numbers, one per sample, got shape {tuple(index.shape)}"
+            )
         split = index.cpu() // self.split_size
         if int(split.min()) < 0 or int(split.max()) >= self.splits:
             raise ValueError(
@@ -86,8 +88,10 @@ class InceptionScore(SummedMetric):
         most = int(self.count.max())
         if most > self.split_size:
             raise ValueError(
-                f"a split of the Inception Score holds {most} samples, more than split_size={self.split_size}: samples were given "
-                "twice, or parts were merged that counted their samples themselves; give update the index of every sample"
+                f"a split of the Inception Score holds {most} samples, more than split_size={self.split_size}: "
+                "samples were given "
+                "twice, or parts were merged that counted their samples themselves; give update the index of every "
+                "sample"
             )
         mean, deviation = score_from_sums(self.total, self.entropy, self.count)
         return {"inception_score": mean.item(), "inception_score_std": deviation.item()}
@@ -119,7 +123,8 @@ class LabelCounts(SummedMetric):
         labels = torch.as_tensor(labels, dtype=torch.int64).cpu()
         if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= self.num_classes):
             raise ValueError(
-                f"labels must lie in 0…{self.num_classes - 1}, got {int(labels.min())}…{int(labels.max())}; check num_classes"
+                f"labels must lie in 0…{self.num_classes - 1}, got {int(labels.min())}…{int(labels.max())}; check "
+                "num_classes"
             )
         self.count += torch.bincount(labels, minlength=self.num_classes).to(self.count.device)
 
@@ -133,6 +138,7 @@ class LabelCounts(SummedMetric):
         fewest, most = int(count.min()), int(count.max())
         if fewest != most:
             raise ValueError(
-                f"the samples are not balanced: class {int(count.argmin())} has {fewest} and class {int(count.argmax())} has {most}; "
+                f"the samples are not balanced: class {int(count.argmin())} has {fewest} and class "
+                f"{int(count.argmax())} has {most}; "
                 "sample equally many of each class, or set balanced=false"
             )

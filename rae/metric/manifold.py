@@ -1,7 +1,7 @@
 """Precision, recall, density, coverage and kernel distance, from features that stay on the process that saw them.
 
-Every process keeps the features of its own samples. To compare them with all samples, blocks travel from process to process one
-at a time; what is gathered are counts and one truth value per reference point.
+Every process keeps the features of its own samples. To compare them with all samples, blocks travel from process to
+process one at a time; what is gathered are counts and one truth value per reference point.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ class ManifoldMetrics(Metric):
     """Metrics that compare single samples with single reference points.
 
     Args:
-        reference: Features of the reference M×D.
+        width: Number of features D.
         names: Which of precision, recall, density, coverage and kid.
         neighbours: Neighbours that the balls of precision and recall reach.
         density_neighbours: Neighbours that the balls of density and coverage reach.
         precision: Arithmetic of the distances: ``float32``, ``float64``, or ``float16`` as ADM's suite.
+        reference: Features of the reference M×D; None to give them later by :meth:`set_reference`.
         kwargs: Arguments of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: An unknown name or precision, neighbours below 1, or a reference of too few points.
+        ValueError: An unknown name or precision, neighbours below 1, or reference features that do not fit.
     """
 
     full_state_update = False
@@ -41,41 +42,59 @@ class ManifoldMetrics(Metric):
 
     def __init__(
         self,
-        reference: Tensor,
+        width: int,
         names: Sequence[str] = NAMES,
         neighbours: int = 3,
         density_neighbours: int = 5,
         precision: str = "float32",
+        reference: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(sync_on_compute=False, compute_on_cpu=True, **kwargs)
         check_options(names, neighbours, density_neighbours, precision)
+        self.width = width
         self.names = list(names)
         self.neighbours = neighbours
         self.density_neighbours = density_neighbours
         self.precision = precision
-        self.reference = check_features(reference, "reference features").cpu().float()
+        self.reference: Tensor | None = None
         self._reference_radii: Tensor | None = None
         self.add_state("features", [], dist_reduce_fx="cat")
+        if reference is not None:
+            self.set_reference(reference)
+
+    def set_reference(self, reference: Tensor) -> None:
+        """Sets the features of the reference, M×D.
+
+        Raises:
+            ValueError: Features of another shape, or not finite.
+        """
+        self._check_shape(check_features(reference, "reference features"))
+        self.reference = reference.cpu().float()
+        self._reference_radii = None
+
+    def _check_shape(self, features: Tensor) -> None:
+        if features.ndim != 2 or features.shape[1] != self.width:
+            raise ValueError(f"features must be of shape B×{self.width}, got {tuple(features.shape)}")
 
     def update(self, features: Tensor) -> None:
         """Adds features B×D, float32.
 
         Raises:
-            ValueError: Features of another shape than the reference's.
+            ValueError: Features of another shape.
         """
-        width = self.reference.shape[1]
-        if features.ndim != 2 or features.shape[1] != width:
-            raise ValueError(f"features must be of shape B×{width}, as the reference's, got {tuple(features.shape)}")
+        self._check_shape(features)
         self.features.append(features.detach().float())
 
     def compute(self) -> dict[str, float]:
         """All scores over the samples of all processes, by name.
 
         Raises:
-            ValueError: Too few samples, or features that are not finite.
+            ValueError: There is no reference, too few samples, or features that are not finite.
         """
-        own = torch.cat(self.features) if self.features else torch.empty(0, self.reference.shape[1])
+        if self.reference is None:
+            raise ValueError(f"{', '.join(self.names)} need features of a reference: call set_reference first")
+        own = torch.cat(self.features) if self.features else torch.empty(0, self.width)
         own = check_features(own).to(self.device)
         counts = counts_of_processes(len(own), self.device)
         reference = self.reference.to(self.device)
@@ -151,7 +170,7 @@ def counts_of_processes(count: int, device: torch.device) -> list[int]:
 
 
 def blocks_of_processes(own: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
-    """Blocks of the features of all processes, in the same order on each; only one block of another is held at a time."""
+    """Blocks of the features of all processes, in the same order on each; one of another is held at a time."""
     if not in_processes():
         yield from own.split(BLOCK)
         return

@@ -1,14 +1,14 @@
 """Reference statistics: what samples are compared with, and the refusal of what they must not be compared with.
 
-A reference is an .npz with any of ADM's entries ``mu``, ``sigma`` (moments of the pool features), ``mu_s``, ``sigma_s`` (of the
-spatial ones) and ``arr_0`` (images uint8 N×H×W×3), and of ours: ``features`` (pool features N×D for precision and recall) and
-``metadata`` (JSON: kind, image size, crop, count, detector, hashes).
+A reference is an .npz with any of ADM's entries ``mu``, ``sigma`` (moments of the pool features), ``mu_s``, ``sigma_s``
+(of the spatial ones) and ``arr_0`` (images uint8 N×H×W×3), and of ours: ``features`` (pool features N×D for precision
+and recall) and ``metadata`` (JSON: kind, image size, crop, count, detector, hashes).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,9 @@ KINDS = {
     "training": "the training set, which generated samples are compared with (gFID)",
     "validation": "held-out images, which their reconstructions are compared with (rFID)",
 }
+
+ENTRIES = {"mu", "sigma", "mu_s", "sigma_s", "features", "metadata"}
+"""Entries that are read at once; ``arr_0`` is read where needed, batch by batch."""
 
 ADM_PREFIX = "VIRTUAL_"
 """How the names of ADM's references begin; all of them describe training sets."""
@@ -95,10 +98,10 @@ class Reference:
     @property
     def hash(self) -> str:
         """Hash of the statistics, or of the file where it holds images alone."""
-        if self.info.hash is not None:
-            return self.info.hash
-        stated = statistics_hash(self.statistics)
-        return stated if stated is not None or self.path is None else file_hash(self.path)
+        stated = self.info.hash or statistics_hash(self.statistics)
+        if stated is None and self.path is None:
+            raise ValueError("a reference without statistics and file has no hash")
+        return stated or file_hash(str(self.path))
 
     def check_kind(self, wanted: str) -> None:
         """Raises ValueError unless the reference is of the wanted kind."""
@@ -106,8 +109,10 @@ class Reference:
             raise ValueError(f"reference_kind={wanted!r} is unknown; choose {' or '.join(KINDS)}")
         if self.info.kind != wanted:
             raise ValueError(
-                f"reference {self.name} is of kind {self.info.kind!r} ({KINDS[self.info.kind]}), but this run needs kind {wanted!r} "
-                f"({KINDS[wanted]}); the two give different numbers (on ImageNet 1.9 instead of an rFID of 0.57): give a reference "
+                f"reference {self.name} is of kind {self.info.kind!r} ({KINDS[self.info.kind]}), but this run needs "
+                f"kind {wanted!r} "
+                f"({KINDS[wanted]}); the two give different numbers (on ImageNet 1.9 instead of an rFID of 0.57): "
+                "give a reference "
                 f"of kind {wanted!r}"
             )
 
@@ -116,11 +121,14 @@ class Reference:
         size = self.info.image_size
         if size is not None and tuple(size) != (height, width):
             raise ValueError(
-                f"images are {height}×{width}, but reference {self.name} is of images of {size[0]}×{size[1]}: give a reference of "
+                f"images are {height}×{width}, but reference {self.name} is of images of {size[0]}×{size[1]}: give a "
+                "reference of "
                 f"{height}×{width} images, or sample at {size[0]}×{size[1]}"
             )
 
-    def for_detector(self, detector: Detector, needs: Collection[str], device: torch.device | str = "cpu") -> Statistics:
+    def for_detector(
+        self, detector: Detector, needs: Collection[str], device: torch.device | str = "cpu"
+    ) -> Statistics:
         """The numbers of one detector: those stored, the others from the stored images.
 
         Args:
@@ -136,8 +144,10 @@ class Reference:
         if missing:
             if not self.has_images:
                 raise ValueError(
-                    f"{', '.join(missing)} of detector {detector.name!r} are needed, but reference {self.name} has none of that detector and holds no "
-                    "images (arr_0) to compute them from: build a reference with this detector, or leave out the metrics that need "
+                    f"{', '.join(missing)} of detector {detector.name!r} are needed, but reference {self.name} has "
+                    "none of that detector and holds no "
+                    "images (arr_0) to compute them from: build a reference with this detector, or leave out the "
+                    "metrics that need "
                     f"{' and '.join(missing)}"
                 )
             if detector.hash not in self._computed:
@@ -155,7 +165,8 @@ class Reference:
         if made_by is not None and made_by != detector.hash:
             if self.has_images:
                 rank_zero_warn(
-                    f"reference {self.name} was made with another detector than {detector.name!r}; its numbers are computed anew from "
+                    f"reference {self.name} was made with another detector than {detector.name!r}; its numbers are "
+                    "computed anew from "
                     "the images that it holds, which may be fewer",
                 )
             return Statistics()
@@ -164,7 +175,8 @@ class Reference:
             return Statistics()
         if made_by is None and not detector.published:
             rank_zero_warn(
-                f"reference {self.name} does not say which detector made it; it is taken for that of {detector.name!r}, which is not "
+                f"reference {self.name} does not say which detector made it; it is taken for that of "
+                f"{detector.name!r}, which is not "
                 "the published Inception"
             )
         return stored
@@ -227,7 +239,9 @@ def write_reference(path: str | Path, reference: Reference, images: np.ndarray |
         arrays["arr_0"] = images
     if not arrays:
         raise ValueError("a reference without statistics and images says nothing: give at least one of them")
-    return write_atomically(path, lambda file: np.savez(file, metadata=np.array(json.dumps(info)), **arrays))
+    arrays["metadata"] = np.array(json.dumps(info))
+    save: Callable[..., None] = np.savez  # whose type takes the names of arrays for its own arguments
+    return write_atomically(path, lambda file: save(file, **arrays))
 
 
 def read_reference(path: str | Path, kind: str | None = None) -> Reference:
@@ -239,19 +253,20 @@ def read_reference(path: str | Path, kind: str | None = None) -> Reference:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: No archive, truncated, neither moments nor ``arr_0``, moments that do not fit or are not finite, a file that was
-            changed after it was written, or an unknown kind.
+        ValueError: No archive, truncated, neither moments nor ``arr_0``, moments that do not fit or are not finite, a
+            file that was changed after it was written, or an unknown kind.
     """
     path = Path(path).expanduser()
     with open_npz(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
     if not names & {"mu", "arr_0"}:
         raise ValueError(
-            f"reference {str(path)!r} holds neither moments (mu, sigma) nor images (arr_0), only {', '.join(sorted(names)) or 'nothing'}"
+            f"reference {str(path)!r} holds neither moments (mu, sigma) nor images (arr_0), only "
+            f"{', '.join(sorted(names)) or 'nothing'}"
         )
     try:
         with np.load(path, allow_pickle=False) as file:
-            held = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "features", "metadata") if key in names}
+            held: dict[str, np.ndarray] = {key: file[key] for key in sorted(names & ENTRIES)}
         known = json.loads(str(held.pop("metadata"))) if "metadata" in held else {}
     except (*BROKEN, KeyError) as error:
         raise ValueError(f"reference {str(path)!r} cannot be read ({error}); it may be truncated") from error
@@ -261,7 +276,9 @@ def read_reference(path: str | Path, kind: str | None = None) -> Reference:
     features = torch.from_numpy(held["features"]) if "features" in held else None
     statistics = Statistics(_moments(path, held, "", count), _moments(path, held, "_s", count), features)
     if info.hash is not None and info.hash != statistics_hash(statistics):
-        raise ValueError(f"reference {str(path)!r} was changed after it was written: its hash does not fit; build it again")
+        raise ValueError(
+            f"reference {str(path)!r} was changed after it was written: its hash does not fit; build it again"
+        )
     return Reference(info, statistics, path, has_images=shape is not None)
 
 
@@ -269,7 +286,8 @@ def _info(path: Path, known: dict[str, Any], kind: str | None, size: tuple[int, 
     stated = known.get("kind") or ("training" if path.name.startswith(ADM_PREFIX) else None)
     if stated is None and kind is None:
         raise ValueError(
-            f"reference {str(path)!r} does not say whether it is of the training set (for gFID) or of validation images (for rFID): "
+            f"reference {str(path)!r} does not say whether it is of the training set (for gFID) or of validation "
+            "images (for rFID): "
             "say so with kind='training' or kind='validation'"
         )
     if stated is not None and kind is not None and stated != kind:
@@ -278,7 +296,9 @@ def _info(path: Path, known: dict[str, Any], kind: str | None, size: tuple[int, 
     if fields.get("image_size") is not None:
         fields["image_size"] = tuple(fields["image_size"])
         if size is not None and fields["image_size"] != size:
-            raise ValueError(f"reference {str(path)!r} says {fields['image_size']}, but its images are {size}; build it again")
+            raise ValueError(
+                f"reference {str(path)!r} says {fields['image_size']}, but its images are {size}; build it again"
+            )
     else:
         fields["image_size"] = size
     return ReferenceInfo(kind=stated or str(kind), **fields)
@@ -290,7 +310,9 @@ def _moments(path: Path, held: dict[str, np.ndarray], suffix: str, count: int) -
         return None
     if mean is None or covariance is None or mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
         shapes = [None if x is None else x.shape for x in (mean, covariance)]
-        raise ValueError(f"mu{suffix} and sigma{suffix} of {str(path)!r} must be [D] and [D, D], got {shapes[0]} and {shapes[1]}")
+        raise ValueError(
+            f"mu{suffix} and sigma{suffix} of {str(path)!r} must be [D] and [D, D], got {shapes[0]} and {shapes[1]}"
+        )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError(f"mu{suffix} or sigma{suffix} of {str(path)!r} hold NaN or infinite values; build it again")
     return Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), count)

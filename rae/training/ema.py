@@ -95,6 +95,9 @@ class EMA(L.Callback):
             for name, average in self.average.averages.items():
                 average.copy_(self._restored[name])
             self._restored = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes the step that the run begins or continues at, which is known only now."""
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 
@@ -11,7 +12,8 @@ import torch
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Matrix products and convolutions inside keep float32 and are not autotuned; the settings come back afterwards."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    cudnn, mkldnn = (cast("Any", backend) for backend in (torch.backends.cudnn, torch.backends.mkldnn))
+    backends = (torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)
     before = [backend.fp32_precision for backend in backends]
     benchmark = torch.backends.cudnn.benchmark
     try:

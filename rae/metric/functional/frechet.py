@@ -13,7 +13,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     covariance: Tensor
-    count: int
+    samples: int
 
 
 def check_features(features: Tensor, name: str = "features") -> Tensor:
@@ -63,8 +63,8 @@ def moments_from_sums(total: Tensor, outer: Tensor, count: int) -> Moments:
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
     """Squared Fréchet distance ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½, floored at 0.
 
-    With Σ₁ = R Rᵀ the last trace is the sum of the square roots of the eigenvalues of Rᵀ Σ₂ R, which is symmetric. R keeps
-    the directions in which Σ₁ is not zero up to rounding, so that covariances of few samples are no special case.
+    With Σ₁ = R Rᵀ the last trace is the sum of the square roots of the eigenvalues of Rᵀ Σ₂ R, which is symmetric. R
+    keeps the directions in which Σ₁ is not zero up to rounding, so that covariances of few samples are no special case.
 
     Args:
         mean1: Mean of the first set [D].

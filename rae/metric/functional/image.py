@@ -8,7 +8,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from rae.metric.functional.exact import exact_float32
 
 PSNR_LIMIT = 100.0
-"""Decibels of images that are equal, whose ratio is infinite; a difference of one grey level in one pixel is at most this."""
+"""Decibels that stand for the infinite ratio of equal images."""
 
 WINDOW = 11
 """Side of the Gaussian window of SSIM."""
@@ -23,7 +23,8 @@ def check_pair(images: Tensor, originals: Tensor) -> None:
             )
     if images.shape != originals.shape:
         raise ValueError(
-            f"images {tuple(images.shape)} and originals {tuple(originals.shape)} must be of one size; resize or crop one"
+            f"images {tuple(images.shape)} and originals {tuple(originals.shape)} must be of one size; resize or "
+            "crop one"
         )
 
 
@@ -40,7 +41,9 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
-    """Structural similarity of every image, B (Wang et al. 2004): Gaussian window of 11 with σ 1.5, on RGB, data range 1.
+    """Structural similarity of every image, B (Wang et al. 2004): Gaussian window of 11, σ 1.5, on RGB, data range 1.
+
+    The mean is over windows inside the image, as its authors define it; averages over a padded image differ.
 
     Args:
         images: B×3×H×W in [0, 1].
@@ -54,8 +57,9 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
         raise ValueError(
             f"SSIM needs images of at least {WINDOW}×{WINDOW} pixels, got {tuple(images.shape[2:])}; leave ssim out"
         )
+    edge = WINDOW // 2
     with exact_float32():  # variances are differences of convolutions, which TF32 would spoil
-        value = structural_similarity_index_measure(
-            images.float(), originals.float(), gaussian_kernel=True, sigma=1.5, data_range=1.0, reduction="none"
+        _, values = structural_similarity_index_measure(
+            images.float(), originals.float(), sigma=1.5, data_range=1.0, reduction="none", return_full_image=True
         )
-    return value if isinstance(value, Tensor) else value[0]
+    return values[..., edge:-edge, edge:-edge].mean((1, 2, 3))  # windows that lie inside the image, without padding

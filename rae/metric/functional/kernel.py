@@ -1,4 +1,4 @@
-"""Kernel distance: squared maximum mean discrepancy with a cubic kernel (Bińkowski et al. 2018, arXiv 1801.01401, §4)."""
+"""Kernel distance: squared maximum mean discrepancy, cubic kernel (Bińkowski et al. 2018, arXiv 1801.01401, §4)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ def self_kernel_sum(points: Tensor) -> Tensor:
 
 
 def distance_from_sums(
-    samples: Tensor, sample_diagonal: Tensor, reference: Tensor, reference_diagonal: Tensor, cross: Tensor, counts: list[int]
+    samples: Tensor,
+    sample_diagonal: Tensor,
+    reference: Tensor,
+    reference_diagonal: Tensor,
+    cross: Tensor,
+    counts: list[int],
 ) -> Tensor:
     """Unbiased estimate from sums of the kernel over all pairs; it can be slightly negative.
 

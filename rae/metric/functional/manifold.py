@@ -1,9 +1,10 @@
 """Precision, recall, density and coverage of sets of features by balls around nearest neighbours.
 
-Every point of a set spans a ball that reaches its k-th nearest *other* point of the set. Precision is the share of samples
-inside at least one reference ball, recall the share of reference points inside at least one sample ball (Kynkäänniemi et al.
-2019, arXiv 1904.06991). Density and coverage count reference balls (Naeem et al. 2020, arXiv 2002.09797). Distances are squared
-and a point on a sphere is inside. Work goes block by block, so that memory does not grow with the number of points.
+Every point of a set spans a ball that reaches its k-th nearest *other* point of the set. Precision is the share of
+samples inside at least one reference ball, recall the share of reference points inside at least one sample ball
+(Kynkäänniemi et al. 2019, arXiv 1904.06991). Density and coverage count reference balls (Naeem et al. 2020, arXiv
+2002.09797). Distances are squared and a point on a sphere is inside. Work goes block by block, so that memory does not
+grow with the number of points.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def squared_distances(first: Tensor, second: Tensor, precision: str = "float32")
     Args:
         first: N×D.
         second: M×D.
-        precision: ``float64``, ``float32``, or ``float16`` for the arithmetic of ADM's suite, in which points, norms, products
-            and distances are rounded to half precision, unless a distance overflows: then the block is done in float32.
+        precision: ``float64``, ``float32``, or ``float16`` for the arithmetic of ADM's suite, in which points, norms,
+            products and distances are rounded to half precision, unless a distance overflows: then the block is done in
+            float32.
 
     Returns:
         Distances, float32, or float64 if that is the precision.
@@ -61,8 +63,8 @@ def nearest_distances(
         precision: See :func:`squared_distances`.
 
     Returns:
-        N×neighbours, ascending; column k−1 holds the squared radius that reaches the k-th neighbour. The smallest distance of
-        each row is its own and left out.
+        N×neighbours, ascending; column k−1 holds the squared radius that reaches the k-th neighbour. The smallest
+        distance of each row is its own and left out.
 
     Raises:
         ValueError: The set has no more points than ``neighbours``.
@@ -72,7 +74,9 @@ def nearest_distances(
     for other in points.split(BLOCK) if others is None else others:
         total += len(other)
         for part in other.split(BLOCK):
-            rows = [_smallest(squared_distances(block, part, precision), neighbours + 1) for block in points.split(BLOCK)]
+            rows = [
+                _smallest(squared_distances(block, part, precision), neighbours + 1) for block in points.split(BLOCK)
+            ]
             found = torch.cat(rows) if rows else points.new_empty(0, neighbours + 1)
             best = found if best is None else _smallest(torch.cat([best, found], 1), neighbours + 1)
     if best is None or total <= neighbours:

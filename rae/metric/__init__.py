@@ -1,0 +1,37 @@
+"""Metrics: images in, numbers out."""
+
+from rae.metric.builder import ReferenceBuilder
+from rae.metric.features import CallableDetector, Detector, EncoderDetector, Features
+from rae.metric.frechet import FeatureMoments, FrechetDistance
+from rae.metric.generation import GenerationMetrics
+from rae.metric.images import ImageBatch, iterate_folder, iterate_npz, npz_shape
+from rae.metric.inception import InceptionDetector
+from rae.metric.inception_score import InceptionScore, LabelCounts
+from rae.metric.manifold import ManifoldMetrics
+from rae.metric.reconstruction import ReconstructionMetrics
+from rae.metric.reference import Reference, ReferenceInfo, Statistics, read_reference, write_reference
+
+__all__ = [
+    "CallableDetector",
+    "Detector",
+    "EncoderDetector",
+    "FeatureMoments",
+    "Features",
+    "FrechetDistance",
+    "GenerationMetrics",
+    "ImageBatch",
+    "InceptionDetector",
+    "InceptionScore",
+    "LabelCounts",
+    "ManifoldMetrics",
+    "ReconstructionMetrics",
+    "Reference",
+    "ReferenceBuilder",
+    "ReferenceInfo",
+    "Statistics",
+    "iterate_folder",
+    "iterate_npz",
+    "npz_shape",
+    "read_reference",
+    "write_reference",
+]

@@ -1,0 +1,157 @@
+"""Building a reference from images, over any number of processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from rae.metric.features import Detector, check_images
+from rae.metric.frechet import FeatureMoments
+from rae.metric.generation import MetricGroup
+from rae.metric.manifold import blocks_of_processes, counts_of_processes
+from rae.metric.reference import KINDS, Reference, ReferenceInfo, Statistics, statistics_hash
+
+KEPT = 10_000
+"""Images that ADM's references keep for precision and recall."""
+
+
+class KeptFeatures(Metric):
+    """Features of chosen samples, in the order of their index, whichever process saw them.
+
+    Args:
+        width: Number of features D.
+    """
+
+    full_state_update = False
+    features: list[Tensor]
+    index: list[Tensor]
+
+    def __init__(self, width: int) -> None:
+        super().__init__(sync_on_compute=False, compute_on_cpu=True)
+        self.width = width
+        self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("index", [], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, index: Tensor) -> None:
+        """Keeps features B×D and their numbers B."""
+        self.features.append(features.detach().float())
+        self.index.append(index.to(features.device, torch.int64)[:, None])
+
+    def compute(self) -> Tensor:
+        """Features N×D of all processes, on the CPU."""
+        features = torch.cat([torch.empty(0, self.width), *(part.cpu() for part in self.features)])
+        index = torch.cat([torch.empty(0, 1, dtype=torch.int64), *(part.cpu() for part in self.index)])
+        counts = counts_of_processes(len(features), self.device)
+        every = [
+            torch.cat([block.cpu() for block in blocks_of_processes(own.to(self.device), counts)] or [own])
+            for own in (features, index)
+        ]
+        return every[0][every[1][:, 0].argsort(stable=True)]
+
+
+class ReferenceBuilder(MetricGroup):
+    """Collects moments and features of images and makes them a reference.
+
+    Args:
+        detector: The detector.
+        kind: ``training`` or ``validation``.
+        crop: How the images were cropped, for the record.
+        total: Number of images that there will be; needed to choose the kept ones evenly.
+        kept: Features to keep for precision and recall, evenly spread over the indices; 0 for none.
+
+    Raises:
+        ValueError: An unknown kind, or features to keep of an unknown total.
+    """
+
+    def __init__(
+        self, detector: Detector, kind: str, crop: str | None = None, total: int | None = None, kept: int = KEPT
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} of a reference is unknown; choose {' or '.join(KINDS)}")
+        if kept < 0 or (kept and total is None):
+            raise ValueError(
+                f"kept={kept} features of total={total} images cannot be chosen: give total, or set kept=0"
+            )
+        self._hide("detector", detector)
+        self.kind = kind
+        self.crop = crop
+        self.total = total
+        self.kept = kept
+        self.size: tuple[int, int] | None = None
+        self._seen = 0
+        self.parts["pool"] = FeatureMoments(detector.width)
+        if detector.spatial_width is not None:
+            self.parts["spatial"] = FeatureMoments(detector.spatial_width)
+        if kept:
+            self.parts["kept"] = KeptFeatures(detector.width)
+
+    def reset(self) -> None:
+        """Forgets all images."""
+        super().reset()
+        self.size = None
+        self._seen = 0
+
+    def chosen(self, index: Tensor) -> Tensor:
+        """Whether each number is that of an image whose features are kept, bool B."""
+        total = self.total or 0
+        if self.kept >= total:
+            return torch.ones_like(index, dtype=torch.bool)
+        return (index + 1) * self.kept // total != index * self.kept // total
+
+    def update(self, images: Tensor, index: Tensor | None = None) -> None:
+        """Adds images.
+
+        Args:
+            images: uint8 B×3×H×W.
+            index: Number of every image in its data set, B; None to count them (one process only).
+
+        Raises:
+            ValueError: Images that are no bytes or of several sizes, or numbers outside 0…total−1.
+        """
+        check_images(images)
+        size = (int(images.shape[2]), int(images.shape[3]))
+        if self.size not in (None, size):
+            raise ValueError(f"images of a reference must be of one size: got {size} after {self.size}")
+        self.size = size
+        if index is None:
+            index = self._seen + torch.arange(len(images))
+            self._seen += len(images)
+        index = index.cpu()
+        if self.total is not None and not (int(index.min()) >= 0 and int(index.max()) < self.total):
+            raise ValueError(f"index must lie in 0…{self.total - 1}, got {int(index.min())}…{int(index.max())}")
+        parts = self._metrics()
+        seen = self.detector.to(self.device)(images.to(self.device))
+        parts["pool"].update(seen.pool)
+        if "spatial" in parts:
+            parts["spatial"].update(seen.spatial)
+        if "kept" in parts:
+            chosen = self.chosen(index)
+            parts["kept"].update(seen.pool[chosen.to(seen.pool.device)], index[chosen])
+
+    def compute(self) -> Reference:
+        """The reference of the images of all processes.
+
+        Raises:
+            ValueError: Fewer than two images, another number than announced, or features that are not finite.
+        """
+        parts = self._metrics()
+        pool = parts["pool"].compute()
+        if self.total is not None and pool.samples != self.total:
+            raise ValueError(
+                f"total={self.total} images are announced, but {pool.samples} were given; add the rest or correct total"
+            )
+        spatial = parts["spatial"].compute() if "spatial" in parts else None
+        features = parts["kept"].compute() if "kept" in parts else None
+        statistics = Statistics(pool, spatial, features)
+        info = ReferenceInfo(
+            kind=self.kind,
+            image_size=self.size,
+            crop=self.crop,
+            count=pool.samples,
+            detector=self.detector.identity,
+            detector_hash=self.detector.hash,
+            hash=statistics_hash(statistics),
+        )
+        return Reference(info, statistics)

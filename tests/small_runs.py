@@ -1,0 +1,126 @@
+"""Small training runs that tests compare; also a script, so that several processes can make one.
+
+``python -m tests.small_runs STAGE DEVICES BATCH ACCUMULATE STEPS OUT [PRECISION] [COMPILE]``
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from rae.autoencoder import RAE
+from rae.data import SyntheticDataModule
+from rae.decoder import ViTDecoder
+from rae.denoiser import DiTDH
+from rae.discriminator import DiffAugment, DinoDiscriminator
+from rae.encoder import tiny_encoder
+from rae.flow import FlowMatching
+from rae.loss import Stage1Loss
+from rae.training.ema import EMA
+from rae.training.schedule import WarmupDecay
+from rae.training.stage1 import Stage1Module
+from rae.training.stage2 import Stage2Module
+
+
+def make_module(stage: int, accumulate: int = 1, lr: float = 0.05, compile_network: bool = False) -> L.LightningModule:
+    """A stage-1 module with the discriminator and all phases on from the third step, or a stage-2 module."""
+    torch.manual_seed(0)
+    encoder = tiny_encoder(input_size=16, channels=16, stride=8, depth=2)
+    decoder = ViTDecoder(channels=16, grid=2, width=16, depth=1, heads=2, mlp_width=32, patch=8)
+    autoencoder = RAE(encoder, decoder)
+    # Plain SGD: Adam would turn rounding errors of tiny gradients into whole steps.
+    optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9)
+    scheduler = partial(WarmupDecay, kind="cosine", warmup_steps=2, decay_end_steps=20, final_lr=lr / 10)
+    if stage == 1:
+        backbone = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        discriminator = DinoDiscriminator(
+            "vit_tiny_patch16_224", image_size=16, key_depths=[0], kernel=3, pretrained=False, model_args=backbone
+        )
+        loss = Stage1Loss(unit="steps", discriminator_start=1, gan_start=2)
+        return Stage1Module(
+            autoencoder,
+            loss,
+            optimizer,
+            scheduler,
+            discriminator,
+            DiffAugment(),
+            accumulate=accumulate,
+            compile=compile_network,
+        )
+    denoiser = DiTDH(16, 2, 16, 1, 2, 24, 1, 2, num_classes=4)
+    for parameter in denoiser.parameters():  # no layer at zero, so that every part learns at once
+        torch.nn.init.normal_(parameter, std=0.1)
+    return Stage2Module(autoencoder, denoiser, FlowMatching(), optimizer, scheduler, compile=compile_network)
+
+
+def train(
+    stage: int,
+    folder: Path,
+    devices: int = 1,
+    batch: int = 4,
+    accumulate: int = 1,
+    steps: int = 6,
+    precision: str = "32-true",
+    compile_network: bool = False,
+    checkpoint: str | None = None,
+    callbacks: tuple = (),
+    module: L.LightningModule | None = None,
+    max_epochs: int = -1,
+) -> tuple[L.Trainer, L.LightningModule]:
+    """Trains for a number of optimiser steps on one or several CPU processes."""
+    module = module if module is not None else make_module(stage, accumulate, compile_network=compile_network)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_steps=steps,
+        max_epochs=max_epochs,
+        precision=precision,
+        accumulate_grad_batches=1 if stage == 1 else accumulate,
+        gradient_clip_val=None if stage == 1 else 1.0,
+        logger=False,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, L.pytorch.callbacks.Checkpoint) for c in callbacks),
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1,
+        deterministic=True,
+    )
+    data = SyntheticDataModule(batch, image_size=16, num_classes=4, train_images=40, val_images=8)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    return trainer, module
+
+
+def ema_of(stage: int) -> EMA:
+    return EMA(0.9, "autoencoder.decoder" if stage == 1 else "denoiser")
+
+
+def weights(module: L.LightningModule) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def main() -> None:
+    stage, devices, batch, accumulate, steps = (int(argument) for argument in sys.argv[1:6])
+    precision = sys.argv[7] if len(sys.argv) > 7 else "32-true"
+    torch.set_num_threads(1)
+    ema = ema_of(stage)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, module = train(
+            stage, Path(folder), devices, batch, accumulate, steps, precision, len(sys.argv) > 8, callbacks=(ema,)
+        )
+    if trainer.is_global_zero:
+        averages = {f"ema.{key}": value for key, value in ema.average.averages.items()}
+        torch.save(weights(module) | averages, sys.argv[6])
+
+
+if __name__ == "__main__":
+    main()
