@@ -163,7 +163,7 @@ def test_lpips_is_the_mean_of_the_distance_given():
 
 
 def test_a_reference_for_generation_is_refused():
-    images, originals = pair()
+    _, originals = pair()
     builder = ReferenceBuilder(DETECTOR, "training", kept=0)
     builder.update(originals)
     reference = builder.compute()

@@ -85,6 +85,7 @@ def test_kept_features_do_not_depend_on_batches_and_order():
     for rank, part in enumerate(parts):
         part.update(images[rank::2], torch.arange(rank, 57, 2))
     parts[0].merge_state(parts[1])
+    assert parts[0].compute().info.image_size == (6, 6)
     torch.testing.assert_close(parts[0].compute().statistics.features, whole.statistics.features)
 
 
@@ -114,7 +115,7 @@ def test_images_alone_make_a_reference(tmp_path):
         metric.update(fake)
         scores.append(metric.compute())
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
-    with pytest.raises(ValueError, match="of the training set .* or of validation images"):
+    with pytest.raises(ValueError, match=r"of the training set .* or of validation images"):
         GenerationMetrics(DETECTOR, tmp_path / "real.npz", ["fid"])
     metric = GenerationMetrics(DETECTOR, tmp_path / "real.npz", ["fid"], assume_kind="training")
     assert len(metric.identity["reference"]["hash"]) == 64

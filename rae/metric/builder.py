@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -93,6 +95,20 @@ class ReferenceBuilder(MetricGroup):
         self.size = None
         self._seen = 0
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Adds the images that another builder has seen.
+
+        Raises:
+            ValueError: It is no builder of the same kind, or saw images of another size.
+        """
+        super().merge_state(incoming_state)
+        self._set_size(cast("ReferenceBuilder", incoming_state).size)
+
+    def _set_size(self, size: tuple[int, int] | None) -> None:
+        if size is not None and self.size not in (None, size):
+            raise ValueError(f"images of a reference must be of one size: got {size} after {self.size}")
+        self.size = size or self.size
+
     def chosen(self, index: Tensor) -> Tensor:
         """Whether each number is that of an image whose features are kept, bool B."""
         total = self.total or 0
@@ -111,10 +127,7 @@ class ReferenceBuilder(MetricGroup):
             ValueError: Images that are no bytes or of several sizes, or numbers outside 0…total−1.
         """
         check_images(images)
-        size = (int(images.shape[2]), int(images.shape[3]))
-        if self.size not in (None, size):
-            raise ValueError(f"images of a reference must be of one size: got {size} after {self.size}")
-        self.size = size
+        self._set_size((int(images.shape[2]), int(images.shape[3])))
         if index is None:
             index = self._seen + torch.arange(len(images))
             self._seen += len(images)

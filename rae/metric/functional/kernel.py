@@ -7,11 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from rae.metric.functional.exact import exact_float32
 from rae.metric.functional.manifold import BLOCK
 
 DEGREE = 3
 
 
+@exact_float32()
 def polynomial_kernel(first: Tensor, second: Tensor) -> Tensor:
     """k(x, y) = (xᵀy / D + 1)³ of points N×D and M×D, N×M."""
     return (first @ second.T / first.shape[1] + 1) ** DEGREE

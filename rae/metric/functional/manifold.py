@@ -15,12 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rae.metric.functional.exact import exact_float32
+
 BLOCK = 4096
 """Rows and columns of the largest block of distances that is ever held."""
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
+@exact_float32()
 def squared_distances(first: Tensor, second: Tensor, precision: str = "float32") -> Tensor:
     """Squared Euclidean distances N×M of points N×D and M×D, as ‖x‖² − 2xy + ‖y‖².
 
