@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rae.autoencoder import RAE
+from rae.denoiser import Denoiser
 from rae.flow import AutoGuidance, FlowMatching, NoGuidance
 from rae.rng import normal, sample_seed
 
@@ -33,11 +34,11 @@ class Generator(nn.Module):
     def __init__(
         self,
         autoencoder: RAE,
-        denoiser: nn.Module,
+        denoiser: Denoiser,
         flow: FlowMatching,
         sampler: Any,
         guidance: Any | None = None,
-        guide: nn.Module | None = None,
+        guide: Denoiser | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
@@ -110,8 +111,6 @@ class Generator(nn.Module):
         return self.sampler.sample(velocity, noise, shift=self.flow.shift, step_noise=step_noise, on_step=on_step)
 
     @torch.no_grad()
-    def forward(
-        self, labels: Tensor | Sequence[int], seed: int = 0, indices: Sequence[int] | None = None
-    ) -> Tensor:
+    def forward(self, labels: Tensor | Sequence[int], seed: int = 0, indices: Sequence[int] | None = None) -> Tensor:
         """Samples images B×3×H×W in [0, 1] of the given classes; arguments as for :meth:`latents`."""
         return self.autoencoder.decode(self.latents(labels, seed, indices)).clamp(0, 1)

@@ -65,10 +65,14 @@ def test_initialisation_is_the_published_one():
         x, t, y = torch.randn(2, 64, 4, 4), torch.rand(2), torch.tensor([0, 1])
         assert not model(x, t, y).any()
     assert plain.blocks[0].attn.qkv.weight.std().item() == pytest.approx((2 / (256 + 768)) ** 0.5, rel=0.05)  # Xavier
-    assert dh.backbone[0].attn.qkv.weight.std().item() == pytest.approx((1 / (3 * 256)) ** 0.5, rel=0.05)  # PyTorch's default
+    assert dh.backbone[0].attn.qkv.weight.std().item() == pytest.approx(
+        (1 / (3 * 256)) ** 0.5, rel=0.05
+    )  # PyTorch's default
 
 
-@pytest.mark.parametrize("options", [{}, {"rope": False}, {"patch": 2}, {"qk_norm": True, "norm": "layer", "mlp": "gelu"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rope": False}, {"patch": 2}, {"qk_norm": True, "norm": "layer", "mlp": "gelu"}]
+)
 def test_samples_do_not_mix_and_every_input_matters(options: dict):
     model = randomised(small(**options)).double()
     x, t = torch.randn(3, 8, 4, 4, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)

@@ -88,7 +88,9 @@ def test_classifier_weights_load_without_their_head(tmp_path):
     import timm
 
     torch.manual_seed(1)
-    classifier = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32, global_pool="avg", **TINY).eval()
+    classifier = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=10, img_size=32, global_pool="avg", **TINY
+    ).eval()
     torch.save(classifier.state_dict(), tmp_path / "vit.pt")
     model = encoder(pretrained=True, checkpoint=str(tmp_path / "vit.pt"))
     images = torch.rand(2, 3, 32, 32)
@@ -214,7 +216,9 @@ def test_wrong_statistics_are_refused(statistics: dict, words: str):
 # --- decoder -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "sizes"), [("b", (768, 12, 12, 3072)), ("l", (1024, 24, 16, 4096)), ("xl", (1152, 28, 16, 4096))])
+@pytest.mark.parametrize(
+    ("size", "sizes"), [("b", (768, 12, 12, 3072)), ("l", (1024, 24, 16, 4096)), ("xl", (1152, 28, 16, 4096))]
+)
 def test_decoder_parameters_follow_from_the_table(size: str, sizes: tuple[int, int, int, int]):
     width, depth, heads, mlp = sizes
     with torch.device("meta"):

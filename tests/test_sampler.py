@@ -84,9 +84,7 @@ def test_sde_reaches_the_data_distribution(sampler: type[flow.SDESampler], diffu
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(20000, generator=generator)
     made = sampler(flow.OfficialGrid(150), diffusion=diffusion, norm=0.5)
-    end = made.sample(
-        gaussian_velocity, noise, step_noise=lambda step: torch.randn(20000, generator=generator)
-    )
+    end = made.sample(gaussian_velocity, noise, step_noise=lambda step: torch.randn(20000, generator=generator))
     assert end.std().item() == pytest.approx(0.5, rel=0.04)
 
 

@@ -107,7 +107,7 @@ def test_frozen_weights_are_not_in_checkpoints(stage: int, tmp_path: Path):
     state = torch.load(tmp_path / "one.ckpt", weights_only=False)["state_dict"]
     assert not [key for key in state if key.startswith(("autoencoder.encoder", "discriminator.backbone", "loss"))]
     assert [key for key in state if key.startswith("autoencoder.decoder" if stage == 1 else "denoiser")]
-    with pytest.raises(ValueError, match="missing.*unexpected.*other"):
+    with pytest.raises(ValueError, match=r"missing.*unexpected.*other"):
         module.load_state_dict({"other": torch.zeros(1)})
 
 
@@ -171,6 +171,7 @@ def test_stage_1_takes_the_steps_of_the_plain_procedure(tmp_path: Path):
     data = SyntheticDataModule(4, image_size=16, num_classes=4, train_images=40, val_images=8)
     data.setup("fit")
     for step, batch in zip(range(steps), data.train_dataloader(), strict=False):
+
         def seeds(purpose: str, batch=batch) -> list[int]:
             return sample_seeds(42, purpose, batch["epoch"].tolist(), batch["index"].tolist())
 

@@ -17,9 +17,9 @@ from rae.cli.config import ConfigError, check_complete, plain
 if TYPE_CHECKING:
     import lightning
     import torch
-    from torch import nn
 
     from rae.autoencoder import RAE
+    from rae.denoiser import Denoiser
     from rae.generator import Generator
 
 log = logging.getLogger(__name__)
@@ -125,9 +125,7 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     )
 
 
-def build_generator(
-    cfg: DictConfig, autoencoder: RAE, denoiser: nn.Module, guide: nn.Module | None = None
-) -> Generator:
+def build_generator(cfg: DictConfig, autoencoder: RAE, denoiser: Denoiser, guide: Denoiser | None = None) -> Generator:
     """Generator with the sampler and guidance of the configuration around given networks."""
     from rae.generator import Generator  # noqa: PLC0415
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 
-
 def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
     """The demo as titles and ordinary commands, each of which can be copied and run alone."""
     encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
@@ -107,7 +106,11 @@ def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:
 
     def rows_of(name: str, scores: dict[str, float], floor: str) -> list[tuple[str, str, str]]:
         return [
-            (f"{name}: label accuracy", f"{scores['accuracy']:.1%}", f"{floor}; judge on real {scores['judge_accuracy']:.1%}"),
+            (
+                f"{name}: label accuracy",
+                f"{scores['accuracy']:.1%}",
+                f"{floor}; judge on real {scores['judge_accuracy']:.1%}",
+            ),
             (f"{name}: worst class", f"{scores['accuracy_worst_class']:.1%}", ""),
             (
                 f"{name}: Fréchet distance",
@@ -155,7 +158,9 @@ def main() -> None:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     rows = table(folder, time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    print("\n" + "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows))
+    print(
+        "\n" + "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    )
     print("\nPictures:")
     for picture in (
         folder / "reconstructions" / "grid.png",

@@ -23,6 +23,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        assert self.proj.bias is not None
         nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
         nn.init.zeros_(self.proj.bias)
 
@@ -46,9 +47,7 @@ class Denoiser(nn.Module):
         ValueError: ``grid`` is not divisible by ``patch``.
     """
 
-    def __init__(
-        self, channels: int, grid: int, patch: int, num_classes: int, width: int, checkpointing: bool
-    ) -> None:
+    def __init__(self, channels: int, grid: int, patch: int, num_classes: int, width: int, checkpointing: bool) -> None:
         super().__init__()
         if grid % patch:
             raise ValueError(f"grid={grid} is not divisible by patch={patch}; the latent must divide into patches")
@@ -114,9 +113,7 @@ def make_blocks(
     depth: int, width: int, heads: int, mlp_ratio: float, qk_norm: bool, norm: str, mlp: str
 ) -> nn.ModuleList:
     """``depth`` adaptive blocks of one width."""
-    return nn.ModuleList(
-        AdaptiveBlock(width, heads, int(width * mlp_ratio), qk_norm, norm, mlp) for _ in range(depth)
-    )
+    return nn.ModuleList(AdaptiveBlock(width, heads, int(width * mlp_ratio), qk_norm, norm, mlp) for _ in range(depth))
 
 
 def position_buffer(module: nn.Module, width: int, grid: int) -> None:

@@ -63,7 +63,9 @@ class DiffAugment:
         most_down, most_across = (int(side * self.translation + 0.5) for side in (height, width))
         rows = torch.arange(height, device=x.device) + _whole(down, most_down)[:, None]  # B×H
         columns = torch.arange(width, device=x.device) + _whole(across, most_across)[:, None]  # B×W
-        inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None, :]
+        inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[
+            :, None, None, :
+        ]
         rows = rows.clamp(0, height - 1)[:, None, :, None].expand(batch, channels, height, width)
         columns = columns.clamp(0, width - 1)[:, None, None, :].expand(batch, channels, height, width)
         return x.gather(2, rows).gather(3, columns) * inside

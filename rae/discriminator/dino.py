@@ -124,6 +124,7 @@ class DinoDiscriminator(nn.Module):
 
     mean: Tensor
     std: Tensor
+    backbone: Any
 
     def __init__(
         self,

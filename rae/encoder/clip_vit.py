@@ -71,7 +71,9 @@ class ClipEncoder(Encoder):
         facts = {"channels": network.conv1.out_channels, "stride": network.patch_size[0]}
         for name, value in facts.items():
             if getattr(self, name) != value:
-                raise ValueError(f"encoder.{name}={getattr(self, name)} differs from {model}'s {value}; set it to {value}")
+                raise ValueError(
+                    f"encoder.{name}={getattr(self, name)} differs from {model}'s {value}; set it to {value}"
+                )
         network.ln_post = nn.LayerNorm(channels, eps=network.ln_post.eps, elementwise_affine=False)
         network.proj = None
         self.network = network

@@ -74,7 +74,7 @@ class TimmEncoder(Encoder):
         self.hub_id = hub_id
         self.revision = revision
         self.pos_antialias = pos_antialias
-        self.network = self._build(model, act, norm_eps, dict(model_args or {}))
+        self.network: Any = self._build(model, act, norm_eps, dict(model_args or {}))
         check_layers(self.layers, len(self.network.blocks))
         if pretrained:
             own_hub = self.network.pretrained_cfg.get("hf_hub_id")
@@ -82,10 +82,12 @@ class TimmEncoder(Encoder):
             self.load_published(state, source=str(checkpoint or hub_id or own_hub))
         self.freeze()
 
-    def _build(self, model: str, act: str | None, norm_eps: float | None, arguments: dict[str, Any]) -> nn.Module:
+    def _build(self, model: str, act: str | None, norm_eps: float | None, arguments: dict[str, Any]) -> Any:
         if not timm.is_model(model):
-            near = timm.list_models(f"*{model.split('.')[0].split('_')[-1]}*")[:8]
-            raise ValueError(f"encoder.model={model!r} is unknown to timm; near: {', '.join(near) or 'see timm.list_models()'}")
+            near = timm.list_models(f"*{model.split('.', maxsplit=1)[0].rsplit('_', maxsplit=1)[-1]}*")[:8]
+            raise ValueError(
+                f"encoder.model={model!r} is unknown to timm; near: {', '.join(near) or 'see timm.list_models()'}"
+            )
         if act is not None:
             if act not in ACTIVATIONS:
                 raise ValueError(f"encoder.act={act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
@@ -94,14 +96,16 @@ class TimmEncoder(Encoder):
             arguments["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
         # Whatever pooling the classifier had: an encoder keeps the tokens.
         arguments |= {"num_classes": 0, "global_pool": "", "img_size": self.input_size}
-        network = timm.create_model(model, pretrained=False, **arguments)
+        network: Any = timm.create_model(model, pretrained=False, **arguments)
         for name in ("blocks", "norm", "patch_embed", "embed_dim"):
             if not hasattr(network, name):
                 raise ValueError(f"encoder.model={model!r} is no vision transformer: it has no {name}")
         facts = {"channels": network.embed_dim, "stride": network.patch_embed.patch_size[0]}
         for name, value in facts.items():
             if getattr(self, name) != value:
-                raise ValueError(f"encoder.{name}={getattr(self, name)} differs from {model}'s {value}; set it to {value}")
+                raise ValueError(
+                    f"encoder.{name}={getattr(self, name)} differs from {model}'s {value}; set it to {value}"
+                )
         norm = network.norm
         eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm_eps or 1e-6
         network.norm = nn.LayerNorm(network.embed_dim, eps=eps, elementwise_affine=False)
@@ -139,7 +143,9 @@ class TimmEncoder(Encoder):
         return outputs
 
 
-def tiny_encoder(input_size: int = 32, channels: int = 32, stride: int = 8, depth: int = 2, seed: int = 0) -> TimmEncoder:
+def tiny_encoder(
+    input_size: int = 32, channels: int = 32, stride: int = 8, depth: int = 2, seed: int = 0
+) -> TimmEncoder:
     """A small encoder with random weights, for tests and first steps without downloads."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

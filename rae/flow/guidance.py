@@ -71,7 +71,11 @@ class Guidance:
                 return guided(x, times, label)
             chosen, rest = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
             pushed = guided(x[chosen], times[chosen], label[chosen])
-            return torch.empty_like(x).index_copy_(0, chosen, pushed).index_copy_(0, rest, plain(x[rest], times[rest], label[rest]))
+            return (
+                torch.empty_like(x)
+                .index_copy_(0, chosen, pushed)
+                .index_copy_(0, rest, plain(x[rest], times[rest], label[rest]))
+            )
 
         return velocity
 

@@ -61,7 +61,9 @@ class SDESampler(ABC):
         if self.last_step not in LAST_STEPS:
             raise ValueError(f"sampler.last_step={last_step!r} is unknown; choose one of {', '.join(LAST_STEPS)}")
         if self.last_step != "none" and not 0 < last_step_size < 1:
-            raise ValueError(f"sampler.last_step_size={last_step_size} must lie in (0, 1); last_step=none for no last step")
+            raise ValueError(
+                f"sampler.last_step_size={last_step_size} must lie in (0, 1); last_step=none for no last step"
+            )
 
     @property
     def evaluations(self) -> int | None:
@@ -111,7 +113,7 @@ class SDESampler(ABC):
         return x
 
     def drift(self, velocity: Velocity, x: Tensor, t: float) -> Tensor:
-        """v − D·score at time t."""
+        """V − D·score at time t."""
         v = velocity(x, t)
         return v - self._diffusion(t) * self._score(v, x, t)
 

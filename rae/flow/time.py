@@ -44,7 +44,7 @@ def check_shift(shift: float) -> float:
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t ← s·t / (1 + (s − 1)·t), moving times towards the noise; 0 and 1 stay."""
+    """T ← s·t / (1 + (s − 1)·t), moving times towards the noise; 0 and 1 stay."""
     return shift * t / (1 + (shift - 1) * t)
 
 

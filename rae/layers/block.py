@@ -86,5 +86,3 @@ class FinalLayer(nn.Module):
         """Tokens B×N×D and the condition after its SiLU => B×N×out."""
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x), shift, scale))
-
-

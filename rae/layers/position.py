@@ -77,7 +77,9 @@ def resize_position_table(table: Tensor, grid: int, prefix: int, antialias: bool
     count = table.shape[1] - prefix
     side = math.isqrt(max(count, 0))
     if side * side != count:
-        raise ValueError(f"a position table of {table.shape[1]} rows, {prefix} of them prefix, is not that of a square grid")
+        raise ValueError(
+            f"a position table of {table.shape[1]} rows, {prefix} of them prefix, is not that of a square grid"
+        )
     if side == grid:
         return table
     head, body = table[:, :prefix], table[:, prefix:]

@@ -42,7 +42,7 @@ def _reduce(values: Tensor, reduction: str) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, gan: Tensor, maximum: float = 1e4, eps: float = 1e-6) -> Tensor:
-    """w = ‖∇ reconstruction‖ / (‖∇ GAN‖ + eps), clamped to [0, maximum], without gradient.
+    """W = ‖∇ reconstruction‖ / (‖∇ GAN‖ + eps), clamped to [0, maximum], without gradient.
 
     Args:
         reconstruction: Gradient of the reconstruction loss with respect to the last layer's weight.

@@ -29,6 +29,9 @@ class ClassifierModule(TrainingModule):
         config: See :class:`~rae.training.module.TrainingModule`.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         model: str,

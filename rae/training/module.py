@@ -50,7 +50,7 @@ class TrainingModule(L.LightningModule):
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """State of the trained parts alone."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
@@ -121,7 +121,7 @@ class TrainingModule(L.LightningModule):
 
     def log_throughput(self, images: int) -> None:
         """Logs images per second over all processes, between two logged steps."""
-        interval = max(1, self.trainer.log_every_n_steps)
+        interval = max(1, getattr(self.trainer, "log_every_n_steps", 50))
         step = self.trainer.global_step
         if self._clock is None:
             self._clock = (time.perf_counter(), step)

@@ -44,7 +44,8 @@ class PicturePreview(L.Callback):
         picture = make_grid(images, columns, scale=self.scale)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "previews")
         save_png(picture, folder / f"{self.name}_{trainer.global_step:08d}.png")
-        for logger in trainer.loggers:
+        loggers: list[Any] = trainer.loggers
+        for logger in loggers:
             if hasattr(logger, "log_image"):  # wandb
                 logger.log_image(key=self.name, images=[to_pil(picture)], step=trainer.global_step)
             elif hasattr(logger.experiment, "add_image"):  # tensorboard
@@ -125,7 +126,5 @@ class SamplePreview(PicturePreview):
         total = int(pl_module.denoiser.num_classes)
         classes = range(min(self.classes, total)) if isinstance(self.classes, int) else self.classes
         labels = [label for label in classes for _ in range(self.per_class)]
-        generator = Generator(
-            pl_module.autoencoder, pl_module.denoiser, pl_module.flow, self.sampler, self.guidance
-        )
+        generator = Generator(pl_module.autoencoder, pl_module.denoiser, pl_module.flow, self.sampler, self.guidance)
         return to_uint8(generator(labels, seed=self.seed)), self.per_class

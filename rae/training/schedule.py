@@ -79,8 +79,8 @@ class WarmupDecay(LambdaLR):
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"scheduler.kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
-        warmup = _in_steps("warmup", warmup_steps, warmup_epochs, steps_per_epoch, default=0)
-        end = _in_steps("decay_end", decay_end_steps, decay_end_epochs, steps_per_epoch, default=None)
+        warmup = _in_steps("warmup", warmup_steps, warmup_epochs, steps_per_epoch) or 0
+        end = _in_steps("decay_end", decay_end_steps, decay_end_epochs, steps_per_epoch)
         if kind == "constant":
             end = warmup
         elif end is None:
@@ -95,16 +95,14 @@ class WarmupDecay(LambdaLR):
         )
 
 
-def _in_steps(
-    name: str, steps: int | None, epochs: float | None, steps_per_epoch: int | None, default: int | None
-) -> int | None:
-    """One length in steps, from whichever unit was given."""
+def _in_steps(name: str, steps: int | None, epochs: float | None, steps_per_epoch: int | None) -> int | None:
+    """One length in steps, from whichever unit was given; None where none was."""
     if steps is not None and epochs is not None:
         raise ValueError(f"scheduler: give {name}_steps={steps} or {name}_epochs={epochs}, not both (null removes one)")
     if steps is not None:
         return int(steps)
     if epochs is None:
-        return default
+        return None
     if steps_per_epoch is None:
         raise ValueError(f"scheduler: {name}_epochs={epochs} needs steps_per_epoch; or give {name}_steps")
     return int(epochs * steps_per_epoch)

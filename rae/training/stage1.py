@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rae.autoencoder import RAE
 from rae.data.transforms import to_float
+from rae.decoder import ViTDecoder
 from rae.discriminator import DiffAugment, DinoDiscriminator, quantize
 from rae.latent import add_noise
 from rae.loss import Phases, Stage1Loss, adaptive_weight, generator_loss, gradient_at, last_layer_gradient
@@ -73,7 +74,7 @@ class Stage1Module(TrainingModule):
         noise_tau: float = 0.8,
         accumulate: int = 1,
         seed: int = 42,
-        compile: bool = False,  # noqa: A002 (the option's name everywhere)
+        compile: bool = False,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         config: dict[str, Any] | None = None,
     ) -> None:
@@ -98,7 +99,7 @@ class Stage1Module(TrainingModule):
             self.autoencoder.decoder.compile()
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> ViTDecoder:
         """The network that is trained, and averaged by the EMA."""
         return self.autoencoder.decoder
 
@@ -183,17 +184,16 @@ class Stage1Module(TrainingModule):
     def _update_decoder(self, phases: Phases) -> None:
         """Averages the gradients over processes and takes the decoder's step."""
         parameters = self._decoder_parameters()
-        gradients = [p.grad for p in parameters]
+        gradients = gradients_of(parameters)
         average_gradients(gradients)
         if self._gan_gradients is not None:
             average_gradients(self._gan_gradients)
             last = next(i for i, p in enumerate(parameters) if p is self.decoder.last_layer.weight)
             scale = self._gan_scale(gradients[last], self._gan_gradients[last])
-            torch._foreach_add_(gradients, torch._foreach_mul(self._gan_gradients, scale))
+            torch._foreach_add_(gradients, list(torch._foreach_mul(self._gan_gradients, scale)))
             self._gan_gradients = None
         norm = nn.utils.get_total_norm(gradients)
-        optimizers = self.optimizers()
-        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
+        optimizer = self._optimizers()[0]
         if self.check_finite(norm, parameters):
             self.log("train/grad_norm", norm)
         optimizer.step()  # with all gradients removed (a skipped step) it counts and changes nothing
@@ -215,13 +215,13 @@ class Stage1Module(TrainingModule):
             self.log("train/logits_real", real_logits.detach().mean())
             self.log("train/logits_fake", fake_logits.detach().mean())
         parameters = [p for p in discriminator.parameters() if p.requires_grad]
-        gradients = [p.grad for p in parameters]
+        gradients = gradients_of(parameters)
         average_gradients(gradients)
         norm = nn.utils.get_total_norm(gradients)
         if self.check_finite(norm, parameters):
             self.log("train/discriminator_grad_norm", norm)
             # The bare optimiser: only the decoder's steps are to be counted.
-            optimizer = self.optimizers(use_pl_optimizer=False)[1]
+            optimizer = self._optimizers(bare=True)[1]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self._advance(1)
@@ -240,8 +240,13 @@ class Stage1Module(TrainingModule):
     def _seeds(self, purpose: str, micro: MicroBatch) -> list[int]:
         return sample_seeds(self.seed, purpose, micro.epochs, micro.indices)
 
+    def _optimizers(self, bare: bool = False) -> list[Any]:
+        """The optimisers; bare ones do not count their steps."""
+        optimizers = self.optimizers(use_pl_optimizer=not bare)
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
     def _advance(self, number: int) -> None:
-        schedulers = self.lr_schedulers()
+        schedulers: Any = self.lr_schedulers()
         if schedulers is not None:
             (schedulers if isinstance(schedulers, list) else [schedulers])[number].step()
 
@@ -271,6 +276,13 @@ class Stage1Module(TrainingModule):
         error = (reconstructions.clamp(0, 1) - images).square().flatten(1).mean(1)
         self.log("val/l1", (reconstructions - images).abs().mean(), batch_size=count, sync_dist=True)
         self.log("val/psnr", (-10 * error.log10()).mean(), batch_size=count, sync_dist=True, prog_bar=True)
+
+
+def gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The gradients, all of which must be there."""
+    gradients = [parameter.grad for parameter in parameters]
+    assert all(gradient is not None for gradient in gradients)
+    return gradients  # type: ignore[return-value]
 
 
 def average_over_processes(values: Tensor) -> Tensor:

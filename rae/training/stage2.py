@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from rae.autoencoder import RAE
 from rae.data.transforms import to_float
+from rae.denoiser import Denoiser
 from rae.flow import FlowMatching
 from rae.layers import drop_labels
 from rae.rng import normal, sample_seeds, uniform
@@ -42,13 +43,13 @@ class Stage2Module(TrainingModule):
     def __init__(
         self,
         autoencoder: RAE,
-        denoiser: nn.Module,
+        denoiser: Denoiser,
         flow: FlowMatching,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
         label_dropout: float = 0.1,
         seed: int = 42,
-        compile: bool = False,  # noqa: A002 (the option's name everywhere)
+        compile: bool = False,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         config: dict[str, Any] | None = None,
     ) -> None:
@@ -147,4 +148,3 @@ class Stage2Module(TrainingModule):
                 "set data.num_classes to the data set's number of classes"
             )
         return batch
-

@@ -50,7 +50,7 @@ class Case:
 
     def other(self, file: str) -> Case:
         """The case that a ``weights_from`` names (anything from the first blank or dot on is ignored)."""
-        return Case(self.folder, file.split()[0].split(".")[0])
+        return Case(self.folder, file.split(maxsplit=1)[0].split(".", maxsplit=1)[0])
 
 
 Check = Callable[[Case], dict[str, Tensor]]

@@ -35,7 +35,9 @@ def check_denoiser(case: Case) -> dict[str, Tensor]:
         for key, interval in (("cfg", config["interval"]), ("cfg_whole_interval", (0.0, 1.0))):
             guidance = ClassifierFreeGuidance(config["cfg_scale"], tuple(interval))
             half = guidance(model, label, null_label=model.null_label)(x, t)
-            computed[f"outputs/{key}"] = torch.cat([half, half])  # the original returns both halves of its doubled batch
+            computed[f"outputs/{key}"] = torch.cat(
+                [half, half]
+            )  # the original returns both halves of its doubled batch
         auto = AutoGuidance(config["autoguidance_scale"], tuple(config["interval"]))
         computed["outputs/autoguidance"] = auto(model, y, guide=guide)(x, t)
     return computed

@@ -94,9 +94,7 @@ def check_autoencoder(case: Case) -> dict[str, Tensor]:
     decoder = decoder_from_original(
         config["decoder"], case.part("weights/decoder."), mean=config["image_mean"], std=config["image_std"]
     )
-    latent = LatentNormalizer(
-        config["latent_shape"], inputs["latent_mean"], inputs["latent_var"], eps=config["eps"]
-    )
+    latent = LatentNormalizer(config["latent_shape"], inputs["latent_mean"], inputs["latent_var"], eps=config["eps"])
     model = RAE(encoder, decoder, latent)
     computed = {}
     for key, image in inputs.items():
