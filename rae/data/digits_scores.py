@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rae.data.digits import SIDE, load_split
+from rae.data.digits import SIDE, DigitsDataset
 from rae.metric.functional import frechet_distance
 
 _PEAK = 16.0  # the data set's largest grey value
@@ -18,21 +18,26 @@ _PEAK = 16.0  # the data set's largest grey value
 class DigitsScores:
     """Label accuracy, Fréchet distance, distance to the training digits and variety of generated digits.
 
-    The judge is a multilayer perceptron on the 8×8 grey values, fitted on the real training digits; its hidden activations
-    are the features of the Fréchet distance. It has nothing in common with the autoencoder's encoder. The held-out digits are
+    Samples and real digits take the same way: images of ``image_size``, averaged down to 8×8 grey values. (The averaging
+    blurs: comparing blurred samples with the untouched digits would find a difference between real digits and themselves.)
+    The judge is a multilayer perceptron on these values, fitted on the real training digits; its hidden activations are the
+    features of the Fréchet distance. It has nothing in common with the autoencoder's encoder. The held-out digits are
     used as the reference only, never for fitting.
 
     Args:
         hidden: Width of the judge's hidden layer.
         seed: Seed of the judge and of the choice of real digits for the yardstick.
+        image_size: Side of the samples, in pixels, a multiple of 8.
     """
 
-    def __init__(self, hidden: int = 64, seed: int = 0) -> None:
+    def __init__(self, hidden: int = 64, seed: int = 0, image_size: int = 32) -> None:
         from sklearn.neural_network import MLPClassifier  # noqa: PLC0415 (an extra: needed by the demo only)
 
         self.seed = seed
-        self.train_pixels, self.train_labels = load_split("train")
-        self.held_pixels, self.held_labels = load_split("held_out")
+        self.image_size = image_size
+        train, held_out = (DigitsDataset(split, image_size) for split in ("train", "held_out"))
+        self.train_pixels, self.train_labels = _grey(train.images), np.asarray(train.labels)
+        self.held_pixels, self.held_labels = _grey(held_out.images), np.asarray(held_out.labels)
         self.judge = MLPClassifier((hidden,), alpha=1e-2, max_iter=400, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the iteration limit is deliberate
@@ -44,18 +49,18 @@ class DigitsScores:
         """Adds samples.
 
         Args:
-            images: uint8 B×3×H×W, H = W a multiple of 8.
+            images: uint8 B×3×H×W, H = W = ``image_size``.
             labels: The digits that they should show, B.
 
         Raises:
-            ValueError: Images that are no bytes or whose side is no multiple of 8, or samples without labels.
+            ValueError: Images that are no bytes or of another size, or samples without labels.
         """
         if labels is None:
             raise ValueError("samples without labels cannot be judged: give an .npz with arr_1, or a run")
-        if images.dtype != torch.uint8 or images.shape[-1] % SIDE or images.shape[-1] != images.shape[-2]:
-            raise ValueError(f"images must be uint8 B×3×H×H with H a multiple of {SIDE}, got {tuple(images.shape)}")
-        small = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), SIDE)
-        self._images.append((small.flatten(1) / 255 * _PEAK).numpy())
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, self.image_size, self.image_size):
+            side = self.image_size
+            raise ValueError(f"images must be uint8 B×3×{side}×{side}, got {images.dtype} {tuple(images.shape)}")
+        self._images.append(_grey(images))
         self._labels.append(np.asarray(labels))
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
@@ -98,6 +103,12 @@ class DigitsScores:
             "spread_real": _spread(self.held_pixels, self.held_labels),
             "samples": float(len(samples)),
         }
+
+
+def _grey(images: Tensor) -> np.ndarray:
+    """Images uint8 B×3×H×W averaged down to grey values B×64 in [0, 16]."""
+    small = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), SIDE)
+    return (small.flatten(1) / 255 * _PEAK).numpy()
 
 
 def _frechet(first: np.ndarray, second: np.ndarray) -> float:
