@@ -39,6 +39,8 @@ class LatentNormalizer(nn.Module):
         stats: str | Path | None = None,
     ) -> None:
         super().__init__()
+        if eps < 0:
+            raise ValueError(f"latent.eps={eps} must not be negative; 1e-5 is usual")
         self.shape = tuple(int(size) for size in shape)
         self.eps = eps
         source = "latent statistics"
@@ -56,6 +58,8 @@ class LatentNormalizer(nn.Module):
     def _fit(self, value: Tensor | None, default: float, name: str, source: str) -> Tensor:
         if value is None:
             return torch.full(self.shape, default)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{source}: {name} is a {type(value).__name__}, it must be a tensor of shape {self.shape}")
         value = value.detach().float()
         if value.ndim == 1 and value.shape[0] == self.shape[0]:
             value = value[:, None, None].expand(self.shape)  # one value a channel
@@ -68,12 +72,29 @@ class LatentNormalizer(nn.Module):
             raise ValueError(f"{source}: {name} holds NaN or infinite values")
         return value.clone()
 
+    def _check(self, latents: Tensor) -> None:
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.shape:
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)} do not fit statistics of shape {self.shape}; "
+                "they must be B×C×H×W of the encoder and image size that the statistics belong to"
+            )
+
     def normalize(self, latents: Tensor) -> Tensor:
-        """B×C×H×W as the encoder makes them => normalised."""
+        """B×C×H×W as the encoder makes them => normalised.
+
+        Raises:
+            ValueError: Latents of another shape.
+        """
+        self._check(latents)
         return (latents - self.mean) / (self.var + self.eps).sqrt()
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """Normalised B×C×H×W => as the decoder wants them."""
+        """Normalised B×C×H×W => as the decoder wants them.
+
+        Raises:
+            ValueError: Latents of another shape.
+        """
+        self._check(latents)
         return latents * (self.var + self.eps).sqrt() + self.mean
 
 
@@ -101,7 +122,17 @@ def add_noise(latents: Tensor, tau: float, uniform: Tensor, noise: Tensor) -> Te
         tau: Largest standard deviation, τ.
         uniform: Draws in [0, 1), B.
         noise: Standard normal draws of the latents' shape.
+
+    Raises:
+        ValueError: A negative ``tau``, or draws of another shape.
     """
+    if tau < 0:
+        raise ValueError(f"tau={tau} must not be negative; 0 is no noise, 0.8 the published setting")
+    if uniform.shape != latents.shape[:1] or noise.shape != latents.shape:
+        raise ValueError(
+            f"latents of shape {tuple(latents.shape)} need one uniform draw a sample and noise of the same shape, "
+            f"got {tuple(uniform.shape)} and {tuple(noise.shape)}"
+        )
     return latents + tau * uniform.reshape(-1, 1, 1, 1).to(latents.dtype) * noise
 
 
@@ -132,7 +163,15 @@ class RunningMoments:
         return self.m2 / self.count
 
     def update(self, batch: Tensor) -> None:
-        """Adds samples B×…."""
+        """Adds samples B×….
+
+        Raises:
+            ValueError: Samples of another shape.
+        """
+        if batch.shape[1:] != self.mean.shape:
+            raise ValueError(
+                f"a batch of shape {tuple(batch.shape)} does not fit moments of samples {tuple(self.mean.shape)}"
+            )
         if len(batch) == 0:
             return
         batch = batch.detach().to(self.mean.device, torch.float64)
@@ -140,7 +179,15 @@ class RunningMoments:
         self._join(len(batch), mean, (batch - mean).square().sum(0))
 
     def merge(self, other: RunningMoments) -> None:
-        """Adds the samples that other moments have seen."""
+        """Adds the samples that other moments have seen.
+
+        Raises:
+            ValueError: Moments of another shape.
+        """
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(
+                f"moments of samples {tuple(other.mean.shape)} cannot be merged into those of {tuple(self.mean.shape)}"
+            )
         if other.count:
             self._join(other.count, other.mean.to(self.mean.device), other.m2.to(self.mean.device))
 

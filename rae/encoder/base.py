@@ -1,8 +1,9 @@
 """The contract of every encoder.
 
 Images float B×3×H×W in [0, 1] => bicubic resize to the input side (only where a side differs; straight to a square, no
-antialias, no clamp) => (x − mean) / std => network => patch tokens of the chosen layers, each after a LayerNorm without affine
-parameters, summed or averaged => latents float32 B×C×h×w, row-major. Class and register tokens are dropped. Paper §3.
+antialias, no clamp) => (x − mean) / std => network => patch tokens of the chosen layers, each after its own LayerNorm without
+affine parameters (so that no layer outweighs another by its scale), summed or averaged => latents float32 B×C×h×w, row-major.
+Class and register tokens are dropped. Paper §3.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Encoder(nn.Module, ABC):
         dtype: Precision of the network: ``float32`` (also None), ``bfloat16`` or ``float16``; independent of the trainer's.
 
     Raises:
-        ValueError: ``input_size`` is not divisible, or an unknown ``reduce`` or ``dtype``.
+        ValueError: ``input_size`` is not divisible, ``mean`` or ``std`` not of three colours, or an unknown ``reduce`` or
+            ``dtype``.
     """
 
     image_mean: Tensor
@@ -54,10 +56,18 @@ class Encoder(nn.Module, ABC):
         dtype: str | None = None,
     ) -> None:
         super().__init__()
+        for name, side in (("input_size", input_size), ("stride", stride)):
+            if side < 1:
+                raise ValueError(f"encoder.{name}={side} must be at least 1, in pixels")
         if input_size % stride:
             raise ValueError(
                 f"encoder.input_size={input_size} is not divisible by encoder.stride={stride}; "
                 f"the nearest sides are {input_size // stride * stride} and {(input_size // stride + 1) * stride}"
+            )
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(
+                f"encoder.mean={list(mean)} and encoder.std={list(std)} must hold 3 numbers each, "
+                "red, green and blue, the latter above 0"
             )
         if reduce not in REDUCTIONS:
             raise ValueError(f"encoder.reduce={reduce!r} is unknown; choose sum or mean")
@@ -103,9 +113,12 @@ class Encoder(nn.Module, ABC):
         """Patch tokens B×N×C of each layer after the final norm without affine, for normalised pixels B×3×S×S."""
 
     def freeze(self) -> None:
-        """Casts to the encoder's precision and ends all gradients; called once the network is complete."""
-        self.to(self.dtype)
-        self.image_mean, self.image_std = self.image_mean.float(), self.image_std.float()
+        """Casts the weights to the encoder's precision and ends all gradients; called once the network is complete.
+
+        Buffers (the image's mean, rotary frequencies) keep theirs: bfloat16 positions would be visibly wrong.
+        """
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(self.dtype)
         self.requires_grad_(False)
         self.eval()
 
@@ -115,8 +128,10 @@ class Encoder(nn.Module, ABC):
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Normalised pixels B×3×S×S => patch tokens B×N×C, without gradients."""
+        weight = next(self.parameters(), None)  # a parent's .to(…) may have changed the precision
+        dtype = self.dtype if weight is None else weight.dtype
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            chosen = [tokens.float() for tokens in self.layer_tokens(pixels.to(self.dtype), self.layers)]
+            chosen = [tokens.float() for tokens in self.layer_tokens(pixels.to(dtype), self.layers)]
         total = chosen[0] if len(chosen) == 1 else torch.stack(chosen).sum(0)
         return total / len(chosen) if self.reduce == "mean" else total
 

@@ -9,6 +9,7 @@ import open_clip
 from torch import Tensor, nn
 
 from rae.encoder.base import Encoder, check_layers
+from rae.encoder.convert import to_open_clip
 from rae.hub import read_weights
 from rae.layers import resize_position_table
 from rae.weights import load_strict
@@ -32,8 +33,8 @@ class ClipEncoder(Encoder):
         reduce: See :class:`~rae.encoder.base.Encoder`.
         dtype: See :class:`~rae.encoder.base.Encoder`.
         pretrained: Whether weights are loaded; False leaves random ones.
-        checkpoint: Local weight file in open_clip's naming.
-        hub_id: Hub repository in open_clip's naming.
+        checkpoint: Local weight file in open_clip's or timm's naming.
+        hub_id: Hub repository of such a file.
         revision: Branch, tag or commit of that repository.
         pos_antialias: Whether the position table is resized with antialiasing.
 
@@ -75,7 +76,7 @@ class ClipEncoder(Encoder):
                     f"encoder.{name}={getattr(self, name)} differs from {model}'s {value}; set it to {value}"
                 )
         network.ln_post = nn.LayerNorm(channels, eps=network.ln_post.eps, elementwise_affine=False)
-        network.proj = None
+        network.proj = network.attn_pool = None
         self.network = network
         check_layers(self.layers, len(network.transformer.resblocks))
         if pretrained:
@@ -83,14 +84,12 @@ class ClipEncoder(Encoder):
         self.freeze()
 
     def load_published(self, state: Mapping[str, Tensor], source: str, pos_antialias: bool = True) -> None:
-        """Loads the image tower of a CLIP state dict, strictly.
+        """Loads the image tower of a CLIP state dict in open_clip's or timm's naming, strictly.
 
         Raises:
             ValueError: Keys or shapes that do not fit, all listed.
         """
-        if any(key.startswith("visual.") for key in state):
-            state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-        kept = {key: value for key, value in state.items() if not key.startswith(_UNUSED)}
+        kept = {key: value for key, value in to_open_clip(state).items() if not key.startswith(_UNUSED)}
         own = self.network.state_dict()
         if "positional_embedding" in kept and kept["positional_embedding"].shape != own["positional_embedding"].shape:
             table = resize_position_table(kept["positional_embedding"][None], self.grid, 1, pos_antialias)

@@ -1,6 +1,8 @@
-"""Encoder weights in transformers' naming to timm's and back: DINOv2 with registers, SigLIP(2), ViT-MAE.
+"""Encoder weights in other naming to timm's and back: DINOv2 with registers, SigLIP(2), ViT-MAE; timm's CLIP to open_clip's.
 
-Both generations of transformers are read: up to 4.x (``attention.attention.query``) and from 5.x on (``attention.q_proj``).
+Both generations of transformers are read and written: up to 4.x (``attention.attention.query``) and from 5.x on
+(``attention.q_proj``). Nothing is dropped but the keys listed in ``_IGNORED``: a key that has no place keeps its name, so that
+strict loading lists it together with all others.
 """
 
 from __future__ import annotations
@@ -15,30 +17,33 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Family:
-    """Names of one model family in transformers.
-
-    Each list holds names that occur, the first of them being written on export.
-    """
+    """Names of one model family in transformers; where there are two, up to 4.x and from 5.x on."""
 
     marker: str
-    """A key part that only this family has."""
-    layer: str
+    """A key that only this family has."""
+    roots: tuple[str, str]
+    """Prefix of all keys of the bare image model."""
+    layers: tuple[str, str]
     """Prefix of block ``{}``."""
-    names: dict[str, tuple[str, ...]]
-    """timm's name inside a block => transformers' names."""
+    inner: dict[str, tuple[str, ...]]
+    """timm's name inside a block => transformers' name, or both names."""
     outer: dict[str, str]
     """timm's name => transformers' name outside the blocks."""
 
 
 _QKV = ("query", "key", "value")
+_ATTENTION = {
+    "attn.query": ("attention.attention.query", "attention.q_proj"),
+    "attn.key": ("attention.attention.key", "attention.k_proj"),
+    "attn.value": ("attention.attention.value", "attention.v_proj"),
+    "attn.proj": ("attention.output.dense", "attention.o_proj"),
+}
 _DINOV2 = Family(
     marker="embeddings.register_tokens",
-    layer="encoder.layer.{}.",
-    names={
-        "attn.query": ("attention.attention.query", "attention.q_proj"),
-        "attn.key": ("attention.attention.key", "attention.k_proj"),
-        "attn.value": ("attention.attention.value", "attention.v_proj"),
-        "attn.proj": ("attention.output.dense", "attention.o_proj"),
+    roots=("", ""),
+    layers=("encoder.layer.{}.", "encoder.layer.{}."),
+    inner=_ATTENTION
+    | {
         "ls1.gamma": ("layer_scale1.lambda1",),
         "ls2.gamma": ("layer_scale2.lambda1",),
         "norm1": ("norm1",),
@@ -57,12 +62,13 @@ _DINOV2 = Family(
 )
 _SIGLIP = Family(
     marker="embeddings.position_embedding.weight",
-    layer="encoder.layers.{}.",
-    names={
+    roots=("vision_model.", ""),
+    layers=("encoder.layers.{}.", "encoder.layers.{}."),
+    inner={
         "attn.query": ("self_attn.q_proj",),
         "attn.key": ("self_attn.k_proj",),
         "attn.value": ("self_attn.v_proj",),
-        "attn.proj": ("self_attn.out_proj", "self_attn.o_proj"),
+        "attn.proj": ("self_attn.out_proj",),
         "norm1": ("layer_norm1",),
         "norm2": ("layer_norm2",),
         "mlp.fc1": ("mlp.fc1",),
@@ -77,12 +83,10 @@ _SIGLIP = Family(
 )
 _MAE = Family(
     marker="embeddings.position_embeddings",
-    layer="encoder.layer.{}.",
-    names={
-        "attn.query": ("attention.attention.query", "attention.q_proj"),
-        "attn.key": ("attention.attention.key", "attention.k_proj"),
-        "attn.value": ("attention.attention.value", "attention.v_proj"),
-        "attn.proj": ("attention.output.dense", "attention.o_proj"),
+    roots=("", ""),
+    layers=("encoder.layer.{}.", "layers.{}."),
+    inner=_ATTENTION
+    | {
         "norm1": ("layernorm_before",),
         "norm2": ("layernorm_after",),
         "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
@@ -98,88 +102,126 @@ _MAE = Family(
 FAMILIES = {"dinov2": _DINOV2, "siglip2": _SIGLIP, "mae": _MAE}
 _WRAPPERS = ("vision_model.", "vit.", "model.", "encoder_model.")
 _IGNORED = ("decoder.", "text_model.", "logit_scale", "logit_bias", "pooler.")
-_BLOCK = re.compile(r"^(?:encoder\.)?layers?\.(\d+)\.(.*)\.(weight|bias)$|^(?:encoder\.)?layers?\.(\d+)\.(.*)$")
+"""Keys of whole models that the image encoder is no part of: MAE's decoder, SigLIP's text tower and temperature."""
+_BLOCK = re.compile(r"^(?:encoder\.)?layers?\.(\d+)\.(.+)$")
+_TIMM_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
+
+_CLIP_INNER = {
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attn.qkv.weight": "attn.in_proj_weight",
+    "attn.qkv.bias": "attn.in_proj_bias",
+    "attn.proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+_CLIP_OUTER = {
+    "cls_token": "class_embedding",
+    "pos_embed": "positional_embedding",
+    "patch_embed.proj": "conv1",
+    "norm_pre": "ln_pre",
+    "norm": "ln_post",
+    "head": "proj",
+}
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames a state dict to timm's names; one that is in timm's naming already is returned as it is.
 
+    timm's class token of DINOv2 is the published one plus its position; the position table then has rows for patches only.
+
     Args:
         state: State dict of a timm or transformers vision transformer.
-
-    Raises:
-        ValueError: A key of a known family that has no place.
     """
     bare = {_unwrap(key): value for key, value in state.items() if not key.startswith(_IGNORED)}
     family = next((f for f in FAMILIES.values() if f.marker in bare), None)
     if family is None or "patch_embed.proj.weight" in bare:
         return dict(state)
-    outer = {name: ours for ours, name in family.outer.items()}
-    inner = {name: ours for ours, names in family.names.items() for name in names}
+    outer = {theirs: ours for ours, theirs in family.outer.items()}
+    inner = {theirs: ours for ours, names in family.inner.items() for theirs in names}
     out: dict[str, Tensor] = {}
     for key, value in bare.items():
         match = _BLOCK.match(key)
-        if match:
-            index = match[1] or match[4]
-            name, kind = (match[2], f".{match[3]}") if match[1] else (match[5], "")
-            if name not in inner:
-                raise ValueError(f"unexpected key {key!r} in the encoder's weights")
-            out[f"blocks.{index}.{inner[name]}{kind}"] = value
-            continue
-        if key in outer:
-            out[outer[key]] = value
-            continue
-        stem, _, kind = key.rpartition(".")
-        root = stem.split(".")[0]
-        if stem in outer:
-            out[f"{outer[stem]}.{kind}"] = value
-        elif root in outer:
-            out[f"{outer[root]}.{key}"] = value  # a pooling head, which the encoder leaves out
-        else:
-            raise ValueError(f"unexpected key {key!r} in the encoder's weights")
+        name = f"blocks.{match[1]}.{_rename(match[2], inner)}" if match else _rename(key, outer)
+        out[name] = value
     return _join(out, family)
 
 
-def from_timm(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """Renames timm's weights to transformers' (up to 4.x), the inverse of :func:`to_timm`.
+def from_timm(
+    state: Mapping[str, Tensor], family: str, generation: int = 4, final_norm: bool = True
+) -> dict[str, Tensor]:
+    """Renames timm's weights to those of transformers' bare image model, the inverse of :func:`to_timm`.
 
-    The final norm, whose affine part the encoder does without, becomes the identity.
+    DINOv2's class token keeps the position that timm adds to it, so its row of the table is 0: the sum is the same.
 
     Args:
-        state: State dict of a timm encoder without final affine.
+        state: State dict of a timm encoder without final affine. The position table is written as it is; see
+            :meth:`rae.encoder.TimmEncoder.published_state` for one of the published size.
         family: ``dinov2``, ``siglip2`` or ``mae``.
+        generation: Major version of transformers whose names are written, 4 or 5.
+        final_norm: Whether the final norm is written, as the identity, since the encoder does without its affine part.
 
     Raises:
-        ValueError: Unknown family.
+        ValueError: Unknown family or generation, or a key that the family has no name for.
     """
     if family not in FAMILIES:
         raise ValueError(f"family={family!r} is unknown; choose one of {', '.join(FAMILIES)}")
-    names = FAMILIES[family]
-    out: dict[str, Tensor] = {}
+    if generation not in (4, 5):
+        raise ValueError(f"generation={generation} of transformers is unknown; choose 4 or 5")
+    names, which = FAMILIES[family], generation - 4
     width = state["patch_embed.proj.weight"].shape[0]
-    for key, value in {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **state}.items():
-        match = re.match(r"^blocks\.(\d+)\.(.*)$", key)
-        if not match:
-            stem, _, kind = key.rpartition(".")
-            out[names.outer[key] if key in names.outer else f"{names.outer[stem]}.{kind}"] = value
-            continue
-        prefix, rest = names.layer.format(match[1]), match[2]
-        if rest in names.names:
-            out[prefix + names.names[rest][0]] = value
-            continue
-        stem, _, kind = rest.rpartition(".")
-        if stem == "attn.qkv":
-            for part, piece in zip(_QKV, value.chunk(3), strict=True):
-                out[f"{prefix}{names.names[f'attn.{part}'][0]}.{kind}"] = piece.clone()
-        else:
-            out[f"{prefix}{names.names[stem][0]}.{kind}"] = value
+    full = dict(state)
+    if final_norm:
+        full |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     if family == "dinov2":
-        table = out["embeddings.position_embeddings"]
-        out["embeddings.position_embeddings"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-        out["embeddings.mask_token"] = torch.zeros(1, width)
+        table = state["pos_embed"]
+        full["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
+        full["mask_token"] = torch.zeros(1, width)
     if family == "siglip2":
-        out["embeddings.position_embedding.weight"] = out["embeddings.position_embedding.weight"][0]
+        full["pos_embed"] = state["pos_embed"][0]
+    inner = {ours: theirs[min(which, len(theirs) - 1)] for ours, theirs in names.inner.items()}
+    out: dict[str, Tensor] = {}
+    for key, value in _split(full).items():
+        match = _TIMM_BLOCK.match(key)
+        places, rest = (inner, match[2]) if match else (names.outer, key)
+        renamed = _rename(rest, places)
+        if not any(renamed == place or renamed.startswith(f"{place}.") for place in places.values()):
+            raise ValueError(f"{key!r} has no name in transformers' {family}; give a state dict of that family")
+        prefix = names.layers[which].format(match[1]) if match else ""
+        out[f"{names.roots[which]}{prefix}{renamed}"] = value
     return out
+
+
+def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the image tower of a CLIP model to open_clip's names, without ``visual.``.
+
+    Args:
+        state: State dict in timm's naming, or in open_clip's, of the whole model or of the image tower alone.
+    """
+    if any(key.startswith("visual.") for key in state):
+        return {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    if "patch_embed.proj.weight" not in state:
+        return dict(state)
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        match = _TIMM_BLOCK.match(key)
+        if match:
+            out[f"transformer.resblocks.{match[1]}.{_rename(match[2], _CLIP_INNER)}"] = value
+        else:
+            out[_rename(key, _CLIP_OUTER)] = value
+    if "class_embedding" in out:
+        out["class_embedding"] = out["class_embedding"].flatten()
+    if "positional_embedding" in out:
+        out["positional_embedding"] = out["positional_embedding"][0]
+    return out
+
+
+def _rename(key: str, names: Mapping[str, str]) -> str:
+    """Replaces the beginning of a key, whole parts of it only; one that no name fits is returned as it is."""
+    for old, new in names.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key[len(old) :]
+    return key
 
 
 def _unwrap(key: str) -> str:
@@ -194,14 +236,28 @@ def _unwrap(key: str) -> str:
 
 
 def _join(state: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """Joins query, key and value, and puts the position of the class token where timm has it."""
+    """Joins query, key and value where all three are there, and gives class token and positions timm's form."""
     for key in [key for key in state if ".attn.query." in key]:
-        parts = [state.pop(key.replace(".query.", f".{part}.")) for part in _QKV]
-        state[key.replace(".query.", ".qkv.")] = torch.cat(parts)
-    if family is _DINOV2:
-        table = state["pos_embed"]
-        state["cls_token"] = state["cls_token"] + table[:, :1]
+        parts = [key.replace(".query.", f".{part}.") for part in _QKV]
+        if all(part in state for part in parts):
+            state[key.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts])
+    table = state.get("pos_embed")
+    if table is not None and family is _DINOV2:
+        if "cls_token" in state:
+            state["cls_token"] = state["cls_token"] + table[:, :1]
         state["pos_embed"] = table[:, 1:]
-    if family is _SIGLIP:
-        state["pos_embed"] = state["pos_embed"][None]
+    if table is not None and family is _SIGLIP:
+        state["pos_embed"] = table[None]
     return state
+
+
+def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Splits what :func:`_join` joins."""
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if ".attn.qkv." not in key:
+            out[key] = value
+            continue
+        for part, piece in zip(_QKV, value.chunk(3), strict=True):
+            out[key.replace(".qkv.", f".{part}.")] = piece.clone()
+    return out

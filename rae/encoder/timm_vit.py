@@ -18,7 +18,7 @@ from rae.layers import resize_position_table
 from rae.weights import load_strict
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
-_UNUSED = ("norm.", "fc_norm.", "head.", "head_drop.", "attn_pool.", "mask_token")
+_UNUSED = ("norm.", "fc_norm.", "head.", "head_dist.", "head_drop.", "attn_pool.", "mask_token")
 """Keys of published checkpoints that an encoder has no use for: final affine, pooling, classifier, mask token."""
 
 
@@ -74,6 +74,8 @@ class TimmEncoder(Encoder):
         self.hub_id = hub_id
         self.revision = revision
         self.pos_antialias = pos_antialias
+        self.network_options = {"act": act, "norm_eps": norm_eps, "model_args": dict(model_args or {})}
+        self._published_table: Tensor | None = None
         self.network: Any = self._build(model, act, norm_eps, dict(model_args or {}))
         check_layers(self.layers, len(self.network.blocks))
         if pretrained:
@@ -96,7 +98,10 @@ class TimmEncoder(Encoder):
             arguments["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
         # Whatever pooling the classifier had: an encoder keeps the tokens.
         arguments |= {"num_classes": 0, "global_pool": "", "img_size": self.input_size}
-        network: Any = timm.create_model(model, pretrained=False, **arguments)
+        try:
+            network: Any = timm.create_model(model, pretrained=False, **arguments)
+        except TypeError as error:
+            raise ValueError(f"encoder.model_args={sorted(arguments)} do not suit timm's {model}: {error}") from error
         for name in ("blocks", "norm", "patch_embed", "embed_dim"):
             if not hasattr(network, name):
                 raise ValueError(f"encoder.model={model!r} is no vision transformer: it has no {name}")
@@ -125,14 +130,21 @@ class TimmEncoder(Encoder):
         kept = {key: value for key, value in renamed.items() if key in own or not key.startswith(_UNUSED)}
         if "pos_embed" in kept and "pos_embed" in own and kept["pos_embed"].shape != own["pos_embed"].shape:
             prefix = 0 if getattr(self.network, "no_embed_class", False) else self.network.num_prefix_tokens
+            self._published_table = kept["pos_embed"]
             kept["pos_embed"] = resize_position_table(kept["pos_embed"], self.grid, prefix, self.pos_antialias)
         load_strict(self.network, kept, source)
+
+    def published_state(self) -> dict[str, Tensor]:
+        """The network's weights with the position table as it was loaded, before it was resized: for export."""
+        state: dict[str, Tensor] = self.network.state_dict()
+        return state if self._published_table is None else state | {"pos_embed": self._published_table}
 
     @property
     def identity(self) -> dict[str, Any]:
         """See :attr:`Encoder.identity`."""
         hub_id = self.hub_id or self.network.pretrained_cfg.get("hf_hub_id")
-        return super().identity | {"model": self.model_name, "hub_id": hub_id, "revision": self.revision}
+        known = {"model": self.model_name, "hub_id": hub_id, "revision": self.revision}
+        return super().identity | known | self.network_options | {"pos_antialias": self.pos_antialias}
 
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
         """See :meth:`Encoder.layer_tokens`."""
