@@ -70,12 +70,13 @@ def _folder_name(overrides: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Makes ``${div:a,b}``, ``${mul:a,b}``, ``${folder_name:…}`` and ``${help_groups:…}`` known to OmegaConf."""
+    """Makes ``${div:a,b}``, ``${mul:a,b}``, ``${min:a,b}``, ``${folder_name:…}`` and ``${help_groups:…}`` known to OmegaConf."""
     from rae.cli.help import help_groups  # noqa: PLC0415 (help imports this module)
 
     resolvers: dict[str, Callable[..., Any]] = {
         "div": _divide,
         "mul": lambda a, b: a * b,
+        "min": min,
         "folder_name": _folder_name,
         "help_groups": help_groups,
     }
