@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,3 +115,35 @@ class Generator(nn.Module):
     def forward(self, labels: Tensor | Sequence[int], seed: int = 0, indices: Sequence[int] | None = None) -> Tensor:
         """Samples images B×3×H×W in [0, 1] of the given classes; arguments as for :meth:`latents`."""
         return self.autoencoder.decode(self.latents(labels, seed, indices)).clamp(0, 1)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None, encoder: bool = True) -> Generator:
+        """Loads an exported generator, with the sampler, guidance and guide that it was exported with.
+
+        Args:
+            source: Folder, or ``owner/name`` on the Hugging Face hub.
+            revision: Branch, tag or commit on the hub.
+            encoder: Whether the encoder's weights are loaded too; sampling does not need them.
+
+        Returns:
+            The generator in evaluation mode.
+
+        Raises:
+            FileNotFoundError: There is no such folder or repository.
+            ValueError: The files are not what their description says, or hold no denoiser.
+        """
+        from rae.checkpoint.pretrained import load_generator  # noqa: PLC0415 (it builds on this module)
+
+        return load_generator(source, revision, encoder)
+
+    def save_pretrained(self, folder: str | Path, store_encoder: bool | None = None) -> Path:
+        """Writes everything that :meth:`from_pretrained` needs; see :meth:`rae.autoencoder.RAE.save_pretrained`."""
+        from rae.checkpoint.pretrained import save  # noqa: PLC0415 (it builds on this module)
+
+        return save(self, folder, store_encoder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads what :meth:`save_pretrained` writes; see :func:`rae.checkpoint.pretrained.push`."""
+        from rae.checkpoint.pretrained import push  # noqa: PLC0415 (it builds on this module)
+
+        return push(self, repo_id, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def read_weights(
     elif hub_id is None:
         raise FileNotFoundError(f"no weights are named: give {option}=/path/to/file (.safetensors, .bin, .pt or .pth)")
     else:
-        state = read_file(_download(hub_id, revision, option))
+        state = read_file(fetch_weights(hub_id, revision, option))
     for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -42,7 +42,17 @@ def read_weights(
     return state
 
 
-def _download(hub_id: str, revision: str | None, option: str) -> Path:
+def fetch_weights(hub_id: str, revision: str | None, option: str) -> Path:
+    """The weight file of a repository on the hub, from the cache where it is there.
+
+    Args:
+        hub_id: Repository on the Hugging Face hub.
+        revision: Branch, tag or commit of the repository.
+        option: Name of the option that gives a local file, for messages.
+
+    Raises:
+        FileNotFoundError: The file is not in the cache and cannot be downloaded.
+    """
     problem: Exception | None = None
     for name in HUB_FILES:
         try:
@@ -51,8 +61,38 @@ def _download(hub_id: str, revision: str | None, option: str) -> Path:
             problem = error
             if not isinstance(error, EntryNotFoundError):
                 break
-    reason = str(problem).strip().splitlines()[0] if problem is not None else ""
-    raise FileNotFoundError(
-        f"weights of {hub_id!r} (revision {revision or 'main'}) are neither in the cache {constants.HF_HUB_CACHE} nor can they "
-        f"be downloaded ({type(problem).__name__}: {reason[:160]}); connect once, or give a local file with {option}=/path/to/file"
+    raise _unreachable(
+        f"weights of {hub_id!r}", revision, problem, f"give a local file with {option}=/path/to/file"
     ) from None
+
+
+def fetch(hub_id: str, name: str, revision: str | None, folder: Path) -> Path:
+    """One file of a repository, put below ``folder`` under its own name; one that is there already is kept.
+
+    Raises:
+        FileNotFoundError: It cannot be downloaded.
+    """
+    try:
+        return Path(hf_hub_download(hub_id, name, revision=revision, local_dir=folder))
+    except Exception as error:  # the hub's errors have no common base
+        raise _unreachable(f"{name!r} of {hub_id!r}", revision, error, f"put the file at {folder / name}") from None
+
+
+def fetch_all(hub_id: str, revision: str | None, folder: Path | None = None, patterns: list[str] | None = None) -> Path:
+    """A whole repository, put below ``folder``, or into the hub's cache.
+
+    Raises:
+        FileNotFoundError: It cannot be downloaded.
+    """
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_dir=folder, allow_patterns=patterns))
+    except Exception as error:  # the hub's errors have no common base
+        raise _unreachable(f"{hub_id!r}", revision, error, "give a local folder instead") from None
+
+
+def _unreachable(what: str, revision: str | None, problem: Exception | None, remedy: str) -> FileNotFoundError:
+    reason = (str(problem).strip().splitlines() or [""])[0]
+    return FileNotFoundError(
+        f"{what} (revision {revision or 'main'}) are neither in the cache {constants.HF_HUB_CACHE} nor can they be downloaded "
+        f"({type(problem).__name__}: {reason[:160]}); connect once, or {remedy}"
+    )

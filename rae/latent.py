@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from rae.weights import read_file
 
+FORMS = ("variance", "deviation")
+
 
 class LatentNormalizer(nn.Module):
     """z ← (z − mean) / √(var + eps) with mean and variance of every position; the identity without statistics.
@@ -19,7 +21,8 @@ class LatentNormalizer(nn.Module):
         shape: Channels, height and width of a latent.
         mean: Mean C×H×W; None for 0.
         var: Population variance C×H×W; None for no scaling.
-        eps: Added to the variance.
+        eps: Added to the variance, or to the deviation.
+        form: ``variance``: divide by √(var + eps); ``deviation``: by √var + eps, as diffusers' ``AutoencoderRAE`` does.
         stats: File with ``mean`` and ``var`` instead of the tensors; the mean may be missing or None, as in released files.
 
     Raises:
@@ -37,12 +40,16 @@ class LatentNormalizer(nn.Module):
         var: Tensor | None = None,
         eps: float = 1e-5,
         stats: str | Path | None = None,
+        form: str = "variance",
     ) -> None:
         super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"latent.form={form!r} is unknown; choose variance or deviation")
         if eps < 0:
             raise ValueError(f"latent.eps={eps} must not be negative; 1e-5 is usual")
         self.shape = tuple(int(size) for size in shape)
         self.eps = eps
+        self.form = form
         source = "latent statistics"
         if stats is not None:
             if mean is not None or var is not None:
@@ -51,7 +58,8 @@ class LatentNormalizer(nn.Module):
             source = str(stats)
         # Without a variance the scale is to be exactly 1, so the epsilon is taken off it.
         self.register_buffer("mean", self._fit(mean, 0.0, "mean", source))
-        self.register_buffer("var", self._fit(var, 1.0 - eps, "var", source))
+        neutral = 1.0 - eps if form == "variance" else (1.0 - eps) ** 2
+        self.register_buffer("var", self._fit(var, neutral, "var", source))
         if (self.var < 0).any():
             raise ValueError(f"{source}: the variance is negative in places; it must be a population variance")
 
@@ -72,6 +80,11 @@ class LatentNormalizer(nn.Module):
             raise ValueError(f"{source}: {name} holds NaN or infinite values")
         return value.clone()
 
+    @property
+    def scale(self) -> Tensor:
+        """What the latents are divided by, C×H×W."""
+        return (self.var + self.eps).sqrt() if self.form == "variance" else self.var.sqrt() + self.eps
+
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 4 or tuple(latents.shape[1:]) != self.shape:
             raise ValueError(
@@ -86,7 +99,7 @@ class LatentNormalizer(nn.Module):
             ValueError: Latents of another shape.
         """
         self._check(latents)
-        return (latents - self.mean) / (self.var + self.eps).sqrt()
+        return (latents - self.mean) / self.scale
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Normalised B×C×H×W => as the decoder wants them.
@@ -95,7 +108,7 @@ class LatentNormalizer(nn.Module):
             ValueError: Latents of another shape.
         """
         self._check(latents)
-        return latents * (self.var + self.eps).sqrt() + self.mean
+        return latents * self.scale + self.mean
 
 
 def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:

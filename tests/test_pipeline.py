@@ -106,7 +106,7 @@ def test_sampling_refuses(trained, tmp_path, overrides, message):
 
 
 def test_sampling_refuses_other_stages(trained, tmp_path):
-    with pytest.raises(ConfigError, match="is a run of stage 1; samples are drawn by one of stage 2"):
+    with pytest.raises(ConfigError, match="has no denoiser; samples are drawn by a model of stage 2"):
         run("sample", f"checkpoint={trained}/stage1", f"output_dir={tmp_path}")
 
 
@@ -123,7 +123,7 @@ def test_scores_of_a_run_equal_those_of_its_samples(trained, tmp_path):
     same = ["sampler.grid.points=6", "samples_per_class=3", "seed=0"]
     run("sample", f"checkpoint={trained}/stage2", *same, f"output_dir={tmp_path}/samples")
     run("evaluate", f"samples={tmp_path}/samples/samples.npz", "metric=digits", f"output_dir={tmp_path}/npz")
-    run("evaluate", f"samples={trained}/stage2", *same, "metric=digits", f"output_dir={tmp_path}/run")
+    run("evaluate", f"checkpoint={trained}/stage2", *same, "metric=digits", f"output_dir={tmp_path}/run")
     first, second = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("npz", "run"))
     assert first == pytest.approx(second)
     assert first["samples"] == 30

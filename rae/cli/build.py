@@ -6,11 +6,10 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from rae.cli.config import ConfigError, check_complete, plain
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from rae.autoencoder import RAE
     from rae.denoiser import Denoiser
+    from rae.encoder import Encoder
     from rae.generator import Generator
 
 log = logging.getLogger(__name__)
@@ -64,16 +64,29 @@ def seed(cfg: DictConfig) -> None:
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
-def build_autoencoder(cfg: DictConfig) -> RAE:
-    """Encoder, decoder and latent statistics; ``decoder_checkpoint`` names the decoder's trained weights."""
-    from rae.autoencoder import RAE  # noqa: PLC0415
-    from rae.checkpoint.run import load_trained  # noqa: PLC0415
+def build_autoencoder(cfg: DictConfig, encode: bool = True) -> RAE:
+    """Encoder, decoder and latent statistics; ``decoder_checkpoint`` names the decoder's trained weights.
 
-    autoencoder = RAE(make(cfg.encoder), make(cfg.decoder), make(cfg.get("latent")))
-    source = cfg.get("decoder_checkpoint")
-    if source is not None:
-        load_trained(autoencoder.decoder, source, "autoencoder.decoder")
+    Args:
+        cfg: The configuration.
+        encode: Whether the encoder's weights are needed.
+    """
+    from rae.autoencoder import RAE  # noqa: PLC0415
+    from rae.checkpoint import load_decoder_from  # noqa: PLC0415
+
+    encoder = make(cfg.encoder) if encode else absent_encoder(cfg.encoder)
+    autoencoder = RAE(encoder, make(cfg.decoder), make(cfg.get("latent")))
+    if cfg.get("decoder_checkpoint") is not None:
+        load_decoder_from(autoencoder.decoder, cfg.decoder_checkpoint, cfg.get("averaged", True))
     return autoencoder
+
+
+def absent_encoder(node: DictConfig) -> Encoder:
+    """An encoder without weights that knows the latent's shape; a whole one where the configuration does not say enough."""
+    from rae.encoder import AbsentEncoder  # noqa: PLC0415
+
+    facts = inspect.signature(AbsentEncoder).parameters
+    return AbsentEncoder(**{name: node[name] for name in facts}) if all(name in node for name in facts) else make(node)
 
 
 def _strategy(cfg: DictConfig) -> Any:
@@ -175,71 +188,3 @@ def build(cfg: DictConfig) -> Parts:
     plain(cfg)  # names the key of an interpolation that leads nowhere
     seed(cfg)
     return Parts(data=make(cfg.data), module=build_module(cfg), trainer=build_trainer(cfg))
-
-
-# --- trained runs ------------------------------------------------------------------------------------------------
-
-
-def load_run(checkpoint: str | Path, cfg: DictConfig) -> DictConfig:
-    """The configuration of a trained run with that of a command over it.
-
-    Args:
-        checkpoint: The run's folder or checkpoint file.
-        cfg: The command's configuration; what is null in it stays as the run has it.
-
-    Raises:
-        FileNotFoundError: There is no checkpoint.
-        ValueError: The checkpoint does not say what it was trained with.
-    """
-    from rae.checkpoint.run import read_config  # noqa: PLC0415
-
-    merged = OmegaConf.create(read_config(checkpoint))
-    for key in cfg:
-        if cfg[key] is not None or key not in merged:
-            merged[key] = cfg._get_node(key)
-    OmegaConf.set_struct(merged, True)
-    return merged
-
-
-def load_generator(run: DictConfig, checkpoint: str | Path) -> Generator:
-    """The generator of a stage-2 run with its trained weights, from :func:`load_run`.
-
-    Raises:
-        ConfigError: There is no decoder to draw with, or the guidance wants a guide that is not given.
-        ValueError: The checkpoint is not of stage 2.
-    """
-    from rae.checkpoint.run import load_trained, read_config  # noqa: PLC0415
-
-    if "denoiser" not in run:
-        raise ConfigError(f"checkpoint={checkpoint} is a run of stage {run.stage}; samples are drawn by one of stage 2")
-    if run.get("decoder_checkpoint") is None:
-        raise ConfigError("the run was trained without a decoder: add decoder_checkpoint=… (folder of a stage-1 run)")
-    denoiser = make(run.denoiser)
-    load_trained(denoiser, checkpoint, "denoiser", run.averaged)
-    guide = None
-    if str(run.guidance.get("_target_")).endswith("AutoGuidance") and run.get("guide_checkpoint") is None:
-        raise ConfigError("autoguidance needs guide_checkpoint=… (folder of a run of a smaller, less trained denoiser)")
-    if run.get("guide_checkpoint") is not None:
-        guide = make(OmegaConf.create(read_config(run.guide_checkpoint)).denoiser)
-        load_trained(guide, run.guide_checkpoint, "denoiser", run.averaged)
-    return build_generator(run, build_autoencoder(run), denoiser, guide).eval()
-
-
-def load_autoencoder(run: DictConfig, checkpoint: str | Path) -> RAE:
-    """The autoencoder of a stage-1 run with its trained decoder, or of a stage-2 run with the decoder it was given.
-
-    Raises:
-        ConfigError: The run has no decoder.
-    """
-    from rae.autoencoder import RAE  # noqa: PLC0415
-    from rae.checkpoint.run import load_trained  # noqa: PLC0415
-
-    if "decoder" not in run:
-        raise ConfigError(
-            f"checkpoint={checkpoint} is a run of stage {run.stage}, without a decoder; give one of stage 1"
-        )
-    if "denoiser" in run:
-        return build_autoencoder(run).eval()
-    autoencoder = RAE(make(run.encoder), make(run.decoder), make(run.get("latent")))
-    load_trained(autoencoder.decoder, checkpoint, "autoencoder.decoder", run.averaged)
-    return autoencoder.eval()

@@ -1,4 +1,4 @@
-"""rae-evaluate: scores of generated images, from an .npz, a folder or a trained run."""
+"""rae-evaluate: scores of generated images, from an .npz, a folder or a trained model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_OF_RUNS = ("sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged", "samples_per_class", "seed")
+_OF_MODELS = (
+    *("checkpoint", "sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged"),
+    *("samples_per_class", "seed"),
+)
 
 Samples = Iterator[tuple["Tensor", "Tensor | None"]]
 """Batches of images uint8 B×3×H×W with their labels B, where there are any."""
@@ -36,38 +39,49 @@ def from_file(path: Path, batch_size: int) -> Samples:
             bar.update(len(images))
 
 
-def from_run(run: DictConfig) -> Samples:
-    """Batches drawn from a trained stage-2 run."""
+def from_model(cfg: DictConfig) -> tuple[Samples, DictConfig]:
+    """Batches drawn from a trained model, and the configuration that says what it is."""
     import torch  # noqa: PLC0415
 
-    from rae.cli.build import load_generator, pick_device  # noqa: PLC0415
+    from rae.cli.build import pick_device  # noqa: PLC0415
+    from rae.cli.models import open_generator  # noqa: PLC0415
     from rae.cli.sample import draw  # noqa: PLC0415
 
-    generator = load_generator(run, run.samples).to(pick_device(run.device))
-    labels = [label for label in range(generator.num_classes) for _ in range(run.samples_per_class)]
-    done = 0
-    for images in draw(generator, labels, run.batch_size, run.seed):
-        yield images, torch.tensor(labels[done : done + len(images)])
-        done += len(images)
+    generator, run = open_generator(cfg)
+    generator = generator.to(pick_device(cfg.device))
+    labels = [label for label in range(generator.num_classes) for _ in range(cfg.samples_per_class)]
+
+    def batches() -> Samples:
+        done = 0
+        for images in draw(generator, labels, cfg.batch_size, cfg.seed):
+            yield images, torch.tensor(labels[done : done + len(images)])
+            done += len(images)
+
+    return batches(), run
 
 
 def open_samples(cfg: DictConfig) -> tuple[Samples, DictConfig]:
-    """The samples that ``samples`` names, and the configuration that says how they came about.
+    """The samples that are named, or that the model draws, and the configuration that says how they came about.
 
     Raises:
+        ConfigError: Neither or both are given.
         FileNotFoundError: There is nothing of that name.
     """
     from omegaconf import OmegaConf  # noqa: PLC0415
 
+    if (cfg.samples is None) == (cfg.checkpoint is None):
+        raise ConfigError(
+            f"samples={cfg.samples} and checkpoint={cfg.checkpoint}: give one of them, samples=… (an .npz or a folder of images) "
+            "or checkpoint=… (a model to draw from)"
+        )
+    if cfg.samples is None:
+        return from_model(cfg)
     path = Path(cfg.samples).expanduser()
-    if path.suffix == ".ckpt" or (path / "checkpoints").is_dir():
-        from rae.cli.build import load_run  # noqa: PLC0415 (imports torch)
-
-        run = load_run(path, cfg)
-        return from_run(run), run
-    given = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_RUNS])
     if not path.exists():
-        raise FileNotFoundError(f"samples={cfg.samples} does not exist: give an .npz file, a folder of images or a run")
+        raise FileNotFoundError(f"samples={cfg.samples} does not exist: give an .npz file or a folder of images")
+    if path.suffix == ".ckpt" or (path / "checkpoints").is_dir():
+        raise ConfigError(f"samples={cfg.samples} is a trained run: give it as checkpoint={cfg.samples}")
+    given = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_MODELS])
     return from_file(path, cfg.batch_size), given
 
 

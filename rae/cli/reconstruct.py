@@ -17,19 +17,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def open_images(run: DictConfig) -> Any:
+def open_images(run: DictConfig, image_size: int) -> Any:
     """Batches of the folder that ``images`` names, or of the held-out images of the run's data.
+
+    Args:
+        run: The run's configuration, or the command's alone.
+        image_size: Side of the images, in pixels.
 
     Raises:
         ConfigError: The run has no held-out images.
     """
+    from omegaconf import OmegaConf  # noqa: PLC0415 (slow to import)
+
     from rae.cli.build import make  # noqa: PLC0415 (imports Hydra's instantiation)
     from rae.data import ImageFolderDataModule  # noqa: PLC0415
 
     if run.images is not None:
         data = ImageFolderDataModule(
-            val_path=run.images, batch_size=run.batch_size, num_workers=0, image_size=run.image_size, unlabelled=True
+            val_path=run.images, batch_size=run.batch_size, num_workers=0, image_size=image_size, unlabelled=True
         )
+    elif OmegaConf.select(run, "data._target_") is None:
+        raise ConfigError("the model does not name held-out images: add images=… (a folder)")
     else:
         run.data.batch_size = run.batch_size
         data = make(run.data)
@@ -45,18 +53,19 @@ def reconstruct(cfg: DictConfig) -> None:
     import torch  # noqa: PLC0415 (slow to import)
     from tqdm import tqdm  # noqa: PLC0415
 
-    from rae.cli.build import load_autoencoder, load_run, make, pick_device, seed  # noqa: PLC0415
+    from rae.cli.build import make, pick_device, seed  # noqa: PLC0415
+    from rae.cli.models import open_autoencoder  # noqa: PLC0415
     from rae.cli.results import table, write_json  # noqa: PLC0415
     from rae.data.transforms import to_float  # noqa: PLC0415
     from rae.image import make_grid, save_png, to_uint8  # noqa: PLC0415
 
     folder = Path(cfg.output_dir)
-    run = load_run(cfg.checkpoint, cfg)
-    seed(run)
+    seed(cfg)
     device = pick_device(cfg.device)
-    autoencoder = load_autoencoder(run, cfg.checkpoint).to(device)
+    autoencoder, run = open_autoencoder(cfg)
+    autoencoder = autoencoder.to(device)
     metric = make(run.metric).to(device)
-    batches = open_images(run)
+    batches = open_images(run, autoencoder.image_size)
     save_config(run, folder)
 
     pairs: list[Tensor] = []

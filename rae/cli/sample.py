@@ -53,13 +53,14 @@ def sample(cfg: DictConfig) -> None:
     import torch  # noqa: PLC0415 (slow to import)
     from omegaconf import OmegaConf  # noqa: PLC0415
 
-    from rae.cli.build import load_generator, load_run, pick_device  # noqa: PLC0415
+    from rae.cli.build import pick_device  # noqa: PLC0415
+    from rae.cli.models import open_generator  # noqa: PLC0415
     from rae.cli.results import write_npz  # noqa: PLC0415
     from rae.image import make_grid, save_png  # noqa: PLC0415
 
     folder = Path(cfg.output_dir)
-    run = load_run(cfg.checkpoint, cfg)
-    generator = load_generator(run, cfg.checkpoint).to(pick_device(cfg.device))
+    generator, run = open_generator(cfg)
+    generator = generator.to(pick_device(cfg.device))
     wanted = OmegaConf.to_container(cfg.classes) if OmegaConf.is_list(cfg.classes) else cfg.classes
     classes = class_list(wanted, generator.num_classes)
     per_class = int(cfg.samples_per_class)

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rae.describe import Described
 from rae.layers import Block, grid_to_tokens, sincos_table, tokens_to_grid, unpatchify
 
 
-class ViTDecoder(nn.Module):
+class ViTDecoder(Described, nn.Module):
     """Linear, class token, fixed position table, pre-norm blocks, norm, linear to pixels.
 
     The network speaks in the encoder's normalised pixels; its mean and deviation are applied last. A latent of another grid is
@@ -30,6 +31,7 @@ class ViTDecoder(nn.Module):
         std: The ENCODER's image deviation, per colour.
         norm_eps: Epsilon of all LayerNorms.
         checkpointing: Recompute the blocks in the backward pass instead of keeping their activations.
+        position_scale: Distance of two neighbouring tokens in the position table; diffusers has 16/grid where the original has 1.
     """
 
     position: Tensor
@@ -49,15 +51,17 @@ class ViTDecoder(nn.Module):
         std: Sequence[float] = (1.0, 1.0, 1.0),
         norm_eps: float = 1e-12,
         checkpointing: bool = False,
+        position_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.channels = channels
         self.grid = grid
         self.patch = patch
         self.checkpointing = checkpointing
+        self.position_scale = position_scale
         self.embedding = nn.Linear(channels, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        table = torch.cat([torch.zeros(1, width), sincos_table(width, grid)])[None]
+        table = torch.cat([torch.zeros(1, width), sincos_table(width, grid, position_scale)])[None]
         self.register_buffer("position", table, persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width, norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=norm_eps)

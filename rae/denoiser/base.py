@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rae.describe import Described
 from rae.layers import AdaptiveBlock, LabelEmbedding, RotaryEmbedding2D, TimeEmbedding, grid_to_tokens, sincos_table
 
 
@@ -32,7 +33,7 @@ class PatchEmbedding(nn.Module):
         return grid_to_tokens(self.proj(x))
 
 
-class Denoiser(nn.Module):
+class Denoiser(Described, nn.Module):
     """Base of the denoisers: (x_t B×C×H×W, t B, label B) -> prediction B×C×H×W.
 
     Args:

@@ -9,21 +9,22 @@ Class and register tokens are dropped. Paper §3.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rae.describe import Described
 from rae.layers import tokens_to_grid
-from rae.weights import state_hash
+from rae.weights import load_strict, state_hash
 
 REDUCTIONS = ("sum", "mean")
 DTYPES = {None: torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Encoder(nn.Module, ABC):
+class Encoder(Described, nn.Module, ABC):
     """Frozen encoder: no gradients, always in evaluation mode, whatever ``train`` is called with.
 
     Args:
@@ -107,6 +108,18 @@ class Encoder(nn.Module, ABC):
     def weights_hash(self) -> str:
         """SHA-256 of the weights."""
         return state_hash(self.state_dict())
+
+    def published_state(self) -> dict[str, Tensor]:
+        """The weights as they are stored in an export."""
+        return dict(self.state_dict())
+
+    def load_published(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Loads what :meth:`published_state` gave, strictly.
+
+        Raises:
+            ValueError: Keys or shapes that do not fit, all listed.
+        """
+        load_strict(self, state, source)
 
     @abstractmethod
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:

@@ -66,6 +66,7 @@ class ClipEncoder(Encoder):
         self.model_name = model
         self.hub_id = hub_id
         self.revision = revision
+        self.pos_antialias = pos_antialias
         network = open_clip.create_model(model, pretrained=None, force_image_size=input_size).visual
         if not hasattr(network, "transformer"):
             raise ValueError(f"encoder.model={model!r} is no vision transformer of open_clip's own")
@@ -80,10 +81,14 @@ class ClipEncoder(Encoder):
         self.network = network
         check_layers(self.layers, len(network.transformer.resblocks))
         if pretrained:
-            self.load_published(read_weights(checkpoint, hub_id, revision), str(checkpoint or hub_id), pos_antialias)
+            self.load_published(read_weights(checkpoint, hub_id, revision), str(checkpoint or hub_id))
         self.freeze()
 
-    def load_published(self, state: Mapping[str, Tensor], source: str, pos_antialias: bool = True) -> None:
+    def published_state(self) -> dict[str, Tensor]:
+        """The image tower's weights in open_clip's naming, its position table resized."""
+        return dict(self.network.state_dict())
+
+    def load_published(self, state: Mapping[str, Tensor], source: str) -> None:
         """Loads the image tower of a CLIP state dict in open_clip's or timm's naming, strictly.
 
         Raises:
@@ -92,7 +97,7 @@ class ClipEncoder(Encoder):
         kept = {key: value for key, value in to_open_clip(state).items() if not key.startswith(_UNUSED)}
         own = self.network.state_dict()
         if "positional_embedding" in kept and kept["positional_embedding"].shape != own["positional_embedding"].shape:
-            table = resize_position_table(kept["positional_embedding"][None], self.grid, 1, pos_antialias)
+            table = resize_position_table(kept["positional_embedding"][None], self.grid, 1, self.pos_antialias)
             kept["positional_embedding"] = table[0]
         load_strict(self.network, kept, source)
 

@@ -136,7 +136,7 @@ class TimmEncoder(Encoder):
 
     def published_state(self) -> dict[str, Tensor]:
         """The network's weights with the position table as it was loaded, before it was resized: for export."""
-        state: dict[str, Tensor] = self.network.state_dict()
+        state = dict(self.network.state_dict())
         return state if self._published_table is None else state | {"pos_embed": self._published_table}
 
     @property

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rae.describe import Described
+
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 Velocity = Callable[[Tensor, "float | Tensor"], Tensor]
 
@@ -16,7 +18,7 @@ def expand_time(t: float | Tensor, x: Tensor) -> Tensor:
     return t if isinstance(t, Tensor) else torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)
 
 
-class Guidance:
+class Guidance(Described):
     """Base: an interval of times, and the decision where the guiding forward runs.
 
     Outside the interval only the plain prediction is computed. A float time (the samplers') is decided on the host; a tensor

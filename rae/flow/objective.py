@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rae.describe import Described
 from rae.flow.path import LinearPath, Path, like
 from rae.flow.time import LogitNormalTime, TimeDistribution, check_shift, shift_time
 
@@ -18,7 +19,7 @@ DATA_TIME_FLOOR = 0.05
 Model = Callable[..., Tensor]
 
 
-class FlowMatching:
+class FlowMatching(Described):
     """Path, prediction, weighting, time distribution and shift.
 
     Args:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rae.describe import Described
 from rae.flow.time import FullGrid, OfficialGrid
 
 Velocity = Callable[..., Tensor]
@@ -15,7 +16,7 @@ OnStep = Callable[[int, float, Tensor], None]
 StepNoise = Callable[[int], Tensor]
 
 
-class ODESampler(ABC):
+class ODESampler(Described, ABC):
     """Fixed-step sampler: walks down the times of a grid, which is on the host, so that no step waits for the device.
 
     Args:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rae.describe import Described
+
 DIFFUSION_FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing")
 
 
@@ -45,7 +47,7 @@ def check_time(t: Tensor) -> None:
         raise ValueError(f"t must lie in [0, 1] (0 = data, 1 = noise), got {t.min().item()} to {t.max().item()}")
 
 
-class Path(ABC):
+class Path(Described, ABC):
     """x_t = alpha(t)·data + sigma(t)·noise."""
 
     name: str

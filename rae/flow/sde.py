@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from rae.describe import Described
 from rae.flow.ode import OnStep, StepNoise, Velocity
 from rae.flow.path import DIFFUSION_FORMS, LinearPath, Path, VPPath
 from rae.flow.time import FullGrid, OfficialGrid
@@ -15,7 +16,7 @@ from rae.flow.time import FullGrid, OfficialGrid
 LAST_STEPS = ("mean", "tweedie", "euler", "none")
 
 
-class SDESampler(ABC):
+class SDESampler(Described, ABC):
     """Base of the stochastic samplers.
 
     The grid covers 1 to ``last_step_size`` (shifted); then follows one deterministic step, which uses the unshifted time and

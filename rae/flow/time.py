@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from rae.describe import Described
+
 
 def dimension_shift(channels: int, height: int, width: int, base: int = 4096) -> float:
     """Shift s = √(C·H·W / base) of a latent (paper §4.2: 6.93 for 768×16×16).
@@ -48,7 +50,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-class TimeDistribution(ABC):
+class TimeDistribution(Described, ABC):
     """Distribution of training times, given as the inverse of its cumulative distribution.
 
     Args:
@@ -106,7 +108,7 @@ class LogitNormalTime(TimeDistribution):
         return torch.sigmoid(normal).clamp(max=self.maximum).to(device=u.device, dtype=u.dtype)
 
 
-class OfficialGrid:
+class OfficialGrid(Described):
     """The grid of the published numbers: ``points`` times from 1 down to shift(0.001), so ``points − 1`` steps.
 
     It does not reach 0: with 50 points and shift 6.93 the last time is about 0.0069, and the image is decoded from there.
@@ -133,7 +135,7 @@ class OfficialGrid:
         return shift_time(1 - torch.linspace(start, end, self.points), check_shift(shift))
 
 
-class FullGrid:
+class FullGrid(Described):
     """A grid of ``steps`` steps that ends at exactly 0.
 
     Args:

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def sincos_table(width: int, grid: int) -> Tensor:
+def sincos_table(width: int, grid: int, scale: float = 1.0) -> Tensor:
     """Fixed sine-cosine table of a square grid (MAE's): the first half of the channels encodes the column, the second the row.
 
     Args:
         width: Channels, divisible by 4.
         grid: Side of the grid.
+        scale: Distance of two neighbours.
 
     Returns:
         Table (grid²)×width in float32; each half is [sin | cos] of position / 10000^(k / (width/4)).
@@ -25,7 +26,7 @@ def sincos_table(width: int, grid: int) -> Tensor:
     if width % 4:
         raise ValueError(f"width={width} of a sine-cosine table must be divisible by 4")
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # grid×(width/4)
+    angle = scale * torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # grid×(width/4)
     line = torch.cat([angle.sin(), angle.cos()], dim=1)  # grid×(width/2)
     columns = line[None, :, :].expand(grid, -1, -1)
     rows = line[:, None, :].expand(-1, grid, -1)

@@ -1,0 +1,104 @@
+"""Where trained weights come from: a run of ours, an export, diffusers' folder, or a file of the original project."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rae.autoencoder import RAE
+from rae.checkpoint import pretrained
+from rae.checkpoint.diffusers import is_diffusers, load_diffusers, load_diffusers_decoder
+from rae.checkpoint.original import load_original_decoder, load_original_denoiser
+from rae.checkpoint.run import LAST, find_checkpoint, load_trained
+from rae.decoder import ViTDecoder
+from rae.denoiser import Denoiser
+from rae.weights import load_strict
+
+KINDS = ("run", "export", "diffusers", "file")
+_FILES = (".pt", ".pth", ".bin", ".safetensors")
+
+
+def kind_of(source: str | Path) -> tuple[str, Path]:
+    """What a path or hub id is, and where it lies on disk.
+
+    Returns:
+        One of ``run`` (folder or ``.ckpt`` of a training run), ``export`` (``save_pretrained``), ``diffusers`` and ``file``
+        (weights of the original project), with the path; a hub id is downloaded first.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: It is none of these.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return ("file" if path.suffix in _FILES else "run"), path
+    if path.is_dir() and (path / LAST).exists():
+        return "run", path
+    if not path.is_dir() and ("/" not in str(source) or path.is_absolute()):
+        return "run", find_checkpoint(path)  # says that it does not exist
+    folder = pretrained.resolve(source)
+    if is_diffusers(folder):
+        return "diffusers", folder
+    if (folder / pretrained.CONFIG).is_file() and "format" in json.loads((folder / pretrained.CONFIG).read_text()):
+        return "export", folder
+    raise ValueError(
+        f"{str(source)!r} holds no trained model: give the folder of a run (with {LAST}), of an export or of diffusers, "
+        f"a hub id, or a weight file ({', '.join(_FILES)})"
+    )
+
+
+def load_decoder_from(decoder: ViTDecoder, source: str | Path, averaged: bool = True) -> None:
+    """Fills a decoder with trained weights from anywhere, strictly.
+
+    Args:
+        decoder: The decoder to fill.
+        source: See :func:`kind_of`.
+        averaged: Whether to take the moving average of the weights, where the source has one.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: The weights do not fit; all keys are listed.
+    """
+    kind, path = kind_of(source)
+    if kind == "run":
+        load_trained(decoder, path, "autoencoder.decoder", averaged)
+    elif kind == "file":
+        load_original_decoder(decoder, path, averaged)
+    elif kind == "diffusers":
+        load_diffusers_decoder(decoder, path)
+    else:
+        config = pretrained.read_description(path)
+        load_strict(
+            decoder, pretrained.part(pretrained.read_state(path, config), "decoder"), f"decoder of {str(source)!r}"
+        )
+
+
+def load_denoiser_from(denoiser: Denoiser, source: str | Path, averaged: bool = True) -> None:
+    """Fills a denoiser with trained weights from anywhere, strictly; arguments and errors as for :func:`load_decoder_from`."""
+    kind, path = kind_of(source)
+    if kind == "run":
+        load_trained(denoiser, path, "denoiser", averaged)
+    elif kind == "file":
+        load_original_denoiser(denoiser, path, averaged)
+    elif kind == "diffusers":
+        raise ValueError(f"{str(source)!r} is diffusers' autoencoder: it holds no denoiser")
+    else:
+        config = pretrained.read_description(path)
+        load_strict(
+            denoiser, pretrained.part(pretrained.read_state(path, config), "denoiser"), f"denoiser of {str(source)!r}"
+        )
+
+
+def load_autoencoder(source: str | Path, encoder: bool = True) -> RAE:
+    """An autoencoder from an export, diffusers' folder or the hub id of either.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: The source does not say what its networks are.
+    """
+    kind, path = kind_of(source)
+    if kind == "diffusers":
+        return load_diffusers(path)
+    if kind == "export":
+        return pretrained.load_autoencoder(path, encoder=encoder)
+    raise ValueError(f"{str(source)!r} is a {kind}; give an exported folder, diffusers' folder or a hub id")

@@ -1,0 +1,183 @@
+"""Trained models of every kind, opened for the commands: runs, exports, diffusers' folders, published files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from rae.cli.build import build_autoencoder, build_generator, make
+from rae.cli.config import ConfigError
+
+if TYPE_CHECKING:
+    from rae.autoencoder import RAE
+    from rae.denoiser import Denoiser
+    from rae.generator import Generator
+
+
+def load_run(checkpoint: str | Path, cfg: DictConfig) -> DictConfig:
+    """The configuration of a trained run with that of a command over it.
+
+    Args:
+        checkpoint: The run's folder or checkpoint file.
+        cfg: The command's configuration; what is null in it stays as the run has it.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The checkpoint does not say what it was trained with.
+    """
+    from rae.checkpoint import read_config  # noqa: PLC0415
+
+    merged = OmegaConf.create(read_config(checkpoint))
+    for key in cfg:
+        if cfg[key] is not None or key not in merged:
+            merged[key] = cfg._get_node(key)
+    OmegaConf.set_struct(merged, True)
+    return merged
+
+
+def open_model(cfg: DictConfig, encode: bool = True) -> tuple[RAE | Generator, DictConfig]:
+    """The trained model that ``checkpoint`` names, or that ``model=…`` composes from published files.
+
+    Args:
+        cfg: Configuration of a command with ``checkpoint``, ``decoder_checkpoint`` and, for generators, ``sampler``,
+            ``guidance`` and ``guide_checkpoint``.
+        encode: Whether the encoder's weights are needed.
+
+    Returns:
+        A generator where the source holds a denoiser, else an autoencoder, in evaluation mode; and the configuration that says
+        how it came about, with that of the run where it is one.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ConfigError: Something else must be given too.
+        ValueError: The weights do not fit.
+    """
+    from rae.checkpoint import kind_of  # noqa: PLC0415
+
+    if cfg.get("decoder") is not None:  # a composition: original files
+        _check_files(cfg)
+        return _compose_model(cfg, cfg.checkpoint, encode, cfg.get("decoder_checkpoint")), cfg
+    kind, path = kind_of(cfg.checkpoint)
+    if kind == "run":
+        run = load_run(path, cfg)
+        return _compose_model(run, path, encode, cfg.get("decoder_checkpoint")), run
+    if kind == "file":
+        raise ConfigError(
+            f"checkpoint={cfg.checkpoint} holds weights alone: add model=… (see conf/model) to say of what"
+        )
+    return _open_export(cfg, kind, path, encode), cfg
+
+
+def open_generator(cfg: DictConfig) -> tuple[Generator, DictConfig]:
+    """As :func:`open_model`, for sampling.
+
+    Raises:
+        ConfigError: The model has no denoiser.
+    """
+    from rae.generator import Generator  # noqa: PLC0415
+
+    model, run = open_model(cfg, encode=False)
+    if not isinstance(model, Generator):
+        raise ConfigError(f"checkpoint={cfg.checkpoint} has no denoiser; samples are drawn by a model of stage 2")
+    return model, run
+
+
+def open_autoencoder(cfg: DictConfig) -> tuple[RAE, DictConfig]:
+    """As :func:`open_model`, for encoding and decoding."""
+    from rae.generator import Generator  # noqa: PLC0415
+
+    model, run = open_model(cfg)
+    return (model.autoencoder if isinstance(model, Generator) else model), run
+
+
+def _compose_model(run: DictConfig, checkpoint: str | Path, encode: bool, decoder: str | None) -> RAE | Generator:
+    from rae.checkpoint import load_denoiser_from  # noqa: PLC0415
+
+    if run.get("decoder") is None:
+        raise ConfigError(
+            f"checkpoint={checkpoint} is a run of stage {run.stage}, without a decoder; give one of stage 1 or 2"
+        )
+    if run.get("denoiser") is None:
+        run = run.copy()
+        run.decoder_checkpoint = str(decoder or checkpoint)  # not the one that its training may have begun with
+        return build_autoencoder(run, encode).eval()
+    if run.get("decoder_checkpoint") is None:
+        raise ConfigError(
+            "the run was trained without a decoder: add decoder_checkpoint=… (a stage-1 run, export or weight file)"
+        )
+    denoiser = make(run.denoiser)
+    load_denoiser_from(denoiser, checkpoint, run.get("averaged", True))
+    return build_generator(run, build_autoencoder(run, encode), denoiser, _open_guide(run)).eval()
+
+
+def _wants_guide(cfg: DictConfig) -> bool:
+    return str(OmegaConf.select(cfg, "guidance._target_")).endswith(".AutoGuidance")
+
+
+def _open_guide(run: DictConfig) -> Denoiser | None:
+    """The denoiser that autoguidance steers away from; None with other guidance.
+
+    Raises:
+        ConfigError: It is needed and not given.
+    """
+    from rae.checkpoint import kind_of, load_denoiser_from, read_config  # noqa: PLC0415
+    from rae.checkpoint.pretrained import load_generator  # noqa: PLC0415
+
+    if not _wants_guide(run):
+        return None
+    if run.get("guide_checkpoint") is None:
+        raise ConfigError("autoguidance needs guide_checkpoint=… (run or export of a smaller, less trained denoiser)")
+    kind, path = kind_of(run.guide_checkpoint)
+    if kind == "export":
+        return load_generator(path, encoder=False).denoiser
+    if kind == "file" and run.get("guide") is None:
+        raise ConfigError(
+            f"guide_checkpoint={run.guide_checkpoint} holds weights alone: add +denoiser@guide=… to say of what"
+        )
+    guide = make(run.guide if kind == "file" else OmegaConf.create(read_config(path)).denoiser)
+    load_denoiser_from(guide, path, run.get("averaged", True))
+    return guide
+
+
+def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool) -> RAE | Generator:
+    """An exported model with the command's decoder, sampler, guidance and guide."""
+    from rae.checkpoint import load_autoencoder, load_decoder_from  # noqa: PLC0415
+    from rae.checkpoint.pretrained import load_generator, read_description  # noqa: PLC0415
+
+    generator = None
+    if kind == "export" and read_description(path)["kind"] == "generator":
+        generator = load_generator(path, encoder=encode)
+    autoencoder = load_autoencoder(path, encode) if generator is None else generator.autoencoder
+    if cfg.get("decoder_checkpoint") is not None:
+        load_decoder_from(autoencoder.decoder, cfg.decoder_checkpoint, cfg.get("averaged", True))
+    if generator is None:
+        return autoencoder.eval()
+    if cfg.get("sampler") is not None:
+        if not _wants_guide(cfg) or cfg.get("guide_checkpoint") is not None:
+            generator.guide = _open_guide(cfg)
+        if _wants_guide(cfg) and generator.guide is None:
+            raise ConfigError("the export holds no guide: autoguidance needs guide_checkpoint=… (run or export)")
+        generator.sampler, generator.guidance = make(cfg.sampler), make(cfg.guidance)
+    return generator.eval()
+
+
+def _check_files(cfg: DictConfig) -> None:
+    """Refuses a composition whose files are not there.
+
+    Raises:
+        ConfigError: Names them, and the command that fetches them.
+    """
+    wanted = ["checkpoint", "decoder_checkpoint", "latent.stats"]
+    if _wants_guide(cfg):
+        wanted.append("guide_checkpoint")
+    found = {key: OmegaConf.select(cfg, key) for key in wanted}
+    absent = [
+        f"{key}={value}" for key, value in found.items() if value is not None and not Path(value).expanduser().exists()
+    ]
+    if absent:
+        raise ConfigError(
+            f"{', '.join(absent)} does not exist: rae-download model=… collection={cfg.get('collection')} fetches the files of a "
+            "published model; collection=… says where they are"
+        )
