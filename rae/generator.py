@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rae.autoencoder import RAE
 from rae.denoiser import Denoiser
 from rae.flow import AutoGuidance, FlowMatching, NoGuidance
+from rae.layers import trusted
 from rae.rng import normal, sample_seed
 
 
@@ -109,7 +110,8 @@ class Generator(nn.Module):
             null_label=self.denoiser.null_label,
             guide=guide,
         )
-        return self.sampler.sample(velocity, noise, shift=self.flow.shift, step_noise=step_noise, on_step=on_step)
+        with trusted():
+            return self.sampler.sample(velocity, noise, shift=self.flow.shift, step_noise=step_noise, on_step=on_step)
 
     @torch.no_grad()
     def forward(self, labels: Tensor | Sequence[int], seed: int = 0, indices: Sequence[int] | None = None) -> Tensor:

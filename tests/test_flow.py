@@ -135,6 +135,10 @@ def test_guidance_decides_per_sample_for_a_tensor_of_times():
         (lambda: flow.OfficialGrid(1), "points=1"),
         (lambda: flow.VPPath(2.0, 1.0), "beta_min=2.0"),
         (lambda: flow.check_time(torch.tensor([0.5, 1.2])), "1.2"),
+        (
+            lambda: flow.GVPPath().interpolate(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([-1.0])),
+            r"\[0, 1\].*-1.0",
+        ),
         (lambda: flow.LinearPath().diffusion(torch.tensor([0.5]), "odd"), "odd.*constant"),
         (lambda: flow.LinearPath().interpolate(torch.zeros(2, 1), torch.zeros(3, 1), torch.zeros(2)), "one shape"),
     ],

@@ -7,10 +7,13 @@ longest name in the table that the case's name begins with. A case without a che
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.golden_checks import Case, Check, data, decoder, denoiser, encoder, flow, metric, training
 
@@ -41,3 +44,29 @@ def test_golden(name: str):
         assert actual.shape == expected.shape, f"{key}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
         error = (actual.double() - expected.double()).abs().max().item()
         assert error <= case.tolerance[key], f"{key}: error {error:.3g} exceeds {case.tolerance[key]:.3g}"
+
+
+def tampered(folder: Path, name: str) -> Path:
+    """A copy of the folder with one output moved by twice its tolerance."""
+    case = Case(FOLDER, name)
+    key = min(case.outputs)
+    values = case.outputs[key].double().flatten()
+    values[0] += max(2 * case.tolerance[key], 1e-5 * values[0].abs().item())
+    tensors = {**case.tensors, key: values.reshape(case.outputs[key].shape)}
+    shutil.copytree(FOLDER, folder, dirs_exist_ok=True)  # a case may read another's weights
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tampered_case_fails(name: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "FOLDER", tampered(tmp_path, name))
+    with pytest.raises(AssertionError, match=r"exceeds|outputs/"):
+        test_golden(name)
+
+
+def test_a_case_without_a_check_fails(tmp_path: Path, monkeypatch):
+    (tmp_path / "something_new.json").write_text("{}")
+    monkeypatch.setattr(sys.modules[__name__], "FOLDER", tmp_path)
+    with pytest.raises(AssertionError, match="has no check"):
+        test_golden("something_new")

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rae.describe import Described
-from rae.layers import AdaptiveBlock, LabelEmbedding, RotaryEmbedding2D, TimeEmbedding, grid_to_tokens, sincos_table
+from rae.layers import (
+    AdaptiveBlock,
+    LabelEmbedding,
+    RotaryEmbedding2D,
+    TimeEmbedding,
+    grid_to_tokens,
+    may_look,
+    sincos_table,
+)
 
 
 class PatchEmbedding(nn.Module):
@@ -71,10 +79,10 @@ class Denoiser(Described, nn.Module):
         return (self.channels, self.grid, self.grid)
 
     def check(self, x_t: Tensor, t: Tensor, label: Tensor) -> None:
-        """Checks shapes; costs nothing on the device.
+        """Checks shapes and, on the host, values; nothing is read back from a device.
 
         Raises:
-            ValueError: With the shape received and the one required.
+            ValueError: With what was received and what is required.
         """
         if tuple(x_t.shape[1:]) != self.latent_shape:
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}, required is B×{'×'.join(map(str, self.latent_shape))}")
@@ -83,6 +91,8 @@ class Denoiser(Described, nn.Module):
                 f"t and label must hold one value a sample: batch {x_t.shape[0]}, t {tuple(t.shape)}, "
                 f"label {tuple(label.shape)}"
             )
+        if may_look(x_t):
+            self.check_values(t, label)
 
     def check_values(self, t: Tensor, label: Tensor) -> None:
         """Checks the values of times and labels; reads them back from the device, so call it outside hot loops.

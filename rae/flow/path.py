@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rae.describe import Described
+from rae.layers import may_look
 
 DIFFUSION_FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing")
 
@@ -38,12 +39,12 @@ def like(values: Tensor, x: Tensor) -> Tensor:
 
 
 def check_time(t: Tensor) -> None:
-    """Refuses times outside [0, 1]; reads them back from the device, so call it outside hot loops.
+    """Refuses times outside [0, 1]. Only values on the host are looked at: reading others back would stall the device.
 
     Raises:
         ValueError: With the smallest and largest time.
     """
-    if t.numel() and not (t.min() >= 0 and t.max() <= 1 + 1e-6):
+    if may_look(t) and t.numel() and not (t.min() >= 0 and t.max() <= 1 + 1e-6):
         raise ValueError(f"t must lie in [0, 1] (0 = data, 1 = noise), got {t.min().item()} to {t.max().item()}")
 
 
@@ -69,8 +70,9 @@ class Path(Described, ABC):
         """The point at time t and the velocity alpha'·data + sigma'·noise.
 
         Raises:
-            ValueError: ``data`` and ``noise`` differ in shape, or t is not one value a sample.
+            ValueError: ``data`` and ``noise`` differ in shape, or t is not one value a sample in [0, 1].
         """
+        check_time(t)
         if data.shape != noise.shape or t.shape != data.shape[:1]:
             raise ValueError(
                 f"data {tuple(data.shape)} and noise {tuple(noise.shape)} must have one shape and t {tuple(t.shape)} "

@@ -2,6 +2,7 @@
 
 from rae.layers.attention import Attention
 from rae.layers.block import AdaptiveBlock, Block, FinalLayer
+from rae.layers.checks import may_look, trusted
 from rae.layers.embedding import LabelEmbedding, TimeEmbedding, drop_labels
 from rae.layers.mlp import GELUMlp, SwiGLU
 from rae.layers.norm import RMSNorm, modulate
@@ -21,10 +22,12 @@ __all__ = [
     "TimeEmbedding",
     "drop_labels",
     "grid_to_tokens",
+    "may_look",
     "modulate",
     "patchify",
     "resize_position_table",
     "sincos_table",
     "tokens_to_grid",
+    "trusted",
     "unpatchify",
 ]
