@@ -204,7 +204,7 @@ def test_experiment_as_first_argument():
 
 
 def test_missing_values_are_named_with_what_they_are():
-    with pytest.raises(ConfigError, match=r"checkpoint must be given: add checkpoint=… \(folder of a stage-2 run"):
+    with pytest.raises(ConfigError, match=r"checkpoint must be given: add checkpoint=… \(stage-2 run"):
         check_complete(compose("sample"), "sample")
 
 

@@ -129,6 +129,23 @@ def test_scores_of_a_run_equal_those_of_its_samples(trained, tmp_path):
     assert first["samples"] == 30
 
 
+def test_an_export_draws_and_reconstructs_as_its_run_does(trained, tmp_path):
+    options = ["sampler.grid.points=5", "samples_per_class=1", "png=false"]
+    run("convert", f"checkpoint={trained}/stage2", f"output_dir={tmp_path}/export")
+    for name, source in (("run", f"{trained}/stage2"), ("export", f"{tmp_path}/export")):
+        run("sample", f"checkpoint={source}", *options, f"output_dir={tmp_path}/samples_{name}")
+    first, second = (np.load(tmp_path / f"samples_{name}" / "samples.npz")["arr_0"] for name in ("run", "export"))
+    assert np.array_equal(first, second)
+    run("convert", f"checkpoint={trained}/stage1", f"output_dir={tmp_path}/decoder")
+    images = ["images=" + str(tmp_path / "pngs")]
+    run("sample", f"checkpoint={trained}/stage2", *options, "png=true", f"output_dir={tmp_path}/more")
+    (tmp_path / "more" / "images").rename(tmp_path / "pngs")
+    for name, source in (("run", f"{trained}/stage1"), ("export", f"{tmp_path}/decoder")):
+        run("reconstruct", f"checkpoint={source}", *images, f"output_dir={tmp_path}/rec_{name}")
+    first, second = (json.loads((tmp_path / f"rec_{name}" / "scores.json").read_text()) for name in ("run", "export"))
+    assert first == second
+
+
 def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_continues_from(tmp_path):
     arguments = ["experiment=digits_encoder", "data.batch_size=8", "scheduler=constant", f"output_dir={tmp_path}"]
     command = [sys.executable, "-m", "rae.cli.train", *arguments]

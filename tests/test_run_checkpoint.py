@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from rae.checkpoint.run import find_checkpoint, load_trained, read_config, trained_weights
+from rae.cli.train import readable
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.ema import EMA
 from rae.training.summary import RunSummary
@@ -67,6 +68,16 @@ def fit(folder, *callbacks, resume=None, accumulate=1, **limits):
     return trainer, module
 
 
+class Metric(L.Callback):
+    """Logs one chosen value at every validation."""
+
+    def __init__(self, values):
+        self.values = list(values)
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.callback_metrics["val/score"] = torch.tensor(self.values.pop(0))
+
+
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -108,7 +119,7 @@ def test_finished_run_takes_no_further_step(tmp_path):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="every_n_steps=0 and keep=2 must both be at least 1"):
+    with pytest.raises(ValueError, match="every_n_steps=0 must be at least 1"):
         RunCheckpoint("x", every_n_steps=0)
 
 
@@ -144,3 +155,125 @@ def test_reading_says_what_is_wrong(tmp_path):
         trained_weights(tmp_path / "a.ckpt", "denoiser")
     with pytest.raises(ValueError, match="does not hold the run's configuration"):
         read_config(tmp_path / "a.ckpt")
+
+
+def fit_with(checkpoint, *callbacks, resume=None, validate=False, **limits):
+    """A run of 5 steps an epoch with a given checkpoint callback."""
+    torch.manual_seed(0)
+    module = Line()
+    module.validation_step = lambda batch, batch_idx: None
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=[EMA(0.5, "network"), *callbacks, checkpoint],
+        default_root_dir=checkpoint.folder,
+        **options,
+        **limits,
+    )
+    data = DataLoader(torch.linspace(0, 1, 5)[:, None], batch_size=1)
+    trainer.fit(module, data, data if validate else None, ckpt_path=resume, weights_only=True if resume else None)
+    return trainer, module
+
+
+def test_intervals_in_epochs_and_minutes(tmp_path):
+    fit_with(RunCheckpoint(str(tmp_path / "epochs"), None, keep=9, every_n_epochs=2), max_epochs=5)
+    assert files(tmp_path / "epochs") == ["last.ckpt", "step_00000010.ckpt", "step_00000020.ckpt", "step_00000025.ckpt"]
+    fit_with(RunCheckpoint(str(tmp_path / "minutes"), None, keep=9, every_minutes=1e-9), max_steps=3)
+    assert files(tmp_path / "minutes") == ["last.ckpt", *(f"step_{step:08d}.ckpt" for step in (1, 2, 3))]
+    fit_with(RunCheckpoint(str(tmp_path / "none"), None, keep=9), max_steps=3)
+    assert files(tmp_path / "none") == ["last.ckpt", "step_00000003.ckpt"]
+
+
+def test_a_checkpoint_of_an_epochs_end_continues_exactly(tmp_path):
+    _, whole = fit_with(RunCheckpoint(str(tmp_path / "a"), None, keep=9, every_n_epochs=2), max_epochs=5)
+    resume = str(tmp_path / "a" / "step_00000010.ckpt")
+    trainer, rest = fit_with(RunCheckpoint(str(tmp_path / "b"), None, every_n_epochs=2), max_epochs=5, resume=resume)
+    assert trainer.global_step == 25
+    assert rest.seen == whole.seen[10:]
+    assert torch.equal(rest.network.weight, whole.network.weight)
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", 10), ("min", 5)])
+def test_the_best_are_kept_beside_the_newest(mode, best, tmp_path):
+    def make():
+        return RunCheckpoint(str(tmp_path), None, keep=1, monitor="val/score", mode=mode)
+
+    metric = Metric([0.5, 0.9, float("nan")] if mode == "max" else [0.1, 0.9, 0.3])
+    fit_with(make(), metric, validate=True, max_epochs=3)
+    assert (tmp_path / "best.ckpt").resolve().name == f"step_{best:08d}.ckpt"
+    assert files(tmp_path) == ["best.ckpt", "last.ckpt", f"step_{best:08d}.ckpt", "step_00000015.ckpt"]
+    worse = Metric([0.2, 0.2, 0.2])
+    fit_with(make(), worse, validate=True, max_epochs=5, resume=str(tmp_path / "last.ckpt"))
+    assert (tmp_path / "best.ckpt").resolve().name == f"step_{best:08d}.ckpt"  # remembered over the restart
+    state = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert state["global_step"] == best
+
+
+def test_a_value_that_is_not_logged_cannot_be_monitored(tmp_path):
+    checkpoint = RunCheckpoint(str(tmp_path), None, monitor="val/fid", mode="min")
+    with pytest.raises(ValueError, match="monitor='val/fid' is not logged; logged are train/loss, val/score"):
+        fit_with(checkpoint, Metric([1.0] * 9), validate=True, max_epochs=1)
+
+
+def test_truncated_and_foreign_checkpoints_are_refused_by_name(tmp_path):
+    fit(tmp_path, max_steps=8)
+    newest = tmp_path / "step_00000008.ckpt"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"last.ckpt.*truncated.*of step 4, can be read: resume=.*step_00000004.ckpt"):
+        readable(tmp_path / "last.ckpt")
+    torch.save({"weights": torch.zeros(1)}, newest)
+    with pytest.raises(ValueError, match=r"does not hold the run's step.*resume=.*step_00000004.ckpt"):
+        readable(tmp_path / "last.ckpt")
+    newest.unlink()
+    with pytest.raises(ValueError, match=r"last.ckpt.*resume=.*step_00000004.ckpt"):
+        readable(tmp_path / "last.ckpt")
+    (tmp_path / "step_00000004.ckpt").unlink()
+    with pytest.raises(ValueError, match="There is no other one"):
+        readable(tmp_path / "last.ckpt")
+
+
+class Signal(Interrupt):
+    """Another signal during a given step."""
+
+    def __init__(self, step, number):
+        super().__init__(step)
+        self.number = number
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def test_sigterm_finishes_the_step_and_saves(tmp_path):
+    checkpoint = RunCheckpoint(str(tmp_path), None)
+    with pytest.raises(SystemExit):
+        fit_with(checkpoint, Signal(6, signal.SIGTERM), max_steps=12)
+    assert files(tmp_path) == ["last.ckpt", "step_00000007.ckpt"]
+    assert checkpoint.stopped_by == signal.SIGTERM
+    trainer, rest = fit_with(RunCheckpoint(str(tmp_path), None), max_steps=12, resume=str(tmp_path / "last.ckpt"))
+    assert trainer.global_step == 12
+    assert len(rest.seen) == 5
+
+
+def test_a_slurm_job_is_requeued_between_two_steps(tmp_path, monkeypatch):
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/requeued\n")
+    scontrol.chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
+    for name, value in {**job, "SLURM_NODEID": "0", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        fit_with(RunCheckpoint(str(tmp_path / "run"), None), Signal(6, signal.SIGUSR1), max_steps=12)
+    assert (tmp_path / "requeued").read_text().split() == ["requeue", "77"]
+    assert files(tmp_path / "run") == [
+        "last.ckpt",
+        "step_00000007.ckpt",
+    ]  # and no file that Lightning would prefer for ever

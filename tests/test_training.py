@@ -16,7 +16,8 @@ from rae.data.transforms import to_float
 from rae.discriminator import quantize
 from rae.latent import add_noise
 from rae.rng import normal, sample_seeds, uniform
-from rae.training.ema import WeightAverage
+from rae.training.checkpoint import RunCheckpoint
+from rae.training.ema import EMA, WeightAverage
 from rae.training.module import NonFiniteError
 from rae.training.schedule import WarmupDecay, rate_factor
 from tests.small_runs import ema_of, make_module, train, weights
@@ -161,6 +162,59 @@ def test_a_non_finite_gradient_stops_before_the_weights_are_touched(stage: int, 
     _, module = train(stage, tmp_path, steps=5, callbacks=(Spoil(),), module=module)
     finite = [key for key, value in weights(module).items() if torch.isfinite(value).all()]
     assert len(finite) >= len(before) - 1  # all but the one that was spoilt from outside
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_non_finite_gradient_rolls_back_to_the_last_checkpoint(stage: int, tmp_path: Path):
+    class SpoilOnce(L.Callback):
+        spoilt = False
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 4 and not self.spoilt:
+                self.spoilt = True
+                network = pl_module.decoder if stage == 1 else pl_module.denoiser
+                for parameter in network.parameters():
+                    parameter.data.fill_(float("nan"))
+
+    def run(*callbacks, steps, name):
+        module = make_module(stage)
+        module.on_nonfinite = "rollback"
+        network = "autoencoder.decoder" if stage == 1 else "denoiser"
+        checkpoint = RunCheckpoint(str(tmp_path / name), every_n_steps=2, keep=9)
+        train(stage, tmp_path, steps=steps, callbacks=(*callbacks, EMA(0.9, network), checkpoint), module=module)
+        return module
+
+    run(steps=4, name="before")
+    at_four = torch.load(tmp_path / "before" / "last.ckpt", weights_only=True)
+    module = run(SpoilOnce(), steps=5, name="spoilt")
+    after = torch.load(tmp_path / "spoilt" / "last.ckpt", weights_only=True)
+    assert after["global_step"] == 5
+    assert module._rolled_back == [4]
+    trained = "autoencoder.decoder." if stage == 1 else "denoiser."
+    for key, value in at_four["state_dict"].items():
+        if key.startswith(trained):  # the discriminator, whose gradients stayed finite, took its step
+            assert torch.equal(after["state_dict"][key], value), key
+    averages = at_four["callbacks"]["EMA"]["averages"]
+    for key, value in after["callbacks"]["EMA"]["averages"].items():
+        expected = 0.9 * averages[key] + 0.1 * at_four["state_dict"][trained + key]
+        assert torch.allclose(value, expected, atol=1e-7), key
+
+
+def test_rolling_back_ends_where_it_does_not_help(tmp_path: Path):
+    class Spoil(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step >= 4:
+                next(pl_module.denoiser.parameters()).data.fill_(float("nan"))
+
+    def run(steps: int, checkpoint: RunCheckpoint | None):
+        module = make_module(2)
+        module.on_nonfinite = "rollback"
+        train(2, tmp_path, steps=steps, callbacks=(Spoil(), *([checkpoint] if checkpoint else [])), module=module)
+
+    with pytest.raises(NonFiniteError, match="at step 7"):  # three times back to the checkpoint of step 4
+        run(20, RunCheckpoint(str(tmp_path / "run"), every_n_steps=4))
+    with pytest.raises(NonFiniteError, match=r"at step 4.*none yet"):
+        run(20, None)
 
 
 def test_stage_1_takes_the_steps_of_the_plain_procedure(tmp_path: Path):

@@ -28,7 +28,16 @@ _FLAGS_WITH_VALUE = (
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with a message that says where the work stands."""
+    """Ctrl-C or another signal, with a message that says where the work stands.
+
+    Args:
+        text: The message.
+        code: The exit code.
+    """
+
+    def __init__(self, text: str, code: int = INTERRUPTED) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 def entry(config: str, task: Task) -> Callable[[], None]:
@@ -101,7 +110,7 @@ def _run(cfg: DictConfig, config: str, task: Task, program: str) -> BaseExceptio
         task(cfg)
     except KeyboardInterrupt as stop:
         print(f"{program}: {stop or 'interrupted'}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(getattr(stop, "code", INTERRUPTED)) from None
     except Exception as error:
         if _wants_trace() or not is_expected(error):
             traceback.print_exc()

@@ -12,6 +12,7 @@ from rae.cli.config import conf_dir, config_groups
 GROUPS = {
     "stage": "what is trained: 0 an encoder of your own, 1 the decoder, 2 the diffusion transformer",
     "experiment": "a complete recipe; chosen last, so that it may change all others",
+    "model": "a published model, from the files that rae-download fetches",
     "encoder": "frozen network whose patch tokens are the latents",
     "latent": "normalisation of the latents",
     "decoder": "network from latents back to images",

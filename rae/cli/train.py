@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,14 +36,38 @@ def resume_from(cfg: DictConfig) -> str | None:
     from rae.checkpoint.run import LAST, find_checkpoint, read_config  # noqa: PLC0415 (imports torch)
 
     if isinstance(cfg.resume, str):
-        return str(find_checkpoint(cfg.resume))
+        return str(readable(find_checkpoint(cfg.resume)))
     last = Path(cfg.output_dir) / LAST
-    if not last.exists():
+    if not last.exists() and not last.is_symlink():
         return None
     if not cfg.resume:
         raise ValueError(f"resume=false, but {str(last)!r} exists: choose another name=… or output_dir=…, or remove it")
-    check_same_run(cfg, read_config(last), cfg.output_dir)
+    check_same_run(cfg, read_config(readable(last)), cfg.output_dir)
     return str(last)
+
+
+def readable(checkpoint: Path) -> Path:
+    """The checkpoint, which must be whole and of a training run.
+
+    Raises:
+        ValueError: It is not; names the newest one beside it that is.
+    """
+    from rae.checkpoint.run import read_config, read_step  # noqa: PLC0415 (imports torch)
+
+    try:
+        read_step(checkpoint)
+        return checkpoint
+    except (ValueError, OSError) as error:
+        for other in sorted(checkpoint.parent.glob("step_*.ckpt"), reverse=True):
+            try:
+                step = read_step(other)
+                read_config(other)
+            except (ValueError, OSError):
+                continue
+            raise ValueError(f"{error}. The one before, of step {step}, can be read: resume={other}") from error
+        raise ValueError(
+            f"{error}. There is no other one to continue from: choose another name=… or output_dir=…"
+        ) from error
 
 
 def fit(parts: Parts, checkpoint: str | None) -> None:
@@ -55,7 +80,9 @@ def fit(parts: Parts, checkpoint: str | None) -> None:
             raise
         last = getattr(trainer.checkpoint_callback, "last_model_path", "") or checkpoint
         where = f"the same command continues from {last}" if last else "there is no checkpoint yet"
-        raise Interrupted(f"interrupted at step {trainer.global_step}; {where}") from stop
+        number = getattr(trainer.checkpoint_callback, "stopped_by", None) or signal.SIGINT
+        word = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        raise Interrupted(f"{word} at step {trainer.global_step}; {where}", 128 + number) from stop
 
 
 def quieten_lightning() -> None:

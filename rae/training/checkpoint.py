@@ -1,15 +1,18 @@
-"""Callback that writes checkpoints between two steps: at intervals, at the end, and on Ctrl-C."""
+"""Callback that writes checkpoints between two steps: at intervals, the best ones, at the end, and when the run is stopped."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
@@ -18,48 +21,101 @@ log = logging.getLogger(__name__)
 
 
 class RunCheckpoint(Checkpoint):
-    """Writes ``step_N.ckpt`` files and keeps ``last.ckpt`` pointing at the newest.
+    """Writes ``step_N.ckpt`` files and keeps ``last.ckpt`` pointing at the newest, ``best.ckpt`` at the best.
 
     Checkpoints are written when a step is complete, averages included, so that a run continued from one takes the very
     next step. A file appears under its name when it is whole, and ``last.ckpt`` is moved on afterwards, so a run that
     is killed at any moment leaves a usable ``last.ckpt``.
 
-    On Ctrl-C the step under way is finished and saved before the run stops; a second Ctrl-C stops at once. (Of several
-    processes, each stops at once.)
+    On Ctrl-C, SIGTERM, and Lightning's signal for requeueing SLURM jobs, the step under way is finished and saved before the
+    run stops, on all processes together; a second Ctrl-C stops at once.
 
     Args:
         folder: Where the files go.
-        every_n_steps: Optimiser steps between two checkpoints.
+        every_n_steps: Optimiser steps between two checkpoints; None for no such interval.
+        every_n_epochs: Epochs between two checkpoints; None for no such interval.
+        every_minutes: Minutes between two checkpoints; None for no such interval.
         keep: How many of the newest files to keep.
+        monitor: Logged value that tells the best checkpoint, e.g. ``val/psnr``; None for none.
+        mode: ``min`` or ``max``: which values of ``monitor`` are better.
+        keep_best: How many of the best files to keep, beside the newest.
 
     Raises:
-        ValueError: ``every_n_steps`` or ``keep`` is below 1.
+        ValueError: An interval or number below 1, or an unknown mode.
     """
 
-    def __init__(self, folder: str, every_n_steps: int = 1000, keep: int = 2) -> None:
+    def __init__(
+        self,
+        folder: str,
+        every_n_steps: int | None = 1000,
+        keep: int = 2,
+        every_n_epochs: int | None = None,
+        every_minutes: float | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "max",
+        keep_best: int = 1,
+    ) -> None:
         super().__init__()
-        if every_n_steps < 1 or keep < 1:
+        counts = {
+            "every_n_steps": every_n_steps,
+            "every_n_epochs": every_n_epochs,
+            "keep": keep,
+            "keep_best": keep_best,
+        }
+        if wrong := [f"{name}={value}" for name, value in counts.items() if value is not None and value < 1]:
+            raise ValueError(f"callbacks.checkpoint: {', '.join(wrong)} must be at least 1")
+        if every_minutes is not None and every_minutes <= 0:
             raise ValueError(
-                f"callbacks.checkpoint: every_n_steps={every_n_steps} and keep={keep} must both be at least 1"
+                f"callbacks.checkpoint: every_minutes={every_minutes} must be above 0; null for no such interval"
             )
+        if mode not in ("min", "max"):
+            raise ValueError(f"callbacks.checkpoint: mode={mode!r} is unknown; choose min or max")
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
+        self.every_minutes = every_minutes
         self.keep = keep
+        self.monitor = monitor
+        self.mode = mode
+        self.keep_best = keep_best
         self.last_model_path = ""
+        self.best: list[tuple[float, int]] = []
+        """Values of ``monitor`` and steps of the best checkpoints, the best first."""
+        self.stopped_by: int | None = None
+        """The signal that stopped the run."""
         self._seen_step = -1
         self._saved_step = -1
-        self._stop_asked = False
+        self._saved_at = 0.0
+        self._stop_asked: int | None = None
         self._process = 0
+        self._requeue: Callable[[int, FrameType | None], Any] | None = None
 
-    # --- saving ------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """The best values so far, so that a continued run compares with them."""
+        return {"monitor": self.monitor, "best": [list(entry) for entry in self.best]} if self.monitor else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the best values where they are of the same quantity."""
+        if state_dict.get("monitor") == self.monitor:
+            self.best = [(float(value), int(step)) for value, step in state_dict.get("best", [])]
+
+    # --- when to save ------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes where the run begins and listens to Ctrl-C, which Lightning gives back when the run is over."""
+        """Notes where the run begins and listens to signals, which Lightning gives back when the run is over."""
         self._seen_step = self._saved_step = trainer.global_step
-        self._stop_asked = False
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+        if (self.folder / "last.ckpt").exists():
+            self.last_model_path = str(self.folder / "last.ckpt")
+        self._saved_at = time.monotonic()
+        self._stop_asked = None
+        if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
-            signal.signal(signal.SIGINT, self._ask)
+            requeue = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)
+            if requeue is not None:
+                handler = signal.getsignal(requeue)
+                self._requeue = handler if callable(handler) else None
+            for number in (signal.SIGINT, signal.SIGTERM, *([] if requeue is None else [requeue])):
+                signal.signal(number, self._ask)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Saves where it is time to, but never between the micro-batches of one step."""
@@ -67,43 +123,122 @@ class RunCheckpoint(Checkpoint):
         if step == self._seen_step:
             return
         self._seen_step = step
+        stop = self._agree(trainer, self._stop_asked is not None)
         at_the_end = 0 < trainer.max_steps <= step
-        if self._stop_asked or at_the_end or step // self.every_n_steps != self._saved_step // self.every_n_steps:
+        if stop or at_the_end or self._is_time(trainer, step):
             self.save(trainer)
-        if self._stop_asked:
-            raise KeyboardInterrupt
+        if stop:
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves where an interval in epochs ends."""
+        done = trainer.current_epoch + 1
+        if (
+            self.every_n_epochs is not None
+            and done % self.every_n_epochs == 0
+            and trainer.global_step != self._saved_step
+        ):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves where the validation was among the best.
+
+        Raises:
+            ValueError: ``monitor`` is not logged.
+        """
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        found = trainer.callback_metrics.get(self.monitor)
+        if found is None:
+            logged = ", ".join(sorted(map(str, trainer.callback_metrics))) or "nothing"
+            raise ValueError(f"callbacks.checkpoint.monitor={self.monitor!r} is not logged; logged are {logged}")
+        value, step = float(found), trainer.global_step
+        if math.isnan(value) or any(step == known for _, known in self.best):
+            return
+        ranked = sorted([*self.best, (value, step)], reverse=self.mode == "max")[: self.keep_best]
+        if (value, step) in ranked:
+            self.best = ranked
+            self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the final state, unless it is saved already."""
         if trainer.global_step != self._saved_step:
             self.save(trainer)
 
+    def _is_time(self, trainer: L.Trainer, step: int) -> bool:
+        if self.every_n_steps is not None and step // self.every_n_steps != self._saved_step // self.every_n_steps:
+            return True
+        if self.every_minutes is None:
+            return False
+        return self._agree(trainer, time.monotonic() - self._saved_at >= 60 * self.every_minutes)
+
+    @staticmethod
+    def _agree(trainer: L.Trainer, wish: bool) -> bool:
+        """Whether any process wishes it; all learn the same."""
+        return wish if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(wish, all=False)
+
+    # --- saving ------------------------------------------------------------------------------------------------
+
     def save(self, trainer: L.Trainer) -> None:
-        """Writes the present state, moves ``last.ckpt`` on and removes what is too old."""
+        """Writes the present state, moves ``last.ckpt`` and ``best.ckpt`` on and removes what is too old."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._saved_step = trainer.global_step
-        path = self.folder / f"step_{self._saved_step:08d}.ckpt"
-        last = self.folder / "last.ckpt"
-        self.last_model_path = str(last)
+        first = not self.last_model_path
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        path = self._path(self._saved_step)
+        self.last_model_path = str(self.folder / "last.ckpt")
         trainer.save_checkpoint(path, weights_only=False)
         if not trainer.is_global_zero:
             return
-        pointer = self.folder / f".last.{os.getpid()}"
+        self._point("last.ckpt", path)
+        if self.best:
+            self._point("best.ckpt", self._path(self.best[0][1]))
+        kept = {path, *(self._path(step) for _, step in self.best)}
+        others = [old for old in sorted(self.folder.glob("step_*.ckpt")) if old not in kept]
+        for old in others[: len(others) - self.keep + 1]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if first:
+            log.info("a checkpoint takes %.1f MB; weights of frozen networks are not in it", _size(path) / 1e6)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}.ckpt"
+
+    def _point(self, name: str, path: Path) -> None:
+        """Makes a link to a file in the same folder, atomically."""
+        if not path.exists():
+            return
+        pointer = self.folder / f".{name}.{os.getpid()}"
         pointer.unlink(missing_ok=True)
         pointer.symlink_to(path.name)
-        pointer.replace(last)
-        for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.keep]:
-            if old != path:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        pointer.replace(self.folder / name)
 
-    # --- Ctrl-C ------------------------------------------------------------------------------------------------
+    # --- signals -----------------------------------------------------------------------------------------------
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        """Remembers the first Ctrl-C; loader processes, which inherit this, leave it to the main one."""
+        """Remembers the first signal; loader processes, which inherit this, leave it to the main one."""
         if os.getpid() != self._process:
             return
-        if self._stop_asked:
+        if self._stop_asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._stop_asked = True
-        log.warning("Ctrl-C: the run stops after this step, with a checkpoint; press again to stop at once")
+        self._stop_asked = self.stopped_by = number
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        again = "; press again to stop at once" if number == signal.SIGINT else ""
+        log.warning("%s: the run stops after this step, with a checkpoint%s", name, again)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        """Ends the run; a SLURM job is put back into the queue by Lightning first.
+
+        Raises:
+            KeyboardInterrupt: Always.
+        """
+        if self._requeue is not None and self._stop_asked not in (None, signal.SIGINT, signal.SIGTERM):
+            self._requeue(self._stop_asked, None)
+            # Lightning prefers its own file of the requeueing for ever after; last.ckpt holds the same state.
+            if trainer.is_global_zero:
+                for file in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"):
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+        raise KeyboardInterrupt
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size

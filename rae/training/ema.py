@@ -89,12 +89,21 @@ class EMA(L.Callback):
         network = pl_module.get_submodule(self.network)
         self.average = WeightAverage(network, self.decay, self.device)
         if self._restored is not None:
-            missing = self.average.averages.keys() ^ self._restored.keys()
-            if missing:
-                raise ValueError(f"the checkpoint's averages do not fit {self.network!r}: {sorted(missing)[:12]}")
-            for name, average in self.average.averages.items():
-                average.copy_(self._restored[name])
+            self.restore(self._restored)
             self._restored = None
+
+    def restore(self, averages: dict[str, Tensor]) -> None:
+        """Takes over the averages of a checkpoint.
+
+        Raises:
+            ValueError: They are not of this network.
+        """
+        assert self.average is not None
+        missing = self.average.averages.keys() ^ averages.keys()
+        if missing:
+            raise ValueError(f"the checkpoint's averages do not fit {self.network!r}: {sorted(missing)[:12]}")
+        for name, average in self.average.averages.items():
+            average.copy_(averages[name])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes the step that the run begins or continues at, which is known only now."""

@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
 Batch = dict[str, Tensor]
+OnNonfinite = Literal["stop", "skip", "rollback"]
+_MOST_ROLLBACKS = 3  # from one checkpoint
 
 
 class NonFiniteError(RuntimeError):
@@ -26,7 +28,9 @@ class TrainingModule(L.LightningModule):
 
     Args:
         seed: Seed of every draw made for a training sample.
-        on_nonfinite: ``stop`` raises :class:`NonFiniteError` before the weights are touched; ``skip`` leaves the step out.
+        on_nonfinite: ``stop`` raises :class:`NonFiniteError` before the weights are touched; ``skip`` leaves the step out;
+            ``rollback`` does too and puts weights, averages and optimisers back to the last checkpoint, while data and schedule
+            go on; it stops after the third time from one checkpoint.
         config: The run's resolved configuration, kept in every checkpoint so that the file describes itself.
 
     Raises:
@@ -37,16 +41,17 @@ class TrainingModule(L.LightningModule):
     """Names of submodules, or prefixes of names, whose weights are not in checkpoints."""
 
     def __init__(
-        self, seed: int = 42, on_nonfinite: Literal["stop", "skip"] = "stop", config: dict[str, Any] | None = None
+        self, seed: int = 42, on_nonfinite: OnNonfinite = "stop", config: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
-        if on_nonfinite not in ("stop", "skip"):
-            raise ValueError(f"training.on_nonfinite={on_nonfinite!r} is unknown; choose stop or skip")
+        if on_nonfinite not in ("stop", "skip", "rollback"):
+            raise ValueError(f"training.on_nonfinite={on_nonfinite!r} is unknown; choose stop, skip or rollback")
         self.seed = seed
         self.on_nonfinite = on_nonfinite
         self.config = config
         self._keys: tuple[Tensor, Tensor] | None = None
         self._clock: tuple[float, int] | None = None
+        self._rolled_back: list[int] = []
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
@@ -89,10 +94,10 @@ class TrainingModule(L.LightningModule):
         """Decides on the averaged gradient's norm, which is the same on all processes.
 
         Returns:
-            Whether the step is to be taken; where it is skipped, all gradients are removed.
+            Whether the step is to be taken; where it is not, all gradients are removed.
 
         Raises:
-            NonFiniteError: The norm is not finite and ``on_nonfinite`` is ``stop``.
+            NonFiniteError: The norm is not finite and ``on_nonfinite`` is ``stop``, or there is nothing to roll back to.
         """
         if torch.isfinite(norm).item():
             return True
@@ -101,17 +106,50 @@ class TrainingModule(L.LightningModule):
             epochs, indices = (key.tolist() for key in self._keys)
             keys = f"epoch {epochs[0]}, samples {indices[:16]}{' …' if len(indices) > 16 else ''}"
         text = f"gradient norm is {norm.item()} at step {self.trainer.global_step} (batch: {keys})"
-        if self.on_nonfinite == "skip":
-            self.print(f"{text}; the step is skipped")
-            for parameter in parameters:
-                parameter.grad = None
-            return False
         callback = self.trainer.checkpoint_callback
-        last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "") or "none yet"
-        raise NonFiniteError(
-            f"{text}; the weights are untouched. Last checkpoint: {last}. "
-            "Continue from it with a lower optimizer.lr or trainer.precision=32, or set training.on_nonfinite=skip"
-        )
+        last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        if self.on_nonfinite == "stop" or (self.on_nonfinite == "rollback" and not self._may_roll_back(last)):
+            raise NonFiniteError(
+                f"{text}; the weights are untouched. Last checkpoint: {last or 'none yet'}. "
+                "Continue from it with a lower optimizer.lr or trainer.precision=32, or set training.on_nonfinite=skip"
+            )
+        if self.on_nonfinite == "rollback":
+            self.roll_back(last)
+            self.print(f"{text}; weights, averages and optimisers are back at step {self._rolled_back[-1]}, {last}")
+        else:
+            self.print(f"{text}; the step is skipped")
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
+        return False
+
+    def _may_roll_back(self, checkpoint: str) -> bool:
+        """Whether there is a checkpoint, and it was not gone back to too often."""
+        if not checkpoint:
+            return False
+        step = self._read(checkpoint)["global_step"]
+        return self._rolled_back.count(step) < _MOST_ROLLBACKS
+
+    @staticmethod
+    def _read(checkpoint: str) -> dict[str, Any]:
+        content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return content
+
+    def roll_back(self, checkpoint: str) -> None:
+        """Puts weights, moving averages and optimisers back to a checkpoint; data, schedules and the count of steps go on."""
+        content = self._read(checkpoint)
+        self.load_state_dict(content["state_dict"])
+        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.trainer.optimizers]
+        for optimizer, state, lrs in zip(self.trainer.optimizers, content["optimizer_states"], rates, strict=True):
+            optimizer.load_state_dict(state)
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            averages = content["callbacks"].get(callback.state_key, {}).get("averages")
+            if averages is not None:
+                callback.restore(averages)
+        self._rolled_back.append(int(content["global_step"]))
 
     # --- logging -----------------------------------------------------------------------------------------------
 

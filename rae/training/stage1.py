@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from rae.discriminator import DiffAugment, DinoDiscriminator, quantize
 from rae.latent import add_noise
 from rae.loss import Phases, Stage1Loss, adaptive_weight, generator_loss, gradient_at, last_layer_gradient
 from rae.rng import normal, sample_seeds, uniform
-from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, TrainingModule
+from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Stage1Module(TrainingModule):
         accumulate: int = 1,
         seed: int = 42,
         compile: bool = False,
-        on_nonfinite: Literal["stop", "skip"] = "stop",
+        on_nonfinite: OnNonfinite = "stop",
         config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(seed, on_nonfinite, config)

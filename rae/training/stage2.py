@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,7 +13,7 @@ from rae.denoiser import Denoiser
 from rae.flow import FlowMatching
 from rae.layers import drop_labels
 from rae.rng import normal, sample_seeds, uniform
-from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, TrainingModule
+from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 
 
 class Stage2Module(TrainingModule):
@@ -50,7 +50,7 @@ class Stage2Module(TrainingModule):
         label_dropout: float = 0.1,
         seed: int = 42,
         compile: bool = False,
-        on_nonfinite: Literal["stop", "skip"] = "stop",
+        on_nonfinite: OnNonfinite = "stop",
         config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(seed, on_nonfinite, config)
