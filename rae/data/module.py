@@ -145,7 +145,13 @@ class ImageDataModule(L.LightningDataModule, ABC):
         epoch, batches = self._seen(*self._begun)
         if batches >= self.trainer.num_training_batches:
             epoch, batches = epoch + 1, 0
-        return {"epoch": epoch, "batches": batches, **self._order_facts(self._train_batches)}
+        trained = self._trained_batches()
+        return {
+            "epoch": epoch,
+            "batches": batches,
+            "trained_batches": trained,
+            **self._order_facts(self._train_batches),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the position of a checkpoint, for a fit that is continued from it."""
@@ -168,7 +174,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
             epoch, start = self._resumed["epoch"], self._resumed["batches"]
             if start:
                 self._check_same_order(self._resumed, self._order_facts(self._train_batches))
-        self._begun = epoch, start, self._trained_batches()
+        # Lightning may ask before it has restored its count.
+        restored = 0 if self._resumed is None else self._resumed["trained_batches"]
+        self._begun = epoch, start, max(self._trained_batches(), restored)
         return epoch, start
 
     def _trained_batches(self) -> int:
@@ -178,7 +186,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def _seen(self, epoch: int, start: int, trained_before: int) -> Position:
         """Where an iteration is that began at ``start`` when ``trained_before`` batches were trained on."""
-        return epoch, start + self._trained_batches() - trained_before
+        return epoch, start + max(0, self._trained_batches() - trained_before)
 
     @staticmethod
     def _order_facts(batches: ShardedBatchSampler) -> dict[str, int]:

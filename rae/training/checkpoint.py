@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -87,6 +88,8 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = -1
         self._saved_at = 0.0
         self._stop_asked: int | None = None
+        self._validating = False
+        self._loops: dict[str, Any] | None = None
         self._process = 0
         self._requeue: Callable[[int, FrameType | None], Any] | None = None
 
@@ -123,6 +126,8 @@ class RunCheckpoint(Checkpoint):
         if step == self._seen_step:
             return
         self._seen_step = step
+        if self.monitor is not None:
+            self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
         stop = self._agree(trainer, self._stop_asked is not None)
         at_the_end = 0 < trainer.max_steps <= step
         if stop or at_the_end or self._is_time(trainer, step):
@@ -158,7 +163,17 @@ class RunCheckpoint(Checkpoint):
         ranked = sorted([*self.best, (value, step)], reverse=self.mode == "max")[: self.keep_best]
         if (value, step) in ranked:
             self.best = ranked
+            self._validating = True
             self.save(trainer)
+            self._validating = False
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lets a checkpoint made after a validation stand for the end of the step before it.
+
+        Continued from the loops' state in the middle of a validation, a run would leave out a batch.
+        """
+        if self._validating and self._loops is not None:
+            checkpoint["loops"]["fit_loop"] = self._loops
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the final state, unless it is saved already."""
