@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow test-xla lint format clean
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
@@ -31,6 +31,19 @@ test: $(READY)  ## the fast tests: no GPU, no downloads; about a minute
 test-slow: $(READY)  ## the tests that take longer
 	$(PYTEST) -m "slow and not gpu" --durations=10
 
+XLA_VENV ?= .venv-xla
+XLA_READY := $(XLA_VENV)/.installed
+
+# torch_xla fits one torch alone, so it has an environment of its own.
+$(XLA_READY): pyproject.toml
+	@test -x $(XLA_VENV)/bin/pip || $(PYTHON) -m venv $(XLA_VENV)
+	$(XLA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.9.0 torch_xla==2.9.0 torchvision==0.24.0 pytest --editable .
+	@touch $@
+
+test-xla: $(XLA_READY)  ## training, sampling and decoding on an XLA device (its CPU) against the CPU
+	PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -q tests/xla
+
 lint: $(READY)  ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,5 +54,5 @@ format: $(READY)  ## mends style and formatting in place
 	$(BIN)/ruff format .
 
 clean:  ## removes the environment, caches and built files; results in outputs/ and demo/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(XLA_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find rae tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Small training runs that tests compare; also a script, so that several processes can make one.
 
 ``python -m tests.small_runs STAGE DEVICES BATCH ACCUMULATE STEPS OUT [PRECISION] [COMPILE]``
+``python -m tests.small_runs sharded FOLDER STEPS full|sharded [CHECKPOINT]`` makes a fully sharded run of two processes
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from rae.discriminator import DiffAugment, DinoDiscriminator
 from rae.encoder import tiny_encoder
 from rae.flow import FlowMatching
 from rae.loss import Stage1Loss
+from rae.training.checkpoint import RunCheckpoint
 from rae.training.ema import EMA
 from rae.training.schedule import WarmupDecay
 from rae.training.stage1 import Stage1Module
 from rae.training.stage2 import Stage2Module
+from rae.training.strategy import FullyShardedStrategy
 
 
 def make_module(stage: int, accumulate: int = 1, lr: float = 0.05, compile_network: bool = False) -> L.LightningModule:
@@ -72,13 +75,14 @@ def train(
     callbacks: tuple = (),
     module: L.LightningModule | None = None,
     max_epochs: int = -1,
+    strategy: L.pytorch.strategies.Strategy | None = None,
 ) -> tuple[L.Trainer, L.LightningModule]:
     """Trains for a number of optimiser steps on one or several CPU processes."""
     module = module if module is not None else make_module(stage, accumulate, compile_network=compile_network)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=strategy or ("ddp" if devices > 1 else "auto"),
         max_steps=steps,
         max_epochs=max_epochs,
         precision=precision,
@@ -108,7 +112,18 @@ def weights(module: L.LightningModule) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in module.state_dict().items()}
 
 
+def sharded() -> None:
+    folder, steps, kind = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    torch.set_num_threads(1)
+    strategy = FullyShardedStrategy(kind == "sharded", process_group_backend="gloo")
+    callbacks = (ema_of(2), RunCheckpoint(str(folder), every_n_steps=3, keep=9))
+    checkpoint = sys.argv[5] if len(sys.argv) > 5 else None
+    train(2, folder, 2, 2, 1, steps, checkpoint=checkpoint, callbacks=callbacks, strategy=strategy)
+
+
 def main() -> None:
+    if sys.argv[1] == "sharded":
+        return sharded()
     stage, devices, batch, accumulate, steps = (int(argument) for argument in sys.argv[1:6])
     precision = sys.argv[7] if len(sys.argv) > 7 else "32-true"
     torch.set_num_threads(1)

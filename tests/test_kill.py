@@ -97,9 +97,6 @@ def test_a_killed_run_ends_bitwise_where_an_undisturbed_one_does(stage: int, pro
     )
     for checkpoint in (first, second):
         del checkpoint["config"]  # names the folder
-        # Lightning counts an epoch as begun once more when it continues from the end of one.
-        for count in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-            del count["ready"], count["started"]
     assert first["global_step"] == STEPS
     assert not differences(first, second)
     assert logged(tmp_path / "whole").items() <= logged(tmp_path / "killed").items()

@@ -184,11 +184,12 @@ def test_intervals_in_epochs_and_minutes(tmp_path):
     assert files(tmp_path / "none") == ["last.ckpt", "step_00000003.ckpt"]
 
 
-def test_a_checkpoint_of_an_epochs_end_continues_exactly(tmp_path):
-    _, whole = fit_with(RunCheckpoint(str(tmp_path / "a"), None, keep=9, every_n_epochs=2), max_epochs=5)
+@pytest.mark.parametrize("interval", [{"every_n_steps": None, "every_n_epochs": 2}, {"every_n_steps": 5}])
+def test_a_checkpoint_of_an_epochs_end_continues_exactly(interval, tmp_path):
+    first, whole = fit_with(RunCheckpoint(str(tmp_path / "a"), keep=9, **interval), max_epochs=5)
     resume = str(tmp_path / "a" / "step_00000010.ckpt")
-    trainer, rest = fit_with(RunCheckpoint(str(tmp_path / "b"), None, every_n_epochs=2), max_epochs=5, resume=resume)
-    assert trainer.global_step == 25
+    trainer, rest = fit_with(RunCheckpoint(str(tmp_path / "b"), **interval), max_epochs=5, resume=resume)
+    assert (trainer.global_step, trainer.current_epoch) == (25, first.current_epoch)
     assert rest.seen == whole.seen[10:]
     assert torch.equal(rest.network.weight, whole.network.weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from rae.weights import load_strict, read_file
 
 LAST = Path("checkpoints") / "last.ckpt"
 """Where a run keeps its newest checkpoint, below its folder."""
+SHARDED = "meta.pt"
+"""What a checkpoint that is a folder, with a share of the weights from every process, holds beside the shares."""
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -24,10 +27,10 @@ def find_checkpoint(path: str | Path) -> Path:
         FileNotFoundError: Neither exists.
     """
     path = Path(path).expanduser()
-    if path.is_file():
+    if path.is_file() or (path / SHARDED).is_file():
         return path
     if path.is_dir():
-        if (path / LAST).is_file():
+        if (path / LAST).exists():
             return path / LAST
         raise FileNotFoundError(f"{str(path)!r} holds no {LAST}: give a trained run's folder or a .ckpt file")
     raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist: give a trained run's folder or a .ckpt file")
@@ -39,6 +42,8 @@ def _read(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: The file is truncated, holds objects other than tensors and containers, or is no checkpoint.
     """
+    if file.is_dir():
+        file = file / SHARDED
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
@@ -90,7 +95,7 @@ def trained_weights(path: str | Path, network: str, averaged: bool = True) -> di
     """
     file = find_checkpoint(path)
     checkpoint = _read(file)
-    state = checkpoint.get("state_dict", {})
+    state = _join_shares(file) if file.is_dir() else checkpoint.get("state_dict", {})
     prefix = f"{network}."
     weights = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     if not weights:
@@ -103,6 +108,16 @@ def trained_weights(path: str | Path, network: str, averaged: bool = True) -> di
     if averaged and average.get("network") == network:
         weights.update(average["averages"])
     return weights
+
+
+def _join_shares(folder: Path) -> dict[str, Tensor]:
+    """The module's weights from a folder of shares."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: PLC0415 (slow to import)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        dcp_to_torch_save(folder, Path(temporary) / "joined.pt")
+        state: dict[str, Tensor] = read_file(Path(temporary) / "joined.pt")["state_dict"]
+    return state
 
 
 def load_trained(module: nn.Module, path: str | Path, network: str, averaged: bool = True) -> None:

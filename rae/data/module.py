@@ -157,6 +157,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Takes over the position of a checkpoint, for a fit that is continued from it."""
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
             self._resumed = dict(state_dict)
+            self._begun = None  # strategies that share weights out restore after the first iterator was made
 
     def _position(self) -> Position:
         """Where the iteration that now begins starts.

@@ -88,7 +88,6 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = -1
         self._saved_at = 0.0
         self._stop_asked: int | None = None
-        self._validating = False
         self._loops: dict[str, Any] | None = None
         self._process = 0
         self._requeue: Callable[[int, FrameType | None], Any] | None = None
@@ -126,24 +125,18 @@ class RunCheckpoint(Checkpoint):
         if step == self._seen_step:
             return
         self._seen_step = step
-        if self.monitor is not None:
-            self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
+        over = trainer.is_last_batch
+        epochs = trainer.current_epoch + 1
+        at_the_end = 0 < trainer.max_steps <= step or (over and trainer.max_epochs == epochs)
+        ends_interval = over and self.every_n_epochs is not None and epochs % self.every_n_epochs == 0
         stop = self._agree(trainer, self._stop_asked is not None)
-        at_the_end = 0 < trainer.max_steps <= step
-        if stop or at_the_end or self._is_time(trainer, step):
+        wanted = stop or at_the_end or ends_interval or self._is_time(trainer, step)
+        if wanted or self.monitor is not None:
+            self._loops = _between_steps(trainer)
+        if wanted:
             self.save(trainer)
         if stop:
             self._stop(trainer)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves where an interval in epochs ends."""
-        done = trainer.current_epoch + 1
-        if (
-            self.every_n_epochs is not None
-            and done % self.every_n_epochs == 0
-            and trainer.global_step != self._saved_step
-        ):
-            self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves where the validation was among the best.
@@ -163,16 +156,14 @@ class RunCheckpoint(Checkpoint):
         ranked = sorted([*self.best, (value, step)], reverse=self.mode == "max")[: self.keep_best]
         if (value, step) in ranked:
             self.best = ranked
-            self._validating = True
             self.save(trainer)
-            self._validating = False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lets a checkpoint made after a validation stand for the end of the step before it.
+        """Lets every checkpoint, one made after a validation too, stand for the end of the step before it.
 
         Continued from the loops' state in the middle of a validation, a run would leave out a batch.
         """
-        if self._validating and self._loops is not None:
+        if self._loops is not None:
             checkpoint["loops"]["fit_loop"] = self._loops
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -253,6 +244,18 @@ class RunCheckpoint(Checkpoint):
                 for file in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"):
                     shutil.rmtree(file) if file.is_dir() else file.unlink()
         raise KeyboardInterrupt
+
+
+def _between_steps(trainer: L.Trainer) -> dict[str, Any]:
+    """State of Lightning's loops at the end of a step.
+
+    The epochs begun are put right: Lightning counts one too few once it has continued from the end of an epoch, and then does not
+    recognise the next such end.
+    """
+    state = copy.deepcopy(trainer.fit_loop.state_dict())
+    for counts in state["epoch_progress"].values():
+        counts["ready"] = counts["started"] = counts["processed"] + 1
+    return state
 
 
 def _size(path: Path) -> int:

@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from rae.training.strategy import like_shares, whole
+
 STATE_KEY = "EMA"
 
 
@@ -103,7 +105,7 @@ class EMA(L.Callback):
         if missing:
             raise ValueError(f"the checkpoint's averages do not fit {self.network!r}: {sorted(missing)[:12]}")
         for name, average in self.average.averages.items():
-            average.copy_(averages[name])
+            average.copy_(like_shares(averages[name], average))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes the step that the run begins or continues at, which is known only now."""
@@ -150,7 +152,8 @@ class EMA(L.Callback):
         """The averages by parameter name, whatever is swapped in at the moment."""
         if self.average is None:
             return {}
-        return {"network": self.network, "decay": self.decay, "averages": self.average.averages}
+        averages = {name: whole(average) for name, average in self.average.averages.items()}
+        return {"network": self.network, "decay": self.decay, "averages": averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the averages until the network exists."""

@@ -14,6 +14,7 @@ from rae.flow import FlowMatching
 from rae.layers import drop_labels
 from rae.rng import normal, sample_seeds, uniform
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
+from rae.training.strategy import shard, whole
 
 
 class Stage2Module(TrainingModule):
@@ -67,6 +68,7 @@ class Stage2Module(TrainingModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.label_dropout = label_dropout
+        self._sharded = False
         if compile:
             self.denoiser.compile()
 
@@ -75,6 +77,16 @@ class Stage2Module(TrainingModule):
         super().train(mode)
         self.autoencoder.eval()
         return self
+
+    def configure_model(self) -> None:
+        """Shares the denoiser out where the strategy says so (``trainer=fsdp``)."""
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None and not self._sharded:
+            shard(self.denoiser, mesh["data_parallel"])
+            self._sharded = True
+            self.strict_loading = (
+                False  # Lightning's reader of shares would miss the frozen networks, which are never stored
+            )
 
     def configure_optimizers(self) -> Any:
         """One optimiser over the denoiser, its schedule stepped after every optimiser step."""
@@ -95,9 +107,8 @@ class Stage2Module(TrainingModule):
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
         limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
-        sharded = getattr(self.trainer.model, "clip_grad_norm_", None)
         parameters = list(self.denoiser.parameters())
-        norm = sharded(limit) if sharded is not None else nn.utils.clip_grad_norm_(parameters, limit)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
         if self.check_finite(norm, parameters):
             self.log("train/grad_norm", norm)
 
