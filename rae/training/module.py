@@ -88,6 +88,9 @@ class TrainingModule(L.LightningModule):
         """Optimiser steps in one epoch of this run."""
         self.trainer.fit_loop.setup_data()  # so that the number of batches is known
         batches = int(self.trainer.num_training_batches)
+        if self.trainer.strategy.restore_checkpoint_after_setup:
+            # The loaders were made before the checkpoint says where they are to begin: they are made anew afterwards.
+            self.trainer.fit_loop._combined_loader = None
         return max(1, -(-batches // accumulate))
 
     def check_finite(self, norm: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
