@@ -155,6 +155,30 @@ def test_validation_sees_the_averages_and_training_does_not(tmp_path: Path):
     assert any(not torch.equal(seen[10][k], v) for k, v in module.denoiser.named_parameters())
 
 
+@pytest.mark.slow
+def test_validation_sees_the_averages_when_compiled_too(tmp_path: Path):
+    """The compiled network reads its weights anew: with the averages swapped in it gives what a plain one with them does."""
+    ema, seen = ema_of(2), {}
+
+    class Look(L.Callback):
+        def on_validation_epoch_start(self, trainer, pl_module):
+            values = torch.Generator().manual_seed(0)
+            x = torch.randn(2, 16, 2, 2, generator=values)
+            inputs = x, torch.tensor([0.3, 0.7]), torch.tensor([0, 1])
+            plain = make_module(2).denoiser
+            plain.load_state_dict(pl_module.denoiser.state_dict())
+            live = make_module(2).denoiser
+            live.load_state_dict(
+                {**pl_module.denoiser.state_dict(), **ema.average.averages}
+            )  # swapped: these are the live ones
+            with torch.no_grad():
+                seen.update(compiled=pl_module.denoiser(*inputs), plain=plain(*inputs), live=live(*inputs))
+
+    train(2, tmp_path, steps=11, callbacks=(ema, Look()), compile_network=True)  # an epoch has ten steps
+    assert torch.allclose(seen["compiled"], seen["plain"], atol=1e-5)
+    assert (seen["live"] - seen["plain"]).abs().max() > 1e-3  # the averages are not the live weights
+
+
 def test_averages_follow_their_formula():
     network = nn.Linear(3, 2)
     average = WeightAverage(network, 0.75)

@@ -156,5 +156,8 @@ class EMA(L.Callback):
         return {"network": self.network, "decay": self.decay, "averages": averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the averages until the network exists."""
+        """Takes over the averages, or keeps them until the network exists."""
         self._restored = state_dict.get("averages")
+        if self.average is not None and self._restored is not None:  # strategies that share weights out restore late
+            self.restore(self._restored)
+            self._restored = None
