@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ KILLS = {1: {"between:6": 4, "save:8": 7, "step:11": 8}, 2: {"step:6": 4, "save:
 TWO = ["trainer.devices=2", "strategy=ddp"]
 
 
-def start(overrides: list[str], kill: str = "", environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "KILL": kill, "OMP_NUM_THREADS": "1", **(environment or {})}
-    command = [sys.executable, "-m", "tests.killed_run", *overrides]
+def start(overrides: list[str], kill: str = "", launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "KILL": kill, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "tests.killed_run", *overrides]
     return subprocess.Popen(command, env=variables, cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True)
 
 
@@ -116,19 +117,13 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path):
 
 
 def test_two_machines_of_one_process_are_one_of_two(tmp_path: Path):
-    """The rendezvous of torchrun and SLURM, by hand on the loopback interface."""
+    """torchrun as the README has it, on the loopback interface."""
     finish(start([*STAGES[2], *TWO, f"output_dir={tmp_path}/one"]), killed=False)
-    nodes = []
-    for node in range(2):
-        where = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29517",
-            "NODE_RANK": str(node),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "2",
-        }
-        overrides = [*STAGES[2], "strategy=ddp", "trainer.num_nodes=2", f"output_dir={tmp_path}/two"]
-        nodes.append(start(overrides, environment={**where, "RANK": str(node), "GROUP_RANK": str(node)}))
+    overrides = [*STAGES[2], "strategy=ddp", "trainer.num_nodes=2", f"output_dir={tmp_path}/two"]
+    meet = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", "--master_port=29517"]
+    nodes = [
+        start(overrides, launcher=["-m", "torch.distributed.run", *meet, f"--node_rank={node}"]) for node in range(2)
+    ]
     for process in nodes:
         finish(process, killed=False)
     first, second = (
