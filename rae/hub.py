@@ -93,6 +93,6 @@ def fetch_all(hub_id: str, revision: str | None, folder: Path | None = None, pat
 def _unreachable(what: str, revision: str | None, problem: Exception | None, remedy: str) -> FileNotFoundError:
     reason = (str(problem).strip().splitlines() or [""])[0]
     return FileNotFoundError(
-        f"{what} (revision {revision or 'main'}) are neither in the cache {constants.HF_HUB_CACHE} nor can they be downloaded "
+        f"no {what} (revision {revision or 'main'}): the cache {constants.HF_HUB_CACHE} does not hold it and the download failed "
         f"({type(problem).__name__}: {reason[:160]}); connect once, or {remedy}"
     )

@@ -54,12 +54,19 @@ def make_module(stage: int, accumulate: int = 1, lr: float = 0.05, compile_netwo
             discriminator,
             DiffAugment(),
             accumulate=accumulate,
-            compile=compile_network,
+            compile=["decoder", "encoder"] if compile_network else False,
         )
     denoiser = DiTDH(16, 2, 16, 1, 2, 24, 1, 2, num_classes=4)
     for parameter in denoiser.parameters():  # no layer at zero, so that every part learns at once
         torch.nn.init.normal_(parameter, std=0.1)
-    return Stage2Module(autoencoder, denoiser, FlowMatching(), optimizer, scheduler, compile=compile_network)
+    return Stage2Module(
+        autoencoder,
+        denoiser,
+        FlowMatching(),
+        optimizer,
+        scheduler,
+        compile=["denoiser", "encoder"] if compile_network else False,
+    )
 
 
 def train(

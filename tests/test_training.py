@@ -21,6 +21,7 @@ from rae.training.checkpoint import RunCheckpoint
 from rae.training.ema import EMA, WeightAverage
 from rae.training.module import NonFiniteError
 from rae.training.schedule import WarmupDecay, rate_factor
+from rae.training.stage2 import Stage2Module
 from tests.small_runs import ema_of, make_module, train, weights
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +178,12 @@ def test_validation_sees_the_averages_when_compiled_too(tmp_path: Path):
     train(2, tmp_path, steps=11, callbacks=(ema, Look()), compile_network=True)  # an epoch has ten steps
     assert torch.allclose(seen["compiled"], seen["plain"], atol=1e-5)
     assert (seen["live"] - seen["plain"]).abs().max() > 1e-3  # the averages are not the live weights
+
+
+def test_only_networks_that_there_are_can_be_compiled():
+    module = make_module(2)
+    with pytest.raises(ValueError, match="'decoder' is unknown; choose from denoiser, encoder"):
+        Stage2Module(module.autoencoder, module.denoiser, module.flow, module.optimizer, compile=["decoder"])
 
 
 def test_averages_follow_their_formula():

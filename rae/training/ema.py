@@ -92,7 +92,6 @@ class EMA(L.Callback):
         self.average = WeightAverage(network, self.decay, self.device)
         if self._restored is not None:
             self.restore(self._restored)
-            self._restored = None
 
     def restore(self, averages: dict[str, Tensor]) -> None:
         """Takes over the averages of a checkpoint.
@@ -110,6 +109,7 @@ class EMA(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes the step that the run begins or continues at, which is known only now."""
         self._step = trainer.global_step
+        self._restored = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Updates once per optimiser step, not per micro-batch."""
@@ -156,8 +156,7 @@ class EMA(L.Callback):
         return {"network": self.network, "decay": self.decay, "averages": averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the averages, or keeps them until the network exists."""
+        """Keeps the averages until the fit starts; strategies that share weights out restore after that."""
         self._restored = state_dict.get("averages")
-        if self.average is not None and self._restored is not None:  # strategies that share weights out restore late
+        if self.average is not None and self._restored is not None:
             self.restore(self._restored)
-            self._restored = None

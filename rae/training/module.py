@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -81,6 +81,30 @@ class TrainingModule(L.LightningModule):
         """Adds the configuration."""
         if self.config is not None:
             checkpoint["config"] = self.config
+
+    # --- compilation -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def compile_networks(wanted: bool | Sequence[str], networks: Mapping[str, nn.Module]) -> None:
+        """Compiles the networks of a module, which keep their weights and names.
+
+        Args:
+            wanted: False for none, True for the first of ``networks``, or their names.
+            networks: What can be compiled; the one that is trained comes first.
+
+        Raises:
+            ValueError: A name that is not there.
+        """
+        chosen = list(networks)[: int(wanted)] if isinstance(wanted, bool) else list(wanted)
+        if unknown := [name for name in chosen if name not in networks]:
+            raise ValueError(f"training.compile={chosen}: {unknown[0]!r} is unknown; choose from {', '.join(networks)}")
+        for name in chosen:
+            network: Any = networks[name]
+            if hasattr(network, "forward_features") and name == "decoder":
+                # Training runs the decoder in two parts; the second is one linear layer.
+                network.forward_features = torch.compile(network.forward_features)
+            else:
+                network.compile()
 
     # --- optimisation ------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ class Stage1Module(TrainingModule):
         noise_tau: Largest standard deviation of the training noise on the latents, τ.
         accumulate: Micro-batches per optimiser step.
         seed: Seed of every draw.
-        compile: Whether the decoder is compiled.
+        compile: Whether the decoder is compiled, or names of networks: ``decoder``, ``encoder``.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
 
@@ -74,7 +75,7 @@ class Stage1Module(TrainingModule):
         noise_tau: float = 0.8,
         accumulate: int = 1,
         seed: int = 42,
-        compile: bool = False,
+        compile: bool | Sequence[str] = False,
         on_nonfinite: OnNonfinite = "stop",
         config: dict[str, Any] | None = None,
     ) -> None:
@@ -95,8 +96,7 @@ class Stage1Module(TrainingModule):
         self.accumulate = accumulate
         self._pending: list[MicroBatch] = []
         self._gan_gradients: list[Tensor] | None = None
-        if compile:
-            self.autoencoder.decoder.compile()
+        self.compile_networks(compile, {"decoder": autoencoder.decoder, "encoder": autoencoder.encoder})
 
     @property
     def decoder(self) -> ViTDecoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Stage2Module(TrainingModule):
         scheduler: Makes the schedule from the optimiser and ``steps_per_epoch``; None for a constant rate.
         label_dropout: Share of labels replaced by the null class, in [0, 1); 0 forgoes classifier-free guidance.
         seed: Seed of every draw.
-        compile: Whether the denoiser is compiled.
+        compile: Whether the denoiser is compiled, or names of networks: ``denoiser``, ``encoder``.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
 
@@ -50,7 +51,7 @@ class Stage2Module(TrainingModule):
         scheduler: SchedulerFactory | None = None,
         label_dropout: float = 0.1,
         seed: int = 42,
-        compile: bool = False,
+        compile: bool | Sequence[str] = False,
         on_nonfinite: OnNonfinite = "stop",
         config: dict[str, Any] | None = None,
     ) -> None:
@@ -69,8 +70,7 @@ class Stage2Module(TrainingModule):
         self.scheduler = scheduler
         self.label_dropout = label_dropout
         self._sharded = False
-        if compile:
-            self.denoiser.compile()
+        self.compile_networks(compile, {"denoiser": denoiser, "encoder": autoencoder.encoder})
 
     def train(self, mode: bool = True) -> Stage2Module:
         """Sets the mode of the denoiser; the autoencoder always stays in evaluation mode."""
