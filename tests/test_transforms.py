@@ -12,13 +12,15 @@ from PIL import Image
 from rae.data.transforms import (
     ImageTransform,
     center_crop,
+    flip_of,
     open_rgb,
     random_crop,
-    random_flip,
     resize_shorter,
+    resized_crop,
     to_float,
     to_tensor,
 )
+from rae.rng import uniform
 
 
 def noise(width, height, seed=0):
@@ -124,10 +126,89 @@ def test_random_crop_covers_all_positions_evenly():
         random_crop(image, 11, 0, 0)
 
 
-def test_flip_mirrors_below_one_half():
-    image = noise(4, 3)
-    assert np.array_equal(random_flip(image, 0.49), np.array(image)[:, ::-1])
-    assert random_flip(image, 0.5) is image
+# --- resizing no more than the crop ------------------------------------------------------------------------------
+
+
+def photo(width, height, seed=0):
+    """Smooth colours with some noise, as photographs have."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (max(2, height // 40), max(2, width // 40), 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int64)
+    return Image.fromarray(np.clip(smooth + rng.integers(-30, 31, smooth.shape), 0, 255).astype(np.uint8))
+
+
+SIZES = [
+    (500, 375),
+    (375, 500),
+    (333, 500),
+    (64, 64),
+    (63, 65),
+    (70, 1000),
+    (1301, 877),
+    (9, 11),
+    (1, 3),
+    (64, 200),
+    (96, 97),
+]
+
+
+@pytest.mark.parametrize("mode", ["center_crop", "random_crop"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("make", [noise, photo])
+def test_fast_pixels_are_within_two_grey_levels(make, size, mode):
+    image = make(*size)
+    fast, exact = (ImageTransform(64, mode, flip=True, exact=exact) for exact in (False, True))
+    for seed in range(6):
+        difference = fast(image, seed).int() - exact(image, seed).int()
+        assert difference.abs().max() <= 2
+        assert difference.abs().double().mean() < 0.1
+
+
+def test_resized_crop_at_the_edges():
+    image = noise(50, 40)
+    whole = image.resize((70, 40), Image.Resampling.BICUBIC).resize((70, 60), Image.Resampling.BICUBIC)
+    whole = to_tensor(whole).int()
+    for left, top in ((0, 0), (6, 0), (0, 44), (54, 44), (30, 20)):
+        crop = resized_crop(image, 70, 60, left, top, 16)
+        assert (crop.int() - whole[:, top : top + 16, left : left + 16]).abs().max() <= 2
+
+
+def test_exact_is_pillows_to_the_last_bit():
+    image = noise(130, 77)
+    assert torch.equal(ImageTransform(16, "center_crop", exact=True)(image, 3), to_tensor(center_crop(image, 16)))
+    u_top, u_left, u_flip = uniform([3], (3,))[0].tolist()
+    expected = to_tensor(random_crop(image.resize((40, 24), Image.Resampling.BICUBIC), 16, u_top, u_left))
+    assert torch.equal(
+        ImageTransform(16, flip=True, exact=True)(image, 3), expected.flip(-1) if u_flip < 0.5 else expected
+    )
+
+
+def test_tall_images_are_resized_rows_first_whatever_pillow_prefers():
+    image = noise(10, 100)
+    wide = image.resize((8, 100), Image.Resampling.BICUBIC)  # one direction alone leaves Pillow no choice
+    assert np.array_equal(resize_shorter(image, 8), wide.resize((8, 80), Image.Resampling.BICUBIC))
+
+
+def test_fast_decode_reduces_large_jpegs_alone():
+    file = io.BytesIO()
+    photo(1000, 700).save(file, format="JPEG", quality=95)
+    png = io.BytesIO()
+    noise(1000, 700).save(png, format="PNG")
+    wanted = {16: (125, 88), 100: (250, 175), 200: (500, 350), 400: (1000, 700)}
+    for size, expected in wanted.items():
+        transform = ImageTransform(size, "center_crop", fast_decode=True)
+        assert transform.open(io.BytesIO(file.getvalue())).size == expected
+        assert transform.open(io.BytesIO(png.getvalue())).size == (1000, 700)
+        assert ImageTransform(size, "center_crop").open(io.BytesIO(file.getvalue())).size == (1000, 700)
+    assert ImageTransform(100, "random_crop", fast_decode=True).open(file).size == (250, 175)  # shorter side to 150
+
+
+def test_reduced_jpegs_look_the_same():
+    file = io.BytesIO()
+    photo(1000, 700).save(file, format="JPEG", quality=95)
+    fast, whole = (ImageTransform(100, "center_crop", fast_decode=fast) for fast in (True, False))
+    difference = fast(fast.open(io.BytesIO(file.getvalue())), 0).int() - whole(whole.open(file), 0).int()
+    assert 0 < difference.abs().double().mean() < 4
 
 
 # --- the whole ---------------------------------------------------------------------------------------------------
@@ -154,9 +235,11 @@ def test_flip_does_not_move_the_crop_and_happens_half_of_the_time():
     assert 70 < flips < 130
 
 
-def test_center_crop_mode_is_the_centre_crop():
+def test_flip_of_a_seed_is_what_the_transform_does():
     image = noise(50, 40)
-    assert torch.equal(ImageTransform(16, "center_crop")(image, 3), to_tensor(center_crop(image, 16)))
+    plain, flipping = ImageTransform(16, flip=False), ImageTransform(16, flip=True)
+    for seed in range(50):
+        assert flip_of(seed) is not torch.equal(plain(image, seed), flipping(image, seed))
 
 
 def test_default_resize_is_that_of_the_paper():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from rae.data.loader import ImageFiles
 from rae.data.module import ImageDataModule
-from rae.data.transforms import ImageTransform, open_rgb
+from rae.data.transforms import ImageTransform
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 
@@ -54,7 +54,7 @@ class ImageFolder(ImageFiles):
 
     def open(self, position: int) -> Image.Image:
         """The image file at a position."""
-        return open_rgb(self.name(position))
+        return self.transform.open(self.name(position))
 
     def name(self, position: int) -> str:
         """Its path."""
@@ -87,6 +87,8 @@ class ImageFolderDataModule(ImageDataModule):
         unlabelled: True gives all images label 0, whatever the subfolders.
         max_bad_share: Largest share of unreadable files.
         pin_memory: Whether to use page-locked memory, where there is a CUDA device.
+        exact: Whether training images are resized exactly as the original does; validation images always are.
+        fast_decode: Whether large JPEGs are decoded at a fraction of their size; never for validation.
 
     Raises:
         ValueError: Neither path is given, or an argument is out of range.
@@ -109,13 +111,15 @@ class ImageFolderDataModule(ImageDataModule):
         unlabelled: bool = False,
         max_bad_share: float = 0.01,
         pin_memory: bool = True,
+        exact: bool = False,
+        fast_decode: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, image_size, num_classes, pin_memory, max_bad_share)
         self.train_path = train_path
         self.val_path = val_path
         self.unlabelled = unlabelled
-        self.train_transform = ImageTransform(image_size, mode, resize, flip)
-        self.val_transform = ImageTransform(image_size, "center_crop")
+        self.train_transform = ImageTransform(image_size, mode, resize, flip, exact, fast_decode)
+        self.val_transform = ImageTransform(image_size, "center_crop", exact=True)
         if val_path is None:
             self._given_train_path()
 

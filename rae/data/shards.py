@@ -15,7 +15,7 @@ from webdataset.tariterators import base_plus_ext
 
 from rae.data.folder import ImageFolderDataModule
 from rae.data.loader import ImageFiles
-from rae.data.transforms import ImageTransform, open_rgb
+from rae.data.transforms import ImageTransform
 from rae.weights import write_atomically
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -115,7 +115,7 @@ class TarShards(ImageFiles):
         shard, _, first, size, _ = self.entries[position]
         with self.shards[shard].open("rb") as file:
             file.seek(first)
-            return open_rgb(io.BytesIO(file.read(size)))
+            return self.transform.open(io.BytesIO(file.read(size)))
 
     def name(self, position: int) -> str:
         """Shard and key."""
