@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -85,6 +86,21 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
+    """Writes values by name as JSON, atomically."""
+    text = json.dumps(dict(values), indent=2, default=str)
+    return write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:

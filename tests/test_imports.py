@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "rae"
 LEVELS = [
-    {"layers", "flow", "loss", "metric", "latent", "rng", "weights", "image", "hub", "describe"},
+    {"layers", "flow", "loss", "metric", "latent", "rng", "weights", "image", "hub", "describe", "parts"},
     {"encoder", "decoder", "denoiser", "discriminator"},
     {"autoencoder", "generator", "checkpoint"},
     {"data", "training"},
     {"cli"},
 ]
-SHARED = {"layers", "rng", "weights", "image", "hub", "describe"}  # leaves that anyone may import
+SHARED = {"layers", "rng", "weights", "image", "hub", "describe", "parts"}  # leaves that anyone may import
 FOR_NETWORKS = SHARED | {"latent"}  # leaves that networks may import
 THIRD_PARTY = {
     "lightning": {"data", "training", "cli"},

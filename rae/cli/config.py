@@ -22,6 +22,7 @@ _PATHS = (
     "data.val_path",
     "samples",
     "images",
+    "synsets",
     "metric.reference",
 )
 _NETWORKS = ("stage", "encoder", "latent", "decoder", "discriminator", "denoiser")

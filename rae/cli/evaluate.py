@@ -88,7 +88,8 @@ def open_samples(cfg: DictConfig) -> tuple[Samples, DictConfig]:
 def evaluate(cfg: DictConfig) -> None:
     """Feeds all samples to the metric and writes what it computes."""
     from rae.cli.build import make, pick_device  # noqa: PLC0415 (imports torch)
-    from rae.cli.results import table, write_json  # noqa: PLC0415
+    from rae.cli.results import table  # noqa: PLC0415
+    from rae.weights import write_json  # noqa: PLC0415
 
     if cfg.batch_size < 1:
         raise ConfigError(f"batch_size={cfg.batch_size} must be at least 1")

@@ -55,9 +55,10 @@ def reconstruct(cfg: DictConfig) -> None:
 
     from rae.cli.build import make, pick_device, seed  # noqa: PLC0415
     from rae.cli.models import open_autoencoder  # noqa: PLC0415
-    from rae.cli.results import table, write_json  # noqa: PLC0415
+    from rae.cli.results import table  # noqa: PLC0415
     from rae.data.transforms import to_float  # noqa: PLC0415
     from rae.image import make_grid, save_png, to_uint8  # noqa: PLC0415
+    from rae.weights import write_json  # noqa: PLC0415
 
     folder = Path(cfg.output_dir)
     seed(cfg)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,6 @@ def write_npz(path: Path, images: Tensor, labels: Sequence[int]) -> Path:
     """
     pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
     return write_atomically(path, lambda file: np.savez(file, pixels, np.asarray(labels, dtype=np.int64)))
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> Path:
-    """Writes values by name as JSON."""
-    text = json.dumps(dict(values), indent=2)
-    return write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def table(scores: Mapping[str, Any]) -> str:

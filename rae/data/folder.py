@@ -40,7 +40,7 @@ class ImageFolder(ImageFiles):
         # Paths relative to the folder, so that order and labels do not depend on where it is.
         found: list[tuple[str, int]] = []
         for label, name in enumerate([""] if self.unlabelled else folders):
-            files = _image_files(self.root, name)
+            files = image_files(self.root, name)
             if not files and not self.unlabelled:
                 raise ValueError(
                     f"class folder {str(self.root / name)!r} holds no image; remove it or fill it, since "
@@ -61,12 +61,16 @@ class ImageFolder(ImageFiles):
         return str(self.root / self.files[position])
 
 
-def _image_files(root: Path, below: str) -> list[str]:
+def image_files(root: Path, below: str) -> list[str]:
     """Image files at any depth below a subfolder, as sorted paths relative to the root."""
     files = []
     for folder, _, names in os.walk(root / below, followlinks=True):
         relative = os.path.relpath(folder, root)
-        files += [os.path.join(relative, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+        files += [
+            os.path.normpath(os.path.join(relative, name))
+            for name in names
+            if os.path.splitext(name)[1].lower() in SUFFIXES
+        ]
     return sorted(files)
 
 

@@ -10,16 +10,22 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rae.data.sampler import Key, ShardedBatchSampler
+from rae.data.sampler import Key
+from rae.data.storage import UnreachableError
 from rae.data.transforms import ImageTransform
 from rae.rng import sample_seed
 
 log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
-"""``image`` (uint8 3×H×W), ``label`` (int), ``index`` (int); optionally ``broken``, (name, reason) of bad files."""
+"""``image`` (uint8 3×H×W) or ``latent`` (C×H×W), ``label``, ``index`` (int); optionally ``broken``, (name, reason) of bad files."""
+
+_STACKED = ("image", "latent")
+
+Batches = Sampler[list[Key]]
+"""Says which keys make up each batch; has a length."""
 
 _LISTED = 100  # broken files that are named at the end
 
@@ -30,6 +36,10 @@ class SeededDataset(Dataset[Sample], Sized, ABC):
     @abstractmethod
     def load(self, index: int, seed: int) -> Sample:
         """The sample at a position, augmented with the draws of a seed."""
+
+    def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
+        """The samples of a batch."""
+        return [self.load(index, seed) for index, seed in zip(indices, seeds, strict=True)]
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -80,6 +90,8 @@ class ImageFiles(SeededDataset):
             position = (index + len(broken)) % len(self)
             try:
                 image = self.transform(self.open(position), seed)
+            except UnreachableError:
+                raise
             except Exception as error:  # decoders raise whatever they like on spoiled bytes
                 broken.append((self.name(position), f"{type(error).__name__}: {error}".splitlines()[0]))
             else:
@@ -104,14 +116,20 @@ class KeyedDataset(Dataset[Sample]):
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> Sample:
-        epoch, index = key
-        sample = self.dataset.load(index, sample_seed(self.seed, "augment", epoch, index))
-        return {**sample, "epoch": epoch}
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[Key]) -> list[Sample]:
+        """All samples of a batch, which torch's loader asks for together."""
+        seeds = [sample_seed(self.seed, "augment", epoch, index) for epoch, index in keys]
+        samples = self.dataset.load_many([index for _, index in keys], seeds)
+        return [{**sample, "epoch": epoch} for sample, (epoch, _) in zip(samples, keys, strict=True)]
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
-    """Samples to a batch: ``image`` uint8 B×3×H×W; ``label``, ``index``, ``epoch`` int64 B; ``broken`` a list."""
-    batch: dict[str, Any] = {"image": torch.stack([sample["image"] for sample in samples])}
+    """Samples to a batch: ``image`` uint8 B×3×H×W or ``latent`` B×C×h×w; ``label``, ``index``, ``epoch`` int64 B; ``broken``."""
+    batch: dict[str, Any] = {
+        name: torch.stack([sample[name] for sample in samples]) for name in _STACKED if name in samples[0]
+    }
     for name in ("label", "index", "epoch"):
         batch[name] = torch.tensor([int(sample[name]) for sample in samples], dtype=torch.int64)
     batch["broken"] = [entry for sample in samples for entry in sample.get("broken", ())]
@@ -152,11 +170,13 @@ class BrokenFiles:
             log.warning("%d of %d files could not be read:%s%s", len(self.reasons), self.length, names, more)
 
 
-def too_many_broken(count: int, length: int, max_share: float, names: list[str]) -> str:
+def too_many_broken(
+    count: int, length: int, max_share: float, names: list[str], option: str = "data.max_bad_share"
+) -> str:
     """The message of the error that ends a run on a spoiled data set."""
     return (
-        f"at least {count} of {length} files cannot be read, more than data.max_bad_share={max_share:g} allows, "
-        f"e.g. {', '.join(names[:3])}; repair or remove them, or raise data.max_bad_share"
+        f"at least {count} of {length} files cannot be read, more than {option}={max_share:g} allows, "
+        f"e.g. {', '.join(names[:3])}; repair or remove them, or raise {option}"
     )
 
 
@@ -179,7 +199,7 @@ class BatchLoader:
     def __init__(
         self,
         dataset: SeededDataset,
-        batches: ShardedBatchSampler,
+        batches: Batches,
         seed: int,
         num_workers: int,
         pin_memory: bool,
@@ -197,7 +217,7 @@ class BatchLoader:
         )
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.batches)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         # The workers start, and the position is asked for, now and not at the first batch.

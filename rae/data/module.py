@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-from rae.data.loader import BatchLoader, BrokenFiles, SeededDataset
-from rae.data.sampler import Position, ShardedBatchSampler
+from rae.data.loader import Batches, BatchLoader, BrokenFiles, SeededDataset
+from rae.data.sampler import Position, RangeBatchSampler, ShardedBatchSampler
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,26 @@ class ImageDataModule(L.LightningDataModule, ABC):
             raise ValueError("train_dataset() returned None; there is nothing to take statistics of")
         return self._loader("train", dataset, self._batches(dataset, shuffle=False, drop_last=False))
 
+    def range_dataloader(self, split: str, ranges: Sequence[range]) -> BatchLoader:
+        """Batches of given stretches of the data in their order, none over the end of a stretch, augmented as in epoch 0.
+
+        Args:
+            split: ``train`` or ``val``.
+            ranges: Positions in the data set.
+
+        Raises:
+            ValueError: There are no samples of this split.
+        """
+        dataset = self._dataset(split)
+        if dataset is None:
+            raise ValueError(f"the data set has no {split} samples; add data.{split}_path=/path/to/images")
+        return self._loader(split, dataset, RangeBatchSampler(ranges, self.batch_size))
+
+    def samples(self, split: str) -> int:
+        """Number of samples of ``train`` or ``val``; 0 where there are none."""
+        dataset = self._dataset(split)
+        return 0 if dataset is None else len(dataset)
+
     def teardown(self, stage: str) -> None:
         """Ends the workers and lists the files that could not be read."""
         self._close()
@@ -222,7 +243,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             position=self._position if drop_last else lambda: (0, 0),
         )
 
-    def _loader(self, split: str, dataset: SeededDataset, batches: ShardedBatchSampler) -> BatchLoader:
+    def _loader(self, split: str, dataset: SeededDataset, batches: Batches) -> BatchLoader:
         broken = self._broken.setdefault(split, BrokenFiles(len(dataset), self.max_bad_share))
         loader = BatchLoader(dataset, batches, self.seed, self.num_workers, self.pin_memory, broken)
         self._loaders.add(loader)

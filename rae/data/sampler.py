@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -108,3 +108,24 @@ class ShardedBatchSampler(Sampler[list[Key]]):
     def _is_batch(self, rest: int) -> bool:
         """Whether what remains after the complete global batches makes one more."""
         return not self.drop_last and (rest >= self.num_replicas)
+
+
+class RangeBatchSampler(Sampler[list[Key]]):
+    """Batches of consecutive samples of epoch 0, none of which reaches over the end of its range.
+
+    Args:
+        ranges: Positions in the data set.
+        batch_size: Samples of a batch, the last ones of a range excepted.
+    """
+
+    def __init__(self, ranges: Sequence[range], batch_size: int) -> None:
+        self.ranges = ranges
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for positions in self.ranges:
+            for start in range(0, len(positions), self.batch_size):
+                yield [(0, index) for index in positions[start : start + self.batch_size]]
+
+    def __len__(self) -> int:
+        return sum(-(-len(positions) // self.batch_size) for positions in self.ranges)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from rae.data.folder import ImageFolderDataModule
-from rae.data.loader import ImageFiles
+from rae.data.loader import ImageFiles, Sample
+from rae.data.storage import find_tars, is_remote, open_file, read_json, read_ranges, size_of
 from rae.data.transforms import ImageTransform
-from rae.weights import write_atomically
+from rae.weights import write_json
+
+INDEX = "index.json"
+"""Name of the index of a whole folder, which ``rae-shard`` writes."""
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 
@@ -24,29 +27,12 @@ Entry = tuple[str, int, int, int]
 """Key, first byte and size of an image within its shard, and its label (-1: none)."""
 
 
-def find_shards(path: str) -> list[Path]:
-    """Tar files of a folder, or of a pattern such as ``train-{0000..0146}.tar`` or ``train-*.tar``.
-
-    Raises:
-        FileNotFoundError: There are none, or one of those named is missing.
-        ValueError: The path is an address on the network.
-    """
-    if "://" in path or path.startswith("pipe:"):
-        raise ValueError(f"shards must be local files, got {path!r}; download them first")
-    if Path(path).expanduser().is_dir():
-        found = sorted(Path(path).expanduser().glob("*.tar"))
-    else:
-        expanded = [str(Path(name).expanduser()) for name in expand_urls(path)]
-        found = [Path(name) for one in expanded for name in (sorted(glob.glob(one)) if "*" in one else [one])]
-    missing = [str(shard) for shard in found if not shard.is_file()]
-    if missing or not found:
-        raise FileNotFoundError(
-            f"no shard {missing[0] if missing else path!r}; give a folder of .tar files or a pattern"
-        )
-    return found
+def index_name(shard: str) -> str:
+    """Name of the index of one shard, which stands beside it."""
+    return f"{shard.removesuffix('.tar')}.json"
 
 
-def read_index(shard: Path) -> list[Entry]:
+def read_index(shard: str | Path) -> list[Entry]:
     """Where the images of a shard are; only the headers and the labels (``.cls`` or ``.json`` with ``label``) are read.
 
     Raises:
@@ -55,7 +41,7 @@ def read_index(shard: Path) -> list[Entry]:
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with open_file(str(shard)) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
             for member in tar:
                 key, extension = base_plus_ext(member.name)
                 if not member.isfile() or key is None:
@@ -75,14 +61,15 @@ def read_index(shard: Path) -> list[Entry]:
 
 
 class TarShards(ImageFiles):
-    """Images inside tar files.
+    """Images inside tar files, on this machine or on the network.
 
     Args:
-        path: A folder of tar files or a pattern of their names.
+        path: A folder of tar files or a pattern of their names; either may be an address (``https://``, ``s3://``, …).
         transform: Makes an opened image a square of bytes.
         unlabelled: True gives all images label 0, False asks for a label with each.
         max_bad_share: Largest share of unreadable images.
-        index_path: File that keeps where the images are, so that a later run need not search the shards again.
+        index_path: File that keeps where the images are, so that a later run need not search the shards again; shards of
+            ``rae-shard`` have their own indices and need none.
 
     Raises:
         FileNotFoundError: There are no shards.
@@ -97,7 +84,9 @@ class TarShards(ImageFiles):
         max_bad_share: float = 0.01,
         index_path: str | Path | None = None,
     ) -> None:
-        self.shards = find_shards(path)
+        self.shards = find_tars(path, INDEX)
+        self.remote = is_remote(self.shards[0])
+        self._fetched: dict[int, bytes] = {}
         index = _indexed(self.shards, None if index_path is None else Path(index_path))
         self.entries = [(shard, *entry) for shard, entries in enumerate(index) for entry in entries]
         if not self.entries:
@@ -112,41 +101,67 @@ class TarShards(ImageFiles):
 
     def open(self, position: int) -> Image.Image:
         """The image at a position."""
-        shard, _, first, size, _ = self.entries[position]
-        with self.shards[shard].open("rb") as file:
-            file.seek(first)
-            return self.transform.open(io.BytesIO(file.read(size)))
+        content = self._fetched.get(position)
+        if content is None:
+            content = read_ranges([self._where(position)])[0]
+        return self.transform.open(io.BytesIO(content))
+
+    def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
+        """The samples of a batch; from the network all are fetched at once, so that its delay counts once."""
+        if self.remote:
+            self._fetched = dict(zip(indices, read_ranges([self._where(index) for index in indices]), strict=True))
+        try:
+            return super().load_many(indices, seeds)
+        finally:
+            self._fetched = {}
 
     def name(self, position: int) -> str:
         """Shard and key."""
         shard, key, *_ = self.entries[position]
         return f"{self.shards[shard]}:{key}"
 
+    def _where(self, position: int) -> tuple[str, int, int]:
+        shard, _, first, size, _ = self.entries[position]
+        return self.shards[shard], first, size
 
-def _indexed(shards: list[Path], cache: Path | None) -> list[list[Entry]]:
-    """The index of every shard; from the cache, where that was made of the same files."""
-    files = [[shard.name, shard.stat().st_size] for shard in shards]
+
+def _indexed(shards: list[str], cache: Path | None) -> list[list[Entry]]:
+    """The index of every shard: the one that stands beside it, that of the cache, or one that is made now."""
+    beside = [_index_beside(shard) for shard in shards]
+    if all(entries is not None for entries in beside):
+        return [entries for entries in beside if entries is not None]
+    files = [[shard.rsplit("/", 1)[-1], size_of(shard)] for shard in shards]
     if cache is not None and cache.is_file():
         kept: dict[str, Any] = json.loads(cache.read_text())
         if kept["files"] == files:
             return [[(key, first, size, label) for key, first, size, label in entries] for entries in kept["index"]]
     index = [read_index(shard) for shard in shards]
     if cache is not None:
-        text = json.dumps({"files": files, "index": index}).encode()
-        write_atomically(cache, lambda file: file.write(text))
+        write_json(cache, {"files": files, "index": index})
     return index
+
+
+def _index_beside(shard: str) -> list[Entry] | None:
+    """The index that ``rae-shard`` wrote with a shard; None where there is none, or it is of another file."""
+    content = read_json(index_name(shard))
+    if not isinstance(content, dict) or "entries" not in content:
+        return None
+    if not is_remote(shard) and size_of(shard) != content["bytes"]:
+        return None
+    return [(key, first, size, label) for key, first, size, label, *_ in content["entries"]]
 
 
 class ShardsDataModule(ImageFolderDataModule):
     """Images in tar shards (webdataset's layout: ``key.jpg`` beside ``key.cls``), for training and validation.
 
     Shards are indexed once and then read in any order, so that batches, shares of processes and continued runs are as
-    exact as with folders; the shards must be local files.
+    exact as with folders. Shards on the network are read by range requests, a batch at a time.
 
     Args:
-        train_path: Folder of the training shards, or a pattern such as ``/data/train-{0000..0146}.tar``.
+        train_path: Folder of the training shards, or a pattern such as ``/data/train-{0000..0146}.tar``; or an address.
         val_path: The same for validation; None for none.
-        index_folder: Where the indices are kept for later runs; None searches the shards in every run.
+        index_folder: Where the indices of shards that were not made by ``rae-shard`` are kept for later runs; None searches
+            the shards in every run.
         **options: The other arguments of :class:`~rae.data.folder.ImageFolderDataModule`.
     """
 

@@ -12,6 +12,7 @@ from typing import IO
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -91,7 +92,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Rows first, then columns, as Pillow always did; Pillow 13 chooses the order, which moves pixels of tall images by up to 20."""
+    """Rows first, then columns, as Pillow always did. Pillow 13 chooses the order; that moves tall images' pixels by up to 20."""
     width, height = size
     return image.resize((width, image.height), resample).resize((width, height), resample)
 
@@ -139,24 +140,20 @@ def resized_crop(image: Image.Image, width: int, height: int, left: int, top: in
     reach = 2 * max(ratio, 1.0) + 1
     first = max(0, int(top * ratio - reach))
     last = min(image.height, int((top + size) * ratio + reach) + 1)
-    pixels = torch.from_numpy(np.array(image.crop((0, first, image.width, last)))).permute(2, 0, 1)[None]
-    pixels = _resize_bytes(pixels, last - first, width)[..., left : left + size]
-    if height != image.height:
-        # The kernel has no offset: the rows are put where they belong, and what is made of the others is cut off.
-        column = torch.empty((1, 3, image.height, size), dtype=torch.uint8, memory_format=torch.channels_last)
-        column[:, :, first:last] = pixels
-        pixels = _resize_bytes(column, height, size)[:, :, top : top + size]
-    else:
-        pixels = pixels[:, :, top - first : top - first + size]
-    return pixels[0].contiguous()
+    rows = _resize_bytes(np.array(image.crop((0, first, image.width, last))), last - first, width)
+    # torch's kernel has no offset: the rows are put where they belong, and what is made of the others is cut off.
+    column = np.empty((image.height, size, 3), dtype=np.uint8)
+    column[first:last] = rows[:, left : left + size]
+    square = _resize_bytes(column, height, size)[top : top + size]
+    return torch.from_numpy(square).permute(2, 0, 1).contiguous()
 
 
-def _resize_bytes(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bicubic resize of bytes 1×3×H×W, in channels-last order, for which torch has its fast kernel."""
-    if tuple(pixels.shape[2:]) == (height, width):
+def _resize_bytes(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Antialiased bicubic resize of bytes H×W×3, the layout for which torch has its fast kernel."""
+    if pixels.shape[:2] == (height, width):
         return pixels
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
-    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in this order, else torch takes it for channels-first
+    return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def random_crop(image: Image.Image, size: int, u_top: float, u_left: float) -> Image.Image:

@@ -1,0 +1,161 @@
+"""Bytes of local files and of objects on the network (http, https, s3, gs, hf, … through fsspec), in stretches."""
+
+from __future__ import annotations
+
+import glob
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from webdataset.shardlists import expand_urls
+
+_ATTEMPTS = 5
+_FIRST_WAIT = 0.5  # seconds; doubled after each attempt
+
+
+class UnreachableError(RuntimeError):
+    """The network or the server did not answer: no fault of the image that was asked for."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address on the network."""
+    return "://" in path
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """The file system of an address, of this process, and the path in it.
+
+    Raises:
+        ValueError: The protocol is unknown, or needs a package that is not installed.
+    """
+    from fsspec.core import url_to_fs  # noqa: PLC0415 (needed for addresses only)
+
+    try:
+        # Cached per process by fsspec: connections are not shared with forked workers.
+        filesystem, path = url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{url!r} cannot be opened: {error} (s3:// needs pip install 'rae[s3]')") from error
+    return filesystem, path
+
+
+def _patiently(what: str, call: Any) -> Any:
+    """Calls again after ever longer waits, since networks fail now and then.
+
+    Raises:
+        FileNotFoundError: The server says that there is no such file.
+        UnreachableError: It still failed.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return call()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # every protocol has its own
+            if attempt == _ATTEMPTS - 1:
+                raise UnreachableError(
+                    f"{what} cannot be read after {_ATTEMPTS} attempts: {type(error).__name__}: {error}; check address, "
+                    "network and credentials. The run can be continued from its last checkpoint"
+                ) from error
+            time.sleep(_FIRST_WAIT * 2**attempt)
+    raise AssertionError
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file."""
+    if not is_remote(path):
+        return Path(path).is_file()
+    filesystem, name = _filesystem(path)
+    return bool(_patiently(path, lambda: filesystem.exists(name)))
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file."""
+    if not is_remote(path):
+        return Path(path).stat().st_size
+    filesystem, name = _filesystem(path)
+    return int(_patiently(path, lambda: filesystem.size(name)))
+
+
+def read_json(path: str) -> Any:
+    """Content of a JSON file; None where there is none."""
+    if not is_remote(path):
+        return json.loads(Path(path).read_text()) if Path(path).is_file() else None
+    filesystem, name = _filesystem(path)
+    try:
+        return json.loads(_patiently(path, lambda: filesystem.cat_file(name)))
+    except FileNotFoundError:
+        return None
+
+
+def open_file(path: str) -> IO[bytes]:
+    """A file for reading, with seeking."""
+    if not is_remote(path):
+        return open(path, "rb")
+    filesystem, name = _filesystem(path)
+    file: IO[bytes] = _patiently(path, lambda: filesystem.open(name, "rb"))
+    return file
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Stretches (path, first byte, size) of files; those on the network are all asked for at once.
+
+    Raises:
+        UnreachableError: The network failed.
+    """
+    if not ranges or not is_remote(ranges[0][0]):
+        return [_read_local(*one) for one in ranges]
+    filesystem, _ = _filesystem(ranges[0][0])
+    paths = [_filesystem(path)[1] for path, _, _ in ranges]
+    starts = [first for _, first, _ in ranges]
+    ends = [first + size for _, first, size in ranges]
+    found: list[bytes] = _patiently(
+        ranges[0][0], lambda: filesystem.cat_ranges(paths, starts, ends, max_gap=None, on_error="raise")
+    )
+    short = [one[0] for one, content in zip(ranges, found, strict=True) if len(content) != one[2]]
+    if short:
+        raise UnreachableError(
+            f"{short[0]} answered with other bytes than asked for: the server must know range requests, and the file must be "
+            "the one that was indexed"
+        )
+    return found
+
+
+def _read_local(path: str, first: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(first)
+        return file.read(size)
+
+
+def find_tars(path: str, index: str) -> list[str]:
+    """Tar files of a folder (on the network: one with an index), or of a pattern such as ``train-{0000..0146}.tar``.
+
+    Args:
+        path: The folder or pattern, local or an address.
+        index: Name of the index that lists a folder's shards.
+
+    Raises:
+        FileNotFoundError: There are none, or one of those named is missing.
+    """
+    if is_remote(path):
+        if path.endswith(".tar") or "{" in path:
+            return list(expand_urls(path))
+        path = path.rstrip("/")
+        content = read_json(f"{path}/{index}")
+        if content is None:
+            raise FileNotFoundError(
+                f"no {index} at {path!r}, by which rae-shard lists the shards; name them: '{path}/name-{{0000..0146}}.tar'"
+            )
+        return [f"{path}/{shard['file']}" for shard in content["shards"]]
+    if Path(path).expanduser().is_dir():
+        found = [str(file) for file in sorted(Path(path).expanduser().glob("*.tar"))]
+    else:
+        expanded = [str(Path(name).expanduser()) for name in expand_urls(path)]
+        found = [name for one in expanded for name in (sorted(glob.glob(one)) if "*" in one else [one])]
+    missing = [shard for shard in found if not Path(shard).is_file()]
+    if missing or not found:
+        raise FileNotFoundError(
+            f"no shard {missing[0] if missing else path!r}; give a folder of .tar files or a pattern"
+        )
+    return found
