@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,10 @@ class LatentNormalizer(nn.Module):
         self.eps = eps
         self.form = form
         source = "latent statistics"
+        self.encoder: dict[str, Any] | None = None
+        """Fingerprint of the encoder that the statistics are of, where the file's description says it."""
         if stats is not None:
+            self.encoder = _described_encoder(Path(stats))
             if mean is not None or var is not None:
                 raise ValueError("latent statistics are given twice: as a file and as tensors; give one of them")
             mean, var = read_statistics(stats)
@@ -125,6 +129,15 @@ def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
     if not isinstance(content, dict) or not {"mean", "var"} & content.keys():
         raise ValueError(f"{str(path)!r} is no statistics file: it must hold 'mean' and 'var' of the latents")
     return content.get("mean"), content.get("var")
+
+
+def _described_encoder(stats: Path) -> dict[str, Any] | None:
+    """What ``rae-stats`` wrote beside the statistics about their encoder; None for files from elsewhere."""
+    description = stats.expanduser().with_suffix(".json")
+    if not description.is_file():
+        return None
+    content = json.loads(description.read_text())
+    return content.get("encoder") if isinstance(content, dict) else None
 
 
 def add_noise(latents: Tensor, tau: float, uniform: Tensor, noise: Tensor) -> Tensor:

@@ -144,10 +144,17 @@ def test_augmentation_does_not_depend_on_batch_size_or_workers():
     assert not any(torch.equal(image, reference[key]) for key, image in other.items())
 
 
-def test_validation_and_statistics_see_everything_once_in_order():
-    module = DrawsModule()
-    assert [index for _, index in by_key(module.val_dataloader())] == list(range(7))
-    assert [index for _, index in by_key(module.statistics_dataloader())] == list(range(23))
+def test_validation_sees_everything_once_in_order():
+    assert [index for _, index in by_key(DrawsModule().val_dataloader())] == list(range(7))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranges_are_read_in_order_and_no_batch_reaches_over_an_end(workers):
+    module = DrawsModule(batch_size=4, num_workers=workers)
+    loader = module.range_dataloader("train", [range(16, 23), range(0, 8)])
+    assert [batch["index"].tolist() for batch in loader] == [[16, 17, 18, 19], [20, 21, 22], [0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(loader) == 4
+    assert (module.samples("train"), module.samples("val")) == (23, 7)
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,11 @@ def make(node: Any, **objects: Any) -> Any:
 
 
 def make_all(nodes: DictConfig | None) -> list[Any]:
-    """Instantiates every entry of a group such as callbacks; entries that are null are left out."""
-    return [make(node) for node in (nodes or {}).values() if node is not None]
+    """Instantiates every entry of a group such as callbacks, those that are null or without ``_target_`` left out.
+
+    The latter come about where an experiment changes a callback that ``callbacks=none`` took away.
+    """
+    return [made for node in (nodes or {}).values() if (made := make(node)) is not None]
 
 
 def seed(cfg: DictConfig) -> None:

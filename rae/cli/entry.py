@@ -50,7 +50,7 @@ def entry(config: str, task: Task) -> Callable[[], None]:
         config: Name of the root config in ``conf/``.
         task: Receives the composed configuration, whose ``output_dir`` is absolute and exists.
     """
-    return functools.partial(_main, config, task, f"rae-{config}")
+    return functools.partial(_main, config, task, f"rae-{config.replace('_', '-')}")
 
 
 def _main(config: str, task: Task, program: str) -> None:

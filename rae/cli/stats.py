@@ -1,8 +1,7 @@
-"""rae-stats: exact mean and variance of an encoder's latents, whatever the batch size or order."""
+"""rae-stats: exact mean and variance of an encoder's latents, whatever the batch size, order or number of processes."""
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,30 +12,47 @@ from rae.cli.entry import entry
 if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
+    from torch import Tensor
 
-    from rae.encoder import Encoder
     from rae.latent import RunningMoments
+    from rae.parts import Parts
 
 log = logging.getLogger(__name__)
 
+_HOW = ("batch_size", "num_workers", "pin_memory", "index_folder")  # arguments of data that results do not depend on
 
-def latent_moments(encoder: Encoder, batches: Any, device: torch.device) -> RunningMoments:
-    """Moments of the latents of all images of a loader, per channel and position, in float64."""
-    import torch  # noqa: PLC0415 (slow to import)
-    from tqdm import tqdm  # noqa: PLC0415
 
-    from rae.data.transforms import to_float  # noqa: PLC0415
-    from rae.latent import RunningMoments  # noqa: PLC0415
+def describe_data(cfg: DictConfig) -> dict[str, Any]:
+    """The data's configuration, less what the images do not depend on."""
+    return {key: value for key, value in plain(cfg)["data"].items() if key not in _HOW}
 
-    moments = RunningMoments(encoder.latent_shape)
-    with torch.no_grad():
-        for batch in tqdm(batches, desc="encoding", unit="batch"):
-            moments.update(encoder(to_float(batch["image"].to(device))).cpu())
-    return moments
+
+def merged(parts: Parts, shape: tuple[int, ...]) -> RunningMoments:
+    """The moments of all parts together, joined in their order."""
+    from rae.latent import RunningMoments  # noqa: PLC0415 (imports torch)
+    from rae.weights import read_file  # noqa: PLC0415
+
+    total = RunningMoments(shape)
+    for part in range(len(parts)):
+        moments = RunningMoments(shape)
+        moments.load_state_dict(read_file(parts.path(part)))
+        total.merge(moments)
+    return total
+
+
+def statistics_file(moments: RunningMoments, per_channel: bool) -> dict[str, Tensor]:
+    """Mean and variance as the original's file holds them, float32 C×H×W."""
+    mean, var = moments.mean, moments.var
+    if per_channel:
+        # The variance over all positions is the mean of theirs and the spread of their means.
+        channel = mean.mean((1, 2), keepdim=True)
+        var = (var + (mean - channel).square()).mean((1, 2), keepdim=True).expand_as(mean)
+        mean = channel.expand_as(mean)
+    return {"mean": mean.float().contiguous(), "var": var.float().contiguous()}
 
 
 def stats(cfg: DictConfig) -> None:
-    """Encodes the data set once and writes ``stat.pt`` (mean and var) with a description beside it.
+    """Encodes the data set once, in parts, and writes ``stat.pt`` (mean and var) with a description beside it.
 
     Raises:
         ConfigError: ``stat.pt`` exists and ``force`` is false.
@@ -45,29 +61,58 @@ def stats(cfg: DictConfig) -> None:
     if target.exists() and not cfg.force:
         raise ConfigError(f"{str(target)!r} exists: force=true replaces it, output_dir=… writes elsewhere")
 
-    from rae.cli.build import make, pick_device, seed  # noqa: PLC0415 (imports torch)
-    from rae.weights import save_state, write_atomically  # noqa: PLC0415
+    import torch  # noqa: PLC0415 (slow to import)
 
+    from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)
+    from rae.cli.processes import batches_of, begin, first, start  # noqa: PLC0415
+    from rae.data.transforms import to_float  # noqa: PLC0415
+    from rae.latent import RunningMoments  # noqa: PLC0415
+    from rae.parts import Parts  # noqa: PLC0415
+    from rae.weights import save_state, write_json  # noqa: PLC0415
+
+    fabric = start(cfg)
     seed(cfg)
-    save_config(cfg, cfg.output_dir)
-    device = pick_device(cfg.device)
-    encoder = make(cfg.encoder).to(device)
+    encoder = make(cfg.encoder).to(fabric.device)
     data = make(cfg.data)
     data.setup("fit")
-    moments = latent_moments(encoder, data.statistics_dataloader(), device)
-
-    save_state({"mean": moments.mean.float(), "var": moments.var.float()}, target)
-    description = {
-        "images": int(moments.count),
-        "latent_shape": list(encoder.latent_shape),
-        "encoder": {**encoder.identity, "weights": encoder.weights_hash()},
-        "data": plain(cfg)["data"],
+    plan = {
+        "encoder": encoder.fingerprint(),
+        "data": describe_data(cfg),
         "image_size": cfg.image_size,
         "seed": cfg.seed,
     }
-    text = json.dumps(description, indent=2, default=str)
-    write_atomically(target.with_suffix(".json"), lambda file: file.write(text.encode()))
-    log.info("mean and variance over %d images are in %s", moments.count, target)
+    parts = Parts(target.with_name("parts"), plan, data.samples("train"), cfg.part_size, ".safetensors")
+    mine = begin(fabric, parts)
+    with torch.no_grad():
+        for part, batches in batches_of(data, "train", parts, mine, fabric, "encoding"):
+            moments = RunningMoments(encoder.latent_shape)
+            for batch in batches:
+                moments.update(encoder(to_float(batch["image"].to(fabric.device))).cpu())
+            save_state(_tensors(moments), parts.path(part))
+    data.teardown("fit")
+    fabric.barrier()
+    with first(fabric) as is_first:
+        if not is_first:
+            return
+        save_config(cfg, cfg.output_dir)
+        moments = merged(parts, encoder.latent_shape)
+        save_state(statistics_file(moments, cfg.per_channel), target)
+        description = {
+            "images": int(moments.count),
+            "latent_shape": list(encoder.latent_shape),
+            "per_channel": cfg.per_channel,
+            **plan,
+        }
+        write_json(target.with_suffix(".json"), description)
+        parts.remove()
+        log.info("mean and variance over %d images are in %s", moments.count, target)
+
+
+def _tensors(moments: RunningMoments) -> dict[str, torch.Tensor]:
+    import torch  # noqa: PLC0415
+
+    state = moments.state_dict()
+    return {**state, "count": torch.tensor(state["count"])}
 
 
 main = entry("stats", stats)

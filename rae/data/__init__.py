@@ -2,6 +2,7 @@
 
 from rae.data.digits import DigitsDataModule, DigitsDataset
 from rae.data.folder import ImageFolder, ImageFolderDataModule
+from rae.data.latents import CachedLatents, LatentsDataModule
 from rae.data.loader import SeededDataset
 from rae.data.module import ImageDataModule
 from rae.data.sampler import ShardedBatchSampler
@@ -10,12 +11,14 @@ from rae.data.synthetic import SyntheticDataModule, SyntheticDataset
 from rae.data.transforms import ImageTransform, to_float
 
 __all__ = [
+    "CachedLatents",
     "DigitsDataModule",
     "DigitsDataset",
     "ImageDataModule",
     "ImageFolder",
     "ImageFolderDataModule",
     "ImageTransform",
+    "LatentsDataModule",
     "SeededDataset",
     "ShardedBatchSampler",
     "ShardsDataModule",

@@ -119,13 +119,6 @@ class ImageDataModule(L.LightningDataModule, ABC):
             return []
         return self._loader("val", dataset, self._batches(dataset, shuffle=False, drop_last=False))
 
-    def statistics_dataloader(self) -> BatchLoader:
-        """All training samples in their order, each exactly once over all processes, augmented as in epoch 0."""
-        dataset = self._dataset("train")
-        if dataset is None:
-            raise ValueError("train_dataset() returned None; there is nothing to take statistics of")
-        return self._loader("train", dataset, self._batches(dataset, shuffle=False, drop_last=False))
-
     def range_dataloader(self, split: str, ranges: Sequence[range]) -> BatchLoader:
         """Batches of given stretches of the data in their order, none over the end of a stretch, augmented as in epoch 0.
 

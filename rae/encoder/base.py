@@ -105,6 +105,10 @@ class Encoder(Described, nn.Module, ABC):
             "std": list(self.std),
         }
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this encoder's latents from another's: :attr:`identity`, precision, and the weights' hash."""
+        return {**self.identity, "dtype": str(self.dtype).removeprefix("torch."), "weights": self.weights_hash()}
+
     def weights_hash(self) -> str:
         """SHA-256 of the weights."""
         return state_hash(self.state_dict())

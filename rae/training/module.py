@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rae.data.latents import LatentsDataModule
+
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
 Batch = dict[str, Tensor]
@@ -40,6 +42,9 @@ class TrainingModule(L.LightningModule):
     frozen: tuple[str, ...] = ()
     """Names of submodules, or prefixes of names, whose weights are not in checkpoints."""
 
+    takes_latents: bool = False
+    """Whether batches may hold cached latents in place of images."""
+
     def __init__(
         self, seed: int = 42, on_nonfinite: OnNonfinite = "stop", config: dict[str, Any] | None = None
     ) -> None:
@@ -52,6 +57,18 @@ class TrainingModule(L.LightningModule):
         self._keys: tuple[Tensor, Tensor] | None = None
         self._clock: tuple[float, int] | None = None
         self._rolled_back: list[int] = []
+
+    def setup(self, stage: str) -> None:
+        """Refuses cached latents where images are needed.
+
+        Raises:
+            ValueError: Says what to choose.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, LatentsDataModule) and not self.takes_latents:
+            raise ValueError(
+                "data=latents holds no images, on which this stage trains; choose data=imagenet_crops, say"
+            )
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 

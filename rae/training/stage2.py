@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rae.autoencoder import RAE
+from rae.data.latents import LatentsDataModule, differences
 from rae.data.transforms import to_float
 from rae.denoiser import Denoiser
 from rae.flow import FlowMatching
@@ -41,6 +42,7 @@ class Stage2Module(TrainingModule):
     """
 
     frozen = ("autoencoder.",)
+    takes_latents = True
 
     def __init__(
         self,
@@ -77,6 +79,26 @@ class Stage2Module(TrainingModule):
         super().train(mode)
         self.autoencoder.eval()
         return self
+
+    def setup(self, stage: str) -> None:
+        """Refuses cached latents and latent statistics of another encoder.
+
+        Raises:
+            ValueError: Names what differs.
+        """
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        described = self.autoencoder.latent.encoder
+        if not isinstance(data, LatentsDataModule) and described is None:
+            return
+        fingerprint = self.autoencoder.encoder.fingerprint()
+        if isinstance(data, LatentsDataModule):
+            data.check_encoder(fingerprint)
+        if described is not None and (differing := differences(described, fingerprint)):
+            raise ValueError(
+                f"the latent statistics (latent.stats) are of another encoder: {differing}; compute them for this one with "
+                "rae-stats"
+            )
 
     def configure_model(self) -> None:
         """Shares the denoiser out where the strategy says so (``trainer=fsdp``)."""

@@ -1,0 +1,153 @@
+"""rae-cache-latents: encodes a data set once, for stage 2 to train from."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rae.cli.config import ConfigError, save_config
+from rae.cli.entry import entry
+from rae.cli.stats import describe_data
+
+if TYPE_CHECKING:
+    from lightning import Fabric
+    from omegaconf import DictConfig
+
+    from rae.data import ImageDataModule
+    from rae.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+_FLIPS = ("none", "both")
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses what cannot be cached, and switches the flips off, of which both sides are encoded.
+
+    Raises:
+        ConfigError: Names the key.
+    """
+    from rae.data.latents import DTYPES  # noqa: PLC0415 (imports torch)
+
+    if cfg.dtype not in DTYPES:
+        raise ConfigError(f"dtype={cfg.dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    if cfg.flips not in _FLIPS:
+        raise ConfigError(f"flips={cfg.flips} is unknown; choose one of {', '.join(_FLIPS)}")
+    if cfg.data.get("mode") == "random_crop":
+        raise ConfigError(
+            "data.mode=random_crop makes other images in every epoch; latents are of center_crop (data=imagenet)"
+        )
+    if "flip" in cfg.data:
+        cfg.data.flip = False
+
+
+def required_bytes(cfg: DictConfig, shape: tuple[int, ...], images: int) -> int:
+    """Bytes of all latents of a number of images."""
+    from rae.data.latents import DTYPES  # noqa: PLC0415
+
+    size = DTYPES[cfg.dtype].itemsize * (2 if cfg.flips == "both" else 1)
+    for side in shape:
+        size *= side
+    return size * images
+
+
+def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDataModule, split: str) -> None:
+    """Writes the latents of ``train`` or ``val`` that are not there yet, and their description once all are."""
+    import torch  # noqa: PLC0415 (slow to import)
+
+    from rae.cli.processes import batches_of, begin, first  # noqa: PLC0415
+    from rae.data.latents import DTYPES, INDEX  # noqa: PLC0415
+    from rae.data.transforms import to_float  # noqa: PLC0415
+    from rae.parts import Parts  # noqa: PLC0415
+    from rae.weights import save_state, write_json  # noqa: PLC0415
+
+    folder = Path(cfg.output_dir) / split
+    images = data.samples(split)
+    plan = {
+        "split": split,
+        "encoder": encoder.fingerprint(),
+        "data": describe_data(cfg),
+        "image_size": data.image_size,
+        "num_classes": data.num_classes,
+        "dtype": cfg.dtype,
+        "flips": cfg.flips,
+        "normalised": False,
+        "shape": list(encoder.latent_shape),
+    }
+    parts = Parts(folder, plan, images, cfg.part_size, ".safetensors", "latents")
+    mine = begin(fabric, parts)
+    with first(fabric) as is_first:
+        if is_first:
+            _announce(cfg, folder, encoder.latent_shape, images, len(parts))
+    dtype = DTYPES[cfg.dtype]
+    with torch.no_grad():
+        for part, batches in batches_of(data, split, parts, mine, fabric, f"encoding {split}"):
+            columns: dict[str, list[Any]] = {"latent": [], "label": []}
+            for batch in batches:
+                pixels = to_float(batch["image"].to(fabric.device))
+                columns["latent"].append(encoder(pixels).to(dtype).cpu())
+                if cfg.flips == "both":
+                    columns.setdefault("mirrored", []).append(encoder(pixels.flip(-1)).to(dtype).cpu())
+                columns["label"].append(batch["label"])
+            save_state({name: torch.cat(rows) for name, rows in columns.items()}, parts.path(part))
+    fabric.barrier()
+    with first(fabric) as is_first:
+        if is_first:
+            files = [parts.path(part) for part in range(len(parts))]
+            listed = [{"file": file.name, "bytes": file.stat().st_size} for file in files]
+            write_json(folder / INDEX, {**plan, "latents": images, "part": cfg.part_size, "files": listed})
+            log.info("%d latents are in %s", images, folder)
+
+
+def _announce(cfg: DictConfig, folder: Path, shape: tuple[int, ...], images: int, parts: int) -> None:
+    """Says how much is about to be written, and refuses to begin what does not fit.
+
+    Raises:
+        OSError: The disk is too small.
+    """
+    needed = required_bytes(cfg, shape, images)
+    there = sum(file.stat().st_size for file in folder.glob("latents-*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    sides = "×".join(map(str, shape))
+    log.info(
+        "%d latents of %s in %s%s: %.1f GB in %d files, %.1f GB of them there; %.1f GB are free",
+        *(images, sides, cfg.dtype, " (each with its mirrored copy)" if cfg.flips == "both" else ""),
+        *(needed / 1e9, parts, there / 1e9, free / 1e9),
+    )
+    if needed - there > free:
+        raise OSError(
+            f"{folder} has {free / 1e9:.1f} GB free, but {(needed - there) / 1e9:.1f} GB are still to be written; "
+            "flips=none or dtype=bfloat16 halve it, output_dir=… writes elsewhere"
+        )
+
+
+def cache_latents(cfg: DictConfig) -> None:
+    """Encodes training and validation images, each once."""
+    check(cfg)
+    from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)
+    from rae.cli.processes import first, start  # noqa: PLC0415
+
+    fabric = start(cfg)
+    seed(cfg)
+    encoder = make(cfg.encoder).to(fabric.device)
+    data = make(cfg.data)
+    data.setup("fit" if "train" in cfg.splits else "validate")
+    for split in cfg.splits:
+        if split not in ("train", "val"):
+            raise ConfigError(f"splits={list(cfg.splits)} may hold train and val")
+        if data.samples(split):
+            cache_split(cfg, fabric, encoder, data, split)
+    data.teardown("fit")
+    with first(fabric) as is_first:
+        if is_first:
+            save_config(cfg, cfg.output_dir)
+            paths = [f"data.{split}_path={cfg.output_dir}/{split}" for split in cfg.splits if data.samples(split)]
+            log.info("rae-train stage=2 data=latents %s trains from them", " ".join(paths))
+
+
+main = entry("cache_latents", cache_latents)
+
+if __name__ == "__main__":
+    main()

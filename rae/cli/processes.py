@@ -1,0 +1,118 @@
+"""Work in parts on one or several processes: started by Lightning's Fabric, torchrun or SLURM, stopped and continued at will."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from rae.cli.build import pick_device
+from rae.cli.config import ConfigError
+
+if TYPE_CHECKING:
+    from lightning import Fabric
+    from omegaconf import DictConfig
+
+    from rae.data import ImageDataModule
+    from rae.parts import Parts
+
+log = logging.getLogger(__name__)
+
+
+def start(cfg: DictConfig) -> Fabric:
+    """Starts as many processes as ``devices`` and ``num_nodes`` say; each of them runs the rest of the command.
+
+    Args:
+        cfg: Configuration of a command with ``device``, ``devices`` and ``num_nodes``.
+
+    Raises:
+        ConfigError: A number below 1.
+        ValueError: The device is unknown or absent.
+    """
+    from lightning import Fabric  # noqa: PLC0415 (slow to import)
+
+    for key in ("devices", "num_nodes"):
+        if not isinstance(cfg[key], int) or cfg[key] < 1:
+            raise ConfigError(f"{key}={cfg[key]} must be a number of at least 1")
+    device = pick_device(cfg.device)
+    several = cfg.devices * cfg.num_nodes > 1
+    if device.index is not None and several:
+        raise ConfigError(f"device={cfg.device} names one device, but devices={cfg.devices}; give device={device.type}")
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=[device.index] if device.index is not None else cfg.devices,
+        num_nodes=cfg.num_nodes,
+        strategy="ddp" if several else "auto",
+    )
+    fabric.launch()
+    if not fabric.is_global_zero:
+        logging.getLogger().setLevel(logging.ERROR)  # one process tells the story
+    return fabric
+
+
+def begin(fabric: Fabric, parts: Parts) -> list[int]:
+    """Claims the folder of some work and shares out what is left of it.
+
+    Returns:
+        The parts that fall to this process.
+
+    Raises:
+        ValueError: The folder holds other work.
+    """
+    from rae.parts import share  # noqa: PLC0415
+
+    with first(fabric) as is_first:
+        if is_first:
+            parts.claim()
+    missing = fabric.broadcast(parts.missing())  # what the first one sees: others may be at work already
+    if len(missing) < len(parts) and fabric.is_global_zero:
+        log.info("%d of %d parts are there already", len(parts) - len(missing), len(parts))
+    return share(missing, fabric.global_rank, fabric.world_size)
+
+
+@contextmanager
+def first(fabric: Fabric) -> Iterator[bool]:
+    """What the first process does while the others wait; if it fails, they end too, without a word."""
+    error: Exception | None = None
+    if fabric.is_global_zero:
+        try:
+            yield True
+        except Exception as caught:
+            error = caught
+    else:
+        yield False
+    failed = fabric.broadcast(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(1)
+
+
+def batches_of(
+    data: ImageDataModule, split: str, parts: Parts, mine: list[int], fabric: Fabric, what: str
+) -> Iterator[tuple[int, Iterator[dict[str, Any]]]]:
+    """Every part of this process with its batches, loaded ahead over the ends of parts, with a progress bar.
+
+    Args:
+        data: The data module.
+        split: ``train`` or ``val``.
+        parts: The work.
+        mine: Parts of this process.
+        fabric: The processes; the bar of the first one counts for all.
+        what: Name of the bar.
+    """
+    from tqdm import tqdm  # noqa: PLC0415
+
+    ranges = [parts.items(part) for part in mine]
+    batches = iter(data.range_dataloader(split, ranges))
+    with tqdm(total=sum(map(len, ranges)), desc=what, unit="image", disable=not fabric.is_global_zero) as bar:
+
+        def counted(number: int) -> Iterator[dict[str, Any]]:
+            for batch in islice(batches, number):
+                yield batch
+                bar.update(len(batch["index"]))
+
+        for part, items in zip(mine, ranges, strict=True):
+            yield part, counted(-(-len(items) // data.batch_size))

@@ -1,0 +1,174 @@
+"""Latents that were encoded once and are read back by stage 2: files of ``rae-cache-latents``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from rae.data.loader import Sample, SeededDataset
+from rae.data.module import ImageDataModule
+from rae.data.transforms import flip_of
+
+INDEX = "latents.json"
+"""Name of the file that describes a folder of latents; it is written last."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class CachedLatents(SeededDataset):
+    """Latents of one folder, as the encoder made them: not normalised.
+
+    Args:
+        folder: Folder that ``rae-cache-latents`` wrote.
+        flip: Whether every other sample is that of the mirrored image, by the same draws as with images.
+
+    Raises:
+        FileNotFoundError: The folder, its description or one of its files is missing.
+        ValueError: A file is damaged, or there are no mirrored latents to flip to.
+    """
+
+    def __init__(self, folder: str | Path, flip: bool) -> None:
+        self.folder = Path(folder).expanduser()
+        if not (self.folder / INDEX).is_file():
+            unfinished = " (the work there is not finished: the same command goes on)" if self.folder.is_dir() else ""
+            raise FileNotFoundError(f"{str(self.folder)!r} holds no {INDEX}{unfinished}; rae-cache-latents makes one")
+        self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text())
+        for file in self.index["files"]:
+            path = self.folder / file["file"]
+            if not path.is_file():
+                raise FileNotFoundError(f"{str(path)!r} is missing; make it again with rae-cache-latents")
+            if path.stat().st_size != file["bytes"]:
+                raise ValueError(
+                    f"{str(path)!r} has {path.stat().st_size} bytes instead of {file['bytes']}; remove it and "
+                    f"{INDEX}, and run rae-cache-latents again: it makes only what is missing"
+                )
+        if flip and self.index["flips"] != "both":
+            raise ValueError(
+                f"{str(self.folder)!r} holds no latents of mirrored images; set data.flip=false, or cache them with flips=both"
+            )
+        self.flip = flip
+        self._files: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self.index["latents"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # open files stay with the process that opened them
+
+    def load(self, index: int, seed: int) -> Sample:
+        """The latent C×h×w at a position, in the precision that it was stored with."""
+        part, row = divmod(index, int(self.index["part"]))
+        file = self._files.get(part)
+        if file is None:
+            file = safe_open(self.folder / self.index["files"][part]["file"], framework="pt")
+            self._files[part] = file
+        name = "mirrored" if self.flip and flip_of(seed) else "latent"
+        return {"latent": file.get_slice(name)[row], "label": int(file.get_slice("label")[row]), "index": index}
+
+
+class LatentsDataModule(ImageDataModule):
+    """Cached latents in place of images: batches hold ``latent`` B×C×h×w instead of ``image``.
+
+    Order, flips and the position within an epoch are those of the images that they were made of.
+
+    Args:
+        train_path: Folder of the training latents, from ``rae-cache-latents``.
+        val_path: The same for validation; None for none.
+        batch_size: Samples per process and step.
+        num_workers: Processes that load ahead.
+        seed: The run's seed: order and flips.
+        image_size: Side of the images that were encoded, in pixels.
+        num_classes: Number of classes.
+        flip: Whether every other training sample is that of the mirrored image.
+        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
+
+    Raises:
+        ValueError: Neither path is given, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        train_path: str | None = None,
+        val_path: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 8,
+        seed: int = 42,
+        image_size: int = 256,
+        num_classes: int = 1000,
+        flip: bool = True,
+        pin_memory: bool = True,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, image_size, num_classes, pin_memory)
+        if train_path is None and val_path is None:
+            raise ValueError(
+                "data.train_path is not given; add data.train_path=/path/to/latents/train (rae-cache-latents)"
+            )
+        self.train_path = train_path
+        self.val_path = val_path
+        self.flip = flip
+
+    def train_dataset(self) -> CachedLatents:
+        """The latents of ``train_path``."""
+        if self.train_path is None:
+            raise ValueError(
+                "data.train_path is not given; add data.train_path=/path/to/latents/train (rae-cache-latents)"
+            )
+        return self._latents(self.train_path, self.flip)
+
+    def val_dataset(self) -> CachedLatents | None:
+        """The latents of ``val_path``, if given."""
+        return None if self.val_path is None else self._latents(self.val_path, flip=False)
+
+    def _latents(self, path: str, flip: bool) -> CachedLatents:
+        latents = CachedLatents(path, flip)
+        index = latents.index
+        if index["image_size"] != self.image_size:
+            raise ValueError(
+                f"{path!r} holds latents of images of {index['image_size']} pixels, but data.image_size is {self.image_size}"
+            )
+        if index["num_classes"] > self.num_classes:
+            raise ValueError(
+                f"{path!r} holds labels of {index['num_classes']} classes, but data.num_classes is {self.num_classes}; "
+                f"set data.num_classes={index['num_classes']}"
+            )
+        return latents
+
+    def check_encoder(self, fingerprint: Mapping[str, Any]) -> None:
+        """Refuses an encoder whose latents these are not.
+
+        Args:
+            fingerprint: Of the encoder, see :meth:`rae.encoder.Encoder.fingerprint`.
+
+        Raises:
+            ValueError: Names what differs.
+        """
+        for path in (self.train_path, self.val_path):
+            if path is None:
+                continue
+            index = json.loads((Path(path).expanduser() / INDEX).read_text())
+            if differing := differences(index["encoder"], fingerprint):
+                raise ValueError(
+                    f"the latents in {path!r} are of another encoder: {differing}; choose that encoder, or cache latents of this "
+                    "one with rae-cache-latents"
+                )
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """What tells two fingerprints of encoders apart, in words; empty where nothing does.
+
+    The same weights in another precision have another hash, so that hashes are compared within one precision only.
+    """
+    known = [key for key in {**first, **second} if key not in ("weights", "dtype")]
+    found = [key for key in known if first.get(key) != second.get(key)]
+    if first.get("dtype", "float32") == second.get("dtype", "float32") and first["weights"] != second["weights"]:
+        found.append("weights")
+    return ", ".join(f"{key} {_short(first.get(key))} and not {_short(second.get(key))}" for key in found)
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 20 else str(value)

@@ -1,0 +1,27 @@
+"""A command that works in parts and is killed: ``KILL=N python -m tests.killed_work COMMAND OVERRIDES…``.
+
+The process that writes the Nth file kills itself with SIGKILL when the file is written but not yet in its place. Without ``KILL``
+the command goes through.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    command = sys.argv.pop(1)
+    if os.environ.get("KILL"):
+        sync, left = os.fsync, int(os.environ["KILL"])
+
+        def count(handle: int) -> None:
+            global left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sync(handle)
+
+        os.fsync = count
+    importlib.import_module(f"rae.cli.{command}").main()
