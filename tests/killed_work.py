@@ -1,4 +1,4 @@
-"""A command that works in parts and is killed: ``KILL=N python -m tests.killed_work COMMAND OVERRIDES…``.
+"""A command that works in parts and is killed: ``COMMAND=NAME KILL=N python -m tests.killed_work OVERRIDES…``.
 
 The process that writes the Nth file kills itself with SIGKILL when the file is written but not yet in its place. Without ``KILL``
 the command goes through.
@@ -9,10 +9,9 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import sys
 
 if __name__ == "__main__":
-    command = sys.argv.pop(1)
+    command = os.environ["COMMAND"]  # not an argument: further processes are started with the same ones
     if os.environ.get("KILL"):
         sync, left = os.fsync, int(os.environ["KILL"])
 

@@ -311,8 +311,14 @@ def test_damaged_files_are_named_and_made_again(folder, tmp_path):
 
 def command(name, given, kill=0):
     """Runs a command in a process group of its own; a killed one leaves nothing behind."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "KILL": str(kill or ""), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "tests.killed_work", name, *given]
+    variables = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "COMMAND": name,
+        "KILL": str(kill or ""),
+    }
+    line = [sys.executable, "-m", "tests.killed_work", *given]
     process = subprocess.Popen(line, env=variables, cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True)
     if kill:
         process.wait()
