@@ -68,6 +68,11 @@ class Generator(nn.Module):
         """Where the denoiser's weights are."""
         return next(self.denoiser.parameters()).device
 
+    def noise(self, seed: int, indices: Sequence[int]) -> Tensor:
+        """What samples of a set begin with: standard normal B×C×h×w."""
+        seeds = [sample_seed(seed, "sample", number) for number in indices]
+        return normal(seeds, self.autoencoder.latent_shape, device=self.device)
+
     @torch.no_grad()
     def latents(
         self,
@@ -75,6 +80,7 @@ class Generator(nn.Module):
         seed: int = 0,
         indices: Sequence[int] | None = None,
         on_step: Callable[[int, float, Tensor], None] | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Samples normalised latents.
 
@@ -83,6 +89,7 @@ class Generator(nn.Module):
             seed: Seed of the whole set of samples.
             indices: Number of every sample in that set; 0, 1, … where not given.
             on_step: Called after every step with its number, the time reached and the latents.
+            noise: What to begin with, B×C×h×w; None draws it from the seed and the indices.
 
         Returns:
             Latents B×C×h×w.
@@ -98,7 +105,7 @@ class Generator(nn.Module):
         if wrong:
             raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], got {wrong[:8]}")
         shape = self.autoencoder.latent_shape
-        noise = normal([sample_seed(seed, "sample", i) for i in indices], shape, device=self.device)
+        noise = self.noise(seed, indices) if noise is None else noise.to(self.device)
 
         def step_noise(step: int) -> Tensor:
             return normal([sample_seed(seed, "step", i, step) for i in indices], shape, device=self.device)
@@ -117,6 +124,33 @@ class Generator(nn.Module):
     def forward(self, labels: Tensor | Sequence[int], seed: int = 0, indices: Sequence[int] | None = None) -> Tensor:
         """Samples images B×3×H×W in [0, 1] of the given classes; arguments as for :meth:`latents`."""
         return self.autoencoder.decode(self.latents(labels, seed, indices)).clamp(0, 1)
+
+    @torch.no_grad()
+    def interpolate(self, label: int, pair: tuple[int, int], count: int, seed: int = 0) -> Tensor:
+        """Images count×3×H×W between two samples of a class, from noise on the arc between theirs.
+
+        Points on the straight line would have too small a norm: noise of high dimension lies near a sphere (Shoemake 1985).
+
+        Args:
+            label: The class.
+            pair: Numbers of the two samples in the set of the seed; they are the first and last image.
+            count: Images, both ends counted.
+            seed: Seed of the set.
+
+        Raises:
+            ValueError: Fewer than two images.
+        """
+        if count < 2:
+            raise ValueError(f"count must be at least 2, both ends counted, got {count}")
+        first, last = self.noise(seed, pair).double()
+        cosine = torch.dot(first.flatten(), last.flatten()) / (first.norm() * last.norm())
+        angle = torch.arccos(cosine.clamp(-1, 1))
+        steps = torch.linspace(0, 1, count, dtype=torch.float64, device=first.device).reshape(-1, 1, 1, 1)
+        noise = (torch.sin((1 - steps) * angle) * first + torch.sin(steps * angle) * last) / torch.sin(angle)
+        noise[0], noise[-1] = first, last
+        # Stochastic samplers draw further noise: one and the same for the whole row, or it would jump.
+        latents = self.latents([label] * count, seed, [pair[0]] * count, noise=noise.float())
+        return self.autoencoder.decode(latents).clamp(0, 1)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None, encoder: bool = True) -> Generator:

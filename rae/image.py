@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rae.weights import write_atomically
@@ -46,6 +47,37 @@ def make_grid(images: Tensor, columns: int, padding: int = 2, scale: int = 1) ->
         left = padding + position % columns * (width + padding)
         grid[:, top : top + height, left : left + width] = image
     return grid
+
+
+def label_rows(rows: Sequence[Tensor], labels: Sequence[str], columns: int, scale: int = 1) -> Tensor:
+    """A grid with a label before each row.
+
+    Args:
+        rows: Images uint8 n×3×H×W of each row, all of one size.
+        labels: Text of each row.
+        columns: Images that a row has room for.
+        scale: See :func:`make_grid`.
+
+    Returns:
+        One picture, uint8 3×H'×W'.
+
+    Raises:
+        ValueError: Another number of labels than of rows.
+    """
+    if len(rows) != len(labels) or not rows:
+        raise ValueError(f"every row needs its label: {len(rows)} rows, {len(labels)} labels")
+    blank = torch.full((1, *rows[0].shape[1:]), 255, dtype=torch.uint8)
+    whole = [torch.cat([row.cpu(), blank.expand(columns - len(row), -1, -1, -1)]) for row in rows]
+    grid = make_grid(torch.cat(whole), columns, scale=scale)
+    font = ImageFont.load_default(size=14)
+    margin = max(round(font.getlength(label)) for label in labels) + 12
+    picture = Image.new("RGB", (grid.shape[2] + margin, grid.shape[1]), "white")
+    picture.paste(to_pil(grid), (margin, 0))
+    draw = ImageDraw.Draw(picture)
+    height = (grid.shape[1] - 2) / len(rows)
+    for number, label in enumerate(labels):
+        draw.text((margin - 6, 2 + (number + 0.5) * height), label, "black", font, anchor="rm")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -522,7 +522,9 @@ def test_converting_for_diffusers_and_reconstructing_from_it(tmp_path: Path):
     for name in ("theirs", "ours"):
         options = [f"checkpoint={tmp_path}/{name}", f"images={tmp_path}/images", f"output_dir={tmp_path}/rec_{name}"]
         reconstruct(compose("reconstruct", options))
-    scores = [json.loads((tmp_path / f"rec_{name}" / "scores.json").read_text()) for name in ("theirs", "ours")]
+    scores = [
+        json.loads((tmp_path / f"rec_{name}" / "scores.json").read_text())["scores"] for name in ("theirs", "ours")
+    ]
     assert scores[0] == scores[1]
     assert scores[0]["images"] == 3
 

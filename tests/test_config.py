@@ -29,7 +29,7 @@ CONF = conf_dir()
 FILES = sorted(CONF.rglob("*.yaml"))
 ROOTS = sorted(path.stem for path in CONF.glob("*.yaml"))
 STAGES = [f"stage={stage}" for stage in config_groups()["stage"]]
-HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+HYDRA_KEYS = {"defaults", "_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 GIVEN_LATER = {"training", "optimizer", "scheduler", "callbacks"}
 """Groups whose classes receive further arguments from the program, or whose files may hold several classes."""
 

@@ -142,7 +142,9 @@ def test_an_export_draws_and_reconstructs_as_its_run_does(trained, tmp_path):
     (tmp_path / "more" / "images").rename(tmp_path / "pngs")
     for name, source in (("run", f"{trained}/stage1"), ("export", f"{tmp_path}/decoder")):
         run("reconstruct", f"checkpoint={source}", *images, f"output_dir={tmp_path}/rec_{name}")
-    first, second = (json.loads((tmp_path / f"rec_{name}" / "scores.json").read_text()) for name in ("run", "export"))
+    first, second = (
+        json.loads((tmp_path / f"rec_{name}" / "scores.json").read_text())["scores"] for name in ("run", "export")
+    )
     assert first == second
 
 

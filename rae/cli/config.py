@@ -21,9 +21,12 @@ _PATHS = (
     "data.train_path",
     "data.val_path",
     "samples",
+    "originals",
+    "labels",
     "images",
     "synsets",
     "metric.reference",
+    "source",
 )
 _NETWORKS = ("stage", "encoder", "latent", "decoder", "discriminator", "denoiser")
 _LISTED = 3  # differences that an error spells out

@@ -46,7 +46,13 @@ def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
         ),
         (
             "4. Samples: 36 of each class, the classes as rows of one picture",
-            ["rae-sample", f"checkpoint={folder}/stage2", "samples_per_class=36", f"output_dir={folder}/samples"],
+            [
+                "rae-sample",
+                f"checkpoint={folder}/stage2",
+                "samples_per_class=36",
+                f"output_dir={folder}/samples",
+                "force=true",
+            ],
         ),
         (
             "   The same with classifier-free guidance",
@@ -57,6 +63,7 @@ def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
                 "guidance=cfg",
                 f"guidance.scale={guidance}",
                 f"output_dir={folder}/samples_cfg",
+                "force=true",
             ],
         ),
         (
@@ -91,8 +98,9 @@ def run(title: str, command: list[str]) -> float:
 
 
 def read_json(path: Path) -> dict[str, float]:
-    """Scores that a command wrote."""
-    return json.loads(path.read_text())
+    """Numbers that a command wrote."""
+    content = json.loads(path.read_text())
+    return content.get("scores", content)
 
 
 def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:

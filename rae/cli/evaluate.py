@@ -1,112 +1,182 @@
-"""rae-evaluate: scores of generated images, from an .npz, a folder or a trained model."""
+"""rae-evaluate: scores of generated images or of reconstructions, from files or directly from a trained model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rae.cli.config import ConfigError, save_config
 from rae.cli.entry import entry
 
 if TYPE_CHECKING:
+    from lightning import Fabric
     from omegaconf import DictConfig
-    from torch import Tensor
+
+    from rae.parts import Parts
 
 log = logging.getLogger(__name__)
 
 _OF_MODELS = (
-    *("checkpoint", "sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged"),
-    *("samples_per_class", "seed"),
+    *("checkpoint", "sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged", "precision"),
+    *("samples_per_class", "seed", "labels", "classes", "count", "part_size", "keep_samples"),
 )
 
-Samples = Iterator[tuple["Tensor", "Tensor | None"]]
-"""Batches of images uint8 B×3×H×W with their labels B, where there are any."""
+
+class Source:
+    """What is scored: arguments of the metric's ``update``, batch by batch, and what identifies it.
+
+    Args:
+        batches: Positional and keyword arguments.
+        identity: What tells these images from others.
+        described: The configuration that says how they came about.
+        parts: Where samples that were drawn for this lie; None for files.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[tuple[tuple[Any, ...], dict[str, Any]]],
+        identity: dict[str, Any],
+        described: DictConfig,
+        parts: Parts | None = None,
+    ) -> None:
+        self.batches = batches
+        self.identity = identity
+        self.described = described
+        self.parts = parts
 
 
-def from_file(path: Path, batch_size: int) -> Samples:
-    """Batches of an .npz archive or of a folder of images, with a progress bar."""
-    from tqdm import tqdm  # noqa: PLC0415
+def from_files(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
+    """Images of files; with their originals for metrics of reconstructions."""
+    from omegaconf import OmegaConf  # noqa: PLC0415
 
-    from rae.metric import iterate_folder, iterate_npz, npz_shape  # noqa: PLC0415 (imports torch)
+    from rae.cli.sources import describe_samples, open_images, open_pairs  # noqa: PLC0415 (imports torch)
 
-    is_archive = path.suffix == ".npz"
-    total = npz_shape(path).images if is_archive else None
-    with tqdm(total=total, desc="scoring", unit="image") as bar:
-        for images, labels in (iterate_npz if is_archive else iterate_folder)(path, batch_size):
-            yield images, labels
-            bar.update(len(images))
+    rank, world = fabric.global_rank, fabric.world_size
+    identity = {"samples": describe_samples(cfg.samples)}
+    described = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_MODELS])
+
+    def batches() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        if pairs:
+            for images, originals in open_pairs(cfg.samples, cfg.originals, cfg.batch_size, rank, world):
+                yield (images, originals), {}
+        else:
+            for images, labels, numbers in open_images("samples", cfg.samples, cfg.batch_size, rank, world):
+                yield (images, labels), {"index": numbers}
+
+    if pairs:
+        if cfg.originals is None:
+            raise ConfigError(
+                "these metrics compare reconstructions with their originals: add originals=… (.npz, folder, shards)"
+            )
+        identity["originals"] = {"path": cfg.originals}
+    return Source(batches(), identity, described)
 
 
-def from_model(cfg: DictConfig) -> tuple[Samples, DictConfig]:
-    """Batches drawn from a trained model, and the configuration that says what it is."""
+def from_generator(cfg: DictConfig, fabric: Fabric) -> Source:
+    """Samples that a model draws now, in parts on disk: a run that was stopped goes on with them."""
     import torch  # noqa: PLC0415
 
-    from rae.cli.build import pick_device  # noqa: PLC0415
+    from rae.cli.drawing import draw, label_list, plan_of, read_parts  # noqa: PLC0415
     from rae.cli.models import open_generator  # noqa: PLC0415
-    from rae.cli.sample import draw  # noqa: PLC0415
+    from rae.parts import share  # noqa: PLC0415
 
     generator, run = open_generator(cfg)
-    generator = generator.to(pick_device(cfg.device))
-    labels = [label for label in range(generator.num_classes) for _ in range(cfg.samples_per_class)]
+    generator = generator.to(fabric.device)
+    labels = label_list(cfg, generator.num_classes)
+    plan = plan_of(cfg, generator, labels)
+    parts = draw(cfg, fabric, generator, labels, Path(cfg.output_dir) / "parts", plan)
 
-    def batches() -> Samples:
-        done = 0
-        for images in draw(generator, labels, cfg.batch_size, cfg.seed):
-            yield images, torch.tensor(labels[done : done + len(images)])
-            done += len(images)
+    def batches() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
+        for images, numbers in read_parts(parts, cfg.batch_size, mine):
+            pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+            yield (
+                (pixels, torch.tensor([labels[number] for number in numbers])),
+                {"index": torch.tensor(list(numbers))},
+            )
 
-    return batches(), run
+    return Source(batches(), {"samples": {"checkpoint": str(cfg.checkpoint), **plan}}, run, parts)
 
 
-def open_samples(cfg: DictConfig) -> tuple[Samples, DictConfig]:
-    """The samples that are named, or that the model draws, and the configuration that says how they came about.
+def from_autoencoder(cfg: DictConfig, fabric: Fabric) -> Source:
+    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data."""
+    from rae.cli.models import open_autoencoder  # noqa: PLC0415
+    from rae.cli.reconstruct import model_identity, open_data, reconstructions, share_of  # noqa: PLC0415
+
+    autoencoder, run = open_autoencoder(cfg)
+    autoencoder = autoencoder.to(fabric.device)
+    data = open_data(run, autoencoder.image_size)
+    mine = share_of(data, cfg.count, fabric.global_rank, fabric.world_size)
+    pairs = reconstructions(autoencoder, data, mine, fabric.device, cfg.precision)
+    identity = {"samples": model_identity(cfg, run, autoencoder)}
+    return Source(((pair, {}) for pair in pairs), identity, run)
+
+
+def open_source(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
+    """The images that are named, or that the model makes.
 
     Raises:
         ConfigError: Neither or both are given.
-        FileNotFoundError: There is nothing of that name.
     """
-    from omegaconf import OmegaConf  # noqa: PLC0415
-
     if (cfg.samples is None) == (cfg.checkpoint is None):
         raise ConfigError(
-            f"samples={cfg.samples} and checkpoint={cfg.checkpoint}: give one of them, samples=… (an .npz or a folder of images) "
-            "or checkpoint=… (a model to draw from)"
+            f"samples={cfg.samples} and checkpoint={cfg.checkpoint}: give one of them, samples=… (an .npz, a folder of images "
+            "or of tar shards) or checkpoint=… (a model that makes them)"
         )
-    if cfg.samples is None:
-        return from_model(cfg)
-    path = Path(cfg.samples).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"samples={cfg.samples} does not exist: give an .npz file or a folder of images")
-    if path.suffix == ".ckpt" or (path / "checkpoints").is_dir():
-        raise ConfigError(f"samples={cfg.samples} is a trained run: give it as checkpoint={cfg.samples}")
-    given = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_MODELS])
-    return from_file(path, cfg.batch_size), given
+    if cfg.samples is not None:
+        return from_files(cfg, fabric, pairs)
+    return from_autoencoder(cfg, fabric) if pairs else from_generator(cfg, fabric)
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Feeds all samples to the metric and writes what it computes."""
-    from rae.cli.build import make, pick_device  # noqa: PLC0415 (imports torch)
-    from rae.cli.results import table  # noqa: PLC0415
-    from rae.weights import write_json  # noqa: PLC0415
+    """Feeds all images to the metric in one pass and writes what it computes, with all that identifies it."""
+    from tqdm import tqdm  # noqa: PLC0415
+
+    from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)
+    from rae.cli.processes import first, start  # noqa: PLC0415
+    from rae.cli.results import table, versions, write_scores  # noqa: PLC0415
 
     if cfg.batch_size < 1:
         raise ConfigError(f"batch_size={cfg.batch_size} must be at least 1")
     folder = Path(cfg.output_dir)
-    samples, described = open_samples(cfg)
-    metric = make(cfg.metric)
+    fabric = start(cfg)
+    seed(cfg)
+    metric = make(cfg.metric)  # before the images: what does not fit is to be said at once
     if hasattr(metric, "to"):
-        metric = metric.to(pick_device(cfg.device))
-    save_config(described, folder)
-    for images, labels in samples:
-        metric.update(images, labels)
+        metric = metric.to(fabric.device)
+    elif fabric.world_size > 1:
+        raise ConfigError(f"metric {type(metric).__name__} runs on one process; leave out devices={cfg.devices}")
+    source = open_source(cfg, fabric, getattr(metric, "takes_originals", False))
+    with tqdm(desc="scoring", unit="image", disable=not fabric.is_global_zero) as bar:
+        for images, options in source.batches:
+            metric.update(*images, **options)
+            bar.update(len(images[0]))
     scores = {name: float(value) for name, value in metric.compute().items()}
-    if hasattr(metric, "identity"):  # what the scores are comparable with
-        write_json(folder / "identity.json", metric.identity)
-    write_json(folder / "scores.json", scores)
-    print(table(scores))
-    log.info("scores.json is in %s", folder)
+    identity = {**source.identity, "metric": getattr(metric, "identity", None), "versions": versions()}
+    fabric.barrier()
+    with first(fabric) as is_first:
+        if not is_first:
+            return
+        save_config(source.described, folder)
+        write_scores(folder, scores, identity)
+        if source.parts is not None:
+            _keep_or_remove(cfg, source, folder)
+        print(table(scores))
+        log.info("scores.json and scores.csv are in %s", folder)
+
+
+def _keep_or_remove(cfg: DictConfig, source: Source, folder: Path) -> None:
+    """Packs the samples where that is wanted; without it they have served."""
+    from rae.cli.drawing import label_list, write_npz  # noqa: PLC0415
+    from rae.weights import write_json  # noqa: PLC0415
+
+    assert source.parts is not None
+    if cfg.keep_samples:
+        write_npz(folder / "samples.npz", source.parts, label_list(cfg, int(source.described.denoiser.num_classes)))
+        write_json(folder / "samples.json", source.identity["samples"])
+    source.parts.remove()
 
 
 main = entry("evaluate", evaluate)

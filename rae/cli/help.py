@@ -24,6 +24,7 @@ GROUPS = {
     "sampler": "solver that goes from noise to data",
     "data": "images",
     "metric": "scores",
+    "detector": "frozen network in whose features the scores are computed",
     "training": "the LightningModule and its arguments",
     "optimizer": "optimiser",
     "scheduler": "learning rate over time",

@@ -1,27 +1,71 @@
-"""Files that the commands write: samples, scores."""
+"""What the commands write about results: scores with all that identifies them, as JSON, CSV and a table."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import platform
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
+from rae.weights import write_atomically, write_json
 
-from rae.weights import write_atomically
+_PACKAGES = ("rae", "torch", "torchmetrics", "timm", "numpy", "pillow")
 
 
-def write_npz(path: Path, images: Tensor, labels: Sequence[int]) -> Path:
-    """Writes samples as the evaluation suites read them: ``arr_0`` uint8 N×H×W×3 and ``arr_1`` int64 N.
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a folder that was not installed
+            found[package] = "unknown"
+    return found
+
+
+def write_scores(folder: Path, scores: Mapping[str, float], identity: Mapping[str, Any]) -> None:
+    """Writes ``scores.json`` (``scores`` and ``identity``) and ``scores.csv`` (the same in one row).
 
     Args:
-        path: The file.
-        images: uint8 N×3×H×W.
-        labels: The classes that were asked for.
+        folder: Where they go.
+        scores: Numbers by name.
+        identity: All that tells these scores from others: samples, reference, detector, seed, sampler, versions, ….
     """
-    pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
-    return write_atomically(path, lambda file: np.savez(file, pixels, np.asarray(labels, dtype=np.int64)))
+    write_json(folder / "scores.json", {"scores": dict(scores), "identity": dict(identity)})
+    write_csv(folder / "scores.csv", [{**scores, **flatten(identity)}])
+
+
+def read_scores(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """Scores and identity that :func:`write_scores` wrote."""
+    content = json.loads((folder / "scores.json").read_text())
+    return content["scores"], content["identity"]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = (
+                value if value is None or isinstance(value, str | int | float) else json.dumps(value)
+            )
+    return flat
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes rows under the names that any of them has."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def table(scores: Mapping[str, Any]) -> str:

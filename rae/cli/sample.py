@@ -1,9 +1,9 @@
-"""rae-sample: images of given classes from a trained run, as PNG files, one grid and an .npz."""
+"""rae-sample: images of given classes from a trained model, as PNG files, .npz or shards, with a labelled grid."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,80 +11,106 @@ from rae.cli.config import ConfigError, save_config
 from rae.cli.entry import entry
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from omegaconf import DictConfig
-    from torch import Tensor
 
     from rae.generator import Generator
+    from rae.parts import Parts
 
 log = logging.getLogger(__name__)
 
 
-def class_list(classes: object, num_classes: int) -> list[int]:
-    """The classes to draw: ``all``, or the list given.
-
-    Raises:
-        ConfigError: Neither of the two, or a class outside the range.
-    """
-    if classes == "all":
-        return list(range(num_classes))
-    listed = [classes] if isinstance(classes, int) else classes
-    if not isinstance(listed, list) or not listed or not all(isinstance(item, int) for item in listed):
-        raise ConfigError(f"classes={classes!r} must be all or a list of numbers, e.g. classes=[0,7]")
-    if wrong := [item for item in listed if not 0 <= item < num_classes]:
-        raise ConfigError(f"classes={wrong} lie outside 0 … {num_classes - 1}, the classes of this run")
-    return listed
-
-
-def draw(generator: Generator, labels: list[int], batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yields images uint8 B×3×H×W of all labels in turn, batch after batch, with a progress bar."""
-    from tqdm import tqdm  # noqa: PLC0415
-
-    from rae.image import to_uint8  # noqa: PLC0415
-
-    with tqdm(total=len(labels), desc="sampling", unit="image") as bar:
-        for start in range(0, len(labels), batch_size):
-            chunk = labels[start : start + batch_size]
-            yield to_uint8(generator(chunk, seed, range(start, start + len(chunk)))).cpu()
-            bar.update(len(chunk))
-
-
 def sample(cfg: DictConfig) -> None:
-    """Rebuilds the run's model from its checkpoint, draws the classes and writes the results."""
-    import torch  # noqa: PLC0415 (slow to import)
-    from omegaconf import OmegaConf  # noqa: PLC0415
-
-    from rae.cli.build import pick_device  # noqa: PLC0415
+    """Rebuilds the model, draws what is not there yet and writes the results."""
+    from rae.cli.drawing import draw, finished, label_list, plan_of, write_npz  # noqa: PLC0415 (imports torch)
     from rae.cli.models import open_generator  # noqa: PLC0415
-    from rae.cli.results import write_npz  # noqa: PLC0415
-    from rae.image import make_grid, save_png  # noqa: PLC0415
+    from rae.cli.processes import first, start  # noqa: PLC0415
+    from rae.weights import write_json  # noqa: PLC0415
 
     folder = Path(cfg.output_dir)
+    fabric = start(cfg)
     generator, run = open_generator(cfg)
-    generator = generator.to(pick_device(cfg.device))
-    wanted = OmegaConf.to_container(cfg.classes) if OmegaConf.is_list(cfg.classes) else cfg.classes
-    classes = class_list(wanted, generator.num_classes)
-    per_class = int(cfg.samples_per_class)
-    if per_class < 1 or cfg.batch_size < 1:
-        raise ConfigError(f"samples_per_class={per_class} and batch_size={cfg.batch_size} must be at least 1")
-    labels = [label for label in classes for _ in range(per_class)]
-    save_config(run, folder)
+    generator = generator.to(fabric.device)
+    labels = label_list(cfg, generator.num_classes)
+    plan = plan_of(cfg, generator, labels)
+    description = folder / "samples.json"
+    wanted = {"samples.npz": cfg.npz, "images": cfg.png, "shards": cfg.shards, "sheets": cfg.sheets}
+    with first(fabric) as is_first:
+        if is_first and cfg.force:
+            for name in ("samples.json", *wanted, "parts"):
+                _remove(folder / name)
+    there = fabric.broadcast(finished(description, plan) if fabric.is_global_zero else None)
+    if there and all((folder / name).exists() for name, asked in wanted.items() if asked):
+        log.info("these %d samples are in %s already", len(labels), folder)
+        return
 
-    images: list[Tensor] = []
-    for batch in draw(generator, labels, cfg.batch_size, cfg.seed):
-        if cfg.png:
-            for number, image in enumerate(batch, sum(map(len, images))):
-                save_png(image, folder / "images" / f"{number:06d}_class{labels[number]:04d}.png")
-        images.append(batch)
-    drawn = torch.cat(images)
-    write_npz(folder / "samples.npz", drawn, labels)
-    rows = drawn.unflatten(0, (len(classes), per_class))[: cfg.grid_rows, : cfg.grid_columns]
-    save_png(make_grid(rows.flatten(0, 1), rows.shape[1], scale=grid_scale(drawn.shape[-1])), folder / "grid.png")
-    log.info("%d images, samples.npz and grid.png are in %s", len(labels), folder)
+    png, shards = (folder / name if wanted[name] else None for name in ("images", "shards"))
+    parts = draw(cfg, fabric, generator, labels, folder / "parts", plan, png, shards)
+    with first(fabric) as is_first:
+        if not is_first:
+            return
+        save_config(run, folder)
+        if cfg.npz:
+            write_npz(folder / "samples.npz", parts, labels)
+        write_sheets(cfg, parts, labels, folder)
+        if cfg.interpolations:
+            write_interpolations(cfg, generator, labels, folder)
+        write_json(description, plan)
+        parts.remove()
+        made = (
+            ["grid.png"]
+            + [name for name, asked in wanted.items() if asked]
+            + ["interpolations.png"] * bool(cfg.interpolations)
+        )
+        log.info("%d images: %s are in %s", len(labels), ", ".join(made), folder)
+
+
+def write_sheets(cfg: DictConfig, parts: Parts, labels: Sequence[int], folder: Path) -> None:
+    """``grid.png``, one class a row, and with ``sheets`` a picture of every class with all its samples."""
+    from rae.cli.drawing import pick  # noqa: PLC0415
+    from rae.image import label_rows, make_grid, save_png  # noqa: PLC0415
+
+    by_class: dict[int, list[int]] = {}
+    for number, label in enumerate(labels):
+        by_class.setdefault(label, []).append(number)
+    columns = min(cfg.grid_columns, max(map(len, by_class.values())))
+    rows = [(label, numbers[:columns]) for label, numbers in list(by_class.items())[: cfg.grid_rows]]
+    pictures = [pick(parts, numbers) for _, numbers in rows]
+    scale = grid_scale(pictures[0].shape[-1])
+    save_png(label_rows(pictures, [str(label) for label, _ in rows], columns, scale), folder / "grid.png")
+    for label, numbers in by_class.items() if cfg.sheets else ():
+        width = max(1, round(len(numbers) ** 0.5))
+        save_png(make_grid(pick(parts, numbers), width, scale=scale), folder / "sheets" / f"class{label:04d}.png")
+
+
+def write_interpolations(cfg: DictConfig, generator: Generator, labels: Sequence[int], folder: Path) -> None:
+    """``interpolations.png``: for each class two samples and, between them, what is drawn from noise between theirs."""
+    from rae.image import label_rows, save_png, to_uint8  # noqa: PLC0415
+
+    if cfg.interpolations < 3:
+        raise ConfigError(f"interpolations={cfg.interpolations} must be at least 3, both ends counted, or null")
+    classes = list(dict.fromkeys(labels))[: cfg.grid_rows]
+    rows = []
+    for row, label in enumerate(classes):
+        images = generator.interpolate(label, (2 * row, 2 * row + 1), cfg.interpolations, cfg.seed)
+        rows.append(to_uint8(images).cpu())
+    scale = grid_scale(rows[0].shape[-1])
+    save_png(
+        label_rows(rows, [str(label) for label in classes], cfg.interpolations, scale), folder / "interpolations.png"
+    )
 
 
 def grid_scale(side: int, wanted: int = 64) -> int:
     """How many pixels of the grid one pixel of an image takes, so that small images can be looked at."""
     return max(1, wanted // side)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 main = entry("sample", sample)

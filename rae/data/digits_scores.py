@@ -45,12 +45,13 @@ class DigitsScores:
         self._images: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
 
-    def update(self, images: Tensor, labels: Tensor | None) -> None:
+    def update(self, images: Tensor, labels: Tensor | None, index: Tensor | None = None) -> None:
         """Adds samples.
 
         Args:
             images: uint8 B×3×H×W, H = W = ``image_size``.
             labels: The digits that they should show, B.
+            index: Not needed: the order is of no consequence.
 
         Raises:
             ValueError: Images that are no bytes or of another size, or samples without labels.

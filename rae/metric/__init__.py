@@ -10,6 +10,7 @@ from rae.metric.inception_score import InceptionScore, LabelCounts
 from rae.metric.manifold import ManifoldMetrics
 from rae.metric.reconstruction import ReconstructionMetrics
 from rae.metric.reference import Reference, ReferenceInfo, Statistics, read_reference, write_reference
+from rae.metric.several import MetricSet
 
 __all__ = [
     "CallableDetector",
@@ -24,6 +25,7 @@ __all__ = [
     "InceptionScore",
     "LabelCounts",
     "ManifoldMetrics",
+    "MetricSet",
     "ReconstructionMetrics",
     "Reference",
     "ReferenceBuilder",

@@ -228,24 +228,26 @@ class GenerationMetrics(MetricGroup):
     @property
     def identity(self) -> dict[str, Any]:
         """What tells these scores from others: detector, reference, settings."""
-        reference = None
-        if self.reference is not None:
-            info = self.reference.info
-            reference = {
-                "path": None if self.reference.path is None else str(self.reference.path),
-                "hash": self.reference.hash,
-                "kind": info.kind,
-                "image_size": info.image_size,
-                "crop": info.crop,
-                "count": info.count,
-            }
         return {
             "detector": self.detector.identity | {"hash": self.detector.hash},
-            "reference": reference,
+            "reference": None if self.reference is None else describe_reference(self.reference),
             "metrics": self.names,
             "distance_precision": self._manifold_options["precision"],
             "neighbours": self._manifold_options["neighbours"],
         }
+
+
+def describe_reference(reference: Reference) -> dict[str, Any]:
+    """What tells a reference from others, for the record."""
+    info = reference.info
+    return {
+        "path": None if reference.path is None else str(reference.path),
+        "hash": reference.hash,
+        "kind": info.kind,
+        "image_size": info.image_size,
+        "crop": info.crop,
+        "count": info.count,
+    }
 
 
 def _check_names(names: Sequence[str], detector: Detector) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -35,15 +34,6 @@ class NpzShape(NamedTuple):
     images: int
     height: int
     width: int
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with Path(path).expanduser().open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def open_npz(path: str | Path) -> zipfile.ZipFile:
@@ -183,16 +173,32 @@ def read_image(file: Path) -> Tensor:
     Raises:
         ValueError: The file is no image, is damaged, or holds more than 8 bits per channel.
     """
+    return decode_image(file, str(file))
+
+
+def decode_image(file: Path | IO[bytes], name: str) -> Tensor:
+    """An image file, or what was read of one, as uint8 3×H×W; ``name`` is for messages.
+
+    Raises:
+        ValueError: It is no image, is damaged, or holds more than 8 bits per channel.
+    """
     try:
         with Image.open(file) as image:
             if image.mode not in MODES:
-                raise ValueError(
-                    f"{str(file)!r} has mode {image.mode}: images must be 8-bit RGB or grey; convert it first"
-                )
+                raise ValueError(f"{name!r} has mode {image.mode}: images must be 8-bit RGB or grey; convert it first")
             pixels = np.array(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{str(file)!r} is no readable image: {error}") from error
+        raise ValueError(f"{name!r} is no readable image: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def same_size(image: Tensor, shape: torch.Size, name: str, first: str) -> None:
+    """Raises ValueError if an image 3×H×W is of another shape than the first one."""
+    if image.shape != shape:
+        raise ValueError(
+            f"images must be of one size: {name!r} is {tuple(image.shape[1:])}, {first!r} is {tuple(shape[1:])}; "
+            "crop or resize them first"
+        )
 
 
 def iterate_folder(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
@@ -211,11 +217,6 @@ def iterate_folder(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatc
         for file in files[start : start + batch_size]:
             image = read_image(file)
             shape = image.shape if shape is None else shape
-            if image.shape != shape:
-                raise ValueError(
-                    f"images of a folder must be of one size: {str(file)!r} is {tuple(image.shape[1:])}, "
-                    f"{str(files[0])!r} is "
-                    f"{tuple(shape[1:])}; crop or resize them first"
-                )
+            same_size(image, shape, str(file), str(files[0]))
             batch.append(image)
         yield ImageBatch(torch.stack(batch), None)

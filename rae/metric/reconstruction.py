@@ -15,7 +15,7 @@ from rae.metric.features import Detector, check_images
 from rae.metric.frechet import FeatureMoments, SummedMetric, distance
 from rae.metric.functional.exact import exact_float32
 from rae.metric.functional.image import psnr, ssim
-from rae.metric.generation import MetricGroup, warn_of_rank
+from rae.metric.generation import MetricGroup, describe_reference, warn_of_rank
 from rae.metric.reference import Reference, read_reference
 
 NAMES = ("psnr", "ssim", "lpips", "rfid")
@@ -85,6 +85,9 @@ class ReconstructionMetrics(MetricGroup):
         ValueError: A reference without a detector, or of another kind.
         FileNotFoundError: The reference does not exist.
     """
+
+    takes_originals = True
+    """``update`` takes images and their originals."""
 
     def __init__(
         self,
@@ -181,6 +184,15 @@ class ReconstructionMetrics(MetricGroup):
                 )
             scores[name] = distance(pool, wanted).item()
         return scores | {"images": count}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these scores from others: detector, reference, which scores."""
+        return {
+            "detector": None if self.detector is None else self.detector.identity | {"hash": self.detector.hash},
+            "reference": None if self.reference is None else describe_reference(self.reference),
+            "metrics": self._metrics()["means"].names + ["rfid"] * (self.detector is not None),
+        }
 
 
 def _to_bytes(images: Tensor, name: str, checked: bool = False) -> Tensor:

@@ -21,8 +21,8 @@ from torchmetrics.utilities import rank_zero_warn
 from rae.metric.features import Detector
 from rae.metric.frechet import FeatureMoments
 from rae.metric.functional.frechet import Moments
-from rae.metric.images import BROKEN, file_hash, iterate_npz, npz_shape, open_npz
-from rae.weights import state_hash, write_atomically
+from rae.metric.images import BROKEN, iterate_npz, npz_shape, open_npz
+from rae.weights import file_hash, state_hash, write_atomically
 
 KINDS = {
     "training": "the training set, which generated samples are compared with (gFID)",

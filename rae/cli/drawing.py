@@ -1,0 +1,270 @@
+"""Samples of a model in parts on disk: streamed, resumable, shared out among processes, the same however they are divided."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from rae.cli.config import ConfigError
+from rae.cli.processes import begin
+from rae.describe import describe
+from rae.image import to_uint8
+from rae.parts import Parts
+from rae.rng import sample_seed
+from rae.weights import state_hash, write_atomically
+
+if TYPE_CHECKING:
+    from lightning import Fabric
+    from omegaconf import DictConfig
+
+    from rae.generator import Generator
+
+PRECISIONS = ("float32", "bfloat16")
+_WRITERS = 2  # threads that compress and write while the next images are sampled
+_WAITING = 4  # parts that may wait for them
+
+
+def class_list(classes: object, num_classes: int) -> list[int]:
+    """The classes to draw: ``all``, or the list given.
+
+    Raises:
+        ConfigError: Neither of the two, or a class outside the range.
+    """
+    if classes == "all":
+        return list(range(num_classes))
+    listed = [classes] if isinstance(classes, int) else classes
+    if not isinstance(listed, list) or not listed or not all(isinstance(item, int) for item in listed):
+        raise ConfigError(f"classes={classes!r} must be all or a list of numbers, e.g. classes=[0,7]")
+    if wrong := [item for item in listed if not 0 <= item < num_classes]:
+        raise ConfigError(f"classes={wrong} lie outside 0 … {num_classes - 1}, the classes of this run")
+    return listed
+
+
+def label_list(cfg: DictConfig, num_classes: int) -> list[int]:
+    """The label of every sample, which depends on the configuration alone.
+
+    ``labels=equal`` draws ``samples_per_class`` of each of the ``classes``, class by class; ``random`` draws ``count`` labels,
+    each from the seed and the sample's number; a file lists them (text, .npy, or an .npz with ``arr_1``).
+
+    Raises:
+        ConfigError: A number below 1, or a label outside the range.
+        FileNotFoundError: There is no such file.
+    """
+    from omegaconf import OmegaConf  # noqa: PLC0415
+
+    classes = class_list(
+        OmegaConf.to_container(cfg.classes) if OmegaConf.is_list(cfg.classes) else cfg.classes, num_classes
+    )
+    for key in ("samples_per_class", "batch_size", "part_size"):
+        if cfg[key] < 1:
+            raise ConfigError(f"{key}={cfg[key]} must be at least 1")
+    if cfg.labels == "equal":
+        return [label for label in classes for _ in range(cfg.samples_per_class)]
+    if cfg.labels == "random":
+        if not isinstance(cfg.count, int) or cfg.count < 1:
+            raise ConfigError(f"labels=random needs count=… (how many samples), got count={cfg.count}")
+        return [classes[sample_seed(cfg.seed, "label", number) % len(classes)] for number in range(cfg.count)]
+    return _listed_labels(Path(cfg.labels).expanduser(), num_classes)
+
+
+def _listed_labels(path: Path, num_classes: int) -> list[int]:
+    if not path.is_file():
+        raise FileNotFoundError(f"labels={str(path)!r} does not exist; choose equal, random, or give a file of labels")
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path)
+        elif path.suffix == ".npz":
+            values = np.load(path)["arr_1"]
+        else:
+            values = np.array([int(word) for word in path.read_text().split()])
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"labels={str(path)!r} holds no list of labels: {error}") from error
+    labels = [int(value) for value in np.ravel(values)]
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong or not labels:
+        raise ConfigError(f"labels={str(path)!r} must hold labels in 0 … {num_classes - 1}, got {wrong[:8] or 'none'}")
+    return labels
+
+
+def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dict[str, Any]:
+    """All that the samples depend on: weights, sampler, guidance, labels, seed, precision."""
+    if cfg.precision not in PRECISIONS:
+        raise ConfigError(f"precision={cfg.precision} is unknown; choose one of {', '.join(PRECISIONS)}")
+    weights = {
+        key: value for key, value in generator.state_dict().items() if not key.startswith("autoencoder.encoder.")
+    }
+    return {
+        "model": state_hash(weights),
+        "sampler": describe(generator.sampler),
+        "guidance": describe(generator.guidance),
+        "shift": float(generator.flow.shift),
+        "seed": cfg.seed,
+        "precision": cfg.precision,
+        "samples": len(labels),
+        "labels": hashlib.sha256(np.asarray(labels, dtype=np.int64).tobytes()).hexdigest(),
+        "image_size": generator.autoencoder.image_size,
+    }
+
+
+def draw(
+    cfg: DictConfig,
+    fabric: Fabric,
+    generator: Generator,
+    labels: Sequence[int],
+    folder: Path,
+    plan: dict[str, Any],
+    png: Path | None = None,
+    shards: Path | None = None,
+) -> Parts:
+    """Draws what is not there yet, part by part, while finished parts are compressed and written by threads.
+
+    Args:
+        cfg: Configuration with ``seed``, ``batch_size``, ``part_size`` and ``precision``.
+        fabric: The processes; each draws its share of the parts.
+        generator: Draws.
+        labels: Label of every sample.
+        folder: Where the parts are kept: .npy files uint8 n×H×W×3.
+        plan: From :func:`plan_of`.
+        png: Folder for one PNG a sample; None for none.
+        shards: Folder for tar shards of PNGs with labels, one a part; None for none.
+
+    Returns:
+        The parts, all of them done once all processes are.
+    """
+    parts = Parts(
+        folder, {**plan, "png": png is not None, "shards": shards is not None}, len(labels), cfg.part_size, ".npy"
+    )
+    mine = begin(fabric, parts)
+    total = sum(len(parts.items(part)) for part in mine)
+    pending: deque[Future[None]] = deque()
+    with (
+        ThreadPoolExecutor(_WRITERS) as pool,
+        tqdm(total=total, desc="sampling", unit="image", disable=not fabric.is_global_zero) as bar,
+    ):
+        for part in mine:
+            items = parts.items(part)
+            batches = []
+            for start in range(items.start, items.stop, cfg.batch_size):
+                numbers = range(start, min(start + cfg.batch_size, items.stop))
+                batches.append(_sample(generator, [labels[number] for number in numbers], numbers, cfg))
+                bar.update(len(numbers))
+            images = np.concatenate(batches)
+            pending.append(pool.submit(_write, images, labels, items, parts.path(part), png, shards))
+            while len(pending) > _WAITING:
+                pending.popleft().result()
+        for written in pending:
+            written.result()
+    fabric.barrier()
+    return parts
+
+
+def _sample(generator: Generator, labels: list[int], numbers: range, cfg: DictConfig) -> NDArray[np.uint8]:
+    half = cfg.precision == "bfloat16"
+    context = torch.autocast(generator.device.type, torch.bfloat16) if half else nullcontext()
+    with context:
+        images = generator(labels, cfg.seed, numbers)
+    # To bytes in float32: in bfloat16 neighbouring grey levels are one number.
+    return to_uint8(images.float()).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _write(
+    images: NDArray[np.uint8], labels: Sequence[int], numbers: range, path: Path, png: Path | None, shards: Path | None
+) -> None:
+    """Writes a part; its own file, which says that it is done, comes last."""
+    encoded = [_png(image) for image in images] if png is not None or shards is not None else []
+    names = [f"{number:06d}_class{labels[number]:04d}" for number in numbers]
+    if png is not None:
+        for name, content in zip(names, encoded, strict=True):
+            write_atomically(png / f"{name}.png", _writer(content))
+    if shards is not None:
+        from webdataset import TarWriter  # noqa: PLC0415
+
+        def write_tar(file: IO[bytes]) -> None:
+            with TarWriter(file, mtime=0, encoder=False) as tar:
+                for number, content in zip(numbers, encoded, strict=True):
+                    tar.write({"__key__": f"{number:06d}", "png": content, "cls": str(labels[number]).encode()})
+
+        write_atomically(shards / f"samples-{path.stem.rpartition('-')[2]}.tar", write_tar)
+    write_atomically(path, lambda file: np.save(file, images))
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _writer(content: bytes) -> Any:
+    return lambda file: file.write(content)
+
+
+def read_parts(
+    parts: Parts, batch_size: int, wanted: Sequence[int] | None = None
+) -> Iterator[tuple[NDArray[np.uint8], range]]:
+    """Images uint8 n×H×W×3 with their numbers, of all parts or of those wanted, without holding more than a batch."""
+    for part in range(len(parts)) if wanted is None else wanted:
+        items = parts.items(part)
+        images = np.load(parts.path(part), mmap_mode="r")
+        for start in range(0, len(items), batch_size):
+            yield np.array(images[start : start + batch_size]), items[start : start + batch_size]
+
+
+def write_npz(path: Path, parts: Parts, labels: Sequence[int]) -> Path:
+    """Packs all parts into an .npz as the evaluation suites read it (``arr_0`` uint8 N×H×W×3, ``arr_1`` int64 N), part by part."""
+    _, height, width, _ = np.load(parts.path(0), mmap_mode="r").shape
+
+    def write(file: IO[bytes]) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (parts.count, height, width, 3)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for images, _ in read_parts(parts, parts.size):
+                    member.write(images.tobytes())
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
+
+    return write_atomically(path, write)
+
+
+def pick(parts: Parts, numbers: Sequence[int]) -> torch.Tensor:
+    """Some of the samples, uint8 n×3×H×W."""
+    rows = [np.load(parts.path(number // parts.size), mmap_mode="r")[number % parts.size] for number in numbers]
+    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+
+
+def finished(description: Path, plan: dict[str, Any]) -> bool:
+    """Whether a folder holds these very samples already.
+
+    Raises:
+        ConfigError: It holds other ones.
+    """
+    if not description.is_file():
+        return False
+    before = json.loads(description.read_text())
+    now = json.loads(json.dumps(plan, default=str))
+    differing = [key for key in now if before.get(key) != now[key]]
+    if differing:
+        said = ", ".join(f"{key} was {_short(before.get(key))} and is now {_short(now[key])}" for key in differing)
+        raise ConfigError(
+            f"{str(description.parent)!r} holds other samples ({said}): force=true replaces them, output_dir=… writes elsewhere"
+        )
+    return True
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -1,0 +1,106 @@
+"""Images to be scored, from whatever holds them: an .npz, a folder of files, tar shards."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae.cli.config import ConfigError
+from rae.data.shards import read_index
+from rae.data.storage import read_ranges
+from rae.metric import ImageBatch, iterate_folder, iterate_npz
+from rae.metric.images import decode_image, same_size
+
+Batch = tuple[Tensor, Tensor | None, Tensor]
+"""Images uint8 B×3×H×W, their labels B where there are any, and their numbers B."""
+
+
+def iterate_shards(path: Path, batch_size: int) -> Iterator[ImageBatch]:
+    """Batches of the images of a folder of tar shards, in the order of names and keys; all must be of one size."""
+    entries = [(str(shard), *entry) for shard in sorted(path.glob("*.tar")) for entry in sorted(read_index(shard))]
+    if not entries:
+        raise ValueError(f"the shards of {str(path)!r} hold no image")
+    labelled = all(entry[-1] >= 0 for entry in entries)
+    shape = None
+    for start in range(0, len(entries), batch_size):
+        chunk = entries[start : start + batch_size]
+        contents = read_ranges([(shard, first, size) for shard, _, first, size, _ in chunk])
+        images = [
+            decode_image(io.BytesIO(content), f"{entry[0]}:{entry[1]}")
+            for content, entry in zip(contents, chunk, strict=True)
+        ]
+        shape = shape or images[0].shape
+        for image, entry in zip(images, chunk, strict=True):
+            same_size(image, shape, f"{entry[0]}:{entry[1]}", str(path))
+        yield ImageBatch(torch.stack(images), torch.tensor([entry[-1] for entry in chunk]) if labelled else None)
+
+
+def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """Batches of the images that a key of the configuration names, each process its share of the batches.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ConfigError: It is a trained run.
+        ValueError: Images of several sizes, of another type, or damaged files.
+    """
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{key}={given} does not exist: give an .npz file, a folder of images or of tar shards")
+    if path.suffix == ".ckpt" or (path / "checkpoints").is_dir():
+        raise ConfigError(f"{key}={given} is a trained run: give it as checkpoint={given}")
+    if path.is_file():
+        batches = iterate_npz(path, batch_size)
+    elif any(path.glob("*.tar")):
+        batches = iterate_shards(path, batch_size)
+    else:
+        batches = iterate_folder(path, batch_size)
+    done = 0
+    for number, (images, labels) in enumerate(batches):
+        if number % world_size == rank:
+            yield images, labels, torch.arange(done, done + len(images))
+        done += len(images)
+
+
+def open_pairs(
+    samples: str, originals: str, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Reconstructions uint8 B×3×H×W with their originals, paired in the order in which both are read.
+
+    Raises:
+        ValueError: One holds more images than the other.
+    """
+    first, second = (
+        open_images(key, given, batch_size, rank, world_size)
+        for key, given in (("samples", samples), ("originals", originals))
+    )
+    for images, _, numbers in first:
+        other = next(islice(second, 1), None)
+        if other is None or len(other[0]) != len(images):
+            raise ValueError(
+                f"originals={originals} holds fewer images than samples={samples}; they are paired one by one, in order"
+            )
+        assert torch.equal(numbers, other[2])
+        yield images, other[0]
+    if next(second, None) is not None:
+        raise ValueError(
+            f"originals={originals} holds more images than samples={samples}; they are paired one by one, in order"
+        )
+
+
+def describe_samples(given: str) -> dict[str, Any]:
+    """What is known of samples in files: their path, and what ``rae-sample`` wrote of how they were drawn."""
+    path = Path(given).expanduser()
+    described: dict[str, Any] = {"path": str(path)}
+    beside = (
+        path.parent if path.is_file() else path if (path / "samples.json").is_file() else path.parent
+    ) / "samples.json"
+    if beside.is_file():
+        described |= json.loads(beside.read_text())
+    return described
