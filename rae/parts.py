@@ -52,8 +52,11 @@ class Parts:
         """The file of a part; it exists once the part is done."""
         return self.folder / f"{self.prefix}-{part:06d}{self.suffix}"
 
-    def claim(self) -> None:
+    def claim(self, *others: Path | None) -> None:
         """Marks the folder as this work's and removes what a killed process left half-written.
+
+        Args:
+            others: Further folders that the work writes into, nothing else does, and where as much may have been left.
 
         Raises:
             ValueError: The folder holds other work.
@@ -61,6 +64,9 @@ class Parts:
         claim(self.folder, self.plan)
         for stale in self.folder.glob(f".{self.prefix}-*.tmp"):
             stale.unlink(missing_ok=True)
+        for folder in others:
+            for stale in folder.glob(".*.tmp") if folder is not None else ():
+                stale.unlink(missing_ok=True)
 
     def missing(self) -> list[int]:
         """Parts that are not done yet."""

@@ -252,10 +252,7 @@ def test_a_sweep_ends_in_one_table_and_one_plot(trained, tmp_path):
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.width > 600
     for row in rows:
-        folder = next(
-            path
-            for path in tmp_path.iterdir()
-            if f"{row['guidance.scale'].removesuffix('.0')}-" in path.name + "-" and row["sampler"] in path.name
-        )
+        scale = row["guidance.scale"].removesuffix(".0")
+        folder = tmp_path / f"guidance.scale_{scale}+sampler_{row['sampler']}"
         assert scores_of(folder)["accuracy"] == float(row["accuracy"])
         assert (folder / "neighbours.png").is_file()  # among the run's own training images

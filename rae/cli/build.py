@@ -67,12 +67,13 @@ def seed(cfg: DictConfig) -> None:
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
-def build_autoencoder(cfg: DictConfig, encode: bool = True) -> RAE:
+def build_autoencoder(cfg: DictConfig, encode: bool = True, averaged: bool = True) -> RAE:
     """Encoder, decoder and latent statistics; ``decoder_checkpoint`` names the decoder's trained weights.
 
     Args:
         cfg: The configuration.
         encode: Whether the encoder's weights are needed.
+        averaged: Whether a run's decoder is the moving average of its weights.
     """
     from rae.autoencoder import RAE  # noqa: PLC0415
     from rae.checkpoint import load_decoder_from  # noqa: PLC0415
@@ -80,7 +81,7 @@ def build_autoencoder(cfg: DictConfig, encode: bool = True) -> RAE:
     encoder = make(cfg.encoder) if encode else absent_encoder(cfg.encoder)
     autoencoder = RAE(encoder, make(cfg.decoder), make(cfg.get("latent")))
     if cfg.get("decoder_checkpoint") is not None:
-        load_decoder_from(autoencoder.decoder, cfg.decoder_checkpoint, cfg.get("averaged", True))
+        load_decoder_from(autoencoder.decoder, cfg.decoder_checkpoint, averaged)
     return autoencoder
 
 

@@ -143,7 +143,7 @@ def draw(
     parts = Parts(
         folder, {**plan, "png": png is not None, "shards": shards is not None}, len(labels), cfg.part_size, ".npy"
     )
-    mine = begin(fabric, parts)
+    mine = begin(fabric, parts, png, shards)
     total = sum(len(parts.items(part)) for part in mine)
     pending: deque[Future[None]] = deque()
     with (

@@ -102,7 +102,7 @@ def _compose_model(run: DictConfig, checkpoint: str | Path, encode: bool, decode
     if run.get("denoiser") is None:
         run = run.copy()
         run.decoder_checkpoint = str(decoder or checkpoint)  # not the one that its training may have begun with
-        return build_autoencoder(run, encode).eval()
+        return build_autoencoder(run, encode, run.get("averaged", True)).eval()
     if run.get("decoder_checkpoint") is None:
         raise ConfigError(
             "the run was trained without a decoder: add decoder_checkpoint=… (a stage-1 run, export or weight file)"
@@ -137,7 +137,7 @@ def _open_guide(run: DictConfig) -> Denoiser | None:
             f"guide_checkpoint={run.guide_checkpoint} holds weights alone: add +denoiser@guide=… to say of what"
         )
     guide = make(run.guide if kind == "file" else OmegaConf.create(read_config(path)).denoiser)
-    load_denoiser_from(guide, path, run.get("averaged", True))
+    load_denoiser_from(guide, path)
     return guide
 
 
@@ -151,7 +151,8 @@ def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool) -> RAE | 
         generator = load_generator(path, encoder=encode)
     autoencoder = load_autoencoder(path, encode) if generator is None else generator.autoencoder
     if cfg.get("decoder_checkpoint") is not None:
-        load_decoder_from(autoencoder.decoder, cfg.decoder_checkpoint, cfg.get("averaged", True))
+        averaged = generator is not None or cfg.get("averaged", True)
+        load_decoder_from(autoencoder.decoder, cfg.decoder_checkpoint, averaged)
     if generator is None:
         return autoencoder.eval()
     if cfg.get("sampler") is not None:

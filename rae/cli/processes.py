@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rae.cli.build import pick_device
@@ -52,8 +53,8 @@ def start(cfg: DictConfig) -> Fabric:
     return fabric
 
 
-def begin(fabric: Fabric, parts: Parts) -> list[int]:
-    """Claims the folder of some work and shares out what is left of it.
+def begin(fabric: Fabric, parts: Parts, *folders: Path | None) -> list[int]:
+    """Claims the folder of some work, and further ones that it writes into, and shares out what is left of it.
 
     Returns:
         The parts that fall to this process.
@@ -65,7 +66,7 @@ def begin(fabric: Fabric, parts: Parts) -> list[int]:
 
     with first(fabric) as is_first:
         if is_first:
-            parts.claim()
+            parts.claim(*folders)
     missing = fabric.broadcast(parts.missing())  # what the first one sees: others may be at work already
     if len(missing) < len(parts) and fabric.is_global_zero:
         log.info("%d of %d parts are there already", len(parts) - len(missing), len(parts))

@@ -139,7 +139,7 @@ def draw_parts(
         content = images.permute(0, 2, 3, 1).numpy()
         write_atomically(path, lambda file: np.save(file, content))
 
-    for part, batches in batches_of(data, "val", parts, begin(fabric, parts), fabric, "reconstructing"):
+    for part, batches in batches_of(data, "val", parts, begin(fabric, parts, png), fabric, "reconstructing"):
         pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision)
         images = torch.cat([to_uint8(drawn).cpu() for drawn, _ in pairs])
         for number, image in zip(parts.items(part), images if png is not None else (), strict=png is not None):

@@ -10,9 +10,6 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_COUNTS = ("samples", "images")
-"""Scores that say how many images there were: the same in all jobs, and no curve."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -79,7 +76,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> Path:
-    """A panel for every score, over the swept number of the most values; a line for every choice of the others.
+    """A panel for every score that differs, over the swept number of the most values; a line for every choice of the others.
 
     Args:
         rows: Settings and scores of every job.
@@ -91,7 +88,9 @@ def plot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> 
 
     from rae.weights import write_atomically  # noqa: PLC0415 (imports torch)
 
-    scores = [name for name in rows[0] if name not in keys and name not in _COUNTS and not name.endswith("_std")]
+    names = [name for name in rows[0] if name not in keys and not name.endswith("_std")]
+    # What is the same everywhere (the number of samples, scores of real images) makes no curve.
+    scores = [name for name in names if len({row[name] for row in rows}) > 1] or names
     numeric = [key for key in keys if all(isinstance(row[key], float) for row in rows)]
     axis = max(numeric, key=lambda key: len({row[key] for row in rows})) if numeric else keys[0]
     lines: dict[str, list[Mapping[str, Any]]] = {}
