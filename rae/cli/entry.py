@@ -40,7 +40,7 @@ class Interrupted(KeyboardInterrupt):
         self.code = code
 
 
-def entry(config: str, task: Task) -> Callable[[], None]:
+def entry(config: str, task: Task, program: str | None = None) -> Callable[[], None]:
     """Makes the ``main`` of a console script.
 
     The exit code is 0, 1 (the task failed; one line says why), 2 (the command line is wrong; one line names the nearest
@@ -49,8 +49,9 @@ def entry(config: str, task: Task) -> Callable[[], None]:
     Args:
         config: Name of the root config in ``conf/``.
         task: Receives the composed configuration, whose ``output_dir`` is absolute and exists.
+        program: Name of the command in its messages; None for that of the config.
     """
-    return functools.partial(_main, config, task, f"rae-{config.replace('_', '-')}")
+    return functools.partial(_main, config, task, program or f"rae-{config.replace('_', '-')}")
 
 
 def _main(config: str, task: Task, program: str) -> None:
