@@ -54,10 +54,15 @@ def commands(page: Path) -> list[str]:
     return [command for command in [*spans, *blocks] if "NAME" not in command and " --" not in command]
 
 
-def test_commands_of_the_page_for_the_originals_users_compose():
-    found = commands(ROOT / "conf/FROM_ORIGINAL.md")
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(ROOT / "conf/FROM_ORIGINAL.md", marks=pytest.mark.slow), ROOT / "conf/model/README.md"],
+    ids=["FROM_ORIGINAL", "model"],
+)
+def test_commands_on_the_pages_compose(page):
+    found = commands(page)
     scripts = re.findall(r"^(rae-[a-z-]+) = ", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert len(found) > 12
+    assert len(found) > 5
     for command in found:
         program, *given = shlex.split(command.replace("…", "x"))
         assert program in scripts, command
@@ -70,6 +75,26 @@ def test_choices_on_the_page_exist():
     for group, choice in re.findall(r"`([a-z/@]+)=(\w+)`", (ROOT / "conf/FROM_ORIGINAL.md").read_text()):
         if group in groups:
             assert choice in groups[group], f"{group}={choice}"
+
+
+def test_the_table_of_weights_is_that_of_the_models():
+    page = (ROOT / "conf/model/README.md").read_text()
+    for model in config_groups()["model"]:
+        row = next(line for line in page.splitlines() if f"| `{model}` |" in line)
+        cfg = compose("sample", [f"model={model}"])
+        assert f"`{Path(cfg.checkpoint).relative_to('models')}`" in row
+        if cfg.guide_checkpoint is not None:
+            assert f"`{Path(cfg.guide_checkpoint).relative_to('models')}`" in page
+        header = (ROOT / f"conf/model/{model}.yaml").read_text().splitlines()[2]
+        for score in re.findall(r"(?:FID-50k|dB|PSNR) (\d+\.\d+)", header):
+            assert score in row
+        shown = set(re.findall(r"`(\w+)`", page[page.index("## Licences") :]))
+    assert set(config_groups()["encoder"]) - shown == {
+        "digits",
+        "timm",
+        "dinov2",
+        "dinov2_layers",
+    }  # dinov2 stands as encoder=dinov2
 
 
 def test_citation_names_the_version_and_the_paper():
