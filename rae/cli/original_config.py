@@ -160,7 +160,7 @@ def _choose_networks(t: Translation) -> None:
     """Stage, sizes, solver, guidance and processes."""
     if t.kind in ("stage1", "stage2"):
         t.choices = {"stage": t.kind[-1], **t.choices, "trainer": "ddp" if t.devices > 1 else "default"}
-        t.put("trainer.devices", t.devices, "devices")
+        t.put("trainer.devices", t.devices, "devices of rae-convert")
     else:
         t.choices.setdefault("latent", "default")
     if "decoder" not in t.choices:
