@@ -93,7 +93,7 @@ def main() -> None:
         given = [f"config='{file[0]}'"] if file and not file[0].startswith("-") and "=" not in file[0] else []
         sys.argv[1:] = [*arguments[:at], *given, *arguments[at + 1 + len(given) :]]
     if "config" in arguments or any(argument.startswith("config=") for argument in arguments):
-        entry("convert_config", convert_config, "rae-convert config")()
+        entry("convert_config", convert_config)()
     else:
         entry("convert", convert)()
 

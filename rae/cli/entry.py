@@ -7,14 +7,19 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from rae.cli.config import VERSION_BASE, absolute_paths, check_complete, conf_dir, normalise, register_resolvers
 
+if TYPE_CHECKING:
+    from rae.cli.sweep import Job
+
 Task = Callable[[DictConfig], None]
+AfterSweep = Callable[[Sequence["Job"]], None]
 
 # Idle OpenMP threads are to spin but briefly: on a CPU that other work shares, the default made a training step up to 40 times
 # slower; not spinning at all makes it half as fast on an idle one.
@@ -40,7 +45,7 @@ class Interrupted(KeyboardInterrupt):
         self.code = code
 
 
-def entry(config: str, task: Task, program: str | None = None) -> Callable[[], None]:
+def entry(config: str, task: Task, after_sweep: AfterSweep | None = None) -> Callable[[], None]:
     """Makes the ``main`` of a console script.
 
     The exit code is 0, 1 (the task failed; one line says why), 2 (the command line is wrong; one line names the nearest
@@ -49,28 +54,32 @@ def entry(config: str, task: Task, program: str | None = None) -> Callable[[], N
     Args:
         config: Name of the root config in ``conf/``.
         task: Receives the composed configuration, whose ``output_dir`` is absolute and exists.
-        program: Name of the command in its messages; None for that of the config.
+        after_sweep: Called with all jobs once a sweep is over.
     """
-    return functools.partial(_main, config, task, program or f"rae-{config.replace('_', '-')}")
+    return functools.partial(_main, config, task, f"rae-{config.replace('_', '-')}", after_sweep)
 
 
-def _main(config: str, task: Task, program: str) -> None:
+def _main(config: str, task: Task, program: str, after_sweep: AfterSweep | None) -> None:
     import hydra  # noqa: PLC0415 (after the resolvers; slow)
+    from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
+
+    from rae.cli.sweep import Job  # noqa: PLC0415
 
     register_resolvers()
     given = sys.argv[1:]
     sys.argv[1:] = _without_fixed_keys(normalise(_flags_first(given)))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, which are put in words below
-    failed: list[BaseException] = []
+    jobs: list[Job] = []
 
     def guarded(cfg: DictConfig) -> None:
         error = _run(cfg, config, task, program)
-        if error is not None:
-            failed.append(error)
+        jobs.append(Job(list(HydraConfig.get().overrides.task), Path(cfg.output_dir), error is not None))
 
     command = hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config)(guarded)
     try:
         command()
+        if after_sweep is not None and _is_sweep(sys.argv):
+            after_sweep(jobs)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
@@ -86,7 +95,7 @@ def _main(config: str, task: Task, program: str) -> None:
         text = explain(error, arguments.config_name or config, arguments.overrides, folders)
         print(f"{program}: error: {text}", file=sys.stderr)
         raise SystemExit(USER_ERROR) from None
-    if failed:
+    if any(job.failed for job in jobs):
         raise SystemExit(TASK_ERROR)
 
 
@@ -139,6 +148,10 @@ def _wants_trace() -> bool:
     return os.environ.get("RAE_TRACEBACK") == "1" or "hydra.verbose=true" in sys.argv[1:]
 
 
+def _is_sweep(arguments: list[str]) -> bool:
+    return bool({"-m", "--multirun"} & set(arguments))
+
+
 def _flags_first(arguments: list[str]) -> list[str]:
     """Flags may stand anywhere among the overrides, which argparse by itself does not allow."""
     flags, overrides, takes_value = [], [], False
@@ -154,7 +167,7 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 def _without_fixed_keys(arguments: list[str]) -> list[str]:
     """In a sweep, leaves the overrides that all jobs share out of the names of the jobs' folders."""
-    if not {"-m", "--multirun"} & set(arguments):
+    if not _is_sweep(arguments):
         return arguments
     from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: PLC0415
     from hydra.errors import HydraException  # noqa: PLC0415
