@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from rae.autoencoder import RAE
 from rae.denoiser import Denoiser
 from rae.flow import AutoGuidance, FlowMatching, NoGuidance
+from rae.image import to_uint8
 from rae.layers import trusted
 from rae.rng import normal, sample_seed
+
+PRECISIONS = ("float32", "bfloat16")
+"""Arithmetic of the networks that samples can be drawn in; published numbers are of float32."""
 
 
 class Generator(nn.Module):
@@ -129,6 +133,30 @@ class Generator(nn.Module):
     def forward(self, labels: Tensor | Sequence[int], seed: int = 0, indices: Sequence[int] | None = None) -> Tensor:
         """Samples images B×3×H×W in [0, 1] of the given classes; arguments as for :meth:`latents`."""
         return self.autoencoder.decode(self.latents(labels, seed, indices)).clamp(0, 1)
+
+    def draw(
+        self,
+        labels: Tensor | Sequence[int],
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        precision: str = "float32",
+    ) -> Tensor:
+        """Samples images uint8 B×3×H×W, as they are scored and written.
+
+        Args:
+            labels: See :meth:`latents`.
+            seed: See :meth:`latents`.
+            indices: See :meth:`latents`.
+            precision: ``float32`` or ``bfloat16``: arithmetic of the networks.
+
+        Raises:
+            ValueError: An unknown precision, or see :meth:`latents`.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision} is unknown; choose {' or '.join(PRECISIONS)}")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            images = self(labels, seed, indices)
+        return to_uint8(images.float())  # in bfloat16 neighbouring grey levels are one number
 
     @torch.no_grad()
     def interpolate(self, label: int, pair: tuple[int, int], count: int, seed: int = 0) -> Tensor:

@@ -19,7 +19,9 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def make_grid(images: Tensor, columns: int, padding: int = 2, scale: int = 1) -> Tensor:
+def make_grid(
+    images: Tensor, columns: int, padding: int = 2, scale: int = 1, captions: Sequence[str] | None = None
+) -> Tensor:
     """Lays images out row by row on a white ground.
 
     Args:
@@ -27,26 +29,50 @@ def make_grid(images: Tensor, columns: int, padding: int = 2, scale: int = 1) ->
         columns: Images in a row.
         padding: White pixels between the images and around them.
         scale: Every pixel becomes a square of this side, so that small images can be looked at.
+        captions: A short text under every image; None for none.
 
     Returns:
         One picture, uint8 3×H'×W'.
 
     Raises:
-        ValueError: ``images`` is no uint8 batch of RGB images, or ``columns`` or ``scale`` is below 1.
+        ValueError: ``images`` is no uint8 batch of RGB images, ``columns`` or ``scale`` is below 1, or there is another number of
+            captions than of images.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 of shape B×3×H×W, got {images.dtype} {tuple(images.shape)}")
     if columns < 1 or scale < 1:
         raise ValueError(f"columns and scale must be at least 1, got columns={columns} and scale={scale}")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"every image needs its caption: {len(images)} images, {len(captions)} captions")
     images = images.cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     count, _, height, width = images.shape
+    pitch = height + padding + (_CAPTION if captions is not None else 0)
     rows = math.ceil(count / columns)
-    grid = torch.full((3, rows * (height + padding) + padding, columns * (width + padding) + padding), 255).byte()
-    for position, image in enumerate(images):
-        top = padding + position // columns * (height + padding)
-        left = padding + position % columns * (width + padding)
+    grid = torch.full((3, rows * pitch + padding, columns * (width + padding) + padding), 255).byte()
+    corners = [
+        (padding + number // columns * pitch, padding + number % columns * (width + padding)) for number in range(count)
+    ]
+    for image, (top, left) in zip(images, corners, strict=True):
         grid[:, top : top + height, left : left + width] = image
-    return grid
+    if captions is None:
+        return grid
+    places = [(left + width / 2, top + height + _CAPTION / 2) for top, left in corners]
+    return _write_texts(grid, captions, places, "mm", size=11)
+
+
+_CAPTION = 14
+"""Height of a caption, in pixels."""
+
+
+def _write_texts(
+    picture: Tensor, texts: Sequence[str], places: Sequence[tuple[float, float]], anchor: str, size: int
+) -> Tensor:
+    """The picture uint8 3×H×W with black texts at places (x, y)."""
+    canvas = to_pil(picture)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=size)
+    for text, place in zip(texts, places, strict=True):
+        draw.text(place, text, "black", font, anchor=anchor)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
 def label_rows(rows: Sequence[Tensor], labels: Sequence[str], columns: int, scale: int = 1) -> Tensor:
@@ -71,13 +97,15 @@ def label_rows(rows: Sequence[Tensor], labels: Sequence[str], columns: int, scal
     grid = make_grid(torch.cat(whole), columns, scale=scale)
     font = ImageFont.load_default(size=14)
     margin = max(round(font.getlength(label)) for label in labels) + 12
-    picture = Image.new("RGB", (grid.shape[2] + margin, grid.shape[1]), "white")
-    picture.paste(to_pil(grid), (margin, 0))
-    draw = ImageDraw.Draw(picture)
     height = (grid.shape[1] - 2) / len(rows)
-    for number, label in enumerate(labels):
-        draw.text((margin - 6, 2 + (number + 0.5) * height), label, "black", font, anchor="rm")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    places = [(margin - 6, 2 + (number + 0.5) * height) for number in range(len(rows))]
+    ground = torch.full((3, grid.shape[1], margin), 255, dtype=torch.uint8)
+    return _write_texts(torch.cat([ground, grid], 2), labels, places, "rm", size=14)
+
+
+def grid_scale(side: int, wanted: int = 64) -> int:
+    """How many pixels of the grid one pixel of an image takes, so that small images can be looked at."""
+    return max(1, wanted // side)
 
 
 def to_pil(image: Tensor) -> Image.Image:

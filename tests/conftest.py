@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands do, see rae.cli.entry
@@ -23,3 +24,11 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a short run of every stage on digits: ``encoder``, ``stage1``, ``stats``, ``stage2``."""
+    from tests.digits_runs import train_all  # Lightning and Hydra take seconds to import
+
+    return train_all(tmp_path_factory.mktemp("runs"))

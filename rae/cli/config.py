@@ -22,10 +22,13 @@ _PATHS = (
     "data.val_path",
     "samples",
     "originals",
+    "neighbours_of",
     "labels",
     "images",
     "synsets",
     "metric.reference",
+    "callbacks.evaluation.metric.reference",
+    "callbacks.evaluation.guide",
     "source",
 )
 _NETWORKS = ("stage", "encoder", "latent", "decoder", "discriminator", "denoiser")

@@ -9,7 +9,6 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from tqdm import tqdm
 from rae.cli.config import ConfigError
 from rae.cli.processes import begin
 from rae.describe import describe
-from rae.image import to_uint8
 from rae.parts import Parts
 from rae.rng import sample_seed
 from rae.weights import state_hash, write_atomically
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 
     from rae.generator import Generator
 
-PRECISIONS = ("float32", "bfloat16")
 _WRITERS = 2  # threads that compress and write while the next images are sampled
 _WAITING = 4  # parts that may wait for them
 
@@ -102,8 +99,6 @@ def _listed_labels(path: Path, num_classes: int) -> list[int]:
 
 def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dict[str, Any]:
     """All that the samples depend on: weights, sampler, guidance, labels, seed, precision."""
-    if cfg.precision not in PRECISIONS:
-        raise ConfigError(f"precision={cfg.precision} is unknown; choose one of {', '.join(PRECISIONS)}")
     weights = {
         key: value for key, value in generator.state_dict().items() if not key.startswith("autoencoder.encoder.")
     }
@@ -160,10 +155,10 @@ def draw(
             batches = []
             for start in range(items.start, items.stop, cfg.batch_size):
                 numbers = range(start, min(start + cfg.batch_size, items.stop))
-                batches.append(_sample(generator, [labels[number] for number in numbers], numbers, cfg))
+                images = generator.draw([labels[number] for number in numbers], cfg.seed, numbers, cfg.precision)
+                batches.append(_to_host(images))
                 bar.update(len(numbers))
-            images = np.concatenate(batches)
-            pending.append(pool.submit(_write, images, labels, items, parts.path(part), png, shards))
+            pending.append(pool.submit(_write, batches, labels, items, parts.path(part), png, shards))
             while len(pending) > _WAITING:
                 pending.popleft().result()
         for written in pending:
@@ -172,19 +167,30 @@ def draw(
     return parts
 
 
-def _sample(generator: Generator, labels: list[int], numbers: range, cfg: DictConfig) -> NDArray[np.uint8]:
-    half = cfg.precision == "bfloat16"
-    context = torch.autocast(generator.device.type, torch.bfloat16) if half else nullcontext()
-    with context:
-        images = generator(labels, cfg.seed, numbers)
-    # To bytes in float32: in bfloat16 neighbouring grey levels are one number.
-    return to_uint8(images.float()).permute(0, 2, 3, 1).cpu().numpy()
+def _to_host(images: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """The images on their way to host memory, and the event that tells when they are there; None where they are there."""
+    if images.device.type != "cuda":
+        return images.cpu(), None
+    host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+    host.copy_(images, non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record()
+    return host, arrival
 
 
 def _write(
-    images: NDArray[np.uint8], labels: Sequence[int], numbers: range, path: Path, png: Path | None, shards: Path | None
+    batches: Sequence[tuple[torch.Tensor, Any]],
+    labels: Sequence[int],
+    numbers: range,
+    path: Path,
+    png: Path | None,
+    shards: Path | None,
 ) -> None:
-    """Writes a part; its own file, which says that it is done, comes last."""
+    """Writes a part, once its batches have come; its own file, which says that it is done, is written last."""
+    for _, arrival in batches:
+        if arrival is not None:
+            arrival.synchronize()
+    images = torch.cat([batch for batch, _ in batches]).permute(0, 2, 3, 1).numpy()
     encoded = [_png(image) for image in images] if png is not None or shards is not None else []
     names = [f"{number:06d}_class{labels[number]:04d}" for number in numbers]
     if png is not None:
@@ -223,7 +229,7 @@ def read_parts(
             yield np.array(images[start : start + batch_size]), items[start : start + batch_size]
 
 
-def write_npz(path: Path, parts: Parts, labels: Sequence[int]) -> Path:
+def write_npz(path: Path, parts: Parts, labels: Sequence[int] | None) -> Path:
     """Packs all parts into an .npz as the evaluation suites read it (``arr_0`` uint8 N×H×W×3, ``arr_1`` int64 N), part by part."""
     _, height, width, _ = np.load(parts.path(0), mmap_mode="r").shape
 
@@ -234,6 +240,8 @@ def write_npz(path: Path, parts: Parts, labels: Sequence[int]) -> Path:
                 np.lib.format.write_array_header_1_0(member, header)
                 for images, _ in read_parts(parts, parts.size):
                     member.write(images.tobytes())
+            if labels is None:
+                return
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rae.cli.config import ConfigError, save_config
 from rae.cli.entry import entry
+from rae.cli.sweep import summarise
 
 if TYPE_CHECKING:
     from lightning import Fabric
     from omegaconf import DictConfig
+    from torch import Tensor
 
     from rae.parts import Parts
 
@@ -32,6 +34,7 @@ class Source:
         identity: What tells these images from others.
         described: The configuration that says how they came about.
         parts: Where samples that were drawn for this lie; None for files.
+        labels: Labels of these samples.
     """
 
     def __init__(
@@ -40,11 +43,13 @@ class Source:
         identity: dict[str, Any],
         described: DictConfig,
         parts: Parts | None = None,
+        labels: Sequence[int] = (),
     ) -> None:
         self.batches = batches
         self.identity = identity
         self.described = described
         self.parts = parts
+        self.labels = labels
 
 
 def from_files(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
@@ -97,19 +102,20 @@ def from_generator(cfg: DictConfig, fabric: Fabric) -> Source:
                 {"index": torch.tensor(list(numbers))},
             )
 
-    return Source(batches(), {"samples": {"checkpoint": str(cfg.checkpoint), **plan}}, run, parts)
+    return Source(batches(), {"samples": {"checkpoint": str(cfg.checkpoint), **plan}}, run, parts, labels)
 
 
 def from_autoencoder(cfg: DictConfig, fabric: Fabric) -> Source:
     """Reconstructions that a model makes now of a folder, shards or the held-out images of its data."""
     from rae.cli.models import open_autoencoder  # noqa: PLC0415
-    from rae.cli.reconstruct import model_identity, open_data, reconstructions, share_of  # noqa: PLC0415
+    from rae.cli.reconstruct import model_identity, open_data, share_of  # noqa: PLC0415
+    from rae.training.evaluation import reconstructions  # noqa: PLC0415
 
     autoencoder, run = open_autoencoder(cfg)
     autoencoder = autoencoder.to(fabric.device)
     data = open_data(run, autoencoder.image_size)
     mine = share_of(data, cfg.count, fabric.global_rank, fabric.world_size)
-    pairs = reconstructions(autoencoder, data, mine, fabric.device, cfg.precision)
+    pairs = reconstructions(autoencoder, data.range_dataloader("val", [mine]), fabric.device, cfg.precision)
     identity = {"samples": model_identity(cfg, run, autoencoder)}
     return Source(((pair, {}) for pair in pairs), identity, run)
 
@@ -149,10 +155,12 @@ def evaluate(cfg: DictConfig) -> None:
     elif fabric.world_size > 1:
         raise ConfigError(f"metric {type(metric).__name__} runs on one process; leave out devices={cfg.devices}")
     source = open_source(cfg, fabric, getattr(metric, "takes_originals", False))
+    shown: list[Any] = []
     with tqdm(desc="scoring", unit="image", disable=not fabric.is_global_zero) as bar:
         for images, options in source.batches:
             metric.update(*images, **options)
             bar.update(len(images[0]))
+            shown.extend(images[0][: (cfg.neighbours or 0) - len(shown)])
     scores = {name: float(value) for name, value in metric.compute().items()}
     identity = {**source.identity, "metric": getattr(metric, "identity", None), "versions": versions()}
     fabric.barrier()
@@ -163,23 +171,37 @@ def evaluate(cfg: DictConfig) -> None:
         write_scores(folder, scores, identity)
         if source.parts is not None:
             _keep_or_remove(cfg, source, folder)
+        if cfg.neighbours:
+            _write_neighbours(cfg, source, metric, shown, folder)
         print(table(scores))
         log.info("scores.json and scores.csv are in %s", folder)
 
 
+def _write_neighbours(cfg: DictConfig, source: Source, metric: Any, samples: Sequence[Tensor], folder: Path) -> None:
+    import torch  # noqa: PLC0415
+
+    from rae.cli.neighbours import write_sheet  # noqa: PLC0415
+    from rae.image import to_uint8  # noqa: PLC0415
+
+    images = torch.stack(list(samples))
+    images = to_uint8(images) if images.is_floating_point() else images
+    features = write_sheet(cfg, source.described, metric, images, folder / "neighbours.png")
+    log.info("neighbours.png: samples on the left, then the training images nearest to them in %s", features)
+
+
 def _keep_or_remove(cfg: DictConfig, source: Source, folder: Path) -> None:
     """Packs the samples where that is wanted; without it they have served."""
-    from rae.cli.drawing import label_list, write_npz  # noqa: PLC0415
+    from rae.cli.drawing import write_npz  # noqa: PLC0415
     from rae.weights import write_json  # noqa: PLC0415
 
     assert source.parts is not None
     if cfg.keep_samples:
-        write_npz(folder / "samples.npz", source.parts, label_list(cfg, int(source.described.denoiser.num_classes)))
+        write_npz(folder / "samples.npz", source.parts, source.labels)
         write_json(folder / "samples.json", source.identity["samples"])
     source.parts.remove()
 
 
-main = entry("evaluate", evaluate)
+main = entry("evaluate", evaluate, summarise)
 
 if __name__ == "__main__":
     main()

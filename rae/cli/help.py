@@ -31,6 +31,7 @@ GROUPS = {
     "trainer": "devices, length, precision: Lightning's Trainer",
     "strategy": "how devices share the work",
     "callbacks": "checkpoints, averages, previews",
+    "evaluation": "scores while training, at steps or epochs",
     "logger": "where curves and pictures go",
     "paths": "folders",
     "debug": "short runs that look for faults",

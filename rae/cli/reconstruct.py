@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rae.cli.config import ConfigError, save_config
 from rae.cli.entry import entry
-from rae.cli.sample import grid_scale
 
 if TYPE_CHECKING:
     import torch
+    from lightning import Fabric
     from omegaconf import DictConfig
     from torch import Tensor
 
     from rae.autoencoder import RAE
     from rae.data import ImageDataModule
+    from rae.parts import Parts
 
 log = logging.getLogger(__name__)
 
@@ -65,21 +65,6 @@ def share_of(data: ImageDataModule, count: int | None, rank: int = 0, world_size
     return range(total * rank // world_size, total * (rank + 1) // world_size)
 
 
-def reconstructions(
-    autoencoder: RAE, data: ImageDataModule, mine: range, device: torch.device, precision: str = "float32"
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reconstructions float32 B×3×H×W in [0, 1] and their originals, batch by batch."""
-    import torch  # noqa: PLC0415 (slow to import)
-
-    from rae.data.transforms import to_float  # noqa: PLC0415
-
-    for batch in data.range_dataloader("val", [mine]):
-        images = to_float(batch["image"].to(device))
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            drawn = autoencoder(images).float().clamp(0, 1)
-        yield drawn, images
-
-
 def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[str, Any]:
     """What tells the reconstructions of this model and these images from others."""
     from rae.cli.config import plain  # noqa: PLC0415
@@ -100,46 +85,115 @@ def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[s
 
 
 def reconstruct(cfg: DictConfig) -> None:
-    """Rebuilds the run's autoencoder, reconstructs the images and writes grid, scores and, if asked to, every image."""
-    import torch  # noqa: PLC0415 (slow to import)
-    from tqdm import tqdm  # noqa: PLC0415
-
-    from rae.cli.build import make, pick_device, seed  # noqa: PLC0415
+    """Rebuilds the run's autoencoder, reconstructs the images in parts on disk, and writes scores, a grid and what is asked for."""
+    from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)
+    from rae.cli.drawing import write_npz  # noqa: PLC0415
     from rae.cli.models import open_autoencoder  # noqa: PLC0415
+    from rae.cli.processes import first, start  # noqa: PLC0415
     from rae.cli.results import table, versions, write_scores  # noqa: PLC0415
-    from rae.image import make_grid, save_png, to_uint8  # noqa: PLC0415
+    from rae.parts import Parts  # noqa: PLC0415
 
     folder = Path(cfg.output_dir)
+    fabric = start(cfg)
     seed(cfg)
-    device = pick_device(cfg.device)
     autoencoder, run = open_autoencoder(cfg)
-    autoencoder = autoencoder.to(device)
-    metric = make(run.metric).to(device)
+    autoencoder = autoencoder.to(fabric.device)
+    metric = make(run.metric).to(fabric.device)  # before the images: what does not fit is to be said at once
     data = open_data(run, autoencoder.image_size)
-    mine = share_of(data, cfg.count)
-    save_config(run, folder)
+    count = len(share_of(data, cfg.count))
+    identity = model_identity(cfg, run, autoencoder)
+    parts = Parts(folder / "parts", {**identity, "png": cfg.png}, count, cfg.part_size, ".npy")
+    draw_parts(cfg, fabric, autoencoder, data, parts, folder / "images" if cfg.png else None)
+    originals, found = score_parts(cfg, fabric, metric, data, parts)
+    labels = found if run.images is None else None  # images of a folder are read without their classes
+    scores = metric.compute()
+    fabric.barrier()
+    with first(fabric) as is_first:
+        if not is_first:
+            return
+        save_config(run, folder)
+        if cfg.npz:
+            write_npz(folder / "reconstructions.npz", parts, labels)
+        write_grid(originals, parts, labels, folder)
+        if cfg.interpolations:
+            write_interpolations(cfg, autoencoder, originals, fabric.device, folder)
+        write_scores(folder, scores, {"samples": identity, "metric": metric.identity, "versions": versions()})
+        parts.remove()
+        print(table(scores))
+        log.info("grid.png (originals left, reconstructions right), scores.json and scores.csv are in %s", folder)
 
-    pairs: list[Tensor] = []
-    done = 0
-    with tqdm(total=len(mine), desc="reconstructing", unit="image") as bar:
-        for drawn, images in reconstructions(autoencoder, data, mine, device, cfg.precision):
-            metric.update(drawn, images)
-            for original, copy in zip(to_uint8(images), to_uint8(drawn), strict=True):
-                if len(pairs) < cfg.grid_pairs:
-                    pairs.append(torch.stack([original, copy]).cpu())
-                if cfg.png:
-                    save_png(copy, folder / "images" / f"{done:06d}.png")
-                done += 1
-            bar.update(len(images))
-    scores = {**metric.compute(), "images": float(done)}
-    picture = make_grid(torch.cat(pairs), 8, scale=grid_scale(pairs[0].shape[-1]))
-    save_png(picture, folder / "grid.png")
-    if cfg.interpolations:
-        write_interpolations(cfg, autoencoder, torch.stack([pair[0] for pair in pairs]), device, folder)
-    identity = {"samples": model_identity(cfg, run, autoencoder), "metric": metric.identity, "versions": versions()}
-    write_scores(folder, scores, identity)
-    print(table(scores))
-    log.info("grid.png (originals left, reconstructions right), scores.json and scores.csv are in %s", folder)
+
+def draw_parts(
+    cfg: DictConfig, fabric: Fabric, autoencoder: RAE, data: ImageDataModule, parts: Parts, png: Path | None
+) -> None:
+    """Reconstructs what is not there yet: .npy files uint8 n×H×W×3 and, where there is a folder for them, PNG files."""
+    import numpy as np  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    from rae.cli.processes import batches_of, begin  # noqa: PLC0415
+    from rae.image import save_png, to_uint8  # noqa: PLC0415
+    from rae.training.evaluation import reconstructions  # noqa: PLC0415
+    from rae.weights import write_atomically  # noqa: PLC0415
+
+    def save(images: Tensor, path: Path) -> None:
+        content = images.permute(0, 2, 3, 1).numpy()
+        write_atomically(path, lambda file: np.save(file, content))
+
+    for part, batches in batches_of(data, "val", parts, begin(fabric, parts), fabric, "reconstructing"):
+        pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision)
+        images = torch.cat([to_uint8(drawn).cpu() for drawn, _ in pairs])
+        for number, image in zip(parts.items(part), images if png is not None else (), strict=png is not None):
+            assert png is not None
+            save_png(image, png / f"{number:06d}.png")
+        save(images, parts.path(part))  # last: it says that the part is done
+    fabric.barrier()
+
+
+def score_parts(
+    cfg: DictConfig, fabric: Fabric, metric: Any, data: ImageDataModule, parts: Parts
+) -> tuple[Tensor, list[int]]:
+    """Gives this process's share of the pairs to the metric.
+
+    Returns:
+        The originals of the grid, uint8 n×3×H×W, on the first process, and the labels of all images.
+    """
+    import torch  # noqa: PLC0415
+    from torch import distributed  # noqa: PLC0415
+
+    from rae.cli.drawing import pick  # noqa: PLC0415
+
+    rank, world = fabric.global_rank, fabric.world_size
+    mine = range(parts.count * rank // world, parts.count * (rank + 1) // world)
+    shown: list[Tensor] = []
+    labels: list[int] = []
+    for batch in data.range_dataloader("val", [mine]):
+        metric.update(pick(parts, batch["index"].tolist()), batch["image"])
+        if len(labels) < cfg.grid_pairs:
+            shown.append(batch["image"])
+        labels += batch["label"].tolist()
+    if world > 1:
+        shares: list[Any] = [None] * world
+        distributed.all_gather_object(shares, labels)
+        labels = [label for share in shares for label in share]
+    return torch.cat(shown)[: cfg.grid_pairs], labels
+
+
+def write_grid(originals: Tensor, parts: Parts, labels: list[int] | None, folder: Path) -> None:
+    """``grid.png``: pairs of original and reconstruction, with class and PSNR."""
+    import torch  # noqa: PLC0415
+
+    from rae.cli.drawing import pick  # noqa: PLC0415
+    from rae.data.transforms import to_float  # noqa: PLC0415
+    from rae.image import grid_scale, make_grid, save_png  # noqa: PLC0415
+    from rae.metric.functional import psnr  # noqa: PLC0415
+
+    numbers = range(len(originals))
+    copies = pick(parts, numbers)
+    names = [f"{number}" if labels is None else f"class {labels[number]}" for number in numbers]
+    ratios = [f"{ratio:.1f} dB" for ratio in psnr(to_float(copies), to_float(originals)).tolist()]
+    captions = [text for pair in zip(names, ratios, strict=True) for text in pair]
+    pairs = torch.stack([originals, copies], 1).flatten(0, 1)
+    save_png(make_grid(pairs, 8, scale=grid_scale(pairs.shape[-1]), captions=captions), folder / "grid.png")
 
 
 def write_interpolations(
@@ -149,7 +203,7 @@ def write_interpolations(
     import torch  # noqa: PLC0415
 
     from rae.data.transforms import to_float  # noqa: PLC0415
-    from rae.image import make_grid, save_png, to_uint8  # noqa: PLC0415
+    from rae.image import grid_scale, make_grid, save_png, to_uint8  # noqa: PLC0415
 
     count = cfg.interpolations
     if count < 3 or len(originals) < 2:

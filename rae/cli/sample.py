@@ -69,7 +69,7 @@ def sample(cfg: DictConfig) -> None:
 def write_sheets(cfg: DictConfig, parts: Parts, labels: Sequence[int], folder: Path) -> None:
     """``grid.png``, one class a row, and with ``sheets`` a picture of every class with all its samples."""
     from rae.cli.drawing import pick  # noqa: PLC0415
-    from rae.image import label_rows, make_grid, save_png  # noqa: PLC0415
+    from rae.image import grid_scale, label_rows, make_grid, save_png  # noqa: PLC0415
 
     by_class: dict[int, list[int]] = {}
     for number, label in enumerate(labels):
@@ -86,7 +86,7 @@ def write_sheets(cfg: DictConfig, parts: Parts, labels: Sequence[int], folder: P
 
 def write_interpolations(cfg: DictConfig, generator: Generator, labels: Sequence[int], folder: Path) -> None:
     """``interpolations.png``: for each class two samples and, between them, what is drawn from noise between theirs."""
-    from rae.image import label_rows, save_png, to_uint8  # noqa: PLC0415
+    from rae.image import grid_scale, label_rows, save_png, to_uint8  # noqa: PLC0415
 
     if cfg.interpolations < 3:
         raise ConfigError(f"interpolations={cfg.interpolations} must be at least 3, both ends counted, or null")
@@ -99,11 +99,6 @@ def write_interpolations(cfg: DictConfig, generator: Generator, labels: Sequence
     save_png(
         label_rows(rows, [str(label) for label in classes], cfg.interpolations, scale), folder / "interpolations.png"
     )
-
-
-def grid_scale(side: int, wanted: int = 64) -> int:
-    """How many pixels of the grid one pixel of an image takes, so that small images can be looked at."""
-    return max(1, wanted // side)
 
 
 def _remove(path: Path) -> None:

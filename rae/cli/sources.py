@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from itertools import islice
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +80,17 @@ def open_pairs(
         open_images(key, given, batch_size, rank, world_size)
         for key, given in (("samples", samples), ("originals", originals))
     )
-    for images, _, numbers in first:
-        other = next(islice(second, 1), None)
-        if other is None or len(other[0]) != len(images):
+    # A batch that is missing or shorter on one side shows which one ends first.
+    for mine, other in zip_longest(first, second):
+        held = [0 if batch is None else len(batch[0]) for batch in (mine, other)]
+        if held[0] != held[1]:
+            word = "fewer" if held[1] < held[0] else "more"
             raise ValueError(
-                f"originals={originals} holds fewer images than samples={samples}; they are paired one by one, in order"
+                f"originals={originals} holds {word} images than samples={samples}; they are paired one by one, in order"
             )
-        assert torch.equal(numbers, other[2])
-        yield images, other[0]
-    if next(second, None) is not None:
-        raise ValueError(
-            f"originals={originals} holds more images than samples={samples}; they are paired one by one, in order"
-        )
+        assert mine is not None
+        assert other is not None
+        yield mine[0], other[0]
 
 
 def describe_samples(given: str) -> dict[str, Any]:

@@ -42,6 +42,10 @@ class DigitsScores:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the iteration limit is deliberate
             self.judge.fit(self.train_pixels / _PEAK, self.train_labels)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all samples."""
         self._images: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
 
@@ -112,7 +116,7 @@ class DigitsScores:
 def _grey(images: Tensor) -> np.ndarray:
     """Images uint8 B×3×H×W averaged down to grey values B×64 in [0, 16]."""
     small = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), SIDE)
-    return (small.flatten(1) / 255 * _PEAK).numpy()
+    return (small.flatten(1) / 255 * _PEAK).cpu().numpy()
 
 
 def _frechet(first: np.ndarray, second: np.ndarray) -> float:

@@ -10,13 +10,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+
+from rae.training.evaluation import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class RunCheckpoint(Checkpoint):
         every_n_epochs: Epochs between two checkpoints; None for no such interval.
         every_minutes: Minutes between two checkpoints; None for no such interval.
         keep: How many of the newest files to keep.
-        monitor: Logged value that tells the best checkpoint, e.g. ``val/psnr``; None for none.
+        monitor: Logged value that tells the best checkpoint, e.g. ``val/psnr`` or, of an evaluation, ``eval/fid``; None for none.
         mode: ``min`` or ``max``: which values of ``monitor`` are better.
         keep_best: How many of the best files to keep, beside the newest.
 
@@ -130,7 +132,9 @@ class RunCheckpoint(Checkpoint):
         at_the_end = 0 < trainer.max_steps <= step or (over and trainer.max_epochs == epochs)
         ends_interval = over and self.every_n_epochs is not None and epochs % self.every_n_epochs == 0
         stop = self._agree(trainer, self._stop_asked is not None)
-        wanted = stop or at_the_end or ends_interval or self._is_time(trainer, step)
+        evaluation = self._evaluation(trainer)
+        best = evaluation is not None and evaluation.scored_step == step and self._is_best(trainer, evaluation.scores)
+        wanted = stop or at_the_end or ends_interval or best or self._is_time(trainer, step)
         if wanted or self.monitor is not None:
             self._loops = _between_steps(trainer)
         if wanted:
@@ -144,19 +148,37 @@ class RunCheckpoint(Checkpoint):
         Raises:
             ValueError: ``monitor`` is not logged.
         """
-        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit" or self._evaluation(trainer) is not None:
             return
-        found = trainer.callback_metrics.get(self.monitor)
+        if self._is_best(trainer, trainer.callback_metrics):
+            self.save(trainer)
+
+    def _evaluation(self, trainer: L.Trainer) -> Any:
+        """The callback whose score ``monitor`` is; None where it is a value of the validation, or nothing."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        found = (callback for callback in callbacks if isinstance(callback, Evaluation))
+        return next(found, None) if (self.monitor or "").startswith(Evaluation.prefix) else None
+
+    def _is_best(self, trainer: L.Trainer, logged: Mapping[str, Any]) -> bool:
+        """Whether the value of ``monitor`` is among the best, which it then joins.
+
+        Raises:
+            ValueError: It is not logged.
+        """
+        if self.monitor is None:
+            return False
+        found = logged.get(self.monitor)
         if found is None:
-            logged = ", ".join(sorted(map(str, trainer.callback_metrics))) or "nothing"
-            raise ValueError(f"callbacks.checkpoint.monitor={self.monitor!r} is not logged; logged are {logged}")
+            names = ", ".join(sorted(map(str, logged))) or "nothing"
+            raise ValueError(f"callbacks.checkpoint.monitor={self.monitor!r} is not logged; logged are {names}")
         value, step = float(found), trainer.global_step
         if math.isnan(value) or any(step == known for _, known in self.best):
-            return
+            return False
         ranked = sorted([*self.best, (value, step)], reverse=self.mode == "max")[: self.keep_best]
-        if (value, step) in ranked:
-            self.best = ranked
-            self.save(trainer)
+        if (value, step) not in ranked:
+            return False
+        self.best = ranked
+        return True
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lets every checkpoint, one made after a validation too, stand for the end of the step before it.

@@ -1,0 +1,328 @@
+"""Callbacks that score the model while it is trained, as ``rae-evaluate`` does afterwards: same images, same numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from rae.autoencoder import RAE
+from rae.data.transforms import to_float
+from rae.describe import describe
+from rae.generator import PRECISIONS, Generator
+from rae.training.ema import EMA
+from rae.weights import write_json
+
+log = logging.getLogger(__name__)
+
+LIVE = "live/"
+"""What stands between prefix and score where the weights themselves are scored and not their averages."""
+
+
+def reconstructions(
+    autoencoder: RAE, batches: Iterable[Any], device: torch.device, precision: str = "float32"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Reconstructions float32 B×3×H×W in [0, 1] and their originals, batch by batch, without gradients.
+
+    Args:
+        autoencoder: In evaluation mode.
+        batches: Batches of a data module.
+        device: Where the autoencoder is.
+        precision: ``float32`` or ``bfloat16``: arithmetic of the networks.
+    """
+    for batch in batches:
+        images = to_float(batch["image"].to(device))
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            drawn = autoencoder(images).float().clamp(0, 1)
+        yield drawn, images
+
+
+class Evaluation(L.Callback):
+    """Scores every so many steps or epochs, on the averaged weights, the live ones, or both.
+
+    Scores are logged as ``eval/<score>`` (of the live weights ``eval/live/<score>``), which ``callbacks.checkpoint.monitor`` may
+    name, and written to ``step_N.json`` with all that identifies them. Nothing that training draws depends on whether and when
+    this runs. It must stand behind :class:`~rae.training.ema.EMA` in the list of callbacks.
+
+    Args:
+        metric: A metric of :mod:`rae.metric`; reset before each evaluation.
+        every_n_steps: Optimiser steps between two evaluations; None for no such interval.
+        every_n_epochs: Epochs between two evaluations; None for no such interval.
+        averaged: Whether the moving average of the weights is scored.
+        live: Whether the weights themselves are scored.
+        precision: ``float32`` or ``bfloat16``: arithmetic of the networks, whatever the training's is.
+        folder: Where ``step_N.json`` goes; None for ``evaluation`` in the trainer's root folder.
+
+    Raises:
+        ValueError: An interval below 1, an unknown precision, or nothing to score.
+    """
+
+    prefix = "eval/"
+    """How the logged names begin."""
+
+    def __init__(
+        self,
+        metric: Any,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = 1,
+        averaged: bool = True,
+        live: bool = False,
+        precision: str = "float32",
+        folder: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
+            if value is not None and value < 1:
+                raise ValueError(f"callbacks.evaluation: {name}={value} must be at least 1, or null")
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"callbacks.evaluation: precision={precision!r} is unknown; choose {' or '.join(PRECISIONS)}"
+            )
+        if not (averaged or live):
+            raise ValueError(
+                "callbacks.evaluation: averaged=false and live=false leave no weights to score; set one true"
+            )
+        self.metric = metric
+        self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
+        self.averaged = averaged
+        self.live = live
+        self.precision = precision
+        self.folder = folder
+        self.scores: dict[str, float] = {}
+        """The last scores, by logged name."""
+        self.scored_step = -1
+        """The step that they are of."""
+        self._seen_step = -1
+
+    # --- what is scored ----------------------------------------------------------------------------------------
+
+    def update(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Makes this process's share of the images and gives them to the metric."""
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the scored images from others."""
+        return {"precision": self.precision}
+
+    # --- when --------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Looks for the averages.
+
+        Raises:
+            ValueError: They are to be scored and there are none, or they would be a step behind.
+        """
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        averages = [number for number, callback in enumerate(callbacks) if isinstance(callback, EMA)]
+        if self.averaged and not averages:
+            raise ValueError(
+                "callbacks.evaluation.averaged=true, but no callback averages the weights; add rae.training.ema.EMA, or set "
+                "averaged=false and live=true"
+            )
+        if self.averaged and averages[0] > callbacks.index(self):
+            raise ValueError(
+                "the evaluation must stand behind EMA in the list of callbacks, else it scores stale averages"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes where the run begins."""
+        self._seen_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Scores where it is time to, never between the micro-batches of one step."""
+        step = trainer.global_step
+        if step == self._seen_step:
+            return
+        self._seen_step = step
+        epochs = trainer.current_epoch + 1
+        by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
+        by_epochs = self.every_n_epochs is not None and trainer.is_last_batch and epochs % self.every_n_epochs == 0
+        if by_steps or by_epochs:
+            self.evaluate(trainer, pl_module)
+
+    # --- scoring -----------------------------------------------------------------------------------------------
+
+    def evaluate(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
+        """Scores the present weights, logs and writes the scores, and returns them by logged name."""
+        self.scores = {}
+        if self.averaged:
+            self.scores |= self._score(trainer, pl_module, self._averages(trainer, pl_module), "")
+        if self.live:
+            self.scores |= self._score(trainer, pl_module, nullcontext(), LIVE)
+        self.scored_step = trainer.global_step
+        for name, value in self.scores.items():
+            # All processes have the same value: the metric has joined their images.
+            pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+        if trainer.is_global_zero:
+            folder = Path(self.folder or Path(trainer.default_root_dir) / "evaluation")
+            identity = {**self.identity, "metric": getattr(self.metric, "identity", None)}
+            content = {"step": self.scored_step, "scores": self.scores, "identity": identity}
+            write_json(folder / f"step_{self.scored_step:08d}.json", content)
+            said = ", ".join(f"{name.removeprefix(self.prefix)} {value:.4g}" for name, value in self.scores.items())
+            log.info("step %d: %s", self.scored_step, said)
+        return self.scores
+
+    def _averages(self, trainer: L.Trainer, pl_module: L.LightningModule) -> AbstractContextManager[None]:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        return next(callback for callback in callbacks if isinstance(callback, EMA)).averaged(pl_module)
+
+    def _score(
+        self, trainer: L.Trainer, pl_module: Any, weights: AbstractContextManager[None], kind: str
+    ) -> dict[str, float]:
+        if hasattr(self.metric, "to"):
+            self.metric = self.metric.to(pl_module.device)
+        elif trainer.world_size > 1:
+            raise ValueError(f"callbacks.evaluation.metric={type(self.metric).__name__} runs on one process only")
+        self.metric.reset()
+        with weights, evaluating(pl_module), torch.no_grad():
+            self.update(trainer, pl_module)
+            scores = self.metric.compute()
+        self.metric.reset()  # features of many samples take room
+        return {f"{self.prefix}{kind}{name}": float(value) for name, value in scores.items()}
+
+
+@contextmanager
+def evaluating(module: L.LightningModule) -> Iterator[None]:
+    """Within the context the module is in evaluation mode; afterwards each part is as it was."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+class ReconstructionMetrics(Evaluation):
+    """Scores reconstructions of the data module's validation images, in stage 1.
+
+    The numbers are those of ``rae-evaluate checkpoint=… metric=reconstruction`` on the same weights.
+
+    Args:
+        metric: :class:`rae.metric.ReconstructionMetrics` or another that takes images and their originals.
+        count: Images to reconstruct, the first ones; None for all.
+        options: See :class:`Evaluation`.
+
+    Raises:
+        ValueError: A count below 1, or see :class:`Evaluation`.
+    """
+
+    def __init__(self, metric: Any, count: int | None = None, **options: Any) -> None:
+        super().__init__(metric, **options)
+        if count is not None and count < 1:
+            raise ValueError(f"callbacks.evaluation.count={count} must be at least 1, or null for all images")
+        self.count = count
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Number of images too."""
+        return {**super().identity, "count": self.count}
+
+    def update(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """See :meth:`Evaluation.update`.
+
+        Raises:
+            ValueError: There are fewer validation images than asked for, or none.
+        """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "range_dataloader"):
+            raise ValueError(
+                "evaluation of reconstructions needs a data module of rae.data; hand it to fit(datamodule=…)"
+            )
+        total = data.samples("val")
+        count = total if self.count is None else self.count
+        if not 1 <= count <= total:
+            raise ValueError(
+                f"callbacks.evaluation.count={self.count}, but the data has {total} validation images: set data.val_path, or a "
+                "smaller count"
+            )
+        rank, world = trainer.global_rank, trainer.world_size
+        mine = range(count * rank // world, count * (rank + 1) // world)
+        for pair in reconstructions(
+            pl_module.autoencoder, data.range_dataloader("val", [mine]), pl_module.device, self.precision
+        ):
+            self.metric.update(*pair)
+
+
+class GenerationMetrics(Evaluation):
+    """Scores samples of the denoiser, in stage 2.
+
+    The numbers are those of ``rae-evaluate checkpoint=…`` with the same seed, sampler and guidance on the same weights.
+
+    Args:
+        metric: :class:`rae.metric.GenerationMetrics` or another that takes images.
+        sampler: Sampler, see :mod:`rae.flow`.
+        guidance: Guidance, see :mod:`rae.flow`; None for none.
+        guide: Exported model (folder or hub id) whose denoiser guides, for autoguidance.
+        classes: Classes to draw; None for all.
+        samples_per_class: Samples of each.
+        batch_size: Samples at once.
+        seed: Of the samples; sample i depends on it and on i alone.
+        options: See :class:`Evaluation`.
+
+    Raises:
+        ValueError: A number below 1, or see :class:`Evaluation`.
+    """
+
+    def __init__(
+        self,
+        metric: Any,
+        sampler: Any,
+        guidance: Any | None = None,
+        guide: str | None = None,
+        classes: Sequence[int] | None = None,
+        samples_per_class: int = 50,
+        batch_size: int = 64,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(metric, **options)
+        for name, value in (("samples_per_class", samples_per_class), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"callbacks.evaluation.{name}={value} must be at least 1")
+        self.sampler = sampler
+        self.guidance = guidance
+        self.guide = None if guide is None else Generator.from_pretrained(guide, encoder=False).denoiser
+        self.classes = classes
+        self.samples_per_class = samples_per_class
+        self.batch_size = batch_size
+        self.seed = seed
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Sampler, guidance, seed and classes too."""
+        return {
+            **super().identity,
+            "sampler": describe(self.sampler),
+            "guidance": None if self.guidance is None else describe(self.guidance),
+            "classes": "all" if self.classes is None else list(self.classes),
+            "samples_per_class": self.samples_per_class,
+            "seed": self.seed,
+        }
+
+    def update(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """See :meth:`Evaluation.update`."""
+        guide = None if self.guide is None else self.guide.to(pl_module.device)
+        generator = Generator(
+            pl_module.autoencoder, pl_module.denoiser, pl_module.flow, self.sampler, self.guidance, guide
+        )
+        classes = range(generator.num_classes) if self.classes is None else self.classes
+        labels = [label for label in classes for _ in range(self.samples_per_class)]
+        starts = range(0, len(labels), self.batch_size)
+        rank, world = trainer.global_rank, trainer.world_size
+        for turn in range(0, len(starts), world):
+            # Weights that are shared out are gathered by all processes together: those without a batch draw one in vain.
+            start = starts[min(turn + rank, len(starts) - 1)]
+            numbers = range(start, min(start + self.batch_size, len(labels)))
+            chosen = [labels[number] for number in numbers]
+            images = generator.draw(chosen, self.seed, numbers, self.precision)
+            if turn + rank < len(starts):
+                self.metric.update(images, torch.tensor(chosen), index=torch.tensor(list(numbers)))
