@@ -252,11 +252,13 @@ def test_training_of_the_decoder_is_the_recipe(tmp_path):
     for section in ("encoder", "latent", "decoder", "loss", "optimizer", "scheduler", "training"):
         assert cfg[section] == recipe[section], section
     assert (cfg.data.batch_size, cfg.data.mode, cfg.data.val_path) == (64, "random_crop", "val")
-    assert (cfg.trainer.max_epochs, cfg.trainer.devices, cfg.trainer.val_check_interval) == (16, 8, 2500)
-    assert cfg.trainer.check_val_every_n_epoch is None
+    assert (cfg.trainer.max_epochs, cfg.trainer.devices) == (16, 8)
+    scored = cfg.callbacks.evaluation
+    assert (scored.every_n_steps, scored.every_n_epochs, scored.live, scored.averaged) == (2500, None, True, True)
+    assert (scored.metric.reference, scored.metric.assume_kind) == ("val.npz", "validation")
     assert (cfg.callbacks.ema.decay, cfg.callbacks.checkpoint.every_n_epochs) == (0.9978, 1)
     assert cfg.discriminator.checkpoint == "models/discs/dino.pth"
-    assert "rae-evaluate" in t.left["eval.reference_npz_path"]
+    assert "eval.metrics" in t.left
 
 
 @pytest.mark.parametrize("size", [*(pytest.param(size, marks=pytest.mark.slow) for size in "SBL"), "XL"])

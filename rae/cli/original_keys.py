@@ -64,9 +64,14 @@ def _in_steps(ours: str, other: str) -> Rule:
 
 
 def _eval_interval(t: Translation, key: str, value: Any) -> None:
-    """Counted in optimiser steps there, in batches here."""
-    t.put("trainer.val_check_interval", int(value) * int(t.source.get("training.grad_accum_steps", 1)), key)
-    t.put("trainer.check_val_every_n_epoch", None, key)
+    _in_steps("callbacks.evaluation.every_n_steps", "callbacks.evaluation.every_n_epochs")(t, key, value)
+    t.choose("evaluation", "reconstruction" if t.kind == "stage1" else "generation", key)
+
+
+def _eval_reference(t: Translation, key: str, value: Any) -> None:
+    t.put("callbacks.evaluation.metric.reference", value, key)
+    if t.kind == "stage1":  # packed images do not say what they are of
+        t.put("callbacks.evaluation.metric.assume_kind", "validation", key)
 
 
 TRAINING = {
@@ -93,10 +98,10 @@ TRAINING = {
     "training.scheduler.warmup_steps": _in_steps("scheduler.warmup_steps", "scheduler.warmup_epochs"),
     "training.scheduler.decay_end_steps": _in_steps("scheduler.decay_end_steps", "scheduler.decay_end_epochs"),
     "eval.eval_interval": _eval_interval,
-    "eval.eval_model": leave("one of both is validated: callbacks.ema.validate=false takes the live weights"),
+    "eval.eval_model": put("callbacks.evaluation.live", bool),
     "eval.data_path": put("data.val_path"),
-    "eval.reference_npz_path": leave("goes to rae-evaluate: metric.reference=…"),
-    "eval.metrics": leave("validation measures PSNR; rae-evaluate metric=reconstruction (or generation) the others"),
+    "eval.reference_npz_path": _eval_reference,
+    "eval.metrics": leave("all scores of the metric are taken"),
 }
 _SCHEDULES = {"cosine": "cosine", "linear": "linear"}
 TRAINING |= {
@@ -305,6 +310,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "transport": {"params.path_type": "Linear", "params.prediction": "velocity", "params.time_dist_type": "uniform"},
     "sampler": {"params.sampling_method": "dopri5", "params.num_steps": 50},
     "training": {"clip_grad": 1.0},
+    "eval": {"eval_interval": 5000},
     "training.scheduler": {"type": "linear", "warmup_from_zero": False},
     "gan.disc.scheduler": {"type": "linear", "warmup_from_zero": False},
     "gan.loss": {"perceptual_weight": 0.0, "disc_weight": 0.0, "disc_start": 0, "lpips_start": 0},
