@@ -73,7 +73,12 @@ class Generator(nn.Module):
         return next(self.denoiser.parameters()).device
 
     def noise(self, seed: int, indices: Sequence[int]) -> Tensor:
-        """What samples of a set begin with: standard normal B×C×h×w."""
+        """What samples of a set begin with: standard normal B×C×h×w.
+
+        Args:
+            seed: Seed of the set.
+            indices: Numbers of the samples in it; sample i depends on both alone.
+        """
         seeds = [sample_seed(seed, "sample", number) for number in indices]
         return normal(seeds, self.autoencoder.latent_shape, device=self.device)
 

@@ -69,6 +69,12 @@ def fetch_weights(hub_id: str, revision: str | None, option: str) -> Path:
 def fetch(hub_id: str, name: str, revision: str | None, folder: Path) -> Path:
     """One file of a repository, put below ``folder`` under its own name; one that is there already is kept.
 
+    Args:
+        hub_id: Repository ``owner/name``.
+        name: Name of the file in it.
+        revision: Branch, tag or commit; None for main.
+        folder: Folder that the file is put below.
+
     Raises:
         FileNotFoundError: It cannot be downloaded.
     """
@@ -80,6 +86,12 @@ def fetch(hub_id: str, name: str, revision: str | None, folder: Path) -> Path:
 
 def fetch_all(hub_id: str, revision: str | None, folder: Path | None = None, patterns: list[str] | None = None) -> Path:
     """A whole repository, put below ``folder``, or into the hub's cache.
+
+    Args:
+        hub_id: Repository ``owner/name``.
+        revision: Branch, tag or commit; None for main.
+        folder: Folder that the files are put below; None for the hub's cache.
+        patterns: Names to fetch, with wildcards; None for all.
 
     Raises:
         FileNotFoundError: It cannot be downloaded.

@@ -114,5 +114,10 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_png(image: Tensor, path: str | Path) -> Path:
-    """Writes one uint8 3×H×W image as PNG, atomically."""
+    """Writes one uint8 3×H×W image as PNG, atomically.
+
+    Args:
+        image: uint8 3×H×W.
+        path: The file; its folder is made.
+    """
     return write_atomically(path, lambda file: to_pil(image).save(file, format="PNG"))

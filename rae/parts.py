@@ -82,12 +82,22 @@ class Parts:
 
 
 def share(parts: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """The parts that fall to one of several processes."""
+    """The parts that fall to one of several processes.
+
+    Args:
+        parts: Numbers of the parts.
+        rank: Number of the process.
+        world_size: Number of processes.
+    """
     return list(parts[rank::world_size])
 
 
 def claim(folder: Path, plan: Mapping[str, Any]) -> None:
     """Writes ``plan.json`` into a folder, or compares the plan with the one that is there.
+
+    Args:
+        folder: The folder, made where it is missing.
+        plan: All that the results depend on.
 
     Raises:
         ValueError: Work of another plan was begun in the folder; names what differs.

@@ -49,7 +49,14 @@ def normal(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal draws [len(seeds), *shape]; row i depends on ``seeds[i]`` alone."""
+    """Standard normal draws [len(seeds), *shape]; row i depends on ``seeds[i]`` alone.
+
+    Args:
+        seeds: One seed a row.
+        shape: Shape of a row.
+        device: Where they are drawn; on the CPU for devices without generators.
+        dtype: Their type.
+    """
     return _rows(torch.randn, seeds, shape, device, dtype)
 
 
@@ -59,7 +66,14 @@ def uniform(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Uniform draws in [0, 1) [len(seeds), *shape]; row i depends on ``seeds[i]`` alone."""
+    """Uniform draws in [0, 1) [len(seeds), *shape]; row i depends on ``seeds[i]`` alone.
+
+    Args:
+        seeds: One seed a row.
+        shape: Shape of a row.
+        device: Where they are drawn; on the CPU for devices without generators.
+        dtype: Their type.
+    """
     return _rows(torch.rand, seeds, shape, device, dtype)
 
 

@@ -129,7 +129,13 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
 
 
 def save_state(state: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> Path:
-    """Writes tensors atomically: as safetensors where the name ends so, else in PyTorch's own format."""
+    """Writes tensors atomically: as safetensors where the name ends so, else in PyTorch's own format.
+
+    Args:
+        state: Tensors by name.
+        path: The file; its folder is made.
+        metadata: Texts that a safetensors file carries.
+    """
     path = Path(path).expanduser()
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     if path.suffix != ".safetensors":

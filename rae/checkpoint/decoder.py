@@ -85,6 +85,11 @@ def decoder_from_original(
 def load_decoder(decoder: ViTDecoder, state: Mapping[str, Tensor], source: str) -> None:
     """Fills a decoder from weights in our own, the original's or diffusers' naming, strictly.
 
+    Args:
+        decoder: The decoder to fill.
+        state: Its weights; the naming is recognised by the keys.
+        source: Where they come from, for messages.
+
     Raises:
         ValueError: Weights that do not fit; all keys are listed.
     """
@@ -122,6 +127,10 @@ def state_to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def state_from_ours(decoder: ViTDecoder, naming: str) -> dict[str, Tensor]:
     """The decoder's weights under the keys of ``original`` or ``diffusers``, position table included.
+
+    Args:
+        decoder: The decoder.
+        naming: ``original`` or ``diffusers``.
 
     Raises:
         ValueError: Unknown naming.

@@ -93,6 +93,10 @@ def denoiser_from_config(config: Mapping[str, Any]) -> Denoiser:
 def original_to_ours(state: Mapping[str, Tensor], model: Denoiser) -> dict[str, Tensor]:
     """Renames the original's keys; its fixed tables are compared with ours and left out.
 
+    Args:
+        state: State dict in the original's naming.
+        model: The denoiser that it is for.
+
     Raises:
         ValueError: A fixed table of the file differs from the one that the architecture implies.
     """

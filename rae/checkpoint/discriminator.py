@@ -36,6 +36,11 @@ def rename_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_original_heads(discriminator: DinoDiscriminator, state: Mapping[str, Tensor], source: str) -> None:
     """Fills the heads from the original's state dict, strictly.
 
+    Args:
+        discriminator: The discriminator to fill.
+        state: State dict in the original's naming.
+        source: Where it comes from, for messages.
+
     Raises:
         ValueError: Weights that do not fit; all keys are listed.
     """

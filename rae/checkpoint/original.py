@@ -50,6 +50,11 @@ def read_original(path: str | Path, averaged: bool = True) -> dict[str, Tensor]:
 def load_original_decoder(decoder: ViTDecoder, path: str | Path, averaged: bool = True) -> None:
     """Fills a decoder from a decoder file or a stage-1 training checkpoint, strictly.
 
+    Args:
+        decoder: The decoder to fill.
+        path: The file.
+        averaged: Whether the moving average is taken where the file holds one.
+
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The weights do not fit; all keys are listed.
@@ -61,6 +66,11 @@ def load_original_decoder(decoder: ViTDecoder, path: str | Path, averaged: bool 
 
 def load_original_denoiser(denoiser: Denoiser, path: str | Path, averaged: bool = True) -> None:
     """Fills a denoiser from a published model or a stage-2 training checkpoint, strictly.
+
+    Args:
+        denoiser: The denoiser to fill.
+        path: The file.
+        averaged: Whether the moving average is taken where the file holds one.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -81,6 +91,11 @@ def statistics(latent: LatentNormalizer) -> dict[str, Tensor]:
 
 def save_original(autoencoder: RAE, folder: str | Path, denoiser: Denoiser | None = None) -> Path:
     """Writes ``model.pt``, ``stat.pt`` and, with a denoiser, ``stage2_model.pt`` as the original project reads them.
+
+    Args:
+        autoencoder: Its decoder and latent statistics are written.
+        folder: Folder to write into.
+        denoiser: Written too, where it is given.
 
     Raises:
         FileExistsError: One of the files is there already.

@@ -154,6 +154,10 @@ def push(
 def resolve(source: str | Path, revision: str | None = None) -> Path:
     """The folder of an export: the one given, or the one that a hub id is downloaded to (its cache first).
 
+    Args:
+        source: Folder, or hub id ``owner/name``.
+        revision: Branch, tag or commit of the hub's repository; None for main.
+
     Raises:
         FileNotFoundError: There is no such folder, and the hub cannot be reached or does not know the id.
     """
@@ -220,7 +224,11 @@ def load_autoencoder(source: str | Path, revision: str | None = None, encoder: b
 
 
 def load_generator(source: str | Path, revision: str | None = None, encoder: bool = True) -> Generator:
-    """An exported generator; arguments as for :meth:`rae.generator.Generator.from_pretrained`."""
+    """An exported generator; arguments as for :meth:`rae.generator.Generator.from_pretrained`.
+
+    Raises:
+        ValueError: The export holds an autoencoder alone, or weights that do not fit.
+    """
     folder = resolve(source, revision)
     config = read_description(folder)
     if config["kind"] != "generator":

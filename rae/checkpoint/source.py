@@ -74,7 +74,17 @@ def load_decoder_from(decoder: ViTDecoder, source: str | Path, averaged: bool = 
 
 
 def load_denoiser_from(denoiser: Denoiser, source: str | Path, averaged: bool = True) -> None:
-    """Fills a denoiser with trained weights from anywhere, strictly; arguments and errors as for :func:`load_decoder_from`."""
+    """Fills a denoiser with trained weights from anywhere, strictly; arguments and errors as for :func:`load_decoder_from`.
+
+    Args:
+        denoiser: The denoiser to fill.
+        source: See :func:`kind_of`.
+        averaged: Whether to take the moving average of the weights, where the source has one.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: It holds no denoiser, or one that does not fit.
+    """
     kind, path = kind_of(source)
     if kind == "run":
         load_trained(denoiser, path, "denoiser", averaged)
@@ -91,6 +101,10 @@ def load_denoiser_from(denoiser: Denoiser, source: str | Path, averaged: bool = 
 
 def load_autoencoder(source: str | Path, encoder: bool = True) -> RAE:
     """An autoencoder from an export, diffusers' folder or the hub id of either.
+
+    Args:
+        source: Folder or hub id.
+        encoder: Whether the encoder's weights are loaded; decoding does without.
 
     Raises:
         FileNotFoundError: There is nothing of that name.

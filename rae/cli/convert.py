@@ -1,8 +1,10 @@
-"""rae-convert: a trained model from one format to another."""
+"""rae-convert: a trained model from one format to another; and a configuration of the original project to one of ours."""
 
 from __future__ import annotations
 
 import logging
+import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +54,49 @@ def convert(cfg: DictConfig) -> None:
         log.info("uploaded: %s", address)
 
 
-main = entry("convert", convert)
+def convert_config(cfg: DictConfig) -> None:
+    """Translates a YAML file of the original project and says what has no counterpart.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        FileExistsError: The file to be written is there already.
+        ConfigError: It is no file of the original, or asks for what cannot be had.
+    """
+    from rae.cli.original_config import commands, read_original, render, translate  # noqa: PLC0415
+    from rae.weights import write_atomically  # noqa: PLC0415 (imports torch)
+
+    origin = Path(cfg.config)
+    name = cfg.name or re.sub(r"\W+", "_", origin.stem).strip("_").lower()
+    translation, _ = translate(read_original(origin), cfg.devices)
+    group = "experiment" if translation.kind in ("stage1", "stage2") else "model"
+    file = Path(cfg.output_dir) / group / f"{name}.yaml"
+    if file.exists() and not cfg.force:
+        raise FileExistsError(f"{file} exists: choose another name=… or output_dir=…, or replace it with force=true")
+    text = render(translation, name, origin.name)
+    write_atomically(file, lambda stream: stream.write(text.encode()))
+    print(f"written: {file}")
+    for line in commands(translation, name, cfg.output_dir):
+        print(f"command: {line}")
+    if translation.unchanged():
+        print(f"the same here already: {', '.join(translation.unchanged())}")
+    print("without a counterpart, since")
+    for why, keys in translation.reasons().items():
+        print(f"  {why}:\n    {', '.join(keys)}")
+
+
+def main() -> None:
+    """``rae-convert config=FILE`` (or ``config FILE``) translates a configuration; all else converts a model."""
+    arguments = sys.argv[1:]
+    if "config" in arguments:
+        at = arguments.index("config")
+        file = arguments[at + 1 : at + 2]
+        given = [f"config='{file[0]}'"] if file and not file[0].startswith("-") and "=" not in file[0] else []
+        sys.argv[1:] = [*arguments[:at], *given, *arguments[at + 1 + len(given) :]]
+    if "config" in arguments or any(argument.startswith("config=") for argument in arguments):
+        entry("convert_config", convert_config)()
+    else:
+        entry("convert", convert)()
+
 
 if __name__ == "__main__":
     main()

@@ -80,6 +80,9 @@ class DigitsScores:
             ``frechet`` to the held-out digits and its yardstick ``frechet_real`` (as many real training digits of the same
             classes), median nearest-neighbour distances to the training digits (samples, held-out digits, and the share of
             samples closer than any held-out digit), and the mean distance within a class (samples, real digits).
+
+        Raises:
+            ValueError: Nothing was added.
         """
         if not self._images:
             raise ValueError("no sample was given to the scores; call update first")

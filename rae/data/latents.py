@@ -113,7 +113,12 @@ class LatentsDataModule(ImageDataModule):
         self.flip = flip
 
     def train_dataset(self) -> CachedLatents:
-        """The latents of ``train_path``."""
+        """The latents of ``train_path``.
+
+        Raises:
+            ValueError: ``train_path`` is not given, or the latents are of other images or without mirrored copies.
+            FileNotFoundError: There are none.
+        """
         if self.train_path is None:
             raise ValueError(
                 "data.train_path is not given; add data.train_path=/path/to/latents/train (rae-cache-latents)"

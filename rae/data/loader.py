@@ -35,7 +35,12 @@ class SeededDataset(Dataset[Sample], Sized, ABC):
 
     @abstractmethod
     def load(self, index: int, seed: int) -> Sample:
-        """The sample at a position, augmented with the draws of a seed."""
+        """The sample at a position, augmented with the draws of a seed.
+
+        Args:
+            index: Position in the data set.
+            seed: Seed of the augmentation's draws.
+        """
 
     def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
         """The samples of a batch."""

@@ -97,7 +97,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self._dataset("val")
 
     def train_dataloader(self) -> BatchLoader:
-        """Shuffled batches of this process; without a Trainer, always those of epoch 0."""
+        """Shuffled batches of this process; without a Trainer, always those of epoch 0.
+
+        Raises:
+            ValueError: There are no training samples.
+        """
         dataset = self._dataset("train")
         if dataset is None:
             raise ValueError("train_dataset() returned None; there is nothing to train on")

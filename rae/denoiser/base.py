@@ -81,6 +81,11 @@ class Denoiser(Described, nn.Module):
     def check(self, x_t: Tensor, t: Tensor, label: Tensor) -> None:
         """Checks shapes and, on the host, values; nothing is read back from a device.
 
+        Args:
+            x_t: Latents B×C×h×w.
+            t: Times B.
+            label: Labels B.
+
         Raises:
             ValueError: With what was received and what is required.
         """
@@ -123,7 +128,17 @@ class Denoiser(Described, nn.Module):
 def make_blocks(
     depth: int, width: int, heads: int, mlp_ratio: float, qk_norm: bool, norm: str, mlp: str
 ) -> nn.ModuleList:
-    """``depth`` adaptive blocks of one width."""
+    """``depth`` adaptive blocks of one width.
+
+    Args:
+        depth: Number of blocks.
+        width: Width of the tokens.
+        heads: Attention heads.
+        mlp_ratio: Width of the feed-forward layers divided by the width.
+        qk_norm: LayerNorm on queries and keys.
+        norm: ``rms`` or ``layer``.
+        mlp: ``swiglu`` or ``gelu``.
+    """
     return nn.ModuleList(AdaptiveBlock(width, heads, int(width * mlp_ratio), qk_norm, norm, mlp) for _ in range(depth))
 
 

@@ -72,7 +72,13 @@ class DiTDH(Denoiser):
         self.final = FinalLayer(head_width, patch * patch * channels, norm)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B."""
+        """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B.
+
+        Args:
+            x_t: Latents between data and noise, B×C×H×W.
+            t: Times B in [0, 1].
+            label: Labels B in [0, num_classes]; ``num_classes`` means no class.
+        """
         self.check(x_t, t, label)
         time = self.time_embedding(t)  # B×D
         # SiLU twice on purpose: the released models have one outside and one inside every modulation.

@@ -68,7 +68,13 @@ class DiT(Denoiser):
         nn.init.zeros_(self.time_embedding.fc2.bias)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B."""
+        """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B.
+
+        Args:
+            x_t: Latents between data and noise, B×C×H×W.
+            t: Times B in [0, 1].
+            label: Labels B in [0, num_classes]; ``num_classes`` means no class.
+        """
         self.check(x_t, t, label)
         x = self.patch_embedding(x_t) + self.position  # B×N×D
         c = self.time_embedding(t) + self.label_embedding(label)  # B×D

@@ -174,6 +174,10 @@ class Encoder(Described, nn.Module, ABC):
 def check_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
     """The chosen layers, the last one where none is given.
 
+    Args:
+        layers: Numbers of blocks from 0, or None.
+        depth: Number of blocks.
+
     Raises:
         ValueError: An empty list, a repeated layer, or one that the network does not have.
     """

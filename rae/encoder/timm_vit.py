@@ -158,7 +158,15 @@ class TimmEncoder(Encoder):
 def tiny_encoder(
     input_size: int = 32, channels: int = 32, stride: int = 8, depth: int = 2, seed: int = 0
 ) -> TimmEncoder:
-    """A small encoder with random weights, for tests and first steps without downloads."""
+    """A small encoder with random weights, for tests and first steps without downloads.
+
+    Args:
+        input_size: Side that images are resized to.
+        channels: Channels of the latent.
+        stride: Pixels that a token spans.
+        depth: Number of blocks.
+        seed: Seed of the weights.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return TimmEncoder(

@@ -66,6 +66,9 @@ class FlowMatching(Described):
             noise: Standard normal noise of the same shape.
             t: Times B in [0, 1].
             conditions: What else the model takes, e.g. ``label``.
+
+        Raises:
+            ValueError: The model's output is not of the data's shape.
         """
         point = self.path.interpolate(data, noise, t)
         output = model(point.x_t, t, **conditions)
@@ -95,7 +98,13 @@ class FlowMatching(Described):
         return (x - data) / like(t.clamp(min=DATA_TIME_FLOOR), x)
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Velocity that a prediction implies at x_t B×… and times B."""
+        """Velocity that a prediction implies at x_t B×… and times B.
+
+        Args:
+            output: The prediction, of x's shape.
+            x: Points B×….
+            t: Times B.
+        """
         if self.prediction == "velocity":
             return output
         if self.prediction == "data":

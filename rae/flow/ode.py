@@ -38,7 +38,14 @@ class ODESampler(Described, ABC):
 
     @abstractmethod
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
-        """One step from t to t_next."""
+        """One step from t to t_next.
+
+        Args:
+            velocity: Velocity field of x B×… and a time.
+            x: State B×… at time t.
+            t: Time.
+            t_next: Time after the step, below t; above it in reverse.
+        """
 
     def sample(
         self,

@@ -69,6 +69,11 @@ class Path(Described, ABC):
     def interpolate(self, data: Tensor, noise: Tensor, t: Tensor) -> PathSample:
         """The point at time t and the velocity alpha'·data + sigma'·noise.
 
+        Args:
+            data: Clean latents B×….
+            noise: Standard normal noise of the same shape.
+            t: Times B in [0, 1].
+
         Raises:
             ValueError: ``data`` and ``noise`` differ in shape, or t is not one value a sample in [0, 1].
         """
@@ -84,18 +89,35 @@ class Path(Described, ABC):
         return PathSample(x_t, velocity)
 
     def drift(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Drift of the generating SDE, −(alpha'/alpha)·x, and the factor of the score in the velocity, broadcast over x."""
+        """Drift of the generating SDE, −(alpha'/alpha)·x, and the factor of the score in the velocity, broadcast over x.
+
+        Args:
+            x: Points B×….
+            t: Times B.
+        """
         return -like(self.log_slope(t), x) * x, like(self.score_factor(t), x)
 
     def score_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Score ∇log p_t(x) of a velocity field (SiT eq. 9)."""
+        """Score ∇log p_t(x) of a velocity field (SiT eq. 9).
+
+        Args:
+            velocity: Velocity at x, of its shape.
+            x: Points B×….
+            t: Times B above 0.
+        """
         c = self.coefficients(t)
         ratio = like(c.alpha / c.d_alpha, x)
         sigma, d_sigma = like(c.sigma, x), like(c.d_sigma, x)
         return (ratio * velocity - x) / (sigma**2 - ratio * d_sigma * sigma)
 
     def noise_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Noise that a velocity field implies."""
+        """Noise that a velocity field implies.
+
+        Args:
+            velocity: Velocity at x, of its shape.
+            x: Points B×….
+            t: Times B.
+        """
         c = self.coefficients(t)
         ratio = like(c.alpha / c.d_alpha, x)
         return (ratio * velocity - x) / (ratio * like(c.d_sigma, x) - like(c.sigma, x))
@@ -104,6 +126,11 @@ class Path(Described, ABC):
         """Velocity field of a score.
 
         For linear and GVP the inverse of :meth:`score_from_velocity`. For VP it follows the published code, where it is not.
+
+        Args:
+            score: Score at x, of its shape.
+            x: Points B×….
+            t: Times B.
         """
         drift, factor = self.drift(x, t)
         return factor * score - drift

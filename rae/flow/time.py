@@ -46,7 +46,12 @@ def check_shift(shift: float) -> float:
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """T ← s·t / (1 + (s − 1)·t), moving times towards the noise; 0 and 1 stay."""
+    """T ← s·t / (1 + (s − 1)·t), moving times towards the noise; 0 and 1 stay.
+
+    Args:
+        t: Times in [0, 1].
+        shift: Shift s, at least 1.
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -131,7 +136,13 @@ class OfficialGrid(Described):
         return self.points - 1
 
     def times(self, shift: float, start: float = 0.0, end: float = 0.999) -> Tensor:
-        """Descending times 1 − linspace(start, end, points), shifted; float32 on the CPU."""
+        """Descending times 1 − linspace(start, end, points), shifted; float32 on the CPU.
+
+        Args:
+            shift: Shift of the times, at least 1.
+            start: Where 1 − t begins.
+            end: Where 1 − t ends.
+        """
         return shift_time(1 - torch.linspace(start, end, self.points), check_shift(shift))
 
 
@@ -156,5 +167,11 @@ class FullGrid(Described):
         return self.steps + 1
 
     def times(self, shift: float, start: float = 0.0, end: float = 1.0) -> Tensor:
-        """Descending times 1 − linspace(start, end, steps + 1), shifted; float32 on the CPU."""
+        """Descending times 1 − linspace(start, end, steps + 1), shifted; float32 on the CPU.
+
+        Args:
+            shift: Shift of the times, at least 1.
+            start: Where 1 − t begins.
+            end: Where 1 − t ends.
+        """
         return shift_time(1 - torch.linspace(start, end, self.points), check_shift(shift))

@@ -31,7 +31,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2D | None = None) -> Tensor:
-        """B×N×D => B×N×D."""
+        """B×N×D => B×N×D.
+
+        Args:
+            x: Tokens B×N×D.
+            rope: Rotary embedding of queries and keys; None for none.
+        """
         batch, count, width = x.shape
         qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B×heads×N×head_dim each

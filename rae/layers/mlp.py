@@ -48,6 +48,11 @@ class SwiGLU(nn.Module):
 def make_mlp(kind: str, width: int, hidden: int) -> nn.Module:
     """The feed-forward layer of an adaptive block: ``swiglu`` of width int(2/3·hidden), or ``gelu`` (tanh).
 
+    Args:
+        kind: ``swiglu`` or ``gelu``.
+        width: Width of the tokens.
+        hidden: Width of the hidden layer, before the factor of ``swiglu``.
+
     Raises:
         ValueError: Unknown ``kind``.
     """

@@ -27,6 +27,11 @@ class RMSNorm(nn.Module):
 def make_norm(kind: str, width: int, eps: float = 1e-6) -> nn.Module:
     """The norm of a transformer block: ``rms`` with weight, or ``layer`` without affine parameters.
 
+    Args:
+        kind: ``rms`` or ``layer``.
+        width: Width of the tokens.
+        eps: Added to the mean square or the variance.
+
     Raises:
         ValueError: Unknown ``kind``.
     """

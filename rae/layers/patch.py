@@ -22,6 +22,10 @@ def grid_side(tokens: int) -> int:
 def patchify(images: Tensor, patch: int) -> Tensor:
     """Cuts images B×C×H×W into patches B×N×(p·p·C), row by row; inside a patch the order is row, column, channel.
 
+    Args:
+        images: B×C×H×W.
+        patch: Side p of a patch.
+
     Raises:
         ValueError: A side is not divisible by ``patch``.
     """
@@ -35,6 +39,11 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
     """Puts patches B×N×(p·p·C) of a square grid together to images B×C×H×W; the inverse of :func:`patchify`.
+
+    Args:
+        tokens: B×N×(p·p·C).
+        patch: Side p of a patch.
+        channels: Channels C of the images.
 
     Raises:
         ValueError: N is no square, or a patch has another length than p·p·C.

@@ -72,6 +72,12 @@ def resize_position_table(table: Tensor, grid: int, prefix: int, antialias: bool
 
     Antialiasing also changes the cubic's coefficient, so it matters for enlarging too.
 
+    Args:
+        table: 1×(prefix + n²)×C.
+        grid: Side of the new grid.
+        prefix: Rows of class and register tokens, which stay.
+        antialias: Whether to antialias.
+
     Raises:
         ValueError: The table is not that of a square grid.
     """

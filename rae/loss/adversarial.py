@@ -31,7 +31,12 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "hinge", reductio
 
 
 def generator_loss(fake: Tensor, reduction: str = "mean") -> Tensor:
-    """Minus the mean (or sum) of the logits of reconstructions; what the original calls "vanilla"."""
+    """Minus the mean (or sum) of the logits of reconstructions; what the original calls "vanilla".
+
+    Args:
+        fake: Logits of reconstructions, of any shape.
+        reduction: ``mean`` or ``sum``.
+    """
     return -_reduce(fake, reduction)
 
 

@@ -75,7 +75,12 @@ class Stage1Loss(nn.Module):
         self.unit = unit
 
     def phases(self, step: int, steps_per_epoch: int) -> Phases:
-        """Which parts are on in optimiser step ``step``, counted from 0."""
+        """Which parts are on in optimiser step ``step``, counted from 0.
+
+        Args:
+            step: Number of the optimiser step.
+            steps_per_epoch: Optimiser steps in an epoch.
+        """
         factor = steps_per_epoch if self.unit == "epochs" else 1
         perceptual, discriminator, gan = (step >= int(start * factor) for start in self.starts)
         return Phases(
@@ -85,7 +90,13 @@ class Stage1Loss(nn.Module):
         )
 
     def reconstruction(self, images: Tensor, target: Tensor, phases: Phases) -> dict[str, Tensor]:
-        """``l1``, ``lpips`` (where on) and their weighted sum ``total`` of images B×3×H×W in [0, 1]."""
+        """``l1``, ``lpips`` (where on) and their weighted sum ``total`` of images B×3×H×W in [0, 1].
+
+        Args:
+            images: Reconstructions B×3×H×W in [0, 1], not clamped.
+            target: The originals.
+            phases: What is on.
+        """
         losses = {"l1": (images - target).abs().mean()}
         losses["total"] = losses["l1"]
         if phases.perceptual:
@@ -95,7 +106,12 @@ class Stage1Loss(nn.Module):
         return losses
 
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Loss of the discriminator from its logits."""
+        """Loss of the discriminator from its logits.
+
+        Args:
+            real: Logits of originals.
+            fake: Logits of reconstructions.
+        """
         return discriminator_loss(real, fake, self.adversarial)
 
 

@@ -60,6 +60,9 @@ class Detector(nn.Module, ABC):
         spatial_width: Number of spatial features S, or None.
         classes: Number of classes K, or None.
         batch_size: Images that go through the network at once.
+
+    Raises:
+        ValueError: ``width`` or ``batch_size`` below 1.
     """
 
     def __init__(

@@ -95,6 +95,10 @@ class FrechetDistance(FeatureMoments):
 def distance(first: Moments, second: Moments) -> Tensor:
     """Fréchet distance of two sets of moments, on the device of the first.
 
+    Args:
+        first: Moments of one set.
+        second: Moments of the other.
+
     Raises:
         ValueError: Another number of features.
     """

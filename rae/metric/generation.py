@@ -50,7 +50,11 @@ class MetricGroup(WrapperMetric):
             part.reset()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the images that another collection of the same kind has seen."""
+        """Adds the images that another collection of the same kind has seen.
+
+        Raises:
+            ValueError: It is another kind of collection, or of other metrics.
+        """
         if not isinstance(incoming_state, type(self)) or incoming_state.parts.keys() != self.parts.keys():
             raise ValueError(f"only a {type(self).__name__} of the same metrics can be merged, got {incoming_state!r}")
         others = incoming_state._metrics()

@@ -23,6 +23,9 @@ class InceptionScore(SummedMetric):
         split_size: Samples of a split.
         splits: Largest number of splits that there is room for.
         kwargs: Arguments of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: A number below 1.
     """
 
     higher_is_better = True
@@ -103,6 +106,9 @@ class LabelCounts(SummedMetric):
     Args:
         num_classes: Number of classes.
         kwargs: Arguments of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: ``num_classes`` below 1.
     """
 
     count: Tensor

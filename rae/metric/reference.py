@@ -97,7 +97,11 @@ class Reference:
 
     @property
     def hash(self) -> str:
-        """Hash of the statistics, or of the file where it holds images alone."""
+        """Hash of the statistics, or of the file where it holds images alone.
+
+        Raises:
+            ValueError: It has neither statistics nor a file.
+        """
         stated = self.info.hash or statistics_hash(self.statistics)
         if stated is None and self.path is None:
             raise ValueError("a reference without statistics and file has no hash")

@@ -48,6 +48,11 @@ def moments(features: Tensor) -> Moments:
 def moments_from_sums(total: Tensor, outer: Tensor, count: int) -> Moments:
     """Moments from the sum of features [D] and of their outer products [D, D], both float64.
 
+    Args:
+        total: Sum of the features, D.
+        outer: Sum of their outer products, D×D.
+        count: Number of samples.
+
     Raises:
         ValueError: Fewer than two samples, or sums that are not finite.
     """

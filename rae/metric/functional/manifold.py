@@ -158,6 +158,12 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall of samples N×D against reference points M×D.
 
+    Args:
+        samples: Features N×D of samples.
+        reference: Features M×D of real images.
+        neighbours: Neighbours that a ball reaches.
+        precision: Arithmetic of the distances: ``float32``, ``float64`` or ``float16``.
+
     Raises:
         ValueError: A set has no more points than ``neighbours``.
     """
@@ -170,6 +176,12 @@ def density_coverage(
     samples: Tensor, reference: Tensor, neighbours: int = 5, precision: str = "float32"
 ) -> tuple[float, float]:
     """Density and coverage of samples N×D against reference points M×D.
+
+    Args:
+        samples: Features N×D of samples.
+        reference: Features M×D of real images.
+        neighbours: Neighbours that a ball reaches.
+        precision: Arithmetic of the distances: ``float32``, ``float64`` or ``float16``.
 
     Raises:
         ValueError: The reference has no more points than ``neighbours``.

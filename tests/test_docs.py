@@ -1,0 +1,146 @@
+"""What is written about the code agrees with it: READMEs, the page for the original's users, docstrings."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rae.cli.config import compose, config_groups
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rae"
+FOLDERS = sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE, PACKAGE / "metric" / "functional"})
+PAGES = [
+    *(folder / "README.md" for folder in FOLDERS),
+    ROOT / "conf/README.md",
+    ROOT / "conf/FROM_ORIGINAL.md",
+    ROOT / "tests/README.md",
+]
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+OTHERS = {"config.yaml", "evaluator.py", "original.yaml"}  # files of runs, of other projects, and examples
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_pages_name_files_that_exist(page):
+    text = page.read_text()
+    if page.parent != ROOT / "conf":
+        assert 15 <= len(text.splitlines()) <= 45
+    for file in re.findall(r"`([\w/.-]+\.(?:py|yaml|md))`", text):
+        places = [page.parent / file, ROOT / file, ROOT / "conf" / file, *PACKAGE.glob(f"*/{file}")]
+        example = file in OTHERS or re.match(r"src/|ours/|mine/", file) or re.search("NAME|/N.yaml|stageN", file)
+        assert example or any(place.exists() for place in places), f"{name(page)} names {file}, which does not exist"
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder != PACKAGE / "cli"], ids=name)
+def test_readmes_name_every_file_of_their_folder(folder):
+    text = (folder / "README.md").read_text()
+    for file in folder.glob("[!_]*.py"):
+        assert f"`{file.name}`" in text, f"{name(folder)}/README.md says nothing of {file.name}"
+
+
+def commands(page: Path) -> list[str]:
+    """Commands of ours in code spans and blocks."""
+    spans = re.findall(r"`(rae-[a-z-]+ [^`]+)`", page.read_text())
+    blocks = re.findall(r"^(rae-[a-z-]+ .+)$", page.read_text(), re.MULTILINE)
+    return [command for command in [*spans, *blocks] if "NAME" not in command and " --" not in command]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(ROOT / "conf/FROM_ORIGINAL.md", marks=pytest.mark.slow), ROOT / "conf/model/README.md"],
+    ids=["FROM_ORIGINAL", "model"],
+)
+def test_commands_on_the_pages_compose(page):
+    found = commands(page)
+    scripts = re.findall(r"^(rae-[a-z-]+) = ", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert len(found) > 5
+    for command in found:
+        program, *given = shlex.split(command.replace("…", "x"))
+        assert program in scripts, command
+        if program != "rae-convert":
+            compose(program.removeprefix("rae-").replace("-", "_"), given)
+
+
+def test_choices_on_the_page_exist():
+    groups = config_groups()
+    for group, choice in re.findall(r"`([a-z/@]+)=(\w+)`", (ROOT / "conf/FROM_ORIGINAL.md").read_text()):
+        if group in groups:
+            assert choice in groups[group], f"{group}={choice}"
+
+
+def test_the_table_of_weights_is_that_of_the_models():
+    page = (ROOT / "conf/model/README.md").read_text()
+    for model in config_groups()["model"]:
+        row = next(line for line in page.splitlines() if f"| `{model}` |" in line)
+        cfg = compose("sample", [f"model={model}"])
+        assert f"`{Path(cfg.checkpoint).relative_to('models')}`" in row
+        if cfg.guide_checkpoint is not None:
+            assert f"`{Path(cfg.guide_checkpoint).relative_to('models')}`" in page
+        header = (ROOT / f"conf/model/{model}.yaml").read_text().splitlines()[2]
+        for score in re.findall(r"(?:FID-50k|dB|PSNR) (\d+\.\d+)", header):
+            assert score in row
+        shown = set(re.findall(r"`(\w+)`", page[page.index("## Licences") :]))
+    assert set(config_groups()["encoder"]) - shown == {
+        "digits",
+        "timm",
+        "dinov2",
+        "dinov2_layers",
+    }  # dinov2 stands as encoder=dinov2
+
+
+def test_citation_names_the_version_and_the_paper():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = (ROOT / "pyproject.toml").read_text()
+    for key, field in {"title": "name", "version": "version", "license": "license"}.items():
+        assert f'\n{field} = "{cited[key]}"\n' in project
+    assert cited["preferred-citation"]["url"] in project
+
+
+# --- docstrings --------------------------------------------------------------------------------------------------
+
+
+def public(path: Path) -> list[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    """Public classes, functions and methods of a file."""
+    found = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            found.append((node.name, node))
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            found += [
+                (f"{node.name}.{one.name}", one)
+                for one in inner
+                if isinstance(one, ast.FunctionDef) and not one.name.startswith("_")
+            ]
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_arguments_that_are_described_are_there(path):
+    """A docstring with a list of arguments lists no others than the function, or the class's constructor, has, and all of them."""
+    for title, node in public(path):
+        text = ast.get_docstring(node)
+        assert text, f"{title} has no docstring"
+        listed = re.search(r"^Args:\n((?: +.*\n?|\n)+)", text, re.MULTILINE)
+        if listed is None:
+            continue
+        described = set(re.findall(r"^    \*{0,2}(\w+)(?: \(.*\))?:", listed[1], re.MULTILINE))
+        made = node
+        if isinstance(node, ast.ClassDef):
+            made = next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
+        if made is None:  # inherits its constructor, or is a dataclass
+            continue
+        arguments = {one.arg for one in [*made.args.posonlyargs, *made.args.args, *made.args.kwonlyargs]} - {
+            "self",
+            "cls",
+        }
+        arguments |= {one.arg for one in (made.args.vararg, made.args.kwarg) if one is not None}
+        assert described == arguments, f"{title}: {sorted(described ^ arguments)}"
