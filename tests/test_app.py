@@ -134,6 +134,7 @@ def test_steps_change_the_grid_alone(sampler):
     [
         ({"label": 4}, "class must be a whole number in 0 … 3, got 4"),
         ({"label": None}, "class must be a whole number in 0 … 3, got nothing"),
+        ({"label": float("inf")}, "class must be a whole number in 0 … 3, got inf"),
         ({"label": 1.5}, "class must be a whole number in 0 … 3, got 1.5"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"count": 0}, "count must be a whole number of at least 1, got 0"),
@@ -233,6 +234,24 @@ def test_an_autoencoder_has_one_tab_and_the_page_says_why(exports):
 
 def viewer_of_generator(exports):
     return open_viewer(configuration(exports / "generator"))[0]
+
+
+def test_only_uploaded_files_are_read(exports, tmp_path, monkeypatch):
+    """A forged request cannot have other files of the machine shown."""
+    from gradio import Error
+
+    from rae.cli.page import build_page
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    (tmp_path / "uploads").mkdir()
+    (reconstruct,) = [
+        made.fn for made in build_page(viewer_of_generator(exports), "").fns.values() if made.name == "reconstruct"
+    ]
+    inside, outside = picture(tmp_path / "uploads" / "a.png"), picture(tmp_path / "secret.png")
+    assert reconstruct({"path": str(inside)})[1].shape == (SIDE, SIDE, 3)
+    for path in (str(outside), f"{tmp_path}/uploads/../secret.png", None):
+        with pytest.raises(Error, match="only an image that was uploaded"):
+            reconstruct({"path": path})
 
 
 def test_a_taken_port_is_named(exports):

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: it is to talk to nobody
@@ -145,10 +146,22 @@ def _reconstruction(viewer: Viewer) -> None:
     def reconstruct(payload: dict[str, Any] | None) -> tuple[Any, Any, str]:
         if payload is None:
             return None, None, ""
-        found = viewer.reconstruct(payload["path"], payload.get("orig_name"))
+        found = viewer.reconstruct(uploaded(payload, upload.GRADIO_CACHE), payload.get("orig_name"))
         return pixels(found.original), pixels(found.picture), score_table(found.scores, viewer.perceptual is not None)
 
     upload.change(reconstruct, upload, [original, picture, scores], preprocess=False, api_visibility="private")
+
+
+def uploaded(payload: dict[str, Any], folder: str) -> Path:
+    """The path of an uploaded file: what a browser says is believed only below the folder of the uploads.
+
+    Raises:
+        ValueError: Another path.
+    """
+    path = Path(str(payload.get("path"))).resolve()
+    if not path.is_relative_to(Path(folder).resolve()):
+        raise ValueError("only an image that was uploaded can be reconstructed")
+    return path
 
 
 def score_table(scores: dict[str, float], has_lpips: bool) -> str:

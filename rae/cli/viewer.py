@@ -197,7 +197,7 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     Raises:
         ValueError: Another value, named with what is allowed.
     """
-    is_whole = not isinstance(value, bool) and isinstance(value, int | float) and value == int(value)
+    is_whole = not isinstance(value, bool) and isinstance(value, int | float) and float(value).is_integer()
     if not is_whole or value < low or (high is not None and value > high):
         allowed = f"in {low} … {high}" if high is not None else f"of at least {low}"
         raise ValueError(f"{name} must be a whole number {allowed}, got {'nothing' if value is None else value}")
