@@ -81,11 +81,16 @@ class PerceptualLoss(nn.Module):
         return self.distance(self.features(images), wanted)
 
 
+def cached_vgg() -> Path:
+    """Where torch's hub keeps the VGG-16 weights once they were downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name
+
+
 def _read_vgg(path: str | None) -> Mapping[str, Tensor]:
     if path is not None:
         content: Mapping[str, Tensor] = read_file(path)
         return content
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name
+    cached = cached_vgg()
     if not cached.is_file():
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
