@@ -40,7 +40,7 @@ class Interrupted(KeyboardInterrupt):
         self.code = code
 
 
-def entry(config: str, task: Task) -> Callable[[], None]:
+def entry(config: str, task: Task, complete: bool = True) -> Callable[[], None]:
     """Makes the ``main`` of a console script.
 
     The exit code is 0, 1 (the task failed; one line says why), 2 (the command line is wrong; one line names the nearest
@@ -49,11 +49,12 @@ def entry(config: str, task: Task) -> Callable[[], None]:
     Args:
         config: Name of the root config in ``conf/``.
         task: Receives the composed configuration, whose ``output_dir`` is absolute and exists.
+        complete: Whether a configuration with values still to be given is refused.
     """
-    return functools.partial(_main, config, task, f"rae-{config.replace('_', '-')}")
+    return functools.partial(_main, config, task, f"rae-{config.replace('_', '-')}", complete)
 
 
-def _main(config: str, task: Task, program: str) -> None:
+def _main(config: str, task: Task, program: str, complete: bool) -> None:
     import hydra  # noqa: PLC0415 (after the resolvers; slow)
 
     register_resolvers()
@@ -63,7 +64,7 @@ def _main(config: str, task: Task, program: str) -> None:
     failed: list[BaseException] = []
 
     def guarded(cfg: DictConfig) -> None:
-        error = _run(cfg, config, task, program)
+        error = _run(cfg, config, task, program, complete)
         if error is not None:
             failed.append(error)
 
@@ -89,7 +90,7 @@ def _main(config: str, task: Task, program: str) -> None:
         raise SystemExit(TASK_ERROR)
 
 
-def _run(cfg: DictConfig, config: str, task: Task, program: str) -> BaseException | None:
+def _run(cfg: DictConfig, config: str, task: Task, program: str, complete: bool) -> BaseException | None:
     """Runs one job; returns its error, already reported, so that the other jobs of a sweep still run."""
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
     from hydra.types import RunMode  # noqa: PLC0415
@@ -105,7 +106,8 @@ def _run(cfg: DictConfig, config: str, task: Task, program: str) -> BaseExceptio
         sys.argv = [arguments[0], *job.overrides.hydra, *job.overrides.task, f"output_dir='{cfg.output_dir}'"]
         sys.argv = [argument for argument in sys.argv if argument != "hydra.mode=MULTIRUN"]
     try:
-        check_complete(cfg, config)
+        if complete:
+            check_complete(cfg, config)
         absolute_paths(cfg)
         task(cfg)
     except KeyboardInterrupt as stop:

@@ -32,6 +32,7 @@ GROUPS = {
     "strategy": "how devices share the work",
     "callbacks": "checkpoints, averages, previews",
     "logger": "where curves and pictures go",
+    "card": "what a card can do, for rae-cost",
     "paths": "folders",
     "debug": "short runs that look for faults",
     "hydra": "Hydra itself",
