@@ -29,7 +29,7 @@ def count(value: float) -> str:
 
 def giga(value: float) -> str:
     """Operations: 323.2 GFLOP."""
-    return f"{value / 1e9:,.1f}"
+    return f"{value / 1e9:,.1f}" if value >= 1e10 or not value else f"{value / 1e9:.3g}"
 
 
 def size(value: float) -> str:
