@@ -36,7 +36,7 @@ from rae.flow import (
     OfficialGrid,
 )
 from rae.loss import PerceptualLoss, Phases, Stage1Loss
-from tests.small_runs import make_module, train
+from tests.small_runs import train
 
 TOKENS, CHANNELS, CLASSES = 256, 768, 1000  # of DINOv2-B at 256 px and ImageNet
 
@@ -70,7 +70,9 @@ SLOW = [pytest.mark.slow]
 SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}
 
 
-@pytest.mark.parametrize("size", ["s", pytest.param("b", marks=SLOW), pytest.param("l", marks=SLOW), pytest.param("xl", marks=SLOW)])
+@pytest.mark.parametrize(
+    "size", ["s", pytest.param("b", marks=SLOW), pytest.param("l", marks=SLOW), pytest.param("xl", marks=SLOW)]
+)
 def test_dit_dh_against_closed_form(size):
     width, depth = SIZES[size]
     wide, wide_depth = 2048, 2
@@ -83,7 +85,9 @@ def test_dit_dh_against_closed_form(size):
     attention = depth * backbone[1] + wide_depth * head[1]
     work = denoising(network, FlowMatching())
     assert work.forward == linear + attention
-    assert work.backward == 2 * linear - first + 5 * attention // 2  # attention is computed again: five products for two
+    assert (
+        work.backward == 2 * linear - first + 5 * attention // 2
+    )  # attention is computed again: five products for two
     assert denoiser_forward(network).forward == work.forward
 
     def forward():
@@ -102,7 +106,7 @@ def test_dit_dh_against_closed_form(size):
         assert count == pytest.approx(839e6, rel=0.001)  # paper
 
 
-@pytest.mark.parametrize("size", ["s", *(pytest.param(size, marks=SLOW) for size in ("b", "l", "xl"))])
+@pytest.mark.parametrize("size", [pytest.param(size, marks=SLOW) for size in SIZES])
 def test_lightning_dit_against_closed_form(size):
     width, depth = SIZES[size]
     products, attention = block(width, TOKENS, 1)
@@ -112,7 +116,11 @@ def test_lightning_dit_against_closed_form(size):
 
 @pytest.mark.parametrize(
     ("size", "width", "depth"),
-    [("b", 768, 12), pytest.param("l", 1024, 24, marks=SLOW), pytest.param("xl", 1152, 28, marks=SLOW)],
+    [
+        pytest.param("b", 768, 12, marks=SLOW),
+        pytest.param("l", 1024, 24, marks=SLOW),
+        pytest.param("xl", 1152, 28, marks=SLOW),
+    ],
 )
 def test_decoders_and_their_encoder_against_closed_form(size, width, depth):
     mlp = {"b": 3072, "l": 4096, "xl": 4096}[size]
@@ -190,6 +198,7 @@ def test_stage_1_is_counted_as_it_is_trained(tmp_path):
     assert [4 * step.flops(None, phase) for phase in phases] == counting.steps
 
 
+@pytest.mark.slow
 def test_stage_1_with_several_micro_batches_is_counted_as_it_is_trained(tmp_path):
     counting = Counting()
     with counting:
@@ -347,7 +356,7 @@ def test_evaluations_of_a_sample(sampler, guidance, denoiser, guide):
 
 def test_guidance_outside_its_interval_costs_nothing():
     sampler = EulerSampler(OfficialGrid(50))
-    inside = sum(0.25 <= time <= 0.75 for time in sampler.grid.times().tolist()[:-1])
+    inside = sum(0.25 <= time <= 0.75 for time in sampler.grid.times(1.0).tolist()[:-1])
     found = evaluations(sampler, ClassifierFreeGuidance(1.5, (0.25, 0.75)), FlowMatching())
     assert found["denoiser"] == 49 + inside
     assert 0 < inside < 49
@@ -361,7 +370,10 @@ def test_adaptive_samplers_have_no_number():
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("experiment", ["digits_encoder", "digits_stage1", "digits_stage2"])
+@pytest.mark.parametrize(
+    "experiment",
+    ["digits_encoder", *(pytest.param(f"digits_stage{stage}", marks=pytest.mark.slow) for stage in (1, 2))],
+)
 def test_figures_of_an_experiment(experiment):
     cfg = compose("cost", [f"experiment={experiment}", "images=1000"])
     figures = reckon(cfg)
@@ -376,6 +388,7 @@ def test_figures_of_an_experiment(experiment):
     assert row(figures).count("|") == heading().splitlines()[0].count("|")
 
 
+@pytest.mark.slow
 def test_precision_chooses_the_arithmetic():
     def arithmetic(*overrides):
         return reckon(compose("cost", ["experiment=digits_stage2", *overrides]))
@@ -404,10 +417,13 @@ def test_faults_are_named(overrides, message):
 
 
 def test_unknown_card():
-    with pytest.raises(ConfigError, match=r"card=h10: there is no such choice; did you mean 'h100'\? choose one of a100"):
+    with pytest.raises(
+        ConfigError, match=r"card=h10: there is no such choice; did you mean 'h100'\? choose one of a100"
+    ):
         compose("cost", ["card=h10"])
 
 
+@pytest.mark.slow
 def test_command_needs_neither_data_nor_weights(tmp_path):
     command = [sys.executable, "-m", "rae.cli.cost", "-m", "experiment=digits_stage1,digits_stage2", "print=row"]
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "", "HOME": str(tmp_path)}

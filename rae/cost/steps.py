@@ -85,7 +85,8 @@ def encoding(autoencoder: RAE, size: int) -> Work:
 
 def decoding(autoencoder: RAE, precision: torch.dtype | None = None) -> Work:
     """Decoding of a latent, without graph."""
-    return measure(lambda images: autoencoder.decoder(torch.randn(images, *autoencoder.latent_shape)), None, precision)
+    decoder, dtype = autoencoder.decoder, autoencoder.decoder.last_layer.weight.dtype
+    return measure(lambda images: decoder(torch.randn(images, *autoencoder.latent_shape, dtype=dtype)), None, precision)
 
 
 def denoising(denoiser: Denoiser, flow: FlowMatching, precision: torch.dtype | None = None) -> Work:
