@@ -219,6 +219,7 @@ def test_stage_2_is_counted_as_it_is_trained(tmp_path):
     assert step.flops() - cached.flops() == step.flops("encoder") > 0
 
 
+@pytest.mark.slow
 def test_checkpointing_computes_the_blocks_again():
     with torch.device("meta"):
         network = DiTDH(16, 4, 32, 3, 2, 48, 1, 2, num_classes=4)

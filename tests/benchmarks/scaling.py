@@ -37,9 +37,9 @@ class Setting:
     head_width: int = 768
 
     def network(self) -> DiTDH:
-        """Six blocks and a head of two, 64 dimensions to an attention head."""
+        """Three blocks and a head of one, 64 dimensions to an attention head."""
         heads = self.width // 64, self.head_width // 64
-        return DiTDH(CHANNELS, self.grid, self.width, 6, heads[0], self.head_width, 2, heads[1], CLASSES)
+        return DiTDH(CHANNELS, self.grid, self.width, 3, heads[0], self.head_width, 1, heads[1], CLASSES)
 
     def step(self) -> Work:
         """The work of a step, on draws that are made once."""
