@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "rae"
 LEVELS = [
     {"layers", "flow", "loss", "metric", "latent", "rng", "weights", "image", "hub", "describe", "parts"},
     {"encoder", "decoder", "denoiser", "discriminator"},
-    {"autoencoder", "generator", "checkpoint"},
+    {"autoencoder", "generator", "checkpoint", "cost"},
     {"data", "training"},
     {"cli"},
 ]

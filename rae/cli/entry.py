@@ -45,7 +45,7 @@ class Interrupted(KeyboardInterrupt):
         self.code = code
 
 
-def entry(config: str, task: Task, after_sweep: AfterSweep | None = None) -> Callable[[], None]:
+def entry(config: str, task: Task, after_sweep: AfterSweep | None = None, complete: bool = True) -> Callable[[], None]:
     """Makes the ``main`` of a console script.
 
     The exit code is 0, 1 (the task failed; one line says why), 2 (the command line is wrong; one line names the nearest
@@ -55,11 +55,13 @@ def entry(config: str, task: Task, after_sweep: AfterSweep | None = None) -> Cal
         config: Name of the root config in ``conf/``.
         task: Receives the composed configuration, whose ``output_dir`` is absolute and exists.
         after_sweep: Called with all jobs once a sweep is over.
+        complete: Whether a configuration with values still to be given is refused.
     """
-    return functools.partial(_main, config, task, f"rae-{config.replace('_', '-')}", after_sweep)
+    program = f"rae-{config.replace('_', '-')}"
+    return functools.partial(_main, config, task, program, after_sweep, complete)
 
 
-def _main(config: str, task: Task, program: str, after_sweep: AfterSweep | None) -> None:
+def _main(config: str, task: Task, program: str, after_sweep: AfterSweep | None, complete: bool) -> None:
     import hydra  # noqa: PLC0415 (after the resolvers; slow)
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
 
@@ -72,7 +74,7 @@ def _main(config: str, task: Task, program: str, after_sweep: AfterSweep | None)
     jobs: list[Job] = []
 
     def guarded(cfg: DictConfig) -> None:
-        error = _run(cfg, config, task, program)
+        error = _run(cfg, config, task, program, complete)
         jobs.append(Job(list(HydraConfig.get().overrides.task), Path(cfg.output_dir), error is not None))
 
     command = hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config)(guarded)
@@ -99,7 +101,7 @@ def _main(config: str, task: Task, program: str, after_sweep: AfterSweep | None)
         raise SystemExit(TASK_ERROR)
 
 
-def _run(cfg: DictConfig, config: str, task: Task, program: str) -> BaseException | None:
+def _run(cfg: DictConfig, config: str, task: Task, program: str, complete: bool) -> BaseException | None:
     """Runs one job; returns its error, already reported, so that the other jobs of a sweep still run."""
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
     from hydra.types import RunMode  # noqa: PLC0415
@@ -115,7 +117,8 @@ def _run(cfg: DictConfig, config: str, task: Task, program: str) -> BaseExceptio
         sys.argv = [arguments[0], *job.overrides.hydra, *job.overrides.task, f"output_dir='{cfg.output_dir}'"]
         sys.argv = [argument for argument in sys.argv if argument != "hydra.mode=MULTIRUN"]
     try:
-        check_complete(cfg, config)
+        if complete:
+            check_complete(cfg, config)
         absolute_paths(cfg)
         task(cfg)
     except KeyboardInterrupt as stop:

@@ -33,6 +33,7 @@ GROUPS = {
     "callbacks": "checkpoints, averages, previews",
     "evaluation": "scores while training, at steps or epochs",
     "logger": "where curves and pictures go",
+    "card": "what a card can do, for rae-cost",
     "paths": "folders",
     "debug": "short runs that look for faults",
     "hydra": "Hydra itself",

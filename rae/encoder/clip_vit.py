@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import open_clip
+import torch
 from torch import Tensor, nn
 
 from rae.encoder.base import Encoder, check_layers
@@ -67,7 +68,8 @@ class ClipEncoder(Encoder):
         self.hub_id = hub_id
         self.revision = revision
         self.pos_antialias = pos_antialias
-        network = open_clip.create_model(model, pretrained=None, force_image_size=input_size).visual
+        device = torch.get_default_device()  # open_clip would move it to the CPU, from the meta device too
+        network = open_clip.create_model(model, pretrained=None, force_image_size=input_size, device=device).visual
         if not hasattr(network, "transformer"):
             raise ValueError(f"encoder.model={model!r} is no vision transformer of open_clip's own")
         facts = {"channels": network.conv1.out_channels, "stride": network.patch_size[0]}

@@ -1,0 +1,24 @@
+"""What training and sampling cost: parameters, floating-point operations, memory, hours on a card."""
+
+from rae.cost.budget import Card, Memory, Plan, evaluations, optimizer_ratio, static_memory
+from rae.cost.meter import Work, measure, on_paper, parameters, shares
+from rae.cost.steps import Piece, Step, stage0_step, stage1_step, stage2_step
+
+__all__ = [
+    "Card",
+    "Memory",
+    "Piece",
+    "Plan",
+    "Step",
+    "Work",
+    "evaluations",
+    "measure",
+    "on_paper",
+    "optimizer_ratio",
+    "parameters",
+    "shares",
+    "stage0_step",
+    "stage1_step",
+    "stage2_step",
+    "static_memory",
+]

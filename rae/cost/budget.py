@@ -1,0 +1,180 @@
+"""From the cost of one image to that of a training: images, operations, hours, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rae.cost.meter import parameters
+from rae.cost.steps import ALL, Step
+from rae.flow import FlowMatching
+from rae.loss import Phases, Stage1Loss
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card can do.
+
+    Attributes:
+        name: What it is.
+        fp32: Operations a second with float32 matrices.
+        tf32: The same with float32 matrices rounded to TF32.
+        bf16: The same with bfloat16 or float16 matrices, summed in float32; without sparsity.
+        memory: Bytes.
+    """
+
+    name: str
+    fp32: float
+    tf32: float
+    bf16: float
+    memory: float
+
+    def seconds(self, flops: Mapping[str, float], mfu: float) -> float:
+        """Time of operations, given by the arithmetic they are in, at a share of the peak.
+
+        Raises:
+            ValueError: A share outside (0, 1].
+        """
+        if not 0 < mfu <= 1:
+            raise ValueError(
+                f"mfu={mfu} must lie in (0, 1]: the share of the card's peak that is reached; 0.4 is usual"
+            )
+        return sum(count / (getattr(self, kind) * mfu) for kind, count in flops.items())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a training is.
+
+    Attributes:
+        images: Images of an epoch.
+        batch: Images of an optimiser step, over all cards.
+        epochs: Passes over the images; None where ``steps`` ends the training.
+        steps: Optimiser steps; None where ``epochs`` ends it.
+    """
+
+    images: int
+    batch: int
+    epochs: float | None = None
+    steps: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch, the last one filled up."""
+        return max(1, -(-self.images // self.batch))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the training.
+
+        Raises:
+            ValueError: The training has no end.
+        """
+        ends = [] if self.epochs is None else [round(self.epochs * self.steps_per_epoch)]
+        ends += [] if self.steps is None else [self.steps]
+        if not ends:
+            raise ValueError("the training has no end: give trainer.max_epochs or trainer.max_steps")
+        return min(ends)
+
+    @property
+    def total_images(self) -> int:
+        """Images that the training sees, repeated ones counted again."""
+        by_steps = self.total_steps * self.batch
+        return by_steps if self.epochs is None else min(by_steps, round(self.epochs * self.images))
+
+    def phases(self, loss: Stage1Loss | None = None) -> list[tuple[float, Phases]]:
+        """Shares of the training and the phases that are on in each."""
+        if loss is None:
+            return [(1.0, ALL)]
+        total = self.total_steps
+        factor = self.steps_per_epoch if loss.unit == "epochs" else 1
+        bounds = sorted({0, total, *(min(total, int(start * factor)) for start in loss.starts)})
+        return [
+            ((after - before) / total, loss.phases(before, self.steps_per_epoch))
+            for before, after in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+
+    def flops(self, step: Step, loss: Stage1Loss | None = None) -> dict[str, float]:
+        """Operations of the whole training, by the network whose precision they are in."""
+        phases = self.phases(loss)
+        return {
+            network: self.total_images * sum(share * step.flops(network, phase) for share, phase in phases)
+            for network in sorted({piece.network for piece in step.pieces})
+        }
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on every card, apart from activations.
+
+    Attributes:
+        weights: All networks.
+        gradients: Of the trained ones.
+        optimizer: The optimiser's state.
+        average: The moving average of the weights.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.average
+
+
+def static_memory(networks: Iterable[nn.Module], averaged: nn.Module | None, ratio: float) -> Memory:
+    """Memory of networks that are each held once on every card.
+
+    Args:
+        networks: All of them.
+        averaged: The one with a moving average on the card; None for none.
+        ratio: Bytes of the optimiser's state for a byte of trained weights, see :func:`optimizer_ratio`.
+    """
+    counts = [parameters(network) for network in networks]
+    trained = sum(count["trained_bytes"] for count in counts)
+    average = 0 if averaged is None else sum(p.numel() * p.element_size() for p in averaged.parameters())
+    return Memory(trained + sum(count["frozen_bytes"] for count in counts), trained, round(ratio * trained), average)
+
+
+def optimizer_ratio(factory: Callable[[Any], torch.optim.Optimizer]) -> float:
+    """Bytes of an optimiser's state for a byte of weights, found by one step on a small matrix: 2 with AdamW."""
+    weight = nn.Parameter(torch.zeros(64, 64))
+    weight.grad = torch.ones_like(weight)
+    optimizer = factory([weight])
+    optimizer.step()
+    state = optimizer.state[weight].values()
+    held = sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor) and value.ndim)
+    return held / (weight.numel() * weight.element_size())
+
+
+def evaluations(sampler: Any, guidance: Any, flow: FlowMatching) -> dict[str, int]:
+    """How often a sample passes through the denoiser and the guide, found by running the sampler on models that count.
+
+    Raises:
+        ValueError: A sampler whose steps depend on the networks.
+    """
+    if sampler.evaluations is None:
+        raise ValueError(
+            "an adaptive sampler takes as many steps as the networks' outputs call for; choose another one"
+        )
+    counts = {"denoiser": 0, "guide": 0}
+
+    def counting(name: str) -> Callable[..., Tensor]:
+        def model(x: Tensor, *conditions: Tensor) -> Tensor:
+            counts[name] += len(x)
+            return torch.zeros_like(x)
+
+        return model
+
+    label = torch.zeros(1, dtype=torch.int64)
+    velocity = guidance(counting("denoiser"), label, null_label=1, guide=counting("guide"))
+    start = torch.zeros(1, 1, 1, 1)
+    sampler.sample(velocity, start, shift=flow.shift, step_noise=lambda _: start)
+    return counts

@@ -1,0 +1,440 @@
+"""What rae-cost says against closed forms, against the steps that training really takes, and against real memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from rae.autoencoder import RAE
+from rae.cli.build import make
+from rae.cli.config import ConfigError, compose
+from rae.cli.cost import reckon, without_weights
+from rae.cli.cost_table import heading, row, text
+from rae.cost import Card, Plan, evaluations, measure, on_paper, optimizer_ratio, parameters, shares, stage1_step
+from rae.cost.meter import FORMULAS
+from rae.cost.steps import denoiser_forward, denoising, encoding, stage2_step
+from rae.decoder import ViTDecoder
+from rae.denoiser import DiTDH
+from rae.discriminator import DinoDiscriminator
+from rae.flow import (
+    AdaptiveSampler,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    EulerSampler,
+    FlowMatching,
+    HeunSampler,
+    NoGuidance,
+    OfficialGrid,
+)
+from rae.loss import PerceptualLoss, Phases, Stage1Loss
+from tests.small_runs import train
+
+TOKENS, CHANNELS, CLASSES = 256, 768, 1000  # of DINOv2-B at 256 px and ImageNet
+
+
+def paper(group: str, choice: str, *overrides: str):
+    """A network of a config group, without values."""
+    stage = "2" if group == "denoiser" else "1"
+    cfg = without_weights(compose("cost", [f"stage={stage}", f"{group}={choice}", *overrides]))
+    with torch.device("meta"):
+        return on_paper(make(cfg[group]))
+
+
+# --- closed forms ------------------------------------------------------------------------------------------------
+
+
+def block(width, tokens, modulated):
+    """Forward operations of an adaptive block: (matrix products with weights, attention); SwiGLU of 8/3."""
+    hidden = int(2 / 3 * 4 * width)
+    weights = tokens * (4 * width**2 + 3 * width * hidden) + modulated * 6 * width**2
+    return 2 * weights, 2 * 2 * tokens**2 * width
+
+
+def block_parameters(width):
+    hidden = int(2 / 3 * 4 * width)
+    attention = 4 * width**2 + 4 * width
+    mlp = 3 * width * hidden + 2 * hidden + width
+    return attention + mlp + 6 * width**2 + 6 * width + 2 * width  # modulation, two RMSNorms
+
+
+SLOW = [pytest.mark.slow]
+SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}
+
+
+@pytest.mark.parametrize(
+    "size", ["s", pytest.param("b", marks=SLOW), pytest.param("l", marks=SLOW), pytest.param("xl", marks=SLOW)]
+)
+def test_dit_dh_against_closed_form(size):
+    width, depth = SIZES[size]
+    wide, wide_depth = 2048, 2
+    network = paper("denoiser", f"dit_dh_{size}")
+    backbone, head = block(width, TOKENS, 1), block(wide, TOKENS, TOKENS)
+    first = 2 * (512 * width + TOKENS * CHANNELS * (width + wide))  # their inputs need no gradient
+    joints = 2 * (width**2 + TOKENS * width * wide)  # time embedding, projection
+    last = 2 * TOKENS * (wide * 2 * wide + wide * CHANNELS)
+    linear = first + joints + last + depth * backbone[0] + wide_depth * head[0]
+    attention = depth * backbone[1] + wide_depth * head[1]
+    work = denoising(network, FlowMatching())
+    assert work.forward == linear + attention
+    assert (
+        work.backward == 2 * linear - first + 5 * attention // 2
+    )  # attention is computed again: five products for two
+    assert denoiser_forward(network).forward == work.forward
+
+    def forward():
+        return network(torch.randn(1, 768, 16, 16), torch.rand(1), torch.zeros(1, dtype=torch.int64))
+
+    parts = shares(network, forward)
+    assert sum(parts.values()) == work.forward
+    assert parts["head"] == wide_depth * sum(head)
+
+    count = (512 + 1) * width + (width + 1) * width + (CLASSES + 1) * width  # time, labels
+    count += (CHANNELS + 1) * (width + wide) + (width + 1) * wide
+    count += depth * block_parameters(width) + wide_depth * block_parameters(wide)
+    count += wide + (wide + 1) * 2 * wide + (wide + 1) * CHANNELS  # the final layer, with its norm
+    assert parameters(network)["trained"] == count
+    if size == "xl":
+        assert count == pytest.approx(839e6, rel=0.001)  # paper
+
+
+@pytest.mark.parametrize("size", [pytest.param(size, marks=SLOW) for size in SIZES])
+def test_lightning_dit_against_closed_form(size):
+    width, depth = SIZES[size]
+    products, attention = block(width, TOKENS, 1)
+    ends = 512 * width + width**2 + TOKENS * CHANNELS * width + 2 * width**2 + TOKENS * width * CHANNELS
+    assert denoiser_forward(paper("denoiser", f"dit_{size}")).forward == 2 * ends + depth * (products + attention)
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "depth"),
+    [
+        pytest.param("b", 768, 12, marks=SLOW),
+        pytest.param("l", 1024, 24, marks=SLOW),
+        pytest.param("xl", 1152, 28, marks=SLOW),
+    ],
+)
+def test_decoders_and_their_encoder_against_closed_form(size, width, depth):
+    mlp = {"b": 3072, "l": 4096, "xl": 4096}[size]
+    decoder, encoder = paper("decoder", f"vit_{size}"), paper("encoder", "dinov2")
+    tokens = TOKENS + 1
+    latents = measure(lambda images: decoder(torch.randn(images, 768, 16, 16)))
+    blocks = depth * (2 * tokens * (4 * width**2 + 2 * width * mlp) + 4 * tokens**2 * width)
+    assert latents.forward == blocks + 2 * TOKENS * width * (CHANNELS + 16 * 16 * 3)
+    tokens = TOKENS + 1 + 4  # class and register tokens
+    blocks = 12 * (2 * tokens * 12 * 768**2 + 4 * tokens**2 * 768)
+    assert encoding(RAE(encoder, decoder), 256).forward == blocks + 2 * TOKENS * 3 * 14 * 14 * 768
+
+
+def test_lpips_against_closed_form():
+    with torch.device("meta"):
+        perceptual = PerceptualLoss(pretrained=False)
+    on_paper(perceptual)
+    images = torch.rand(1, 3, 64, 64)
+    layers = [(3, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 2), (128, 256, 4), (256, 256, 4), (256, 256, 4)]
+    layers += [(256, 512, 8), (512, 512, 8), (512, 512, 8), *[(512, 512, 16)] * 3]  # VGG-16; the side is 64 / the third
+    vgg = sum(2 * 9 * inner * outer * (64 // shrunk) ** 2 for inner, outer, shrunk in layers)
+    lins = sum(2 * outer * (64 // shrunk) ** 2 for outer, shrunk in ((64, 1), (128, 2), (256, 4), (512, 8), (512, 16)))
+    work = measure(lambda count: perceptual(images.expand(count, -1, -1, -1) + 0, torch.rand(count, 3, 64, 64)))
+    assert work.forward == 2 * vgg + lins
+
+
+def test_discriminator_against_closed_form():
+    backbone = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    with torch.device("meta"):
+        network = DinoDiscriminator(
+            "vit_tiny_patch16_224", image_size=16, key_depths=[0], kernel=3, pretrained=False, model_args=backbone
+        )
+    on_paper(network)
+    tokens, width = 4, 16
+    vit = 2 * tokens * 3 * 8 * 8 * width + 2 * (2 * 5 * 12 * width**2 + 4 * 5**2 * width)
+    heads = 2 * 2 * tokens * (width * width + 3 * width * width + width)  # two heads of three convolutions
+    assert measure(lambda images: network(torch.rand(images, 3, 16, 16))).forward == vit + heads
+
+
+# --- the steps that training takes -------------------------------------------------------------------------------
+
+
+class Counting(TorchDispatchMode, L.Callback):
+    """Operations of every training step, by PyTorch's formulas, of whatever is really run."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops, self.steps = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        kind = func._overloadpacket
+        if kind in FORMULAS:
+            tensors = [value.shape for value in args if isinstance(value, torch.Tensor)]
+            self.flops += FORMULAS[kind](*tensors)
+        elif kind in flop_registry:
+            self.flops += flop_registry[kind](*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def on_train_batch_start(self, *args):
+        self.flops = 0
+
+    def on_train_batch_end(self, *args):
+        self.steps.append(self.flops)
+
+
+def test_stage_1_is_counted_as_it_is_trained(tmp_path):
+    counting = Counting()
+    with counting:
+        _, module = train(1, tmp_path, batch=4, steps=3, callbacks=(counting,))
+    on_paper(module)
+    step = stage1_step(module.autoencoder, module.loss, module.discriminator)
+    phases = [module.loss.phases(number, 10) for number in range(3)]
+    assert [(phase.discriminator, phase.gan) for phase in phases] == [(False, False), (True, False), (True, True)]
+    assert [4 * step.flops(None, phase) for phase in phases] == counting.steps
+
+
+@pytest.mark.slow
+def test_stage_1_with_several_micro_batches_is_counted_as_it_is_trained(tmp_path):
+    counting = Counting()
+    with counting:
+        _, module = train(1, tmp_path, batch=4, accumulate=2, steps=3, callbacks=(counting,))
+    on_paper(module)
+    step = stage1_step(module.autoencoder, module.loss, module.discriminator, accumulate=2)
+    assert 8 * step.flops() == sum(counting.steps[-2:])
+
+
+def test_stage_2_is_counted_as_it_is_trained(tmp_path):
+    counting = Counting()
+    with counting:
+        _, module = train(2, tmp_path, batch=4, steps=2, callbacks=(counting,))
+    on_paper(module)
+    step = stage2_step(module.autoencoder, module.denoiser, module.flow, 16)
+    assert [4 * step.flops()] * 2 == counting.steps
+    cached = stage2_step(module.autoencoder, module.denoiser, module.flow, 16, cached=True)
+    assert step.flops() - cached.flops() == step.flops("encoder") > 0
+
+
+@pytest.mark.slow
+def test_checkpointing_computes_the_blocks_again():
+    with torch.device("meta"):
+        network = DiTDH(16, 4, 32, 3, 2, 48, 1, 2, num_classes=4)
+    on_paper(network)
+    plain = denoising(network, FlowMatching())
+    parts = shares(network, lambda: network(torch.randn(1, 16, 4, 4), torch.rand(1), torch.zeros(1, dtype=torch.int64)))
+    network.checkpointing = True
+    again = denoising(network, FlowMatching())
+    assert again.backward - plain.backward == parts["backbone"] + parts["head"]
+    assert again.kept < plain.kept / 2
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_is_what_autograd_saves():
+    network = DiTDH(16, 4, 32, 3, 2, 48, 1, 2, num_classes=4)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    weights |= {buffer.untyped_storage().data_ptr() for buffer in network.buffers()}
+    saved: dict[int, int] = {}
+
+    def pack(value):
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    sizes = []
+    for batch in (1, 2):
+        saved.clear()
+        draws = torch.randn(2, batch, 16, 4, 4)
+        label = torch.zeros(batch, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            loss = FlowMatching().loss(network, draws[0], draws[1], torch.rand(batch), label=label).mean()
+        sizes.append(sum(saved.values()))
+        del loss
+    on_paper(network)
+    # Alive beside what is saved: the data, the noise and the target, and condition and latents that others views are of.
+    assert denoising(network, FlowMatching()).kept == pytest.approx(sizes[1] - sizes[0], rel=0.05)
+
+
+PROCESS = """
+import sys
+sys.path.insert(0, "tests/benchmarks")
+import torch
+from side_by_side import peak_memory
+from rae.cost import on_paper
+from rae.cost.steps import denoising
+from rae.denoiser import DiTDH
+from rae.flow import FlowMatching
+network, flow = DiTDH(768, 16, 384, 4, 6, 1024, 2, 16, 1000, checkpointing=bool(int(sys.argv[1]))), FlowMatching()
+for parameter in network.parameters():
+    parameter.grad = torch.zeros_like(parameter)
+peaks = []
+for batch in (4, 12):
+    def work():
+        data, noise = (torch.randn(batch, 768, 16, 16) for _ in range(2))
+        flow.loss(network, data, noise, torch.rand(batch), label=torch.zeros(batch, dtype=torch.int64)).mean().backward()
+    peaks.append(peak_memory(work))
+print((peaks[1] - peaks[0]) / 8, denoising(on_paper(network), flow).peak / 1e6)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from Linux's /proc")
+@pytest.mark.parametrize("checkpointing", [0, 1])
+def test_peak_is_that_of_a_process(checkpointing):
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, str(checkpointing)],
+        cwd=root,
+        env={"PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "65536", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    measured, said = map(float, done.stdout.split())
+    assert said == pytest.approx(measured, rel=0.15)
+
+
+def test_nothing_of_size_is_made():
+    with torch.device("meta"):
+        network = on_paper(ViTDecoder(64, 4, 64, 2, 4, 128))
+    gc.collect()
+    assert all(isinstance(value, torch._subclasses.FakeTensor) for value in network.parameters())
+
+
+# --- the length of a training ------------------------------------------------------------------------------------
+
+
+def test_length_of_a_training():
+    plan = Plan(images=1000, batch=64, epochs=20)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.total_images) == (16, 320, 20_000)
+    assert Plan(1000, 64, epochs=20, steps=100).total_images == 6400
+    assert Plan(1000, 64, steps=7).total_steps == 7
+    with pytest.raises(ValueError, match=r"no end: give trainer\.max_epochs"):
+        _ = Plan(1000, 64).total_steps
+
+
+def test_phases_share_the_training():
+    loss = Stage1Loss(None, discriminator_start=6, gan_start=8)
+    shares_of = Plan(512_000, 512, epochs=16).phases(loss)
+    assert [share for share, _ in shares_of] == [6 / 16, 2 / 16, 8 / 16]
+    assert shares_of[1][1] == Phases(perceptual=False, discriminator=True, gan=False)
+    late = Stage1Loss(None, discriminator_start=100, gan_start=200, unit="steps")
+    assert Plan(640, 64, epochs=5).phases(late) == [(1.0, Phases(False, False, False))]
+
+
+def test_hours_of_a_card():
+    card = Card("card", fp32=1e12, tf32=2e12, bf16=4e12, memory=1e9)
+    assert card.seconds({"fp32": 1e12, "bf16": 2e12}, mfu=0.5) == pytest.approx(2 + 1)
+    with pytest.raises(ValueError, match=r"mfu=40 must lie in \(0, 1\]"):
+        card.seconds({"fp32": 1.0}, mfu=40)
+
+
+def test_state_of_optimisers():
+    assert optimizer_ratio(torch.optim.AdamW) == 2
+    assert optimizer_ratio(lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9)) == 1
+    assert optimizer_ratio(lambda weights: torch.optim.SGD(weights, lr=0.1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("sampler", "guidance", "denoiser", "guide"),
+    [
+        (EulerSampler(OfficialGrid(50)), NoGuidance(), 49, 0),
+        (EulerSampler(OfficialGrid(50)), AutoGuidance(1.5), 49, 49),
+        (EulerSampler(OfficialGrid(50)), ClassifierFreeGuidance(1.5), 98, 0),
+        (EulerSampler(OfficialGrid(50)), ClassifierFreeGuidance(1.0), 49, 0),
+        (HeunSampler(OfficialGrid(11)), NoGuidance(), 20, 0),
+    ],
+)
+def test_evaluations_of_a_sample(sampler, guidance, denoiser, guide):
+    assert evaluations(sampler, guidance, FlowMatching()) == {"denoiser": denoiser, "guide": guide}
+
+
+def test_guidance_outside_its_interval_costs_nothing():
+    sampler = EulerSampler(OfficialGrid(50))
+    inside = sum(0.25 <= time <= 0.75 for time in sampler.grid.times(1.0).tolist()[:-1])
+    found = evaluations(sampler, ClassifierFreeGuidance(1.5, (0.25, 0.75)), FlowMatching())
+    assert found["denoiser"] == 49 + inside
+    assert 0 < inside < 49
+
+
+def test_adaptive_samplers_have_no_number():
+    with pytest.raises(ValueError, match="adaptive"):
+        evaluations(AdaptiveSampler(OfficialGrid(50)), NoGuidance(), FlowMatching())
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    ["digits_encoder", *(pytest.param(f"digits_stage{stage}", marks=pytest.mark.slow) for stage in (1, 2))],
+)
+def test_figures_of_an_experiment(experiment):
+    cfg = compose("cost", [f"experiment={experiment}", "images=1000"])
+    figures = reckon(cfg)
+    training, memory = figures["training"], figures["memory"]
+    assert json.loads(json.dumps(figures)) == figures
+    trained = sum(one["trained"] for one in figures["parameters"].values())
+    assert (memory["gradients"], memory["optimizer"]) == (4 * trained, 8 * trained)
+    assert memory["total"] == memory["static"] + memory["working"] + memory["batch_per_card"] * memory["peak_per_image"]
+    assert training["card_hours"] == pytest.approx(training["flops"] / (67e12 * 0.4) / 3600)
+    assert training["flops"] <= training["images"] * figures["step_flops"]
+    assert figures["name"] in text(figures)
+    assert row(figures).count("|") == heading().splitlines()[0].count("|")
+
+
+@pytest.mark.slow
+def test_precision_chooses_the_arithmetic():
+    def arithmetic(*overrides):
+        return reckon(compose("cost", ["experiment=digits_stage2", *overrides]))
+
+    assert arithmetic("trainer.precision=bf16-mixed")["arithmetic"] == {"trained": "bf16", "encoder": "fp32"}
+    half = arithmetic("trainer.precision=bf16-true")
+    assert half["arithmetic"] == {"trained": "bf16", "encoder": "bf16"}
+    whole = arithmetic("float32=tf32", "card=a100")
+    assert whole["arithmetic"] == {"trained": "tf32", "encoder": "tf32"}
+    assert 2 * half["memory"]["weights"] == whole["memory"]["weights"]
+    assert whole["card"]["name"].startswith("A100")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["print=csv"], "print=csv is unknown; choose table or row"),
+        (["float32=bf16"], "float32=bf16 is unknown; choose fp32 or tf32"),
+        (["trainer.precision=64-true"], r"trainer\.precision=64-true is unknown here; choose one of 32-true"),
+        (["mfu=40"], r"mfu=40 must lie in \(0, 1\]"),
+    ],
+)
+def test_faults_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        reckon(compose("cost", ["experiment=digits_encoder", *overrides]))
+
+
+def test_unknown_card():
+    with pytest.raises(
+        ConfigError, match=r"card=h10: there is no such choice; did you mean 'h100'\? choose one of a100"
+    ):
+        compose("cost", ["card=h10"])
+
+
+@pytest.mark.slow
+def test_command_needs_neither_data_nor_weights(tmp_path):
+    command = [sys.executable, "-m", "rae.cli.cost", "-m", "experiment=digits_stage1,digits_stage2", "print=row"]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()] == [
+        "name",
+        "---",
+        "digits_stage1",
+        "digits_stage2",
+    ]
+    written = sorted(tmp_path.rglob("cost.json"))
+    assert [json.loads(path.read_text())["stage"] for path in written] == [1, 2]
