@@ -71,7 +71,7 @@ class Generator(nn.Module):
         """Where the denoiser's weights are."""
         return next(self.denoiser.parameters()).device
 
-    def compile(self, *, mode: str | None = None, **options: Any) -> None:  # type: ignore[override]
+    def compile(self, *, mode: str | None = None, **options: Any) -> None:
         """Compiles denoiser, guide and decoder in place; weights and names stay.
 
         Shapes are static, so a batch size takes one graph a network and, with classifier-free guidance, one more for the doubled

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from rae.encoder import tiny_encoder
 from rae.layers import GELUMlp, Linear, linear
@@ -66,6 +67,15 @@ def test_taken_without_gradients_and_only_there():
             layer(torch.zeros(2, 7))
     with torch.inference_mode():
         assert quick(lambda: layer(x))
+
+
+@needs_kernel
+def test_its_operations_are_counted():
+    layer, x = Linear(16, 24), torch.randn(2, 3, 16)
+    for inside in (torch.no_grad, torch.enable_grad):
+        with inside(), FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == 2 * 2 * 3 * 16 * 24
 
 
 @needs_kernel

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 _KERNEL = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 """The kernel that compiled CPU code uses too. It has no backward pass."""
+
+
+if _KERNEL is not None:
+
+    @register_flop_formula(_KERNEL)
+    def _flops(x_shape: Any, weight_shape: Any, *arguments: Any, **options: Any) -> int:
+        """What ``torch.utils.flop_counter`` counts for the kernel."""
+        return 2 * math.prod(x_shape) * int(weight_shape[0])
 
 
 class Linear(nn.Linear):

@@ -1,6 +1,6 @@
 """Sampling with each guidance: ours against the original's procedure written plainly, with the same weights and noise.
 
-A DiT-DH-S whose head is 1024 wide instead of 2048, 256-px latents, 6 Euler steps; guidance acts at half of them. The plain procedure
+A DiT-DH-S whose head is 1024 wide instead of 2048, 256-px latents, 6 Euler steps; cfg acts at half of them. The plain procedure
 doubles the batch at every step (tests/plain_sampling.py). Latents are compared in the same run; decoding is autoencoder.py's.
 """
 

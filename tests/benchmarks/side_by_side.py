@@ -109,7 +109,8 @@ def memory_of(script: str, name: str, side: str, threads: int) -> float:
 def versions() -> dict[str, str]:
     """Where the figures were measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": device, "torch": torch.__version__, "python": platform.python_version()}
+    today = time.strftime("%Y-%m-%d")
+    return {"device": device, "torch": torch.__version__, "python": platform.python_version(), "date": today}
 
 
 def main(script: str, doc: str, comparisons: Mapping[str, Comparison], repeats: int = 5) -> None:
