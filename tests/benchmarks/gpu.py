@@ -10,24 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
-import statistics
-import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from gpu_parts import Clock, Device, Operations, overrides
+from omegaconf import DictConfig
 from side_by_side import versions
 from table import markdown
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from rae import rng
 from rae.autoencoder import RAE
@@ -40,106 +36,35 @@ from rae.training.ema import EMA
 from tests import plain_procedure
 from tests.plain_sampling import PlainDiTDH, plain_sample
 
-RANDOM = ["encoder.pretrained=false", "latent.stats=null", "decoder_checkpoint=null"]
-RANDOM_STAGE1 = [
-    "scheduler=constant",
-    "encoder.pretrained=false",
-    "latent.stats=null",
-    "discriminator.pretrained=false",
-]
-RANDOM_STAGE1 += [
-    "loss.perceptual.pretrained=false",
-    "loss.unit=steps",
-    "loss.discriminator_start=0",
-    "loss.gan_start=0",
-]
-TINY_VIT = "{patch_size:14,embed_dim:32,depth:1,num_heads:2}"
-TINY = ["image_size=64", "encoder.model=vit_tiny_patch16_224", "encoder.channels=32", "encoder.hub_id=null"]
-TINY += [
-    f"encoder.model_args={TINY_VIT}",
-    "decoder.width=32",
-    "decoder.depth=1",
-    "decoder.heads=2",
-    "decoder.mlp_width=64",
-]
-TINY_STAGE1 = [
-    "discriminator.model=vit_tiny_patch16_224",
-    "discriminator.image_size=28",
-    "discriminator.key_depths=[0]",
-]
-TINY_STAGE1 += [f"+discriminator.model_args={TINY_VIT}", "discriminator.kernel=3"]
-TINY_STAGE2 = ["denoiser.width=32", "denoiser.depth=1", "denoiser.heads=2", "denoiser.head_width=48"]
-TINY_STAGE2 += ["denoiser.head_depth=1", "denoiser.head_heads=2", "flow.shift.base=512"]
 HEAD = ("what", "precision", "variant", "batch", "images/s", "MFU", "memory", "plain, images/s", "ratio")
 GUIDANCE = {"none": (1.0, (0.0, 1.0)), "cfg": (1.5, (0.0, 0.85)), "autoguidance": (1.42, (0.0, 1.0))}
 
 
-class Bench:
-    """The device, the sizes, and the rows found so far.
+@cache
+def _config(overrides: tuple[str, ...]) -> DictConfig:
+    return compose("train", overrides)
+
+
+def config(overrides: list[str]) -> DictConfig:
+    """The configuration of some overrides."""
+    return _config(tuple(overrides))
+
+
+class Bench(Device):
+    """The rows found so far, and what finds them.
 
     Args:
-        device: ``cuda`` or ``cpu``.
+        kind: ``cuda`` or ``cpu``.
         tiny: Small networks and few steps.
         match: Only rows whose name holds this text.
     """
 
-    def __init__(self, device: str, tiny: bool, match: str) -> None:
-        self.device = torch.device(device)
-        self.tiny = tiny
+    def __init__(self, kind: str, tiny: bool, match: str) -> None:
+        super().__init__(kind, tiny)
         self.match = match
         self.rows: list[dict[str, Any]] = []
-        self.ceilings: dict[str, float] = {}
         for draw in ("normal", "uniform"):  # the plain procedure draws on the device too
             setattr(plain_procedure, draw, partial(getattr(rng, draw), device=self.device))
-
-    # --- measuring -----------------------------------------------------------------------------------------------
-
-    def autocast(self, precision: str) -> Any:
-        """Autocast to bfloat16, or the setting for TF32."""
-        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-        return torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-    def wait(self) -> None:
-        """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def forget(self) -> None:
-        """Frees what is not held and forgets the peak of memory and all graphs."""
-        torch._dynamo.reset()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def memory(self) -> float | None:
-        """Peak memory since :meth:`forget`, in GB; None on a CPU."""
-        return torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
-
-    def median(self, work: Callable[[], object], repeats: int = 3) -> float:
-        """Seconds of one call, after one that warms up."""
-        laps = []
-        for _ in range(1 + (1 if self.tiny else repeats)):
-            self.wait()
-            start = time.perf_counter()
-            work()
-            self.wait()
-            laps.append(time.perf_counter() - start)
-        return statistics.median(laps[1:])
-
-    def ceiling(self, precision: str) -> float:
-        """FLOP/s of a large product of square matrices."""
-        if precision not in self.ceilings:
-            size, count = (256, 4) if self.tiny else (8192, 20)
-            with self.autocast(precision):
-                dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-                x = torch.randn(size, size, device=self.device, dtype=dtype)
-
-                def products() -> None:
-                    for _ in range(count):
-                        x @ x
-
-                self.ceilings[precision] = 2 * size**3 * count / self.median(products)
-        return self.ceilings[precision]
 
     def fitting(self, batch: int, run: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
         """What ``run`` finds with the largest batch that fits."""
@@ -178,11 +103,11 @@ class Bench:
     def module(self, overrides: list[str]) -> L.LightningModule:
         """The training module of a configuration, the same weights at every call."""
         torch.manual_seed(0)
-        return build_module(compose("train", overrides))
+        return build_module(config(overrides))
 
     def batch(self, overrides: list[str], size: int) -> dict[str, Tensor]:
         """A batch of random images."""
-        cfg = compose("train", overrides)
+        cfg = config(overrides)
         data = SyntheticDataModule(size, image_size=cfg.image_size, train_images=size, val_images=0)
         return next(iter(data.train_dataloader()))
 
@@ -254,9 +179,9 @@ class Bench:
     def generator(self, overrides: list[str], guide: list[str], method: str, points: int) -> Generator:
         """A generator of random weights; modulations that begin at zero are drawn."""
         torch.manual_seed(0)
-        cfg = compose("train", overrides)
+        cfg = config(overrides)
         denoiser = make(cfg.denoiser)
-        weak = make(compose("train", guide).denoiser) if method == "autoguidance" else None
+        weak = make(config(guide).denoiser) if method == "autoguidance" else None
         for network in (denoiser, weak):
             for parameter in network.parameters() if network is not None else ():
                 nn.init.normal_(parameter, std=0.02)
@@ -320,7 +245,7 @@ class Bench:
         if self.match not in "decoding":
             return
         torch.manual_seed(0)
-        model = build_autoencoder(compose("train", overrides), encode=False).to(self.device).eval()
+        model = build_autoencoder(config(overrides), encode=False).to(self.device).eval()
         for batch in batches:
             latents = torch.randn(batch, *model.latent_shape, device=self.device)
             with torch.inference_mode(), Operations() as counter:
@@ -347,55 +272,6 @@ class Bench:
 def decoded(model: RAE, latents: Tensor) -> Tensor:
     """Images of latents."""
     return model.decode(latents)
-
-
-class Operations(TorchDispatchMode):
-    """Counts the FLOPs of what runs inside, gradients taken by ``torch.autograd.grad`` too (FlopCounterMode refuses those)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation."""
-        result = function(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(function._overloadpacket)) is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-class Clock(L.Callback):
-    """Seconds of a training step after the first ones, and the FLOPs of the very first.
-
-    Args:
-        bench: Waits for the device.
-        count: Whether FLOPs are counted, which compiled code does not allow.
-    """
-
-    def __init__(self, bench: Bench, count: bool) -> None:
-        self.bench = bench
-        self.warm, self.total = (1, 2) if bench.tiny else (4, 14)
-        self.counter = Operations() if count else None
-        self.flops = 0
-        self.start = self.seconds = math.nan
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts to count."""
-        if batch_idx == 0 and self.counter is not None:
-            self.counter.__enter__()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Ends the count, starts or stops the clock."""
-        if batch_idx == 0 and self.counter is not None:
-            self.counter.__exit__(None, None, None)
-            self.flops = self.counter.flops
-        if batch_idx + 1 in (self.warm, self.total):
-            self.bench.wait()
-            now = time.perf_counter()
-            self.seconds = (now - self.start) / (self.total - self.warm)
-            self.start = now
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -432,10 +308,8 @@ def main() -> None:
         torch.compile = partial(torch.compile, backend="eager")  # graphs as they are: no minutes of compilation
     bench = Bench(options.device, options.tiny, options.match)
     print(markdown(HEAD, []), flush=True)
-    small = TINY if options.tiny else []
-    stage2 = {size: [f"experiment=imagenet256_dit_dh_{size}", *RANDOM, *small] for size in ("s", "b", "xl")}
-    stage2 = {size: [*given, *(TINY_STAGE2 if options.tiny else [])] for size, given in stage2.items()}
-    stage1 = ["experiment=imagenet256_dinov2_b_vit_xl", *RANDOM_STAGE1, *small, *(TINY_STAGE1 if options.tiny else [])]
+    stage1 = overrides("imagenet256_dinov2_b_vit_xl", 1, options.tiny)
+    stage2 = {size: overrides(f"imagenet256_dit_dh_{size}", 2, options.tiny) for size in ("s", "b", "xl")}
     for size, batch in (("s", 256), ("b", 128), ("xl", 64)):
         batch = 2 if options.tiny else batch
         bench.train(
