@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-xla lint format clean
+.PHONY: help install demo test test-slow test-xla bench lint format clean
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
@@ -43,6 +43,16 @@ $(XLA_READY): pyproject.toml
 
 test-xla: $(XLA_READY)  ## training, sampling and decoding on an XLA device (its CPU) against the CPU
 	PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -q tests/xla
+
+BENCHMARKS := loader stage1_step stage2_step sampling autoencoder fid scaling
+BENCH := outputs/bench
+
+bench: $(READY)  ## ours against its peers, side by side: JSON files and a table; half an hour on two cores
+	@mkdir -p $(BENCH)
+	@for name in $(BENCHMARKS); do \
+		echo "$$name"; $(BIN)/python tests/benchmarks/$$name.py --json $(BENCH)/$$name.json || exit 1; \
+	done
+	@$(BIN)/python tests/benchmarks/table.py $(BENCH)
 
 lint: $(READY)  ## style, formatting and types
 	$(BIN)/ruff check .

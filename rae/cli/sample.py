@@ -32,6 +32,8 @@ def sample(cfg: DictConfig) -> None:
     fabric = start(cfg)
     generator, run = open_generator(cfg)
     generator = generator.to(fabric.device)
+    if cfg.compile:
+        generator.compile(mode=None if cfg.compile is True else str(cfg.compile))
     labels = label_list(cfg, generator.num_classes)
     plan = plan_of(cfg, generator, labels)
     description = folder / "samples.json"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.describe import Described
-from rae.layers import tokens_to_grid
+from rae.layers import take_quick_kernels, tokens_to_grid
 from rae.weights import load_strict, state_hash
 
 REDUCTIONS = ("sum", "mean")
@@ -136,6 +136,7 @@ class Encoder(Described, nn.Module, ABC):
         """
         for parameter in self.parameters():
             parameter.data = parameter.data.to(self.dtype)
+        take_quick_kernels(self)
         self.requires_grad_(False)
         self.eval()
 

@@ -4,6 +4,7 @@ from rae.layers.attention import Attention
 from rae.layers.block import AdaptiveBlock, Block, FinalLayer
 from rae.layers.checks import may_look, trusted
 from rae.layers.embedding import LabelEmbedding, TimeEmbedding, drop_labels
+from rae.layers.linear import Linear, linear, take_quick_kernels
 from rae.layers.mlp import GELUMlp, SwiGLU
 from rae.layers.norm import RMSNorm, modulate
 from rae.layers.patch import grid_to_tokens, patchify, tokens_to_grid, unpatchify
@@ -16,17 +17,20 @@ __all__ = [
     "FinalLayer",
     "GELUMlp",
     "LabelEmbedding",
+    "Linear",
     "RMSNorm",
     "RotaryEmbedding2D",
     "SwiGLU",
     "TimeEmbedding",
     "drop_labels",
     "grid_to_tokens",
+    "linear",
     "may_look",
     "modulate",
     "patchify",
     "resize_position_table",
     "sincos_table",
+    "take_quick_kernels",
     "tokens_to_grid",
     "trusted",
     "unpatchify",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rae.layers.linear import Linear
 from rae.layers.position import RotaryEmbedding2D
 
 
@@ -25,10 +26,10 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"width={width} is not divisible by heads={heads}")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2D | None = None) -> Tensor:
         """B×N×D => B×N×D.

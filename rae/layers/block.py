@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from rae.layers.attention import Attention
+from rae.layers.linear import Linear
 from rae.layers.mlp import GELUMlp, make_mlp
 from rae.layers.norm import make_norm, modulate
 from rae.layers.position import RotaryEmbedding2D
@@ -53,7 +54,7 @@ class AdaptiveBlock(nn.Module):
         self.attn = Attention(width, heads, qk_norm)
         self.norm2 = make_norm(norm, width)
         self.mlp = make_mlp(mlp, width, hidden)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
@@ -76,8 +77,8 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, out: int, norm: str = "rms") -> None:
         super().__init__()
         self.norm = make_norm(norm, width)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.linear = nn.Linear(width, out)
+        self.modulation = Linear(width, 2 * width)
+        self.linear = Linear(width, out)
         for layer in (self.modulation, self.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

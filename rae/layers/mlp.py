@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rae.layers.linear import Linear, linear
+
 
 class GELUMlp(nn.Module):
     """Linear, GELU, linear.
@@ -17,12 +19,14 @@ class GELUMlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, approximate: str = "none") -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
         """B×N×width => B×N×width."""
+        if self.approximate == "none":
+            return self.fc2(linear(x, self.fc1.weight, self.fc1.bias, gelu=True))
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
@@ -36,8 +40,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = Linear(width, 2 * hidden)
+        self.w3 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """B×N×width => B×N×width."""

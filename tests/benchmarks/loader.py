@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from side_by_side import versions
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, object] = {"torch": torch.__version__, "images": options.images, "workers": options.workers}
+    results: dict[str, object] = {**versions(), "images": options.images, "workers": options.workers}
     with tempfile.TemporaryDirectory() as name:
         folder, shards = Path(name) / "jpeg", Path(name) / "shards"
         generate(folder, options.images)
@@ -155,6 +156,7 @@ def main() -> None:
     for key in ("grey levels", "ms for a JPEG of 2000×1500"):
         print(f"{key}: {results[key]}")
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=2))
 
 

@@ -11,6 +11,8 @@ each side, started by the script itself (``--memory NAME SIDE``): neither side p
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands do
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for tests.…
 
 import torch
 
@@ -83,6 +86,8 @@ def peak_memory(work: Work) -> float:
         torch.cuda.reset_peak_memory_stats()
         seconds(work)
         return torch.cuda.max_memory_allocated() / 1e6
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what loading the weights has left behind
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
         work()
@@ -104,7 +109,8 @@ def memory_of(script: str, name: str, side: str, threads: int) -> float:
 def versions() -> dict[str, str]:
     """Where the figures were measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": device, "torch": torch.__version__, "python": platform.python_version()}
+    today = time.strftime("%Y-%m-%d")
+    return {"device": device, "torch": torch.__version__, "python": platform.python_version(), "date": today}
 
 
 def main(script: str, doc: str, comparisons: Mapping[str, Comparison], repeats: int = 5) -> None:

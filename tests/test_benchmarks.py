@@ -1,0 +1,90 @@
+"""The benchmarks' shared parts, and the script for GPUs run whole with small networks on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """Scripts import one another by their bare names."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_both_sides_take_turns_and_results_are_compared(beside):
+    from side_by_side import Comparison, measure
+
+    turns = []
+
+    def side(name: str, result: int):
+        return lambda: lambda: turns.append(name) or result
+
+    def same(ours: int, peer: int) -> None:
+        assert ours == peer
+
+    row = measure("", "sum", Comparison(side("ours", 3), side("peer", 3), 2, 1.5, same, memory=False), 2, 1)
+    assert turns == ["ours", "peer", "ours", "peer", "peer", "ours"]
+    assert (row["name"], row["images"], row["goal"]) == ("sum", 2, 1.5)
+    assert len(row["ours_laps"]) == len(row["peer_laps"]) == 2
+    with pytest.raises(AssertionError):
+        measure("", "sum", Comparison(side("ours", 3), side("peer", 4), check=same, memory=False), 1, 1)
+
+
+def test_one_table_of_all_files(beside, tmp_path: Path):
+    from table import table
+
+    rows = [{"name": "decode", "ours_s": 0.5, "peer_s": 12.0, "ratio": 24.0, "goal": 1.1, "ours_mb": 10, "peer_mb": 20}]
+    where = {"device": "CPU, 2 threads", "torch": "2.9", "date": "2030-01-02"}
+    (tmp_path / "a.json").write_text(json.dumps({**where, "rows": rows}))
+    (tmp_path / "b.json").write_text(json.dumps({"torch": "2.9", "stage 1": {"torchvision": 50.0, "shards": 125.0}}))
+    lines = table(tmp_path).splitlines()
+    assert lines[2:] == [
+        "| decode | 500 ms | 12.0 s | × 24.00 | ≥ 1.10 | 10 / 20 MB |",
+        "| loader of stage 1, shards | 125 images/s | 50 images/s | × 2.50 |  |  |",
+        "",
+        "CPU, 2 threads, PyTorch 2.9, 2030-01-02",
+    ]
+    with pytest.raises(FileNotFoundError, match="make bench writes them"):
+        table(tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_whole_on_a_cpu(tmp_path: Path):
+    file = tmp_path / "gpu.json"
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--tiny", "--json", file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(file.read_text())
+    rows = {(row["name"], row["precision"], row["variant"], row["batch"]) for row in found["gpu"]}
+    networks = [f"training {name}" for name in ("DiT-DH-S", "DiT-DH-B", "DiT-DH-XL", "ViT-XL")]
+    wanted = {(name, p, v, 2) for name in networks for p in ("bf16", "tf32") for v in ("eager", "compiled")}
+    kinds = ("none", "cfg", "autoguidance")
+    variants = ("eager", "compiled", "CUDA graphs")
+    wanted |= {(f"sampling, 4 points, {kind}", "bf16", v, b) for kind in kinds for v in variants for b in (1, 2)}
+    wanted |= {("decoding", "bf16", v, b) for v in ("eager", "compiled") for b in (1, 2)}
+    assert rows == wanted
+    for row in found["gpu"]:
+        assert row["images_per_s"] > 0
+        assert row["flops_per_image"] > 0
+        assert row["ratio"] == pytest.approx(row["images_per_s"] / row["plain_images_per_s"])
+    assert found["ceilings_tflops"].keys() == {"bf16", "tf32"}
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(table) == 1 + len(wanted)
+    assert "Matrix products: " in done.stdout
+
+
+def test_the_gpu_script_says_that_there_is_no_gpu():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, BENCHMARKS / "gpu.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--device cpu --tiny" in done.stderr

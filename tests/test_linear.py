@@ -1,0 +1,85 @@
+"""Linear layers with oneDNN's kernel: the same numbers as PyTorch's, and where it must not be taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from rae.encoder import tiny_encoder
+from rae.layers import GELUMlp, Linear, linear
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def quick(work) -> bool:
+    with Calls() as calls:
+        work()
+    return "mkldnn::_linear_pointwise" in calls.names
+
+
+needs_kernel = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 7, 16), (2, 3, 4, 16)])
+def test_equals_pytorch(shape, gelu: bool, bias: bool):
+    draws = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(shape, generator=draws), torch.randn(24, 16, generator=draws)
+    shift = torch.randn(24, generator=draws) if bias else None
+    transposed = torch.randn(2, 16, 7, generator=draws).transpose(1, 2)  # as a latent's tokens are
+    for given in (x, transposed):
+        expected = F.linear(given.double(), weight.double(), None if shift is None else shift.double())
+        expected = (F.gelu(expected) if gelu else expected).float()
+        with torch.no_grad():
+            torch.testing.assert_close(linear(given, weight, shift, gelu), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(linear(given, weight, shift, gelu), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernel
+def test_taken_without_gradients_and_only_there():
+    layer, x = Linear(16, 24), torch.randn(3, 16)
+    assert not quick(lambda: layer(x))
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        assert quick(lambda: layer(x))
+        assert quick(lambda: GELUMlp(16, 8)(x))
+        assert not quick(lambda: Linear(16, 24).double()(x.double()))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not quick(lambda: layer(x))
+            assert layer(x).dtype == torch.bfloat16
+        assert layer(torch.zeros(0, 16)).shape == (0, 24)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(torch.zeros(2, 7))
+    with torch.inference_mode():
+        assert quick(lambda: layer(x))
+
+
+@needs_kernel
+def test_its_operations_are_counted():
+    layer, x = Linear(16, 24), torch.randn(2, 3, 16)
+    for inside in (torch.no_grad, torch.enable_grad):
+        with inside(), FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == 2 * 2 * 3 * 16 * 24
+
+
+@needs_kernel
+def test_an_encoder_of_timm_takes_it_and_keeps_its_names():
+    encoder = tiny_encoder()
+    assert "network.blocks.0.attn.qkv.weight" in encoder.state_dict()
+    assert quick(lambda: encoder(torch.rand(1, 3, 32, 32)))
