@@ -7,10 +7,12 @@ import re
 from functools import cache
 
 import pytest
+import torch
 import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from rae.cli.build import set_float32
 from rae.cli.config import (
     ConfigError,
     check_complete,
@@ -233,3 +235,15 @@ def test_a_run_is_not_continued_with_other_networks():
     check_same_run(compose("train", ["stage=2", "denoiser=dit_dh_s", "optimizer.lr=1"]), plain(cfg), "outputs/x")
     with pytest.raises(ConfigError, match=r"outputs/x .* denoiser.depth was 12 and is now 3"):
         check_same_run(compose("train", ["stage=2", "denoiser=dit_dh_s", "denoiser.depth=3"]), plain(cfg), "outputs/x")
+
+
+def test_float32_matrices_are_multiplied_as_the_key_says():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for choice, setting in (("tf32", "high"), ("fp32", "highest")):
+            set_float32(compose("sample", ["checkpoint=x", f"float32={choice}"]))
+            assert torch.get_float32_matmul_precision() == setting
+        with pytest.raises(ConfigError, match="float32=half is unknown; choose fp32 or tf32"):
+            set_float32(compose("train", ["float32=half"]))
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import subprocess
 import sys
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -302,15 +304,26 @@ def test_overfitting_repeats_the_same_batches(tmp_path):
     assert [[index for _, index in batch] for batch in recorder.batches] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 3
 
 
+class Writer(Recorder):
+    """Writes what its process saw into the trainer's folder."""
+
+    def on_train_end(self):
+        folder = Path(self.trainer.default_root_dir)
+        torch.save((self.batches, self.val_batches), folder / f"{self.global_rank}.pt")
+
+
+def fit_on_two_processes(folder):
+    # Lightning's own sampler replacement is left on: it must not matter.
+    two = trainer(folder, [SaveEverywhere(folder)], devices=2, strategy="ddp_fork", max_epochs=2)
+    two.fit(Writer(), datamodule=DrawsModule(batch_size=2))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="starts processes by fork")
 def test_two_processes_share_exactly(tmp_path):
-    class Writer(Recorder):
-        def on_train_end(self):
-            torch.save((self.batches, self.val_batches), tmp_path / f"{self.global_rank}.pt")
-
-    # Lightning's own sampler replacement is left on: it must not matter.
-    two = trainer(tmp_path, [SaveEverywhere(tmp_path)], devices=2, strategy="ddp_fork", max_epochs=2)
-    two.fit(Writer(), datamodule=DrawsModule(batch_size=2))
+    # In a process of its own: where autograd has started threads, it refuses to work in a fork.
+    line = f"from pathlib import Path; from tests.test_data import *; fit_on_two_processes(Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", line], check=True, cwd=Path(__file__).parents[1])
     (first, first_val), (second, second_val) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = Recorder()
     trainer(tmp_path, max_epochs=2).fit(alone, datamodule=DrawsModule())

@@ -64,6 +64,20 @@ def seed(cfg: DictConfig) -> None:
     seed_everything(int(cfg.seed), workers=True, verbose=False)
 
 
+def set_float32(cfg: DictConfig) -> None:
+    """Sets how GPUs multiply float32 matrices from here on, as ``float32`` says; those of scores stay exact in any case.
+
+    Raises:
+        ConfigError: An unknown choice.
+    """
+    import torch  # noqa: PLC0415 (slow to import)
+
+    choices = {"fp32": "highest", "tf32": "high"}
+    if cfg.get("float32", "fp32") not in choices:
+        raise ConfigError(f"float32={cfg.float32} is unknown; choose {' or '.join(choices)}")
+    torch.set_float32_matmul_precision(choices[cfg.get("float32", "fp32")])
+
+
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
@@ -190,5 +204,6 @@ def build(cfg: DictConfig) -> Parts:
     """
     check_complete(cfg)
     plain(cfg)  # names the key of an interpolation that leads nowhere
+    set_float32(cfg)
     seed(cfg)
     return Parts(data=make(cfg.data), module=build_module(cfg), trainer=build_trainer(cfg))

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rae.cli.build import pick_device
+from rae.cli.build import pick_device, set_float32
 from rae.cli.config import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def start(cfg: DictConfig) -> Fabric:
     for key in ("devices", "num_nodes"):
         if not isinstance(cfg[key], int) or cfg[key] < 1:
             raise ConfigError(f"{key}={cfg[key]} must be a number of at least 1")
+    set_float32(cfg)
     device = pick_device(cfg.device)
     several = cfg.devices * cfg.num_nodes > 1
     if device.index is not None and several:
