@@ -9,14 +9,9 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.checkpoint.run import trained_weights
-from rae.data.transforms import to_float
-from rae.discriminator import quantize
-from rae.latent import add_noise
-from rae.rng import normal, sample_seeds, uniform
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.ema import EMA, WeightAverage
 from rae.training.module import NonFiniteError
@@ -269,54 +264,6 @@ def test_rolling_back_ends_where_it_does_not_help(tmp_path: Path):
         run(20, RunCheckpoint(str(tmp_path / "run"), every_n_steps=4))
     with pytest.raises(NonFiniteError, match=r"at step 4.*none yet"):
         run(20, None)
-
-
-def test_stage_1_takes_the_steps_of_the_plain_procedure(tmp_path: Path):
-    """Two gradient calls for the adaptive weight and one backward through everything, written out."""
-    steps = 5
-    _, ours = train(1, tmp_path, steps=steps)
-    module = make_module(1)
-    decoder, encoder, discriminator = module.decoder, module.autoencoder.encoder, module.discriminator
-    networks = (list(decoder.parameters()), list(discriminator.heads.parameters()))
-    optimizers = [torch.optim.SGD(parameters, lr=0.05, momentum=0.9) for parameters in networks]
-    schedulers = [WarmupDecay(o, warmup_steps=2, decay_end_steps=20, final_lr=0.005) for o in optimizers]
-
-    from rae.data import SyntheticDataModule
-
-    data = SyntheticDataModule(4, image_size=16, num_classes=4, train_images=40, val_images=8)
-    data.setup("fit")
-    for step, batch in zip(range(steps), data.train_dataloader(), strict=False):
-
-        def seeds(purpose: str, batch=batch) -> list[int]:
-            return sample_seeds(42, purpose, batch["epoch"].tolist(), batch["index"].tolist())
-
-        images = to_float(batch["image"])
-        z = encoder(images)
-        noisy = add_noise(z, 0.8, uniform(seeds("latent noise level")), normal(seeds("latent noise"), z.shape[1:]))
-        recon = decoder(noisy)
-        loss = (recon - images).abs().mean()
-        if step >= 2:
-            discriminator.eval()
-            gan = -discriminator(module.augment(recon, seeds("augment generator"))).mean()
-            last = decoder.last_layer.weight
-            norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, gan)]
-            loss = loss + 0.75 * (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4).detach() * gan
-        optimizers[0].zero_grad()
-        optimizers[1].zero_grad()
-        loss.backward()
-        optimizers[0].step()
-        schedulers[0].step()
-        if step >= 1:
-            with torch.no_grad():
-                fake = quantize(decoder(encoder(images)))
-            discriminator.train()
-            fakes = discriminator(module.augment(fake, seeds("augment fake")))
-            reals = discriminator(module.augment(images, seeds("augment real")))
-            optimizers[1].zero_grad()
-            (0.5 * (F.relu(1 - reals).mean() + F.relu(1 + fakes).mean())).backward()
-            optimizers[1].step()
-            schedulers[1].step()
-    assert_same(weights(module), weights(ours), atol=2e-5, rtol=1e-5)
 
 
 def test_the_schedule_is_its_formula():

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.describe import Described
-from rae.layers import take_quick_kernels, tokens_to_grid
+from rae.layers import at_least_float, take_quick_kernels, tokens_to_grid
 from rae.weights import load_strict, state_hash
 
 REDUCTIONS = ("sum", "mean")
@@ -149,7 +149,7 @@ class Encoder(Described, nn.Module, ABC):
         weight = next(self.parameters(), None)  # a parent's .to(…) may have changed the precision
         dtype = self.dtype if weight is None else weight.dtype
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            chosen = [tokens.float() for tokens in self.layer_tokens(pixels.to(dtype), self.layers)]
+            chosen = [at_least_float(tokens) for tokens in self.layer_tokens(pixels.to(dtype), self.layers)]
         total = chosen[0] if len(chosen) == 1 else torch.stack(chosen).sum(0)
         return total / len(chosen) if self.reduce == "mean" else total
 

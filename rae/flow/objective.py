@@ -10,6 +10,7 @@ from torch import Tensor
 from rae.describe import Described
 from rae.flow.path import LinearPath, Path, like
 from rae.flow.time import LogitNormalTime, TimeDistribution, check_shift, shift_time
+from rae.layers import at_least_float
 
 PREDICTIONS = ("velocity", "noise", "score", "data")
 WEIGHTINGS = ("none", "velocity", "likelihood")
@@ -74,7 +75,7 @@ class FlowMatching(Described):
         output = model(point.x_t, t, **conditions)
         if output.shape != data.shape:
             raise ValueError(f"the model returned shape {tuple(output.shape)}, required is {tuple(data.shape)}")
-        output = output.float()
+        output = at_least_float(output)
         if self.prediction == "velocity":
             error = output - point.velocity
         elif self.prediction == "data":

@@ -6,7 +6,7 @@ from rae.layers.checks import may_look, trusted
 from rae.layers.embedding import LabelEmbedding, TimeEmbedding, drop_labels
 from rae.layers.linear import Linear, linear, take_quick_kernels
 from rae.layers.mlp import GELUMlp, SwiGLU
-from rae.layers.norm import RMSNorm, modulate
+from rae.layers.norm import RMSNorm, at_least_float, modulate
 from rae.layers.patch import grid_to_tokens, patchify, tokens_to_grid, unpatchify
 from rae.layers.position import RotaryEmbedding2D, resize_position_table, sincos_table
 
@@ -22,6 +22,7 @@ __all__ = [
     "RotaryEmbedding2D",
     "SwiGLU",
     "TimeEmbedding",
+    "at_least_float",
     "drop_labels",
     "grid_to_tokens",
     "linear",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, with the statistics in float32 whatever the input's type.
+    """x / rms(x) · weight, with the statistics in float32 where the input's type is lower.
 
     Args:
         width: Size of the last dimension.
@@ -21,7 +21,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """… ×width => … ×width, of the input's type."""
-        return nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        values = at_least_float(x)
+        return nn.functional.rms_norm(values, self.weight.shape, self.weight.to(values.dtype), self.eps).to(x.dtype)
+
+
+def at_least_float(x: Tensor) -> Tensor:
+    """Float32 of lower precisions; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def make_norm(kind: str, width: int, eps: float = 1e-6) -> nn.Module:

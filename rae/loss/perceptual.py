@@ -39,6 +39,7 @@ class PerceptualLoss(nn.Module):
             self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         if pretrained:
             self._load_vgg(_read_vgg(vgg_checkpoint), str(vgg_checkpoint or VGG_URL))
+        self.network.to(memory_format=torch.channels_last)  # the convolutions need no copies in another order then
         self.requires_grad_(False)
         self.train(False)
 

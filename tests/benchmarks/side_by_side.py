@@ -113,7 +113,7 @@ def versions() -> dict[str, str]:
     return {"device": device, "torch": torch.__version__, "python": platform.python_version(), "date": today}
 
 
-def main(script: str, doc: str, comparisons: Mapping[str, Comparison], repeats: int = 5) -> None:
+def main(script: str, doc: str, comparisons: Mapping[str, Comparison], repeats: int = 5) -> list[dict[str, Any]]:
     """Runs the comparisons, prints a Markdown table and writes the figures.
 
     Args:
@@ -121,6 +121,9 @@ def main(script: str, doc: str, comparisons: Mapping[str, Comparison], repeats: 
         doc: Its docstring.
         comparisons: By name.
         repeats: Turns of each side.
+
+    Returns:
+        The figures of every comparison.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=repeats, help="turns of each side")
@@ -133,7 +136,7 @@ def main(script: str, doc: str, comparisons: Mapping[str, Comparison], repeats: 
     if options.memory:
         name, side = options.memory
         print(peak_memory(getattr(comparisons[name], side)()))
-        return
+        return []
     rows = []
     print("| what | ours | peer | ratio | goal | peak memory ours / peer |\n|---|---|---|---|---|---|", flush=True)
     for name, comparison in comparisons.items():
@@ -150,6 +153,7 @@ def main(script: str, doc: str, comparisons: Mapping[str, Comparison], repeats: 
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**versions(), "repeats": options.repeats, "rows": rows}, indent=2))
+    return rows
 
 
 def measure(script: str, name: str, comparison: Comparison, repeats: int, threads: int) -> dict[str, Any]:
