@@ -11,6 +11,7 @@ from typing import Any
 from rae.weights import write_json
 
 PLAN = "plan.json"
+_LISTED = 6  # differences that an error spells out
 
 
 class Parts:
@@ -32,7 +33,7 @@ class Parts:
         self, folder: str | Path, plan: Mapping[str, Any], count: int, size: int, suffix: str, prefix: str = "part"
     ) -> None:
         for name, value in (("count", count), ("part size", size)):
-            if value < 1:
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.folder = Path(folder)
         self.plan = {**plan, "count": count, "part": size}
@@ -107,14 +108,23 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> None:
     if not file.is_file():
         write_json(file, plan)
         return
-    other = json.loads(file.read_text())
+    plan, other = _flat(plan), _flat(json.loads(file.read_text()))
     differing = [key for key in {**plan, **other} if plan.get(key) != other.get(key)]
     if differing:
-        said = ", ".join(f"{key}={_short(other.get(key))} (now {_short(plan.get(key))})" for key in differing)
+        said = ", ".join(f"{key}={_short(other.get(key))} (now {_short(plan.get(key))})" for key in differing[:_LISTED])
+        said += f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
         raise ValueError(
             f"{str(folder)!r} holds work of another plan: {said}; go on as it was begun, choose another output_dir, "
             "or remove the folder"
         )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
 
 
 def _short(value: Any) -> str:

@@ -25,6 +25,7 @@ from rae.data import (
     SyntheticDataModule,
 )
 from rae.data.digits import load_split
+from rae.data.loader import BrokenFilesError
 from rae.rng import uniform
 
 
@@ -420,8 +421,35 @@ def test_broken_files_are_replaced_counted_and_listed(folder, caplog, workers):
 def test_too_many_broken_files_end_the_run(folder, workers):
     for number in range(4):
         (folder / "b" / f"{number}.png").write_bytes(b"no image")
-    with pytest.raises(RuntimeError, match=r"files cannot be read, more than data.max_bad_share=0.2 allows"):
+    # The message alone, in whatever process the file was met.
+    with pytest.raises(
+        BrokenFilesError, match=r"^at least . of 12 files cannot be read, more than data.max_bad_share=0.2 allows"
+    ):
         by_key(folder_module(folder, num_workers=workers, max_bad_share=0.2).train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_stand_in_for_broken_ones_can_be_left_out(folder, workers):
+    for name in ("a/1", "b/0", "b/1"):
+        (folder / f"{name}.png").write_bytes(b"no image")
+    module = folder_module(folder, num_workers=workers, max_bad_share=0.3)
+    kept = [batch["index"].tolist() for batch in module.range_dataloader("train", [range(8)], replace=False)]
+    assert kept == [[0], [2, 3], [], [6, 7]]
+    assert [len(batch["index"]) for batch in module.range_dataloader("train", [range(8)])] == [2, 2, 2, 2]
+
+
+def test_classes_that_would_be_numbered_otherwise_in_validation_are_refused(folder, tmp_path):
+    for name in ("a", "c"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "0.png").write_bytes((folder / name / "0.png").read_bytes())
+    module = folder_module(folder, val_path=str(tmp_path / "val"))
+    with pytest.raises(
+        ValueError, match=r"class 'c' is number 1 in data\.val_path=.*, but number 2 in data\.train_path"
+    ):
+        module.setup("fit")
+    folder_module(folder, val_path=str(tmp_path / "val"), unlabelled=True).setup("fit")
+    (tmp_path / "val" / "c").rename(tmp_path / "val" / "b")
+    folder_module(folder, val_path=str(tmp_path / "val")).setup("fit")  # the last classes may be missing
 
 
 # --- the other data sets -----------------------------------------------------------------------------------------

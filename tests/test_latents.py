@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,8 +133,37 @@ def test_begun_statistics_of_other_images_are_not_mixed_in(folder, tmp_path):
         tmp_path / "parts", {"encoder": encoder.fingerprint(), "data": {"mode": "other"}}, 3, 20, ".safetensors"
     ).claim()
     assert data.samples("train") == COUNT
-    with pytest.raises(ValueError, match=r"parts' holds work of another plan: data="):
+    with pytest.raises(ValueError, match=r"parts' holds work of another plan: data\."):
         stats(cfg)
+
+
+def test_an_image_that_cannot_be_read_is_left_out_and_does_not_bind_the_rest_of_the_work(folder, tmp_path):
+    shutil.copytree(folder / "train", tmp_path / "images" / "train")
+    shutil.copytree(folder / "val", tmp_path / "images" / "val")
+    (tmp_path / "images" / "train" / "c4" / "bad.png").write_bytes(b"no image")
+    given = ["data.val_path=null", "data.flip=false"]
+    with pytest.raises(RuntimeError, match=r"more than data\.max_bad_share=0 allows"):
+        run("stats", tmp_path / "images", tmp_path / "out", *given, "data.max_bad_share=0")
+    assert list((tmp_path / "out" / "parts").glob("*.safetensors"))
+    run("stats", tmp_path / "images", tmp_path / "out", "data.flip=false", "data.max_bad_share=0.1")  # goes on
+    run("stats", folder, tmp_path / "whole", *given)
+    described = json.loads((tmp_path / "out" / "stat.json").read_text())
+    assert (described["images"], described["left_out"]) == (COUNT, 1)
+    found, expected = (torch.load(tmp_path / name / "stat.pt", weights_only=True) for name in ("out", "whole"))
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-6, atol=1e-6)
+
+
+def test_begun_work_is_bound_to_the_names_of_the_images(folder, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(folder / "train", images / "train")
+    shutil.copytree(folder / "val", images / "val")
+    run("cache_latents", images, tmp_path / "out", "splits=[train]")
+    (images / "val" / "c0").rename(images / "val" / "c00")
+    run("cache_latents", images, tmp_path / "out", "splits=[train]", "data.val_path=null")  # no matter for this split
+    (images / "train" / "c0" / "000.png").rename(images / "train" / "c0" / "001.png")
+    with pytest.raises(ValueError, match=r"holds work of another plan: data\.names="):
+        run("cache_latents", images, tmp_path / "out", "splits=[train]")
 
 
 # --- cached latents ----------------------------------------------------------------------------------------------
@@ -271,10 +301,15 @@ def test_unfit_folders_and_arguments_are_named(folder, cached, tmp_path):
         module_of(cached, num_classes=4).train_dataloader()
     with pytest.raises(ValueError, match=r"add data\.train_path=/path/to/latents/train"):
         LatentsDataModule()
+    with pytest.raises(ConfigError, match=r"splits=\['val'\]: there are no such images; add data\.val_path"):
+        run("cache_latents", folder, tmp_path / "wrong", "splits=[val]", "data.val_path=null")
+    with pytest.raises(ValueError, match="part size must be at least 1, got many"):
+        run("cache_latents", folder, tmp_path / "wrong", "part_size=many")
     for wrong, message in {
         "dtype=float8": "dtype=float8 is unknown; choose one of bfloat16, float16, float32",
         "flips=some": "flips=some is unknown; choose one of none, both",
         "data.mode=random_crop": r"data\.mode=random_crop makes other images in every epoch",
+        "data=latents": "data=latents holds no images to encode; choose data=imagenet",
         "splits=[test]": r"splits=\['test'\] may hold train and val",
         "devices=0": "devices=0 must be a number of at least 1",
     }.items():

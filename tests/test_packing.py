@@ -114,6 +114,8 @@ def test_broken_files_are_left_out_and_listed(images, tmp_path, caplog, workers)
     assert sorted(name for name, _ in index["broken"]) == ["n00000001/bad.jpg", "n00000002/cut.jpg"]
     assert (index["images"], index["images_per_class"]) == (20, [5, 5, 5, 5])
     assert "2 of 22 files could not be read" in caplog.text
+    pack(plan, tmp_path / "again", max_bad_share=0.1)  # what is written of broken files is the same in every run, too
+    assert content(tmp_path / "again") == content(tmp_path / "out")
     assert len(TarShards(str(tmp_path / "out"), TRANSFORM)) == 20
 
 
@@ -141,6 +143,9 @@ def test_large_images_are_reduced_and_odd_formats_stored_as_png(tmp_path):
 
 def test_verify_names_every_damaged_shard(images, tmp_path):
     out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="does not exist; give the folder that rae-shard wrote"):
+        verify(out)
+    out.mkdir()
     with pytest.raises(FileNotFoundError, match=r"no index\.json: packing was not finished"):
         verify(out)
     plan = ShardPlan.of(images, images_per_shard=5)
@@ -242,5 +247,16 @@ def test_bad_sources_are_named(images, tmp_path):
         find_sources(images / "n00000000", tmp_path / "list.txt")
     with pytest.raises(FileNotFoundError, match="holds no list"):
         find_sources(images / "n00000000", tmp_path / "empty")
-    with pytest.raises(ValueError, match="quality=0 must lie in 1"):
-        ShardPlan.of(images, quality=0)
+    (tmp_path / "devkit.tar.gz").write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(ValueError, match=r"devkit\.tar\.gz' is no text file; give the list .* unpacked"):
+        find_sources(images / "n00000000", tmp_path / "devkit.tar.gz")
+    for option, message in {
+        ("quality", 0): "quality=0 must lie in 1",
+        ("images_per_shard", "many"): "images_per_shard=many must be a whole number",
+        ("resize", 0.5): r"resize=0\.5 must be a whole number",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ShardPlan.of(images, **dict([option]))
+    for wrong in ({"max_bad_share": 2}, {"num_workers": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            pack(ShardPlan.of(images), tmp_path / "out", **wrong)

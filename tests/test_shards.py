@@ -84,6 +84,19 @@ def test_faults_are_named(data):
         TarShards(str(data / "bad.tar"), TRANSFORM)
 
 
+def test_classes_that_were_packed_under_other_numbers_are_refused(data):
+    (data / "part" / "1").mkdir(parents=True)
+    (data / "part" / "1" / "3.png").write_bytes((data / "folder" / "1" / "3.png").read_bytes())
+    for name in ("folder", "part"):
+        pack(ShardPlan.of(data / name), data / f"packed-{name}")
+    paths = [str(data / "packed-folder"), str(data / "packed-part")]
+    with pytest.raises(
+        ValueError, match=r"class '1' is number 0 in data\.val_path=.*, but number 1 in data\.train_path"
+    ):
+        ShardsDataModule(*paths, batch_size=2, num_workers=0, num_classes=3).setup("fit")
+    ShardsDataModule(paths[0], str(data / "shards"), batch_size=2, num_workers=0, num_classes=3).setup("fit")
+
+
 # --- on the network ----------------------------------------------------------------------------------------------
 
 

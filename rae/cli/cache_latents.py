@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rae.cli.config import ConfigError, save_config
 from rae.cli.entry import entry
-from rae.cli.stats import describe_data
+from rae.cli.stats import check_images, describe_data
 
 if TYPE_CHECKING:
     from lightning import Fabric
@@ -31,10 +31,13 @@ def check(cfg: DictConfig) -> None:
     """
     from rae.data.latents import DTYPES  # noqa: PLC0415 (imports torch)
 
+    check_images(cfg)
     if cfg.dtype not in DTYPES:
         raise ConfigError(f"dtype={cfg.dtype} is unknown; choose one of {', '.join(DTYPES)}")
     if cfg.flips not in _FLIPS:
         raise ConfigError(f"flips={cfg.flips} is unknown; choose one of {', '.join(_FLIPS)}")
+    if any(split not in ("train", "val") for split in cfg.splits):
+        raise ConfigError(f"splits={list(cfg.splits)} may hold train and val")
     if cfg.data.get("mode") == "random_crop":
         raise ConfigError(
             "data.mode=random_crop makes other images in every epoch; latents are of center_crop (data=imagenet)"
@@ -68,7 +71,7 @@ def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDa
     plan = {
         "split": split,
         "encoder": encoder.fingerprint(),
-        "data": describe_data(cfg),
+        "data": describe_data(cfg, data, split),
         "image_size": data.image_size,
         "num_classes": data.num_classes,
         "dtype": cfg.dtype,
@@ -134,9 +137,9 @@ def cache_latents(cfg: DictConfig) -> None:
     encoder = make(cfg.encoder).to(fabric.device)
     data = make(cfg.data)
     data.setup("fit" if "train" in cfg.splits else "validate")
+    if not any(data.samples(split) for split in cfg.splits):
+        raise ConfigError(f"splits={list(cfg.splits)}: there are no such images; add data.val_path=…, or choose train")
     for split in cfg.splits:
-        if split not in ("train", "val"):
-            raise ConfigError(f"splits={list(cfg.splits)} may hold train and val")
         if data.samples(split):
             cache_split(cfg, fabric, encoder, data, split)
     data.teardown("fit")

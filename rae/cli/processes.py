@@ -50,7 +50,7 @@ def start(cfg: DictConfig) -> Fabric:
     )
     fabric.launch()
     if not fabric.is_global_zero:
-        logging.getLogger().setLevel(logging.ERROR)  # one process tells the story
+        logging.getLogger().setLevel(logging.WARNING)  # one process tells the story; each, what it cannot read
     return fabric
 
 
@@ -93,7 +93,7 @@ def first(fabric: Fabric) -> Iterator[bool]:
 
 
 def batches_of(
-    data: ImageDataModule, split: str, parts: Parts, mine: list[int], fabric: Fabric, what: str
+    data: ImageDataModule, split: str, parts: Parts, mine: list[int], fabric: Fabric, what: str, replace: bool = True
 ) -> Iterator[tuple[int, Iterator[dict[str, Any]]]]:
     """Every part of this process with its batches, loaded ahead over the ends of parts, with a progress bar.
 
@@ -104,17 +104,19 @@ def batches_of(
         mine: Parts of this process.
         fabric: The processes; the bar of the first one counts for all.
         what: Name of the bar.
+        replace: See :meth:`~rae.data.ImageDataModule.range_dataloader`.
     """
     from tqdm import tqdm  # noqa: PLC0415
 
     ranges = [parts.items(part) for part in mine]
-    batches = iter(data.range_dataloader(split, ranges))
+    batches = iter(data.range_dataloader(split, ranges, replace))
     with tqdm(total=sum(map(len, ranges)), desc=what, unit="image", disable=not fabric.is_global_zero) as bar:
 
-        def counted(number: int) -> Iterator[dict[str, Any]]:
-            for batch in islice(batches, number):
+        def counted(items: range) -> Iterator[dict[str, Any]]:
+            starts = range(0, len(items), data.batch_size)
+            for start, batch in zip(starts, islice(batches, len(starts)), strict=True):
                 yield batch
-                bar.update(len(batch["index"]))
+                bar.update(min(data.batch_size, len(items) - start))
 
         for part, items in zip(mine, ranges, strict=True):
-            yield part, counted(-(-len(items) // data.batch_size))
+            yield part, counted(items)

@@ -14,17 +14,36 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
+    from rae.data import ImageDataModule
     from rae.latent import RunningMoments
     from rae.parts import Parts
 
 log = logging.getLogger(__name__)
 
-_HOW = ("batch_size", "num_workers", "pin_memory", "index_folder")  # arguments of data that results do not depend on
+_HOW = (
+    "batch_size",
+    "num_workers",
+    "pin_memory",
+    "index_folder",
+    "max_bad_share",
+)  # of data; results do not depend on them
 
 
-def describe_data(cfg: DictConfig) -> dict[str, Any]:
-    """The data's configuration, less what the images do not depend on."""
-    return {key: value for key, value in plain(cfg)["data"].items() if key not in _HOW}
+def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[str, Any]:
+    """The data's configuration, less what the images of a split do not depend on, and a hash of their names and labels."""
+    other = "val_path" if split == "train" else "train_path"
+    described = {key: value for key, value in plain(cfg)["data"].items() if key not in (*_HOW, other)}
+    return {**described, "names": data.names_hash(split)}
+
+
+def check_images(cfg: DictConfig) -> None:
+    """Refuses data that are no images.
+
+    Raises:
+        ConfigError: Says what to choose.
+    """
+    if str(cfg.data.get("_target_")).endswith("LatentsDataModule"):
+        raise ConfigError("data=latents holds no images to encode; choose data=imagenet or data=shards, say")
 
 
 def merged(parts: Parts, shape: tuple[int, ...]) -> RunningMoments:
@@ -55,11 +74,13 @@ def stats(cfg: DictConfig) -> None:
     """Encodes the data set once, in parts, and writes ``stat.pt`` (mean and var) with a description beside it.
 
     Raises:
-        ConfigError: ``stat.pt`` exists and ``force`` is false.
+        ConfigError: ``stat.pt`` exists and ``force`` is false, or the data are no images.
     """
     target = Path(cfg.output_dir) / "stat.pt"
     if target.exists() and not cfg.force:
         raise ConfigError(f"{str(target)!r} exists: force=true replaces it, output_dir=… writes elsewhere")
+
+    check_images(cfg)
 
     import torch  # noqa: PLC0415 (slow to import)
 
@@ -77,17 +98,18 @@ def stats(cfg: DictConfig) -> None:
     data.setup("fit")
     plan = {
         "encoder": encoder.fingerprint(),
-        "data": describe_data(cfg),
+        "data": describe_data(cfg, data, "train"),
         "image_size": cfg.image_size,
         "seed": cfg.seed,
     }
     parts = Parts(target.with_name("parts"), plan, data.samples("train"), cfg.part_size, ".safetensors")
     mine = begin(fabric, parts)
     with torch.no_grad():
-        for part, batches in batches_of(data, "train", parts, mine, fabric, "encoding"):
+        for part, batches in batches_of(data, "train", parts, mine, fabric, "encoding", replace=False):
             moments = RunningMoments(encoder.latent_shape)
             for batch in batches:
-                moments.update(encoder(to_float(batch["image"].to(fabric.device))).cpu())
+                if len(batch["index"]):  # else none of its images can be read
+                    moments.update(encoder(to_float(batch["image"].to(fabric.device))).cpu())
             save_state(_tensors(moments), parts.path(part))
     data.teardown("fit")
     fabric.barrier()
@@ -96,14 +118,17 @@ def stats(cfg: DictConfig) -> None:
             return
         save_config(cfg, cfg.output_dir)
         moments = merged(parts, encoder.latent_shape)
-        save_state(statistics_file(moments, cfg.per_channel), target)
         description = {
             "images": int(moments.count),
+            "left_out": parts.count - int(moments.count),
             "latent_shape": list(encoder.latent_shape),
             "per_channel": cfg.per_channel,
             **plan,
         }
+        # In this order a stop in between never leaves statistics whose description is missing or of others.
+        target.unlink(missing_ok=True)
         write_json(target.with_suffix(".json"), description)
+        save_state(statistics_file(moments, cfg.per_channel), target)
         parts.remove()
         log.info("mean and variance over %d images are in %s", moments.count, target)
 

@@ -34,7 +34,7 @@ class ImageFolder(ImageFiles):
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise FileNotFoundError(f"image folder {str(self.root)!r} does not exist; give the path of a folder")
-        folders = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        folders = class_folders(self.root)
         self.unlabelled = unlabelled or not folders
         self.classes = ["all"] if self.unlabelled else folders
         # Paths relative to the folder, so that order and labels do not depend on where it is.
@@ -59,6 +59,11 @@ class ImageFolder(ImageFiles):
     def name(self, position: int) -> str:
         """Its path."""
         return str(self.root / self.files[position])
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the subfolders of a folder, sorted: the classes 0, 1, …."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
 
 
 def image_files(root: Path, below: str) -> list[str]:
@@ -132,8 +137,32 @@ class ImageFolderDataModule(ImageDataModule):
         return self._images(self._given_train_path(), self.train_transform)
 
     def val_dataset(self) -> ImageFiles | None:
-        """The images of ``val_path``, if given."""
-        return None if self.val_path is None else self._images(self.val_path, self.val_transform)
+        """The images of ``val_path``, if given.
+
+        Raises:
+            ValueError: A class has another number there than in ``train_path``.
+        """
+        if self.val_path is None:
+            return None
+        images = self._images(self.val_path, self.val_transform)
+        if self.train_path is not None and not self.unlabelled:
+            self._check_classes(self._class_names(self.train_path), self._class_names(self.val_path))
+        return images
+
+    def _class_names(self, path: str) -> list[str]:
+        """Names of the classes of a path, where they are known without a search."""
+        root = Path(path).expanduser()
+        return class_folders(root) if root.is_dir() else []
+
+    def _check_classes(self, train: list[str], val: list[str]) -> None:
+        numbers = {name: number for number, name in enumerate(train)}
+        for number, name in enumerate(val):
+            if numbers.get(name, number) != number:
+                raise ValueError(
+                    f"class {name!r} is number {number} in data.val_path={self.val_path!r}, but number {numbers[name]} in "
+                    f"data.train_path={self.train_path!r}: classes are counted by their sorted names; let both hold the "
+                    "same classes"
+                )
 
     def _given_train_path(self) -> str:
         if self.train_path is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
@@ -28,6 +29,10 @@ Batches = Sampler[list[Key]]
 """Says which keys make up each batch; has a length."""
 
 _LISTED = 100  # broken files that are named at the end
+
+
+class BrokenFilesError(RuntimeError):
+    """More files cannot be read than may be."""
 
 
 class SeededDataset(Dataset[Sample], Sized, ABC):
@@ -84,11 +89,19 @@ class ImageFiles(SeededDataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def names_hash(self) -> str:
+        """SHA-256 of all names and labels in their order: says whether two listings are the same."""
+        digest = hashlib.sha256()
+        for position, label in enumerate(self.labels):
+            digest.update(f"{self.name(position)}|{label}\n".encode())
+        return digest.hexdigest()
+
     def load(self, index: int, seed: int) -> Sample:
         """The image at a position, or the next one that can be read.
 
         Raises:
-            RuntimeError: More images in a row are unreadable than may be in the whole data set.
+            BrokenFilesError: More images in a row are unreadable than may be in the whole data set.
         """
         broken: list[tuple[str, str]] = []
         while len(broken) <= self.max_bad_share * len(self):
@@ -102,7 +115,7 @@ class ImageFiles(SeededDataset):
             else:
                 return {"image": image, "label": int(self.labels[position]), "index": index, "broken": broken}
         names = [name for name, _ in broken]
-        raise RuntimeError(too_many_broken(len(broken), len(self), self.max_bad_share, names))
+        raise BrokenFilesError(too_many_broken(len(broken), len(self), self.max_bad_share, names))
 
 
 class KeyedDataset(Dataset[Sample]):
@@ -124,19 +137,28 @@ class KeyedDataset(Dataset[Sample]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[Key]) -> list[Sample]:
-        """All samples of a batch, which torch's loader asks for together."""
+        """All samples of a batch, which torch's loader asks for together; or ``error`` alone, see :class:`BatchLoader`."""
         seeds = [sample_seed(self.seed, "augment", epoch, index) for epoch, index in keys]
-        samples = self.dataset.load_many([index for _, index in keys], seeds)
+        try:
+            samples = self.dataset.load_many([index for _, index in keys], seeds)
+        except (BrokenFilesError, UnreachableError) as error:
+            return [{"error": error}]  # raised in a worker, torch would bury its message in the worker's trace
         return [{**sample, "epoch": epoch} for sample, (epoch, _) in zip(samples, keys, strict=True)]
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
-    """Samples to a batch: ``image`` uint8 B×3×H×W or ``latent`` B×C×h×w; ``label``, ``index``, ``epoch`` int64 B; ``broken``."""
+    """Samples to a batch: ``image`` uint8 B×3×H×W or ``latent`` B×C×h×w; ``label``, ``index``, ``epoch`` int64 B; ``broken``;
+
+    ``replaced``, bool B: whether another image stands in for one that cannot be read.
+    """
+    if "error" in samples[0]:
+        return samples[0]
     batch: dict[str, Any] = {
         name: torch.stack([sample[name] for sample in samples]) for name in _STACKED if name in samples[0]
     }
     for name in ("label", "index", "epoch"):
         batch[name] = torch.tensor([int(sample[name]) for sample in samples], dtype=torch.int64)
+    batch["replaced"] = torch.tensor([bool(sample.get("broken")) for sample in samples])
     batch["broken"] = [entry for sample in samples for entry in sample.get("broken", ())]
     return batch
 
@@ -158,14 +180,14 @@ class BrokenFiles:
         """Takes note of (name, reason) pairs.
 
         Raises:
-            RuntimeError: More than the allowed share is broken.
+            BrokenFilesError: More than the allowed share is broken.
         """
         for name, reason in entries:
             if name not in self.reasons:
                 self.reasons[name] = reason
                 log.warning("%s cannot be read (%s); the next readable file takes its place", name, reason)
         if len(self.reasons) > self.max_share * self.length:
-            raise RuntimeError(too_many_broken(len(self.reasons), self.length, self.max_share, list(self.reasons)))
+            raise BrokenFilesError(too_many_broken(len(self.reasons), self.length, self.max_share, list(self.reasons)))
 
     def summarise(self) -> None:
         """Lists all that were found, if any."""
@@ -199,6 +221,7 @@ class BatchLoader:
         num_workers: Processes that load ahead; 0 loads in this one.
         pin_memory: Whether to use page-locked memory, where there is a CUDA device.
         broken: Where unreadable files are counted.
+        replace: False leaves out the images that stand in for unreadable ones; batches may then be smaller, or empty.
     """
 
     def __init__(
@@ -209,8 +232,10 @@ class BatchLoader:
         num_workers: int,
         pin_memory: bool,
         broken: BrokenFiles,
+        replace: bool = True,
     ) -> None:
         self.batches = batches
+        self.replace = replace
         self.broken = broken
         self.loader: DataLoader[Sample] = DataLoader(
             KeyedDataset(dataset, seed),
@@ -245,8 +270,11 @@ class BatchLoader:
     def _counted(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
         try:
             for batch in batches:
+                if "error" in batch:
+                    raise batch["error"]
                 self.broken.add(batch.pop("broken"))
-                yield batch
+                own = ~batch.pop("replaced")
+                yield batch if self.replace or own.all() else {key: value[own] for key, value in batch.items()}
         except Exception:
             self.close()
             raise

@@ -11,7 +11,7 @@ from weakref import WeakSet
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-from rae.data.loader import Batches, BatchLoader, BrokenFiles, SeededDataset
+from rae.data.loader import Batches, BatchLoader, BrokenFiles, ImageFiles, SeededDataset
 from rae.data.sampler import Position, RangeBatchSampler, ShardedBatchSampler
 
 log = logging.getLogger(__name__)
@@ -123,12 +123,13 @@ class ImageDataModule(L.LightningDataModule, ABC):
             return []
         return self._loader("val", dataset, self._batches(dataset, shuffle=False, drop_last=False))
 
-    def range_dataloader(self, split: str, ranges: Sequence[range]) -> BatchLoader:
+    def range_dataloader(self, split: str, ranges: Sequence[range], replace: bool = True) -> BatchLoader:
         """Batches of given stretches of the data in their order, none over the end of a stretch, augmented as in epoch 0.
 
         Args:
             split: ``train`` or ``val``.
             ranges: Positions in the data set.
+            replace: Whether another image takes the place of one that cannot be read; False leaves both out.
 
         Raises:
             ValueError: There are no samples of this split.
@@ -136,12 +137,17 @@ class ImageDataModule(L.LightningDataModule, ABC):
         dataset = self._dataset(split)
         if dataset is None:
             raise ValueError(f"the data set has no {split} samples; add data.{split}_path=/path/to/images")
-        return self._loader(split, dataset, RangeBatchSampler(ranges, self.batch_size))
+        return self._loader(split, dataset, RangeBatchSampler(ranges, self.batch_size), replace)
 
     def samples(self, split: str) -> int:
         """Number of samples of ``train`` or ``val``; 0 where there are none."""
         dataset = self._dataset(split)
         return 0 if dataset is None else len(dataset)
+
+    def names_hash(self, split: str) -> str | None:
+        """SHA-256 of the files of ``train`` or ``val``, by name, label and order; None where the data are no files."""
+        dataset = self._dataset(split)
+        return dataset.names_hash if isinstance(dataset, ImageFiles) else None
 
     def teardown(self, stage: str) -> None:
         """Ends the workers and lists the files that could not be read."""
@@ -240,9 +246,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
             position=self._position if drop_last else lambda: (0, 0),
         )
 
-    def _loader(self, split: str, dataset: SeededDataset, batches: Batches) -> BatchLoader:
+    def _loader(self, split: str, dataset: SeededDataset, batches: Batches, replace: bool = True) -> BatchLoader:
         broken = self._broken.setdefault(split, BrokenFiles(len(dataset), self.max_bad_share))
-        loader = BatchLoader(dataset, batches, self.seed, self.num_workers, self.pin_memory, broken)
+        loader = BatchLoader(dataset, batches, self.seed, self.num_workers, self.pin_memory, broken, replace)
         self._loaders.add(loader)
         return loader
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from rae.data.loader import too_many_broken
+from rae.data.loader import BrokenFilesError, too_many_broken
 from rae.data.shards import INDEX, index_name, read_index
 from rae.data.sources import Source, find_sources
 from rae.data.transforms import open_rgb, resize_shorter
@@ -60,11 +60,11 @@ class ShardPlan:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.images_per_shard < 1:
-            raise ValueError(f"images_per_shard={self.images_per_shard} must be at least 1")
-        if self.resize is not None and self.resize < 1:
-            raise ValueError(f"resize={self.resize} must be at least 1, in pixels, or null")
-        if not 1 <= self.quality <= 100:
+        if not _whole(self.images_per_shard) or self.images_per_shard < 1:
+            raise ValueError(f"images_per_shard={self.images_per_shard} must be a whole number of at least 1")
+        if self.resize is not None and (not _whole(self.resize) or self.resize < 1):
+            raise ValueError(f"resize={self.resize} must be a whole number of at least 1, in pixels, or null")
+        if not _whole(self.quality) or not 1 <= self.quality <= 100:
             raise ValueError(f"quality={self.quality} must lie in 1..100; 95 is usual")
 
     @classmethod
@@ -118,6 +118,11 @@ class Packed:
     broken: list[tuple[str, str]] = field(default_factory=list)
 
 
+def _whole(number: object) -> bool:
+    """Whether it is a whole number; values from a command line may be anything."""
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
 def pack(
     plan: ShardPlan, folder: str | Path, prefix: str = "shard", num_workers: int = 0, max_bad_share: float = 0.01
 ) -> dict[str, Any]:
@@ -137,9 +142,14 @@ def pack(
         The index: counts, classes, sizes and checksums.
 
     Raises:
-        ValueError: The folder holds shards of another plan.
-        RuntimeError: Too many images cannot be read, or a shard cannot be written.
+        ValueError: The folder holds shards of another plan, or a number is out of range.
+        BrokenFilesError: Too many images cannot be read.
+        OSError: A shard cannot be written.
     """
+    if not 0 <= max_bad_share < 1:
+        raise ValueError(f"max_bad_share={max_bad_share} must lie in [0, 1)")
+    if num_workers < 0:
+        raise ValueError(f"num_workers={num_workers} must be at least 0; 0 writes in this process")
     folder = Path(folder).expanduser()
     if not (folder / PLAN).is_file() and any(folder.glob("*.tar")):
         raise ValueError(f"{str(folder)!r} holds tar files that rae-shard did not write; give another output_dir")
@@ -158,7 +168,7 @@ def pack(
     with tqdm(total=len(plan.sources), initial=done, desc="packing", unit="image") as bar:
         for result in pool if len(writer) else ():
             if isinstance(result, str):
-                raise RuntimeError(f"{result}; what is written is kept: the same command goes on from there")
+                raise OSError(f"{result}; what is written is kept: the same command goes on from there")
             packed[result.file] = result
             for name, reason in result.broken:
                 log.warning("%s cannot be read (%s); it is left out", name, reason)
@@ -180,7 +190,7 @@ def _unchanged(result: Any) -> Any:
 def _check_share(packed: Mapping[str, Packed], files: int, max_bad_share: float) -> None:
     broken = [name for shard in packed.values() for name, _ in shard.broken]
     if len(broken) > max_bad_share * files:
-        raise RuntimeError(too_many_broken(len(broken), files, max_bad_share, broken, "max_bad_share"))
+        raise BrokenFilesError(too_many_broken(len(broken), files, max_bad_share, broken, "max_bad_share"))
 
 
 def _index(shards: Sequence[Packed], classes: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
@@ -205,10 +215,12 @@ def verify(folder: str | Path) -> dict[str, Any]:
         The index.
 
     Raises:
-        FileNotFoundError: There is no index.
+        FileNotFoundError: There is no such folder, or no index in it.
         ValueError: Names every shard that is missing or differs.
     """
     folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"output_dir={str(folder)!r} does not exist; give the folder that rae-shard wrote")
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} holds no {INDEX}: packing was not finished; the same command goes on with it"

@@ -177,6 +177,12 @@ class ShardsDataModule(ImageFolderDataModule):
         super().__init__(train_path, val_path, **options)
         self.index_folder = index_folder
 
+    def _class_names(self, path: str) -> list[str]:
+        """Names of the classes, as ``rae-shard`` noted them."""
+        folder = path.rstrip("/") if is_remote(path) else str(Path(path).expanduser())
+        index = None if path.endswith(".tar") or "{" in path or "*" in path else read_json(f"{folder}/{INDEX}")
+        return list(index["classes"]) if isinstance(index, dict) and "classes" in index else []
+
     def _images(self, path: str, transform: ImageTransform) -> TarShards:
         index = None
         if self.index_folder is not None:

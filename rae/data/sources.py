@@ -146,7 +146,12 @@ def _labelled(sources: Sequence[Source], synsets: Path) -> Named:
         raise FileNotFoundError(
             f"synsets={str(synsets)!r} holds no list; give a text file or the devkit's folder ({_LISTS[0]})"
         )
-    names = file.read_text().split()
+    try:
+        names = file.read_text().split()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"synsets={str(file)!r} is no text file; give the list of class names, or the devkit's folder, unpacked"
+        ) from error
     if len(names) != len(sources):
         raise ValueError(f"{str(file)!r} lists {len(names)} labels, but there are {len(sources)} images")
     if all(name.isdigit() for name in names):

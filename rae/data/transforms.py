@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rae.rng import uniform
@@ -49,7 +49,11 @@ def open_rgb(file: str | Path | IO[bytes], least: int | None = None) -> Image.Im
         OSError: No image, or a truncated one.
         ValueError: Pixels whose range the file does not tell (floating point, more than 16 bits).
     """
-    with Image.open(file) as opened:
+    try:
+        handle = Image.open(file)
+    except UnidentifiedImageError as error:  # its text names the object in memory, other in every run
+        raise OSError("no image of a known format") from error
+    with handle as opened:
         opened.seek(0)
         if least is not None:
             opened.draft(None, (least, least))
