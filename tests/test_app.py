@@ -63,7 +63,9 @@ def test_files_that_are_no_image_are_named(tmp_path):
     (tmp_path / "a.png").write_text("text")
     whole = picture(tmp_path / "b.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"^'notes\.png' is no readable image; give a PNG, JPEG"):
+    with pytest.raises(
+        ValueError, match=r"^'notes\.png' is no readable image \(no image of a known format\); give a PNG, JPEG"
+    ):
         viewer.reconstruct(tmp_path / "a.png", "notes.png")
     with pytest.raises(ValueError, match=r"b\.png' is no readable image \(.*truncated.*\); give a PNG"):
         viewer.reconstruct(tmp_path / "b.png")

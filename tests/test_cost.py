@@ -171,8 +171,13 @@ class Counting(TorchDispatchMode, L.Callback):
         self.flops, self.steps = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
         kind = func._overloadpacket
+        if kind not in FORMULAS and kind not in flop_registry:
+            with self:  # in inference mode, convolutions and attention come in one piece
+                pieces = func.decompose(*args, **(kwargs or {}))
+            if pieces is not NotImplemented:
+                return pieces
+        out = func(*args, **(kwargs or {}))
         if kind in FORMULAS:
             tensors = [value.shape for value in args if isinstance(value, torch.Tensor)]
             self.flops += FORMULAS[kind](*tensors)
