@@ -69,6 +69,14 @@ def test_taken_without_gradients_and_only_there():
         assert quick(lambda: layer(x))
 
 
+def test_adds_a_residual_on_the_way():
+    mlp, x = GELUMlp(16, 24), torch.randn(2, 3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x, x), x + mlp(x))
+        torch.testing.assert_close(mlp(x, x.transpose(0, 1).contiguous().transpose(0, 1)), x + mlp(x))
+    torch.testing.assert_close(mlp(x, x), x + mlp(x))
+
+
 @needs_kernel
 def test_its_operations_are_counted():
     layer, x = Linear(16, 24), torch.randn(2, 3, 16)
@@ -76,6 +84,9 @@ def test_its_operations_are_counted():
         with inside(), FlopCounterMode(display=False) as counter:
             layer(x)
         assert counter.get_total_flops() == 2 * 2 * 3 * 16 * 24
+        with inside(), FlopCounterMode(display=False) as counter:
+            GELUMlp(16, 24)(x, x)
+        assert counter.get_total_flops() == 2 * 2 * 2 * 3 * 16 * 24
 
 
 @needs_kernel

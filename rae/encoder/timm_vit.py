@@ -130,7 +130,7 @@ class TimmEncoder(Encoder):
         kept = {key: value for key, value in renamed.items() if key in own or not key.startswith(_UNUSED)}
         if "pos_embed" in kept and "pos_embed" in own and kept["pos_embed"].shape != own["pos_embed"].shape:
             prefix = 0 if getattr(self.network, "no_embed_class", False) else self.network.num_prefix_tokens
-            self._published_table = kept["pos_embed"]
+            self._published_table = kept["pos_embed"].clone()  # a view would keep the whole file in memory
             kept["pos_embed"] = resize_position_table(kept["pos_embed"], self.grid, prefix, self.pos_antialias)
         load_strict(self.network, kept, source)
 

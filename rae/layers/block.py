@@ -31,7 +31,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """B×N×D => B×N×D."""
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return self.mlp(self.norm2(x), x)
 
 
 class AdaptiveBlock(nn.Module):

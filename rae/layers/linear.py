@@ -19,6 +19,8 @@ if _KERNEL is not None:
     @register_flop_formula(_KERNEL)
     def _flops(x_shape: Any, weight_shape: Any, *arguments: Any, **options: Any) -> int:
         """What ``torch.utils.flop_counter`` counts for the kernel."""
+        if arguments and arguments[0] is not None and len(arguments[0]) == 2:
+            weight_shape = arguments[0]  # with a residual, which comes before the weight
         return 2 * math.prod(x_shape) * int(weight_shape[0])
 
 
@@ -34,8 +36,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """x·weightᵀ + bias, … ×in => … ×out, and the exact GELU of it where asked for."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """x·weightᵀ + bias, … ×in => … ×out; then its exact GELU, or its sum with a residual … ×out, where asked for."""
+    if residual is not None:
+        if _KERNEL is not None and _suits(x, weight) and residual.dtype == x.dtype and residual.is_contiguous():
+            return _KERNEL.binary(x.contiguous(), residual, weight, bias, "add")
+        return residual + F.linear(x, weight, bias)
     if _KERNEL is not None and _suits(x, weight):
         return _KERNEL(x.contiguous(), weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
     out = F.linear(x, weight, bias)

@@ -23,11 +23,13 @@ class GELUMlp(nn.Module):
         self.fc2 = Linear(hidden, width)
         self.approximate = approximate
 
-    def forward(self, x: Tensor) -> Tensor:
-        """B×N×width => B×N×width."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """B×N×width => B×N×width, added to the residual of that shape where one is given."""
         if self.approximate == "none":
-            return self.fc2(linear(x, self.fc1.weight, self.fc1.bias, gelu=True))
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+            x = linear(x, self.fc1.weight, self.fc1.bias, gelu=True)
+        else:
+            x = F.gelu(self.fc1(x), approximate=self.approximate)
+        return linear(x, self.fc2.weight, self.fc2.bias, residual=residual)
 
 
 class SwiGLU(nn.Module):
