@@ -6,8 +6,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """``rae.compose`` and ``rae.build``, imported when first used: they need Hydra."""
-    if name in ("compose", "build"):
+    """``rae.compose``, ``rae.build`` and ``rae.load``, imported when first used: they need Hydra."""
+    if name in ("compose", "build", "load"):
         from rae import cli  # noqa: PLC0415
 
         return getattr(cli, name)

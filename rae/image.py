@@ -19,6 +19,38 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
+def latent_colours(latents: Tensor) -> Tensor:
+    """Latents as pictures: their first three principal components over all places of the batch as red, green and blue.
+
+    One set of components and one scale serve the whole batch, so that equal colours are equal features in all pictures. From the
+    1st to the 99th percentile a component's values fill the range; its sign is that of its largest weight.
+
+    Args:
+        latents: B×C×h×w, at least three channels and three places.
+
+    Returns:
+        Pictures uint8 B×3×h×w, one pixel a token.
+
+    Raises:
+        ValueError: Another shape, fewer channels or places, or values that are not finite.
+    """
+    if latents.ndim != 4 or latents.shape[1] < 3 or latents.numel() < 3 * latents.shape[1]:
+        raise ValueError(
+            f"latents must be B×C×h×w with at least 3 channels and 3 places in all, got {tuple(latents.shape)}"
+        )
+    if not latents.isfinite().all():
+        raise ValueError("latents must be finite to have principal components; they hold NaN or infinite values")
+    batch, channels, height, width = latents.shape
+    tokens = latents.detach().cpu().double().permute(0, 2, 3, 1).reshape(-1, channels)
+    tokens = tokens - tokens.mean(0)
+    axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors.flip(1)[:, :3]  # of the largest eigenvalues
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    values = tokens @ (axes * largest.sign())
+    low, high = values.quantile(torch.tensor([0.01, 0.99]).double(), dim=0)
+    colours = (values - low) / (high - low).clamp(min=1e-12)
+    return to_uint8(colours.reshape(batch, height, width, 3).permute(0, 3, 1, 2))
+
+
 def make_grid(
     images: Tensor, columns: int, padding: int = 2, scale: int = 1, captions: Sequence[str] | None = None
 ) -> Tensor:

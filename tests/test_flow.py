@@ -30,6 +30,7 @@ def test_conversions_invert_each_other(path: flow.Path):
     score = path.score_from_velocity(point.velocity, point.x_t, t)
     torch.testing.assert_close(path.velocity_from_score(score, point.x_t, t), point.velocity)
     torch.testing.assert_close(path.noise_from_velocity(point.velocity, point.x_t, t), noise)
+    torch.testing.assert_close(path.data_from_velocity(point.velocity, point.x_t, t), data)
     torch.testing.assert_close(score, -noise / path.coefficients(t).sigma.reshape(-1, 1, 1, 1))
 
 

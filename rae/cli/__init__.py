@@ -2,5 +2,6 @@
 
 from rae.cli.build import Parts, build
 from rae.cli.config import ConfigError, compose
+from rae.cli.models import load
 
-__all__ = ["ConfigError", "Parts", "build", "compose"]
+__all__ = ["ConfigError", "Parts", "build", "compose", "load"]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import resource
 import shlex
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+
+from rae.cli.config import compose
 
 
 def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
@@ -80,6 +85,36 @@ def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
             ],
         ),
     ]
+
+
+def small_model(folder: str | Path = "outputs/small") -> Path:
+    """A small model of digits, trained in this process within about a minute, without a word: for notebooks and first steps.
+
+    What is there already is not made again, so that all notebooks of a folder share one.
+
+    Args:
+        folder: Where encoder, decoder, statistics and denoiser go.
+
+    Returns:
+        The stage-2 run's folder, for ``rae.load``; the stage-1 run is ``stage1`` beside it.
+    """
+    folder = Path(folder).resolve()
+    encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
+    given = [encoder, f"decoder_checkpoint={folder}/stage1", f"latent.stats={folder}/stats/stat.pt"]
+    plan = [
+        ("train", "encoder", [], "summary.json"),
+        ("train", "stage1", [encoder], "summary.json"),
+        ("stats", "stats", [encoder], "stat.pt"),
+        ("train", "stage2", given, "summary.json"),
+    ]
+    for command, name, overrides, result in plan:
+        if (folder / name / result).exists():
+            continue
+        cfg = compose(command, [f"experiment=digits_small_{name}", *overrides, f"output_dir={folder / name}"])
+        task = getattr(import_module(f"rae.cli.{command}"), command)
+        with contextlib.redirect_stderr(io.StringIO()):  # bars; errors are raised
+            task(cfg)
+    return folder / "stage2"
 
 
 def run(title: str, command: list[str]) -> float:

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from rae.cli.build import build_autoencoder, build_generator, make
-from rae.cli.config import ConfigError
+from rae.cli.config import ConfigError, compose
 
 if TYPE_CHECKING:
     from rae.autoencoder import RAE
     from rae.denoiser import Denoiser
     from rae.generator import Generator
+
+
+def load(source: str | Path, overrides: Sequence[str] = (), encode: bool = True) -> RAE | Generator:
+    """Opens a trained model for use from Python, whatever it is: as the commands do with ``checkpoint=…``.
+
+    Args:
+        source: Folder or ``.ckpt`` of a run, an exported folder, diffusers' folder, or the hub id of either.
+        overrides: As for ``rae-sample``, e.g. ``["guidance=cfg", "guidance.scale=2"]``. Sampler and guidance are those of the
+            run or export where no override names them.
+        encode: Whether the encoder's weights are needed; sampling does without them.
+
+    Returns:
+        A generator where the source holds a denoiser, else an autoencoder; in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ConfigError: An unknown override, or something else must be given too.
+        ValueError: The weights do not fit.
+    """
+    cfg = compose("sample", overrides)
+    cfg.checkpoint = str(source)  # no override, whose grammar knows special signs
+    for group in ("sampler", "guidance"):
+        if not any(override.startswith((f"{group}=", f"{group}.")) for override in overrides):
+            cfg[group] = None
+    return open_model(cfg, encode)[0]
 
 
 def load_run(checkpoint: str | Path, cfg: DictConfig) -> DictConfig:
@@ -156,11 +182,13 @@ def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool) -> RAE | 
     if generator is None:
         return autoencoder.eval()
     if cfg.get("sampler") is not None:
+        generator.sampler = make(cfg.sampler)
+    if cfg.get("guidance") is not None:
         if not _wants_guide(cfg) or cfg.get("guide_checkpoint") is not None:
             generator.guide = _open_guide(cfg)
         if _wants_guide(cfg) and generator.guide is None:
             raise ConfigError("the export holds no guide: autoguidance needs guide_checkpoint=… (run or export)")
-        generator.sampler, generator.guidance = make(cfg.sampler), make(cfg.guidance)
+        generator.guidance = make(cfg.guidance)
     return generator.eval()
 
 

@@ -122,6 +122,12 @@ class Path(Described, ABC):
         ratio = like(c.alpha / c.d_alpha, x)
         return (ratio * velocity - x) / (ratio * like(c.d_sigma, x) - like(c.sigma, x))
 
+    def data_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Data that a velocity field implies; x − t·v on the linear path, and defined at both ends."""
+        c = self.coefficients(t)
+        alpha, d_alpha, sigma, d_sigma = (like(value, x) for value in (c.alpha, c.d_alpha, c.sigma, c.d_sigma))
+        return (d_sigma * x - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
+
     def velocity_from_score(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Velocity field of a score.
 

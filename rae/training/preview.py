@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,33 @@ class PicturePreview(L.Callback):
     Args:
         folder: Where the PNG files go; None for ``previews`` in the trainer's root folder.
         scale: Every pixel becomes a square of this side.
+        live: Whether a notebook shows the picture too, each in the place of the one before.
+
+    Raises:
+        ValueError: ``live`` without IPython.
     """
 
     name = "preview"
 
-    def __init__(self, folder: str | None = None, scale: int = 1) -> None:
+    def __init__(self, folder: str | None = None, scale: int = 1, live: bool = False) -> None:
         super().__init__()
         self.folder = folder
         self.scale = scale
+        self.live = live
+        self._shown: Any = None
+        if live and find_spec("IPython") is None:
+            raise ValueError(
+                "callbacks.preview.live=true shows pictures in a notebook, which needs IPython: pip install ipykernel"
+            )
+
+    def show(self, path: Path) -> None:
+        """Shows a PNG file in the notebook: below the cell at first, then in place."""
+        from IPython.display import Image, display  # noqa: PLC0415 (notebooks have it, nothing else needs it)
+
+        if self._shown is None:
+            self._shown = display(Image(filename=str(path)), display_id=True)
+        else:
+            self._shown.update(Image(filename=str(path)))
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
         """Images uint8 B×3×H×W and how many stand in a row; None where there is nothing to draw."""
@@ -43,7 +63,9 @@ class PicturePreview(L.Callback):
         images, columns = drawn
         picture = make_grid(images, columns, scale=self.scale)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "previews")
-        save_png(picture, folder / f"{self.name}_{trainer.global_step:08d}.png")
+        file = save_png(picture, folder / f"{self.name}_{trainer.global_step:08d}.png")
+        if self.live:
+            self.show(file)
         loggers: list[Any] = trainer.loggers
         for logger in loggers:
             if hasattr(logger, "log_image"):  # wandb
@@ -59,12 +81,13 @@ class ReconstructionPreview(PicturePreview):
         count: Number of images.
         folder: See :class:`PicturePreview`.
         scale: See :class:`PicturePreview`.
+        live: See :class:`PicturePreview`.
     """
 
     name = "reconstruction"
 
-    def __init__(self, count: int = 8, folder: str | None = None, scale: int = 1) -> None:
-        super().__init__(folder, scale)
+    def __init__(self, count: int = 8, folder: str | None = None, scale: int = 1, live: bool = False) -> None:
+        super().__init__(folder, scale, live)
         self.count = count
         self._pairs: list[Tensor] = []
 
@@ -100,6 +123,7 @@ class SamplePreview(PicturePreview):
         seed: Seed of the noise.
         folder: See :class:`PicturePreview`.
         scale: See :class:`PicturePreview`.
+        live: See :class:`PicturePreview`.
     """
 
     name = "samples"
@@ -113,8 +137,9 @@ class SamplePreview(PicturePreview):
         seed: int = 0,
         folder: str | None = None,
         scale: int = 1,
+        live: bool = False,
     ) -> None:
-        super().__init__(folder, scale)
+        super().__init__(folder, scale, live)
         self.sampler = sampler
         self.guidance = guidance
         self.classes = classes

@@ -1,0 +1,72 @@
+"""The notebooks: parsed and looked at in the fast suite, executed in the slow one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.notebook_runs import NOTEBOOKS, execute
+
+LARGEST = 400_000  # bytes
+MACHINE = re.compile(r"/(?:work|root|tmp|home|Users)/|0x[0-9a-f]{6,}")
+"""What says on which machine, or in which process, a notebook was executed."""
+
+
+def named(path: Path) -> str:
+    return path.stem
+
+
+def outputs_of(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def kinds(notebook):
+    """Of every code cell its source and the kinds of its results; streams may come in any number of pieces."""
+    return [
+        (cell.source, sorted({kind for output in cell.outputs for kind in output.get("data", {})} - {"image/jpeg"}))
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+def test_all_notebooks_are_there():
+    names = ["1_tour", "2_training", "3_sampling_and_guidance", "4_your_encoder_and_data", "5_evaluation"]
+    assert [path.stem for path in NOTEBOOKS] == names
+    readme = (NOTEBOOKS[0].parent / "README.md").read_text()
+    assert all(f"({name}.ipynb)" in readme for name in names)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
+def test_committed_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.stat().st_size < LARGEST
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not [output for output in outputs_of(notebook) if output.output_type == "error"]
+    assert not [output for output in outputs_of(notebook) if output.get("name") == "stderr"]
+    pictures = [output for output in outputs_of(notebook) if "image/png" in output.get("data", {})]
+    assert pictures or path.stem == "5_evaluation"
+    texts = [cell.source for cell in notebook.cells]
+    texts += [
+        str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
+        for output in outputs_of(notebook)
+    ]
+    assert not MACHINE.findall("\n".join(texts))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All notebooks in one folder, as a reader has them: the small model is trained once."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
+def test_notebooks_execute(path, folder):
+    notebook = execute(path, folder)
+    assert not [output for output in outputs_of(notebook) if output.get("name") == "stderr"]
+    assert kinds(notebook) == kinds(nbformat.read(path, as_version=4))

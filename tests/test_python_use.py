@@ -1,0 +1,94 @@
+"""What notebooks call: rae.load, latents as colours, previews that a notebook shows."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rae
+from rae.cli.config import ConfigError
+from rae.flow import ClassifierFreeGuidance, HeunSampler, NoGuidance
+from rae.generator import Generator
+from rae.image import latent_colours
+from rae.training.preview import ReconstructionPreview
+from tests.test_checkpoint import make_generator
+
+
+def test_an_export_is_loaded_with_what_it_was_exported_with_unless_told(tmp_path):
+    generator = make_generator().eval()
+    generator.guidance, generator.sampler = ClassifierFreeGuidance(2.0), HeunSampler()
+    generator.save_pretrained(tmp_path / "export", store_encoder=True)
+    again = rae.load(tmp_path / "export")
+    assert isinstance(again, Generator)
+    assert not again.training
+    assert isinstance(again.sampler, HeunSampler)
+    assert again.guidance.scale == 2.0
+    assert torch.equal(again([0], seed=1), generator([0], seed=1))
+    other = rae.load(str(tmp_path / "export"), ["guidance=none"], encode=False)
+    assert isinstance(other.guidance, NoGuidance)
+    assert isinstance(other.sampler, HeunSampler)
+
+
+def test_loading_says_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        rae.load(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"did you mean 'cfg'|choose one of"):
+        rae.load(tmp_path, ["guidance=cgf"])
+
+
+@pytest.mark.slow
+def test_runs_are_loaded_as_what_they_are(trained):
+    generator = rae.load(trained / "stage2", ["guidance=cfg", "guidance.scale=3"])
+    assert generator.guidance.scale == 3
+    assert generator.sampler.grid.points == 6  # the run's own
+    images = torch.rand(2, 3, 32, 32)
+    autoencoder = rae.load(trained / "stage1")
+    assert torch.equal(
+        generator.autoencoder.decoder(torch.ones(1, 64, 4, 4)), autoencoder.decoder(torch.ones(1, 64, 4, 4))
+    )
+    assert autoencoder(images).shape == images.shape
+
+
+def test_colours_are_the_principal_components():
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(12, 3, generator=generator, dtype=torch.float64))[0]
+    values = torch.rand(5, 3, 8, 8, generator=generator, dtype=torch.float64) * torch.tensor([9.0, 3.0, 1.0]).view(
+        3, 1, 1
+    )
+    latents = torch.einsum("bkhw,ck->bchw", values, axes) + 7
+    colours = latent_colours(latents.float()).double()
+    assert colours.dtype == torch.float64
+    assert tuple(colours.shape) == (5, 3, 8, 8)
+    for number in range(3):
+        both = torch.stack([colours[:, number].flatten(), values[:, number].flatten()])
+        assert torch.corrcoef(both)[0, 1].abs() > 0.95
+        assert (colours[:, number].min(), colours[:, number].max()) == (0, 255)
+    assert torch.equal(latent_colours(latents.float() * 5), latent_colours(latents.float()))
+    for wrong, message in ((latents[0], "B×C×h×w"), (latents[:, :2], "at least 3 channels"), (latents / 0, "finite")):
+        with pytest.raises(ValueError, match=message):
+            latent_colours(wrong)
+
+
+def test_live_previews_replace_each_other(tmp_path, monkeypatch):
+    shown = []
+    handle = SimpleNamespace(update=lambda image: shown.append(("update", image)))
+    module = SimpleNamespace(
+        Image=lambda filename: filename, display=lambda image, display_id: shown.append(("display", image)) or handle
+    )
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    preview = ReconstructionPreview(count=2, folder=str(tmp_path), live=True)
+    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=True, global_step=0, loggers=[])
+    for trainer.global_step in (1, 2, 3):
+        preview._pairs = [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)]
+        preview.on_validation_epoch_end(trainer, None)
+    files = [str(tmp_path / f"reconstruction_{step:08d}.png") for step in (1, 2, 3)]
+    assert shown == [("display", files[0]), ("update", files[1]), ("update", files[2])]
+
+
+def test_live_previews_need_ipython(monkeypatch):
+    monkeypatch.setattr("rae.training.preview.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="live=true shows pictures in a notebook, which needs IPython"):
+        ReconstructionPreview(live=True)
