@@ -14,7 +14,7 @@ from timm.layers import GELUTanh
 from torch import Tensor, nn
 
 from rae.hub import read_weights
-from rae.layers import resize_position_table
+from rae.layers import resize_position_table, take_quick_kernels
 from rae.weights import load_strict
 
 _UNUSED = ("head.", "fc_norm.", "x_scale", "x_shift")
@@ -165,6 +165,7 @@ class DinoDiscriminator(nn.Module):
             )
         self.backbone.requires_grad_(False)
         self.backbone.eval()
+        take_quick_kernels(self.backbone)
 
     def load_backbone(self, state: Mapping[str, Tensor], source: str) -> None:
         """Loads published weights strictly; the key part of every qkv bias is set to zero.
