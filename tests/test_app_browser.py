@@ -164,7 +164,10 @@ def click_through_reconstruction(page, model, upload):
     choose(upload.with_name("notes.txt"))
     assert "Invalid file type: notes.txt. Only image/* allowed." in dismiss(page)
     choose(upload.with_name("notes.png"))
-    assert "'notes.png' is no readable image; give a PNG, JPEG, WebP or similar file" in dismiss(page)
+    assert (
+        "'notes.png' is no readable image (no image of a known format); give a PNG, JPEG, WebP or similar file"
+        in dismiss(page)
+    )
     page.find_element("css selector", "#upload button[aria-label='Remove Image']").click()
     wait_for(lambda: page.find_elements("css selector", "#upload input[type=file]"))
     choose(upload)

@@ -91,6 +91,7 @@ def test_the_table_of_weights_is_that_of_the_models():
         shown = set(re.findall(r"`(\w+)`", page[page.index("## Licences") :]))
     assert set(config_groups()["encoder"]) - shown == {
         "digits",
+        "digits_small",
         "timm",
         "dinov2",
         "dinov2_layers",
