@@ -19,7 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LONGEST = 300  # seconds of one notebook's longest cell
+LONGEST = 900  # seconds of one notebook's longest cell
 
 
 def execute(path: Path, folder: Path) -> nbformat.NotebookNode:

@@ -28,7 +28,7 @@ class Linear(nn.Linear):
     """``nn.Linear`` with another kernel under ``no_grad`` in float32 on a CPU.
 
     PyTorch multiplies float32 matrices by MKL there, which is built for one maker's CPUs; oneDNN makes its code for the CPU at hand
-    and adds the bias on the way. The products are the same up to rounding, in 0.6 to 0.9 of the time.
+    and adds the bias on the way. The products are the same up to rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
