@@ -213,6 +213,7 @@ def test_absent_gradio_is_named(monkeypatch, exports):
 # --- the page ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_autoencoder_has_one_tab_and_the_page_says_why(exports):
     from rae.cli.page import build_page, in_words, score_table
 

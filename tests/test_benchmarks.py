@@ -80,6 +80,7 @@ def test_the_gpu_script_runs_whole_on_a_cpu(tmp_path: Path):
     assert "Matrix products: " in done.stdout
 
 
+@pytest.mark.slow
 def test_the_gpu_script_says_that_there_is_no_gpu():
     import torch
 

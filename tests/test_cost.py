@@ -192,6 +192,7 @@ class Counting(TorchDispatchMode, L.Callback):
         self.steps.append(self.flops)
 
 
+@pytest.mark.slow
 def test_stage_1_is_counted_as_it_is_trained(tmp_path):
     counting = Counting()
     with counting:
@@ -213,6 +214,7 @@ def test_stage_1_with_several_micro_batches_is_counted_as_it_is_trained(tmp_path
     assert 8 * step.flops() == sum(counting.steps[-2:])
 
 
+@pytest.mark.slow
 def test_stage_2_is_counted_as_it_is_trained(tmp_path):
     counting = Counting()
     with counting:
@@ -240,6 +242,7 @@ def test_checkpointing_computes_the_blocks_again():
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_what_autograd_saves():
     network = DiTDH(16, 4, 32, 3, 2, 48, 1, 2, num_classes=4)
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}

@@ -444,6 +444,7 @@ def test_other_files_are_refused(tmp_path):
         read_original(file)
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_bare_path_and_writes_once(tmp_path):
     origin = tmp_path / "DiTDH-XL_DINOv2-B.yaml"
     origin.write_text(yaml.safe_dump(sampling()))

@@ -116,6 +116,7 @@ def test_a_sampler_that_reads_values_is_found_out():
 
 
 @pytest.mark.parametrize(("guidance", "graphs"), [("none", 2), ("cfg", 3), ("autoguidance", 3)])
+@pytest.mark.slow
 def test_compiled_once_for_all_steps(guidance: str, graphs: int):
     """A graph for the denoiser, one for the decoder, and one for the guide or the doubled batch; a second set adds none."""
     ours = generator(guidance)
