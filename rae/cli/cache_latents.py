@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rae.cli.config import ConfigError, save_config
 from rae.cli.entry import entry
-from rae.cli.stats import check_images, describe_data
+from rae.cli.stats import describe_data
 
 if TYPE_CHECKING:
     from lightning import Fabric
@@ -29,21 +29,17 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: Names the key.
     """
+    from rae.cli.build import check_images, keep_still  # noqa: PLC0415 (imports Hydra's instantiation)
     from rae.data.latents import DTYPES  # noqa: PLC0415 (imports torch)
 
-    check_images(cfg)
+    check_images(cfg, "latents")
     if cfg.dtype not in DTYPES:
         raise ConfigError(f"dtype={cfg.dtype} is unknown; choose one of {', '.join(DTYPES)}")
     if cfg.flips not in _FLIPS:
         raise ConfigError(f"flips={cfg.flips} is unknown; choose one of {', '.join(_FLIPS)}")
     if any(split not in ("train", "val") for split in cfg.splits):
         raise ConfigError(f"splits={list(cfg.splits)} may hold train and val")
-    if cfg.data.get("mode") == "random_crop":
-        raise ConfigError(
-            "data.mode=random_crop makes other images in every epoch; latents are of center_crop (data=imagenet)"
-        )
-    if "flip" in cfg.data:
-        cfg.data.flip = False
+    keep_still(cfg.data)
 
 
 def required_bytes(cfg: DictConfig, shape: tuple[int, ...], images: int) -> int:

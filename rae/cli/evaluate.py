@@ -108,13 +108,14 @@ def from_generator(cfg: DictConfig, fabric: Fabric) -> Source:
 def from_autoencoder(cfg: DictConfig, fabric: Fabric) -> Source:
     """Reconstructions that a model makes now of a folder, shards or the held-out images of its data."""
     from rae.cli.models import open_autoencoder  # noqa: PLC0415
-    from rae.cli.reconstruct import model_identity, open_data, share_of  # noqa: PLC0415
+    from rae.cli.reconstruct import checked_count, model_identity, open_data  # noqa: PLC0415
+    from rae.parts import stretch  # noqa: PLC0415
     from rae.training.evaluation import reconstructions  # noqa: PLC0415
 
     autoencoder, run = open_autoencoder(cfg)
     autoencoder = autoencoder.to(fabric.device)
     data = open_data(run, autoencoder.image_size)
-    mine = share_of(data, cfg.count, fabric.global_rank, fabric.world_size)
+    mine = stretch(checked_count(data, cfg.count), fabric.global_rank, fabric.world_size)
     pairs = reconstructions(autoencoder, data.range_dataloader("val", [mine]), fabric.device, cfg.precision)
     identity = {"samples": model_identity(cfg, run, autoencoder)}
     return Source(((pair, {}) for pair in pairs), identity, run)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from rae.cli.build import make
+from rae.cli.build import keep_still, make
 from rae.cli.config import ConfigError
 from rae.cli.sources import open_images
 from rae.image import grid_scale, label_rows, save_png
@@ -81,9 +81,7 @@ def training_images(cfg: DictConfig, run: DictConfig) -> Iterator[Tensor]:
     if OmegaConf.select(run, "data._target_") is None or str(node["_target_"]).endswith(".LatentsDataModule"):
         raise ConfigError("the model does not name training images: add neighbours_of=… (an .npz, a folder or shards)")
     node = node.copy()
-    for key, value in (("flip", False), ("mode", "center_crop"), ("batch_size", cfg.batch_size)):
-        if key in node:
-            node[key] = value
+    keep_still(node, mode="center_crop", batch_size=cfg.batch_size)
     data = make(node)
     data.setup("fit")
     for batch in data.range_dataloader("train", [range(data.samples("train"))]):

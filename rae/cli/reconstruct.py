@@ -57,12 +57,16 @@ def open_data(run: DictConfig, image_size: int) -> ImageDataModule:
     return data
 
 
-def share_of(data: ImageDataModule, count: int | None, rank: int = 0, world_size: int = 1) -> range:
-    """The held-out images that fall to one of several processes; with ``count``, of the first so many."""
-    total = data.samples("val") if count is None else min(count, data.samples("val"))
-    if count is not None and not 1 <= count <= data.samples("val"):
-        raise ConfigError(f"count={count} must lie in 1 … {data.samples('val')}, the number of images")
-    return range(total * rank // world_size, total * (rank + 1) // world_size)
+def checked_count(data: ImageDataModule, count: int | None) -> int:
+    """How many of the held-out images are meant: the first ``count``, or all of them where it is None.
+
+    Raises:
+        ConfigError: There are fewer, or ``count`` is below 1.
+    """
+    total = data.samples("val")
+    if count is not None and not 1 <= count <= total:
+        raise ConfigError(f"count={count} must lie in 1 … {total}, the number of images")
+    return total if count is None else count
 
 
 def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def reconstruct(cfg: DictConfig) -> None:
     autoencoder = autoencoder.to(fabric.device)
     metric = make(run.metric).to(fabric.device)  # before the images: what does not fit is to be said at once
     data = open_data(run, autoencoder.image_size)
-    count = len(share_of(data, cfg.count))
+    count = checked_count(data, cfg.count)
     identity = model_identity(cfg, run, autoencoder)
     parts = Parts(folder / "parts", {**identity, "png": cfg.png}, count, cfg.part_size, ".npy")
     draw_parts(cfg, fabric, autoencoder, data, parts, folder / "images" if cfg.png else None)
@@ -161,9 +165,9 @@ def score_parts(
     from torch import distributed  # noqa: PLC0415
 
     from rae.cli.drawing import pick  # noqa: PLC0415
+    from rae.parts import stretch  # noqa: PLC0415
 
-    rank, world = fabric.global_rank, fabric.world_size
-    mine = range(parts.count * rank // world, parts.count * (rank + 1) // world)
+    mine = stretch(parts.count, fabric.global_rank, fabric.world_size)
     shown: list[Tensor] = []
     labels: list[int] = []
     for batch in data.range_dataloader("val", [mine]):
@@ -171,8 +175,8 @@ def score_parts(
         if len(labels) < cfg.grid_pairs:
             shown.append(batch["image"])
         labels += batch["label"].tolist()
-    if world > 1:
-        shares: list[Any] = [None] * world
+    if fabric.world_size > 1:
+        shares: list[Any] = [None] * fabric.world_size
         distributed.all_gather_object(shares, labels)
         labels = [label for share in shares for label in share]
     return torch.cat(shown)[: cfg.grid_pairs], labels

@@ -36,16 +36,6 @@ def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[st
     return {**described, "names": data.names_hash(split)}
 
 
-def check_images(cfg: DictConfig) -> None:
-    """Refuses data that are no images.
-
-    Raises:
-        ConfigError: Says what to choose.
-    """
-    if str(cfg.data.get("_target_")).endswith("LatentsDataModule"):
-        raise ConfigError("data=latents holds no images to encode; choose data=imagenet or data=shards, say")
-
-
 def merged(parts: Parts, shape: tuple[int, ...]) -> RunningMoments:
     """The moments of all parts together, joined in their order."""
     from rae.latent import RunningMoments  # noqa: PLC0415 (imports torch)
@@ -74,17 +64,18 @@ def stats(cfg: DictConfig) -> None:
     """Encodes the data set once, in parts, and writes ``stat.pt`` (mean and var) with a description beside it.
 
     Raises:
-        ConfigError: ``stat.pt`` exists and ``force`` is false, or the data are no images.
+        ConfigError: ``stat.pt`` exists and ``force`` is false, or the data are no images or random crops.
     """
     target = Path(cfg.output_dir) / "stat.pt"
     if target.exists() and not cfg.force:
         raise ConfigError(f"{str(target)!r} exists: force=true replaces it, output_dir=… writes elsewhere")
 
-    check_images(cfg)
+    from rae.cli.build import check_images, make, seed  # noqa: PLC0415 (imports Hydra's instantiation)
+
+    check_images(cfg, "statistics")
 
     import torch  # noqa: PLC0415 (slow to import)
 
-    from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)
     from rae.cli.processes import batches_of, begin, first, start  # noqa: PLC0415
     from rae.data.transforms import to_float  # noqa: PLC0415
     from rae.latent import RunningMoments  # noqa: PLC0415

@@ -16,6 +16,7 @@ from rae.autoencoder import RAE
 from rae.data.transforms import to_float
 from rae.describe import describe
 from rae.generator import PRECISIONS, Generator
+from rae.parts import stretch
 from rae.training.ema import EMA
 from rae.weights import write_json
 
@@ -244,8 +245,7 @@ class ReconstructionMetrics(Evaluation):
                 f"callbacks.evaluation.count={self.count}, but the data has {total} validation images: set data.val_path, or a "
                 "smaller count"
             )
-        rank, world = trainer.global_rank, trainer.world_size
-        mine = range(count * rank // world, count * (rank + 1) // world)
+        mine = stretch(count, trainer.global_rank, trainer.world_size)
         for pair in reconstructions(
             pl_module.autoencoder, data.range_dataloader("val", [mine]), pl_module.device, self.precision
         ):
