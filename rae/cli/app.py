@@ -48,7 +48,7 @@ def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
     from rae.cli.viewer import Viewer  # noqa: PLC0415
 
     device = pick_device(cfg.device)
-    model, run = open_model(cfg, cfg.encode)
+    model, run = open_model(cfg, cfg.encode, keep_guide=True)  # so that the page can offer autoguidance
     if isinstance(model, RAE) and not cfg.encode:
         raise ConfigError(
             f"checkpoint={cfg.checkpoint} is an autoencoder, which only reconstructs: leave out encode=false"

@@ -181,7 +181,7 @@ def _samples(viewer: Viewer, limits: Limits) -> None:
     own = next((name for name, kind in GUIDANCES.items() if type(generator.guidance) is kind), "none")
     adaptive = isinstance(generator.sampler, AdaptiveSampler)
     has_guide = "autoguidance" in viewer.guidances
-    note = None if has_guide else "autoguidance needs a guide: start with guidance=autoguidance"
+    note = None if has_guide else "autoguidance needs a guide: start with guidance=autoguidance guide_checkpoint=…"
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             label = gr.Number(0, label=f"Class, 0 … {generator.num_classes - 1}", precision=0, elem_id="class")

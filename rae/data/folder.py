@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from rae.data.loader import ImageFiles
-from rae.data.module import ImageDataModule
+from rae.data.module import ImageDataModule, given_train_path
 from rae.data.transforms import ImageTransform
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
@@ -130,11 +130,11 @@ class ImageFolderDataModule(ImageDataModule):
         self.train_transform = ImageTransform(image_size, mode, resize, flip, exact, fast_decode)
         self.val_transform = ImageTransform(image_size, "center_crop", exact=True)
         if val_path is None:
-            self._given_train_path()
+            given_train_path(train_path, self.what)
 
     def train_dataset(self) -> ImageFiles:
         """The images of ``train_path``."""
-        return self._images(self._given_train_path(), self.train_transform)
+        return self._images(given_train_path(self.train_path, self.what), self.train_transform)
 
     def val_dataset(self) -> ImageFiles | None:
         """The images of ``val_path``, if given.
@@ -163,11 +163,6 @@ class ImageFolderDataModule(ImageDataModule):
                     f"data.train_path={self.train_path!r}: classes are counted by their sorted names; let both hold the "
                     "same classes"
                 )
-
-    def _given_train_path(self) -> str:
-        if self.train_path is None:
-            raise ValueError(f"data.train_path is not given; add data.train_path={self.what}")
-        return self.train_path
 
     def _images(self, path: str, transform: ImageTransform) -> ImageFiles:
         folder = ImageFolder(path, transform, self.unlabelled, self.max_bad_share)
