@@ -136,7 +136,12 @@ def label_rows(rows: Sequence[Tensor], labels: Sequence[str], columns: int, scal
 
 
 def grid_scale(side: int, wanted: int = 64) -> int:
-    """How many pixels of the grid one pixel of an image takes, so that small images can be looked at."""
+    """How many pixels of the grid one pixel of an image takes, so that small images can be looked at.
+
+    Args:
+        side: Side of the images, in pixels.
+        wanted: Side that they should about have in the grid; larger ones are left as they are.
+    """
     return max(1, wanted // side)
 
 

@@ -25,7 +25,11 @@ log = logging.getLogger(__name__)
 
 
 def app(cfg: DictConfig) -> None:
-    """Opens the model and serves the page until Ctrl-C."""
+    """Opens the model and serves the page until Ctrl-C.
+
+    Raises:
+        ConfigError: Gradio is not installed, or see :func:`open_viewer` and :func:`serve`.
+    """
     if find_spec("gradio") is None:
         raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
     from rae.cli.page import Limits  # noqa: PLC0415 (imports gradio)
@@ -76,7 +80,12 @@ def open_perceptual(vgg_checkpoint: str | None) -> PerceptualLoss | None:
 
 
 def class_names(run: DictConfig, num_classes: int) -> list[str]:
-    """The subfolders of the folder of images that a run was trained on; none where it is not here or has other classes."""
+    """The subfolders of the folder of images that a run was trained on; none where it is not here or has other classes.
+
+    Args:
+        run: The run's configuration, or the command's alone.
+        num_classes: Classes of the model.
+    """
     from omegaconf import OmegaConf  # noqa: PLC0415
 
     path = OmegaConf.select(run, "data.train_path", throw_on_missing=False)

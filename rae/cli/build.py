@@ -196,7 +196,17 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
 
 
 def build_generator(cfg: DictConfig, autoencoder: RAE, denoiser: Denoiser, guide: Denoiser | None = None) -> Generator:
-    """Generator with the sampler and guidance of the configuration around given networks."""
+    """Generator with the sampler and guidance of the configuration around given networks.
+
+    Args:
+        cfg: A configuration with ``flow``, ``sampler`` and ``guidance``.
+        autoencoder: Decodes the latents.
+        denoiser: A trained one.
+        guide: The weaker denoiser that autoguidance needs; None for none.
+
+    Raises:
+        ValueError: See :class:`~rae.generator.Generator`.
+    """
     from rae.generator import Generator  # noqa: PLC0415
 
     return Generator(autoencoder, denoiser, make(cfg.flow), make(cfg.sampler), make(cfg.guidance), guide)

@@ -57,7 +57,15 @@ class Nearest:
 
 
 def feature_function(metric: Any, device: torch.device) -> tuple[Any, str]:
-    """The features in which neighbours are sought, and their name: those of the metric's detector, else the pixels."""
+    """The features in which neighbours are sought, and their name: those of the metric's detector, else the pixels.
+
+    Args:
+        metric: A metric of :mod:`rae.metric`, or anything else.
+        device: Where the detector runs.
+
+    Returns:
+        A function of images uint8 B×3×H×W to features B×D, and the name.
+    """
     if isinstance(metric, MetricSet):
         metric = next(iter(metric.metrics.values()))
     detector = getattr(metric, "detector", None)
@@ -69,6 +77,13 @@ def feature_function(metric: Any, device: torch.device) -> tuple[Any, str]:
 
 def training_images(cfg: DictConfig, run: DictConfig) -> Iterator[Tensor]:
     """The images that ``neighbours_of`` names, or the run's training images, cropped as they are but never mirrored.
+
+    Args:
+        cfg: Configuration with ``neighbours_of`` and ``batch_size``.
+        run: The configuration that says what the model was trained on.
+
+    Returns:
+        Batches uint8 B×3×H×W.
 
     Raises:
         ConfigError: Nothing is named and the model does not say what it was trained on.

@@ -60,6 +60,10 @@ def open_data(run: DictConfig, image_size: int) -> ImageDataModule:
 def checked_count(data: ImageDataModule, count: int | None) -> int:
     """How many of the held-out images are meant: the first ``count``, or all of them where it is None.
 
+    Args:
+        data: The data module, set up.
+        count: The value of the key ``count``.
+
     Raises:
         ConfigError: There are fewer, or ``count`` is below 1.
     """
@@ -70,7 +74,13 @@ def checked_count(data: ImageDataModule, count: int | None) -> int:
 
 
 def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[str, Any]:
-    """What tells the reconstructions of this model and these images from others."""
+    """What tells the reconstructions of this model and these images from others.
+
+    Args:
+        cfg: The command's configuration.
+        run: The run's configuration, which names the images.
+        autoencoder: The model.
+    """
     from rae.cli.config import plain  # noqa: PLC0415
     from rae.weights import state_hash  # noqa: PLC0415
 
@@ -130,7 +140,16 @@ def reconstruct(cfg: DictConfig) -> None:
 def draw_parts(
     cfg: DictConfig, fabric: Fabric, autoencoder: RAE, data: ImageDataModule, parts: Parts, png: Path | None
 ) -> None:
-    """Reconstructs what is not there yet: .npy files uint8 n×H×W×3 and, where there is a folder for them, PNG files."""
+    """Reconstructs what is not there yet: .npy files uint8 n×H×W×3 and, where there is a folder for them, PNG files.
+
+    Args:
+        cfg: Configuration with ``precision``.
+        fabric: The processes; each takes its share of the parts.
+        autoencoder: In evaluation mode, on the device.
+        data: Its held-out images.
+        parts: The work.
+        png: The folder for PNG files; None for none.
+    """
     import numpy as np  # noqa: PLC0415
     import torch  # noqa: PLC0415
 
@@ -158,6 +177,13 @@ def score_parts(
 ) -> tuple[Tensor, list[int]]:
     """Gives this process's share of the pairs to the metric.
 
+    Args:
+        cfg: Configuration with ``grid_pairs``.
+        fabric: The processes; each takes a stretch of the images.
+        metric: Takes reconstructions and originals.
+        data: Its held-out images.
+        parts: Their reconstructions, all done.
+
     Returns:
         The originals of the grid, uint8 n×3×H×W, on the first process, and the labels of all images.
     """
@@ -183,7 +209,14 @@ def score_parts(
 
 
 def write_grid(originals: Tensor, parts: Parts, labels: list[int] | None, folder: Path) -> None:
-    """``grid.png``: pairs of original and reconstruction, with class and PSNR."""
+    """``grid.png``: pairs of original and reconstruction, with class and PSNR.
+
+    Args:
+        originals: The first images, uint8 n×3×H×W.
+        parts: The reconstructions of all images.
+        labels: Classes of all images; None where they are not known: their numbers stand there then.
+        folder: Where the picture goes.
+    """
     import torch  # noqa: PLC0415
 
     from rae.cli.drawing import pick  # noqa: PLC0415
@@ -203,7 +236,18 @@ def write_grid(originals: Tensor, parts: Parts, labels: list[int] | None, folder
 def write_interpolations(
     cfg: DictConfig, autoencoder: RAE, originals: Tensor, device: torch.device, folder: Path
 ) -> None:
-    """``interpolations.png``: rows from one image to the next, decoded from points on the line between their latents."""
+    """``interpolations.png``: rows from one image to the next, decoded from points on the line between their latents.
+
+    Args:
+        cfg: Configuration with ``interpolations``: pictures in a row, both ends counted.
+        autoencoder: The model, on the device.
+        originals: Images uint8 n×3×H×W; each row is between two of them.
+        device: Where the model is.
+        folder: Where the picture goes.
+
+    Raises:
+        ConfigError: Fewer than three pictures in a row, or fewer than two images.
+    """
     import torch  # noqa: PLC0415
 
     from rae.data.transforms import to_float  # noqa: PLC0415

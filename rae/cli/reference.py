@@ -59,7 +59,18 @@ def reference(cfg: DictConfig) -> None:
 
 
 def build(cfg: DictConfig, fabric: Fabric) -> tuple[Reference, np.ndarray | None]:
-    """The reference of a data set's training or validation images, each process its share; and the images to keep."""
+    """The reference of a data set's training or validation images, each process its share; and the images to keep.
+
+    Args:
+        cfg: The command's configuration; the data's flips are switched off in it.
+        fabric: The processes.
+
+    Returns:
+        The reference, and the images uint8 n×H×W×3 on disk, or None where none are kept.
+
+    Raises:
+        ConfigError: The data are no images, or others in every epoch.
+    """
     from tqdm import tqdm  # noqa: PLC0415
 
     from rae.cli.build import check_images, keep_still, make, seed  # noqa: PLC0415

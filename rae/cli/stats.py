@@ -30,14 +30,25 @@ _HOW = (
 
 
 def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[str, Any]:
-    """The data's configuration, less what the images of a split do not depend on, and a hash of their names and labels."""
+    """The data's configuration, less what the images of a split do not depend on, and a hash of their names and labels.
+
+    Args:
+        cfg: A configuration with ``data``.
+        data: The data module made of it, set up.
+        split: ``train`` or ``val``.
+    """
     other = "val_path" if split == "train" else "train_path"
     described = {key: value for key, value in plain(cfg)["data"].items() if key not in (*_HOW, other)}
     return {**described, "names": data.names_hash(split)}
 
 
 def merged(parts: Parts, shape: tuple[int, ...]) -> RunningMoments:
-    """The moments of all parts together, joined in their order."""
+    """The moments of all parts together, joined in their order.
+
+    Args:
+        parts: The work, all done.
+        shape: C×h×w of a latent.
+    """
     from rae.latent import RunningMoments  # noqa: PLC0415 (imports torch)
     from rae.weights import read_file  # noqa: PLC0415
 
@@ -50,7 +61,12 @@ def merged(parts: Parts, shape: tuple[int, ...]) -> RunningMoments:
 
 
 def statistics_file(moments: RunningMoments, per_channel: bool) -> dict[str, Tensor]:
-    """Mean and variance as the original's file holds them, float32 C×H×W."""
+    """Mean and variance as the original's file holds them, float32 C×H×W.
+
+    Args:
+        moments: Moments of the latents at every position.
+        per_channel: Whether all positions of a channel get the same mean and variance.
+    """
     mean, var = moments.mean, moments.var
     if per_channel:
         # The variance over all positions is the mean of theirs and the spread of their means.

@@ -67,7 +67,12 @@ def class_folders(root: Path) -> list[str]:
 
 
 def image_files(root: Path, below: str) -> list[str]:
-    """Image files at any depth below a subfolder, as sorted paths relative to the root."""
+    """Image files at any depth below a subfolder, as sorted paths relative to the root.
+
+    Args:
+        root: The folder that the paths are relative to.
+        below: Name of the subfolder; empty for the whole folder.
+    """
     files = []
     for folder, _, names in os.walk(root / below, followlinks=True):
         relative = os.path.relpath(folder, root)

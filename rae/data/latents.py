@@ -163,6 +163,10 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """What tells two fingerprints of encoders apart, in words; empty where nothing does.
 
     The same weights in another precision have another hash, so that hashes are compared within one precision only.
+
+    Args:
+        first: Fingerprint of the encoder that the latents were made with.
+        second: Fingerprint of the one at hand.
     """
     known = [key for key in {**first, **second} if key not in ("weights", "dtype")]
     found = [key for key in known if first.get(key) != second.get(key)]

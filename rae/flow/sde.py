@@ -80,7 +80,15 @@ class SDESampler(Described, ABC):
 
     @abstractmethod
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float, noise: Tensor) -> Tensor:
-        """One stochastic step from t down to t_next."""
+        """One stochastic step from t down to t_next.
+
+        Args:
+            velocity: Velocity field of x B×… and a time (float).
+            x: State B×… at time t.
+            t: Time.
+            t_next: Time after the step, below t.
+            noise: Standard normal noise B×….
+        """
 
     def sample(
         self,
@@ -121,7 +129,13 @@ class SDESampler(Described, ABC):
         return x
 
     def drift(self, velocity: Velocity, x: Tensor, t: float) -> Tensor:
-        """V − D·score at time t."""
+        """V − D·score at time t.
+
+        Args:
+            velocity: Velocity field of x B×… and a time (float).
+            x: State B×… at time t.
+            t: Time, above 0.
+        """
         v = velocity(x, t)
         return v - self._diffusion(t) * self._score(v, x, t)
 

@@ -204,6 +204,10 @@ def same_size(image: Tensor, shape: torch.Size, name: str, first: str) -> None:
 def iterate_folder(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
     """Batches of the images of a folder, in the order of their names; they must all be of one size.
 
+    Args:
+        path: The folder.
+        batch_size: Images at once.
+
     Raises:
         FileNotFoundError: There is no such folder, or no image in it.
         ValueError: A file that is no 8-bit image, or images of several sizes.

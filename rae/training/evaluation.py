@@ -105,7 +105,12 @@ class Evaluation(L.Callback):
     # --- what is scored ----------------------------------------------------------------------------------------
 
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Makes this process's share of the images and gives them to the metric."""
+        """Makes this process's share of the images and gives them to the metric.
+
+        Args:
+            trainer: Names the process and the data.
+            pl_module: The module, in evaluation mode, with the weights that are to be scored.
+        """
         raise NotImplementedError
 
     @property
@@ -152,7 +157,15 @@ class Evaluation(L.Callback):
     # --- scoring -----------------------------------------------------------------------------------------------
 
     def evaluate(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
-        """Scores the present weights, logs and writes the scores, and returns them by logged name."""
+        """Scores the present weights, logs and writes the scores, and returns them by logged name.
+
+        Args:
+            trainer: The trainer of the run.
+            pl_module: The module that is trained.
+
+        Raises:
+            ValueError: A metric without distributed state on several processes.
+        """
         self.scores = {}
         if self.averaged:
             self.scores |= self._score(trainer, pl_module, self._averages(trainer, pl_module), "")
