@@ -88,11 +88,13 @@ def class_names(run: DictConfig, num_classes: int) -> list[str]:
     """
     from omegaconf import OmegaConf  # noqa: PLC0415
 
+    from rae.data.folder import class_folders  # noqa: PLC0415 (imports torch)
+
     path = OmegaConf.select(run, "data.train_path", throw_on_missing=False)
     folder = Path(path).expanduser() if isinstance(path, str) else None
     if folder is None or not folder.is_dir():
         return []
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    names = class_folders(folder)
     return names if len(names) == num_classes else []
 
 

@@ -62,24 +62,25 @@ class ImageFolder(ImageFiles):
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the subfolders of a folder, sorted: the classes 0, 1, …."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    """Names of the subfolders of a folder, sorted: the classes 0, 1, …; hidden ones (``.cache``) are none."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def image_files(root: Path, below: str) -> list[str]:
-    """Image files at any depth below a subfolder, as sorted paths relative to the root.
+    """Image files at any depth below a subfolder, as sorted paths relative to the root; hidden files and folders are left out.
 
     Args:
         root: The folder that the paths are relative to.
         below: Name of the subfolder; empty for the whole folder.
     """
     files = []
-    for folder, _, names in os.walk(root / below, followlinks=True):
+    for folder, folders, names in os.walk(root / below, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails and the like
         relative = os.path.relpath(folder, root)
         files += [
             os.path.normpath(os.path.join(relative, name))
             for name in names
-            if os.path.splitext(name)[1].lower() in SUFFIXES
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
         ]
     return sorted(files)
 
