@@ -11,11 +11,7 @@ import lightning as L
 import pytest
 import torch
 
-from rae.data import (
-    ImageDataModule,
-    SeededDataset,
-    ShardedBatchSampler,
-)
+from rae.data import ImageDataModule, SeededDataset, ShardedBatchSampler
 from rae.rng import uniform
 
 

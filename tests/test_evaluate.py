@@ -14,15 +14,12 @@ from PIL import Image
 from rae.autoencoder import RAE
 from rae.cli.config import ConfigError
 from rae.cli.drawing import label_list
-from rae.cli.neighbours import Nearest
 from rae.cli.sources import open_images, open_pairs
-from rae.cli.sweep import Job, markdown, plot, summarise, swept
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH
 from rae.encoder import tiny_encoder
 from rae.flow import EulerSampler, FlowMatching, OfficialGrid
 from rae.generator import Generator
-from rae.image import make_grid
 from rae.metric import read_reference
 from tests.digits_runs import run
 
@@ -355,48 +352,6 @@ def test_a_reference_is_read_and_given_its_kind(reference, tmp_path):
 # --- looking -----------------------------------------------------------------------------------------------------
 
 
-def test_the_end_of_a_sweep(tmp_path):
-    jobs = []
-    for sampler in ("euler", "heun"):
-        for scale in ("1", "1.42"):
-            folder = tmp_path / f"{sampler}{scale}"
-            folder.mkdir()
-            content = {"scores": {"fid": float(scale) + len(sampler), "samples": 8.0}, "identity": {}}
-            (folder / "scores.json").write_text(json.dumps(content))
-            jobs.append(Job(["checkpoint=x", f"guidance.scale={scale}", f"sampler={sampler}"], folder, failed=False))
-    jobs.append(Job(["checkpoint=x", "guidance.scale=9", "sampler=heun"], tmp_path / "none", failed=True))
-    assert swept(jobs)[1] == {"guidance.scale": 1.42, "sampler": "euler"}
-    summarise(jobs)
-    with (tmp_path / "sweep.csv").open() as lines:
-        rows = list(csv.DictReader(lines))
-    assert [(row["guidance.scale"], row["sampler"], row["fid"]) for row in rows][1] == ("1.42", "euler", "6.42")
-    assert len(rows) == 4
-    with Image.open(tmp_path / "sweep.png") as picture:
-        assert (
-            len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
-        )  # axes, two colours of lines
-    assert markdown([{"a": 1.0, "b": "x"}]).splitlines() == ["| a | b |", "| --- | --- |", "| 1 | x |"]
-    plot([{"sampler": "euler", "fid": 1.0}, {"sampler": "heun", "fid": 2.0}], ["sampler"], tmp_path / "names.png")
-    assert (tmp_path / "names.png").is_file()
-
-
-def test_nearest_images_are_those_of_brute_force():
-    rng = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (50, 3, 4, 4), generator=rng, dtype=torch.uint8)
-    queries = torch.randint(0, 256, (6, 3, 4, 4), generator=rng, dtype=torch.uint8)
-    queries[2] = images[31]
-    nearest = Nearest(lambda batch: batch.flatten(1).float(), queries, count=4)
-    for batch in images.split(7):
-        nearest.update(batch)
-    distances = torch.cdist(queries.flatten(1).double(), images.flatten(1).double())
-    expected = distances.argsort(1)[:, :4]
-    assert torch.equal(nearest.images, images[expected])
-    torch.testing.assert_close(nearest.distances, distances.gather(1, expected))
-    assert nearest.distances[2, 0] == 0
-    with pytest.raises(ValueError, match=r"images of \(5, 4\), but the samples are of \(4, 4\)"):
-        nearest.update(torch.zeros(1, 3, 5, 4, dtype=torch.uint8))
-
-
 def test_neighbours_of_samples(samples, reference, tmp_path):
     given = [f"samples={samples}/samples.npz", "neighbours=3", f"output_dir={tmp_path}"]
     node = {"metric": metric(reference, assume_kind="training", metrics=["fid"])}
@@ -405,14 +360,3 @@ def test_neighbours_of_samples(samples, reference, tmp_path):
         assert picture.height == 3 * (64 + 2) + 2
     with pytest.raises(ConfigError, match="does not name training images: add neighbours_of="):
         run("evaluate", *given, replaced=node)
-
-
-def test_captions_stand_under_their_images():
-    images = torch.zeros(5, 3, 40, 40, dtype=torch.uint8)
-    picture = make_grid(images, 3, captions=["12", "", "3", "4", "5"])
-    assert picture.shape == (3, 2 * (40 + 2 + 14) + 2, 3 * 42 + 2)
-    strip = picture[0, 42:56]
-    assert strip[:, 2:42].min() < 128
-    assert strip[:, 44:84].min() == 255  # an empty caption
-    with pytest.raises(ValueError, match="5 images, 1 captions"):
-        make_grid(images, 3, captions=["1"])

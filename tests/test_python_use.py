@@ -14,7 +14,7 @@ from rae.flow import ClassifierFreeGuidance, HeunSampler, NoGuidance
 from rae.generator import Generator
 from rae.image import latent_colours
 from rae.training.preview import ReconstructionPreview
-from tests.test_checkpoint import make_generator
+from tests.small_models import make_generator
 
 
 def test_an_export_is_loaded_with_what_it_was_exported_with_unless_told(tmp_path):

@@ -1,0 +1,51 @@
+"""Seventy small images on disk, and the commands that encode them with a small random encoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rae.cli.build import make, seed
+from rae.cli.cache_latents import cache_latents
+from rae.cli.config import check_complete, compose
+from rae.cli.stats import stats
+from rae.data.transforms import to_float
+
+ENCODER = ["encoder=digits", "encoder.checkpoint=null", "+encoder.pretrained=false", "image_size=32"]
+COUNT, PARTS = 70, 4
+DATA = ["data.batch_size=8", "data.num_workers=0", "data.num_classes=5"]
+
+
+def write_images(root):
+    """Seventy images of five classes, and as many for validation as classes."""
+    rng = np.random.default_rng(0)
+    for number in range(COUNT + 5):
+        path = root / ("train" if number < COUNT else "val") / f"c{number % 5}" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+def overrides(folder, output, *more):
+    paths = [f"data.train_path={folder}/train", f"data.val_path={folder}/val"]
+    return [*ENCODER, *DATA, *paths, "part_size=20", f"output_dir={output}", *more]
+
+
+def run(command, folder, output, *more):
+    cfg = compose(command, overrides(folder, output, *more))
+    check_complete(cfg, command)
+    {"stats": stats, "cache_latents": cache_latents}[command](cfg)
+    return cfg
+
+
+def direct(folder, flip=True):
+    """Latents of all training images, encoded one by one, with the flips of epoch 0."""
+    cfg = compose("stats", overrides(folder, "unused", f"data.flip={str(flip).lower()}"))
+    seed(cfg)
+    encoder, data = make(cfg.encoder), make(cfg.data)
+    batches = list(data.range_dataloader("train", [range(COUNT)]))
+    images = torch.cat([batch["image"] for batch in batches])
+    with torch.no_grad():
+        latents = torch.cat([encoder(to_float(image[None])) for image in images])
+    return latents, torch.cat([batch["label"] for batch in batches]), encoder, images

@@ -1,0 +1,194 @@
+"""The commands on models of every format: sampled, converted, downloaded, reconstructed from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rae.checkpoint import denoiser_from_original, save_original
+from rae.cli.config import ConfigError, compose
+from rae.cli.convert import convert
+from rae.cli.download import download, files_of
+from rae.cli.reconstruct import reconstruct
+from rae.cli.sample import sample
+from rae.denoiser import DiTDH
+from rae.flow import ClassifierFreeGuidance, EulerSampler, OfficialGrid
+from rae.generator import Generator
+from rae.weights import state_hash
+from tests.small_models import make_autoencoder, make_diffusers, make_generator, randomise
+
+TINY = [
+    *("image_size=32", "encoder.input_size=32", "encoder.stride=8", "encoder.channels=32", "data.num_classes=10"),
+    *("decoder.width=48", "decoder.depth=2", "decoder.heads=4", "decoder.mlp_width=96"),
+    *("denoiser.width=32", "denoiser.depth=2", "denoiser.heads=4"),
+    *("denoiser.head_width=48", "denoiser.head_depth=1", "denoiser.head_heads=4"),
+    *("guide.width=32", "guide.depth=1", "guide.heads=4"),
+    *("guide.head_width=32", "guide.head_depth=1", "guide.head_heads=4", "flow.shift.base=512"),
+]
+
+
+def write_collection(folder: Path) -> tuple[DiTDH, list[str]]:
+    """A collection in the original's format under the published names, with networks of a few thousand weights."""
+    autoencoder = make_autoencoder()
+    denoiser, guide = DiTDH(32, 4, 32, 2, 4, 48, 1, 4, 10), DiTDH(32, 4, 32, 1, 4, 32, 1, 4, 10)
+    randomise(denoiser, 1)
+    randomise(guide, 2)
+    save_original(autoencoder, folder / "made", denoiser)
+    save_original(autoencoder, folder / "guide", guide)
+    names = files_of(compose("download", ["model=dit_dh_xl_256"]))
+    sources = ("made/stage2_model.pt", "made/model.pt", "made/stat.pt", "guide/stage2_model.pt")
+    for name, source in zip(names, sources, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / source).rename(folder / name)
+    stat = folder / names[2]
+    torch.save({"mean": None, "var": torch.load(stat)["var"]}, stat)  # released statistics may lack the mean
+    return denoiser, ["model=dit_dh_xl_256", f"collection={folder}", *TINY]
+
+
+def drawn(folder: Path) -> np.ndarray:
+    return np.load(folder / "samples.npz")["arr_0"]
+
+
+@pytest.mark.parametrize("guidance", ["none", "cfg", "autoguidance"])
+def test_a_collection_of_the_original_is_sampled_converted_and_sampled_again(guidance: str, tmp_path: Path):
+    _, model = write_collection(tmp_path / "models")
+    options = ["sampler.grid.points=4", "samples_per_class=1", "png=false", f"guidance={guidance}"]
+    sample(compose("sample", [*model, *options, f"output_dir={tmp_path}/one"]))
+    convert(compose("convert", [*model, f"guidance={guidance}", "encoder.pretrained=false", "encoder.model=vit_tiny_patch16_224",
+                                "encoder.model_args={patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}",
+                                f"output_dir={tmp_path}/export"]))  # fmt: skip
+    sample(compose("sample", [f"checkpoint={tmp_path}/export", *options, f"output_dir={tmp_path}/two"]))
+    assert drawn(tmp_path / "one").std() > 1
+    assert np.array_equal(drawn(tmp_path / "one"), drawn(tmp_path / "two"))
+    convert(compose("convert", [f"checkpoint={tmp_path}/export", "to=original", f"output_dir={tmp_path}/back"]))
+    names = files_of(compose("download", ["model=dit_dh_xl_256", "guide=false"]))
+    for name, file in zip(names, ("stage2_model.pt", "model.pt"), strict=False):
+        before, after = torch.load(tmp_path / "models" / name), torch.load(tmp_path / "back" / file)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_sampling_an_export_with_a_guide_from_elsewhere(tmp_path: Path):
+    model = make_generator()
+    model.save_pretrained(tmp_path / "guided")
+    model.guide, model.guidance = None, ClassifierFreeGuidance(1.5)
+    model.save_pretrained(tmp_path / "plain")
+    options = ["sampler.grid.points=3", "samples_per_class=1", "classes=[1,2]", "png=false"]
+    with pytest.raises(ConfigError, match="the export holds no guide"):
+        sample(
+            compose(
+                "sample",
+                [f"checkpoint={tmp_path}/plain", "guidance=autoguidance", f"output_dir={tmp_path}/a", *options],
+            )
+        )
+    guide = f"guide_checkpoint={tmp_path}/plain"  # a guide equal to the model changes nothing
+    common = ["guidance=autoguidance", *options, f"output_dir={tmp_path}/b"]
+    sample(compose("sample", [f"checkpoint={tmp_path}/plain", guide, *common]))
+    sample(compose("sample", [f"checkpoint={tmp_path}/plain", *options, f"output_dir={tmp_path}/c"]))
+    difference = drawn(tmp_path / "b").astype(int) - drawn(tmp_path / "c").astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+def test_missing_files_of_a_collection_are_named_with_the_command_that_fetches_them(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"stage2_model.pt.*stat.pt does not exist: rae-download model=…"):
+        sample(compose("sample", ["model=dit_dh_xl_256", f"collection={tmp_path}"]))
+    torch.save({}, tmp_path / "model.pt")
+    with pytest.raises(ConfigError, match="holds weights alone: add model=…"):
+        sample(compose("sample", [f"checkpoint={tmp_path}/model.pt"]))
+
+
+def test_every_published_model_composes_and_names_its_files():
+    for model in sorted(file.stem for file in Path("conf/model").glob("*.yaml")):
+        cfg = compose("download", [f"model={model}"])
+        names = files_of(cfg)
+        assert len(names) == (4 if model.startswith("dit") else 2)
+        assert all(name.split("/")[0] in ("decoders", "stats", "DiTs") for name in names)
+    with pytest.raises(ConfigError, match="model=… must be given"):
+        files_of(compose("download", []))
+
+
+def test_download_puts_files_where_the_model_looks_for_them(tmp_path: Path, monkeypatch):
+    fetched = []
+
+    def hub(repo, name, revision, local_dir):
+        fetched.append((repo, name, revision))
+        return str(Path(local_dir) / name)
+
+    monkeypatch.setattr("rae.hub.hf_hub_download", hub)
+    download(
+        compose("download", ["model=mae_b_256", f"collection={tmp_path}", "encoder_weights=false", "revision=abc"])
+    )
+    repository = "nyu-visionx/RAE-collections"
+    decoder, statistics = "decoders/mae/base_p16/ViTXL_n08/model.pt", "stats/mae/base_p16/ImageNet1k/stat.pt"
+    assert fetched == [(repository, decoder, "abc"), (repository, statistics, "abc")]
+
+
+def test_converting_for_diffusers_and_reconstructing_from_it(tmp_path: Path):
+    from PIL import Image
+
+    make_diffusers("mae").save_pretrained(tmp_path / "theirs")
+    convert(compose("convert", [f"checkpoint={tmp_path}/theirs", f"output_dir={tmp_path}/ours"]))
+    convert(compose("convert", [f"checkpoint={tmp_path}/ours", "to=diffusers", f"output_dir={tmp_path}/back"]))
+    first, second = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("theirs", "back"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number}.png")
+    for name in ("theirs", "ours"):
+        options = [f"checkpoint={tmp_path}/{name}", f"images={tmp_path}/images", f"output_dir={tmp_path}/rec_{name}"]
+        reconstruct(compose("reconstruct", options))
+    scores = [
+        json.loads((tmp_path / f"rec_{name}" / "scores.json").read_text())["scores"] for name in ("theirs", "ours")
+    ]
+    assert scores[0] == scores[1]
+    assert scores[0]["images"] == 3
+
+
+def test_conversions_that_make_no_sense_are_refused(tmp_path: Path):
+    for override, words in (("to=onnx", "choose one of rae, diffusers, original"), ("to=original", "goes with to=rae")):
+        with pytest.raises(ConfigError, match=words):
+            convert(compose("convert", ["checkpoint=x", override, "push_to_hub=me/model"]))
+
+
+@pytest.mark.slow
+def test_convert_is_a_command(tmp_path: Path):
+    model = make_generator()
+    folder = model.save_pretrained(tmp_path / "in")
+    command = [
+        sys.executable,
+        "-m",
+        "rae.cli.convert",
+        f"checkpoint={folder}",
+        "to=original",
+        f"output_dir={tmp_path}/out",
+    ]
+    subprocess.run(command, check=True)
+    state = torch.load(tmp_path / "out" / "stage2_model.pt")
+    config = {
+        "in_channels": 32,
+        "input_size": 4,
+        "num_classes": 10,
+        "hidden_size": [32, 48],
+        "depth": [2, 1],
+        "num_heads": [4, 4],
+    }
+    assert state_hash(denoiser_from_original(config, state).state_dict()) == state_hash(model.denoiser.state_dict())
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 1  # never over an earlier export
+
+
+@pytest.mark.slow
+def test_sampler_of_an_export_is_kept_for_python(tmp_path: Path):
+    model = make_generator()
+    model.sampler = EulerSampler(OfficialGrid(3))
+    again = Generator.from_pretrained(model.save_pretrained(tmp_path / "out"))
+    assert isinstance(again.sampler, EulerSampler)
+    assert again.sampler.grid.points == 3
