@@ -119,22 +119,41 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> None:
     if not file.is_file():
         write_json(file, plan)
         return
-    plan, other = _flat(plan), _flat(json.loads(file.read_text()))
-    differing = [key for key in {**plan, **other} if plan.get(key) != other.get(key)]
-    if differing:
-        said = ", ".join(f"{key}={_short(other.get(key))} (now {_short(plan.get(key))})" for key in differing[:_LISTED])
-        said += f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
+    if said := changes(json.loads(file.read_text()), plan):
         raise ValueError(
             f"{str(folder)!r} holds work of another plan: {said}; go on as it was begun, choose another output_dir, "
             "or remove the folder"
         )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted keys."""
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Says in words which values differ between two plans, by dotted key, the first six of them; empty where none does.
+
+    Args:
+        before: Values as JSON holds them, nested or not.
+        now: The same of now.
+    """
+    old, new = flat(before), flat(now)
+    found = [
+        f"{key} was {_short(old.get(key))} and is now {_short(new.get(key))}"
+        for key in {**new, **old}
+        if old.get(key) != new.get(key)
+    ]
+    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return ", ".join(found[:_LISTED]) + more
+
+
+def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys; lists, and mappings without a key, are values.
+
+    Args:
+        values: Values by name.
+        prefix: What the dotted keys begin with.
+    """
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        inner = isinstance(value, Mapping) and len(value) > 0
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return found
 
 

@@ -14,7 +14,8 @@ import yaml
 from rae.cli.build import make
 from rae.cli.config import ConfigError, compose, compose_plainly, plain
 from rae.cli.convert import convert_config
-from rae.cli.original_config import commands, flat, overrides, read_original, render, translate
+from rae.cli.original_config import commands, overrides, read_original, render, translate
+from rae.parts import flat
 from tests.original_yaml import (
     OPTIMIZER,
     autoencoder,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from rae.cli.config import ConfigError
 from rae.cli.processes import begin
 from rae.describe import describe
-from rae.parts import Parts
+from rae.parts import Parts, changes
 from rae.rng import sample_seed
 from rae.weights import state_hash, write_atomically
 
@@ -299,15 +299,8 @@ def finished(description: Path, plan: dict[str, Any]) -> bool:
         return False
     before = json.loads(description.read_text())
     now = json.loads(json.dumps(plan, default=str))
-    differing = [key for key in now if before.get(key) != now[key]]
-    if differing:
-        said = ", ".join(f"{key} was {_short(before.get(key))} and is now {_short(now[key])}" for key in differing)
+    if said := changes({key: before.get(key) for key in now}, now):
         raise ConfigError(
             f"{str(description.parent)!r} holds other samples ({said}): force=true replaces them, output_dir=… writes elsewhere"
         )
     return True
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rae.cli.config import ConfigError, compose, conf_dir
 from rae.cli.original_keys import DEFAULTS, DERIVED, ELSEWHERE, SDE_DEFAULTS, table_of
 from rae.cli.original_rules import Translation
+from rae.parts import flat
 
 ENCODERS = (
     ("Dinov2withNorm", r"reg.*small", "dinov2_s"),
@@ -45,15 +46,6 @@ _SAMPLING = ("sampler", "guidance")  # groups of the command line, not of a mode
 _ALWAYS = ("image_size", "data.num_classes")  # what a model has to say although training has a default for it
 
 
-def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; lists are values."""
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def read_original(path: str | Path) -> dict[str, Any]:
     """The original's values by dotted key, with its defaults where a key of a section is absent.
 
@@ -70,7 +62,7 @@ def read_original(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config={path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "stage_1" not in content:
         raise ConfigError(f"config={path} has no section stage_1: give a YAML file of the original project")
-    source = dict(flat({str(section): value for section, value in content.items()}))
+    source = {key: value for key, value in flat(content).items() if value != {}}
     defaults = dict(DEFAULTS)
     if str(source.get("sampler.mode", "ODE")).upper() == "SDE":
         defaults["sampler"] = {f"params.{name}": value for name, value in SDE_DEFAULTS.items()}

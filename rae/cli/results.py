@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rae.parts import flat
 from rae.weights import write_atomically, write_json
 
 _PACKAGES = ("rae", "torch", "torchmetrics", "timm", "numpy", "pillow")
@@ -36,7 +37,7 @@ def write_scores(folder: Path, scores: Mapping[str, float], identity: Mapping[st
         identity: All that tells these scores from others: samples, reference, detector, seed, sampler, versions, ….
     """
     write_json(folder / "scores.json", {"scores": dict(scores), "identity": dict(identity)})
-    write_csv(folder / "scores.csv", [{**scores, **flatten(identity)}])
+    write_csv(folder / "scores.csv", [{**scores, **{key: _cell(value) for key, value in flat(identity).items()}}])
 
 
 def read_scores(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
@@ -45,17 +46,9 @@ def read_scores(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
     return content["scores"], content["identity"]
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = (
-                value if value is None or isinstance(value, str | int | float) else json.dumps(value)
-            )
-    return flat
+def _cell(value: Any) -> Any:
+    """A value as a cell of a table holds it."""
+    return value if value is None or isinstance(value, str | int | float) else json.dumps(value)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
