@@ -2,8 +2,8 @@
 
 Stage 1 takes two extra gradient calls through LPIPS and discriminator for the adaptive weight, then goes backward through all of it
 and encodes the images again for the discriminator's turn. Linear layers are PyTorch's own; attention is a product, a softmax and a
-product; averages and AdamW go weight by weight, and the averages cover the frozen weights too. The draws (noise, times, labels, augmentation) are those of our
-modules, whose networks and losses the steps take over, so that the results can be compared.
+product; averages and AdamW go weight by weight, and the averages cover the frozen weights too. The draws (noise, times, labels,
+augmentation) are those of our modules, whose networks and losses the steps take over, so that the results can be compared.
 """
 
 from __future__ import annotations
