@@ -95,6 +95,8 @@ class PlainStage1:
         self.encoder, self.decoder = module.autoencoder.encoder, module.autoencoder.decoder
         self.discriminator, self.loss, self.augment = module.discriminator, module.loss, module.augment
         make_plain(self.encoder, self.decoder, self.discriminator)
+        if self.loss.perceptual is not None:
+            self.loss.perceptual.to(memory_format=torch.contiguous_format)  # as weights come; ours are channels last
         networks = (self.decoder, self.discriminator.heads)
         self.optimizers = [optimizer(network.parameters()) for network in networks]
         self.schedulers = [scheduler(one) for one in self.optimizers] if scheduler else None
