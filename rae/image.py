@@ -51,15 +51,12 @@ def latent_colours(latents: Tensor) -> Tensor:
     return to_uint8(colours.reshape(batch, height, width, 3).permute(0, 3, 1, 2))
 
 
-def make_grid(
-    images: Tensor, columns: int, padding: int = 2, scale: int = 1, captions: Sequence[str] | None = None
-) -> Tensor:
+def make_grid(images: Tensor, columns: int, scale: int = 1, captions: Sequence[str] | None = None) -> Tensor:
     """Lays images out row by row on a white ground.
 
     Args:
         images: uint8 B×3×H×W.
         columns: Images in a row.
-        padding: White pixels between the images and around them.
         scale: Every pixel becomes a square of this side, so that small images can be looked at.
         captions: A short text under every image; None for none.
 
@@ -78,11 +75,12 @@ def make_grid(
         raise ValueError(f"every image needs its caption: {len(images)} images, {len(captions)} captions")
     images = images.cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     count, _, height, width = images.shape
-    pitch = height + padding + (_CAPTION if captions is not None else 0)
+    pitch = height + _PADDING + (_CAPTION if captions is not None else 0)
     rows = math.ceil(count / columns)
-    grid = torch.full((3, rows * pitch + padding, columns * (width + padding) + padding), 255).byte()
+    grid = torch.full((3, rows * pitch + _PADDING, columns * (width + _PADDING) + _PADDING), 255).byte()
     corners = [
-        (padding + number // columns * pitch, padding + number % columns * (width + padding)) for number in range(count)
+        (_PADDING + number // columns * pitch, _PADDING + number % columns * (width + _PADDING))
+        for number in range(count)
     ]
     for image, (top, left) in zip(images, corners, strict=True):
         grid[:, top : top + height, left : left + width] = image
@@ -92,6 +90,8 @@ def make_grid(
     return _write_texts(grid, captions, places, "mm", size=11)
 
 
+_PADDING = 2
+"""White pixels between the images of a grid and around them."""
 _CAPTION = 14
 """Height of a caption, in pixels."""
 
@@ -129,15 +129,19 @@ def label_rows(rows: Sequence[Tensor], labels: Sequence[str], columns: int, scal
     grid = make_grid(torch.cat(whole), columns, scale=scale)
     font = ImageFont.load_default(size=14)
     margin = max(round(font.getlength(label)) for label in labels) + 12
-    height = (grid.shape[1] - 2) / len(rows)
-    places = [(margin - 6, 2 + (number + 0.5) * height) for number in range(len(rows))]
+    height = (grid.shape[1] - _PADDING) / len(rows)
+    places = [(margin - 6, _PADDING + (number + 0.5) * height) for number in range(len(rows))]
     ground = torch.full((3, grid.shape[1], margin), 255, dtype=torch.uint8)
     return _write_texts(torch.cat([ground, grid], 2), labels, places, "rm", size=14)
 
 
-def grid_scale(side: int, wanted: int = 64) -> int:
-    """How many pixels of the grid one pixel of an image takes, so that small images can be looked at."""
-    return max(1, wanted // side)
+_LOOKED_AT = 64
+"""Side that small images should about have in a grid, in pixels."""
+
+
+def grid_scale(side: int) -> int:
+    """How many pixels of the grid one pixel of an image takes, so that small images, by their side, can be looked at."""
+    return max(1, _LOOKED_AT // side)
 
 
 def to_pil(image: Tensor) -> Image.Image:

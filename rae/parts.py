@@ -82,6 +82,17 @@ class Parts:
             self.folder.rmdir()
 
 
+def stretch(count: int, rank: int, world_size: int) -> range:
+    """The neighbouring items that fall to one of several processes: shares in order of the ranks, at most one item apart in size.
+
+    Args:
+        count: Number of items, 0 … count − 1.
+        rank: Number of the process.
+        world_size: Number of processes.
+    """
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
 def share(parts: Sequence[int], rank: int, world_size: int) -> list[int]:
     """The parts that fall to one of several processes.
 

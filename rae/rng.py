@@ -43,52 +43,32 @@ def sample_seeds(seed: int, purpose: str, epochs: Iterable[int], indices: Iterab
     return [sample_seed(seed, purpose, int(e), int(i)) for e, i in zip(epochs, indices, strict=True)]
 
 
-def normal(
-    seeds: Sequence[int],
-    shape: Sequence[int],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Standard normal draws [len(seeds), *shape]; row i depends on ``seeds[i]`` alone.
+def normal(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal draws [len(seeds), *shape], float32; row i depends on ``seeds[i]`` alone.
 
     Args:
         seeds: One seed a row.
         shape: Shape of a row.
         device: Where they are drawn; on the CPU for devices without generators.
-        dtype: Their type.
     """
-    return _rows(torch.randn, seeds, shape, device, dtype)
+    return _rows(torch.randn, seeds, shape, torch.device(device))
 
 
-def uniform(
-    seeds: Sequence[int],
-    shape: Sequence[int] = (),
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Uniform draws in [0, 1) [len(seeds), *shape]; row i depends on ``seeds[i]`` alone.
+def uniform(seeds: Sequence[int], shape: Sequence[int] = ()) -> Tensor:
+    """Uniform draws in [0, 1) [len(seeds), *shape], float32, on the CPU; row i depends on ``seeds[i]`` alone.
 
     Args:
         seeds: One seed a row.
         shape: Shape of a row.
-        device: Where they are drawn; on the CPU for devices without generators.
-        dtype: Their type.
     """
-    return _rows(torch.rand, seeds, shape, device, dtype)
+    return _rows(torch.rand, seeds, shape, torch.device("cpu"))
 
 
-def _rows(
-    draw: Callable[..., Tensor],
-    seeds: Sequence[int],
-    shape: Sequence[int],
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> Tensor:
+def _rows(draw: Callable[..., Tensor], seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
     """Draws every row from a generator of its own; on devices without generators, on the CPU."""
-    device = torch.device(device)
     where = device if device.type in ("cpu", "cuda") else torch.device("cpu")
     generator = torch.Generator(device=where)
-    out = torch.empty((len(seeds), *shape), device=where, dtype=dtype)
+    out = torch.empty((len(seeds), *shape), device=where, dtype=torch.float32)
     for row, seed in enumerate(seeds):
         generator.manual_seed(seed)
         draw(tuple(shape), generator=generator, out=out[row])

@@ -98,7 +98,12 @@ def file_hash(path: str | Path) -> str:
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
-    """Writes values by name as JSON, atomically."""
+    """Writes values by name as JSON, atomically.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        values: What JSON does not know is written as text.
+    """
     text = json.dumps(dict(values), indent=2, default=str)
     return write_atomically(path, lambda file: file.write(text.encode()))
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from rae.cli.app import app, class_names, open_perceptual, open_viewer
 from rae.cli.config import ConfigError, absolute_paths, compose
+from rae.cli.models import open_generator
 from rae.cli.viewer import Viewer, calls, with_steps
 from rae.data.transforms import center_crop
 from rae.denoiser import DiTDH
@@ -198,9 +199,17 @@ def test_autoguidance_is_offered_where_there_is_a_guide(exports, tmp_path):
     model = generator()
     model.guide = DiTDH(16, 2, 16, 1, 2, 24, 1, 2, num_classes=CLASSES)
     model.save_pretrained(tmp_path / "guided")
-    viewer = open_viewer(configuration(tmp_path / "guided", "guidance=autoguidance", "guidance.scale=1.4"))[0]
-    assert viewer.guidances == ["none", "cfg", "autoguidance"]
-    assert viewer.generator.guidance.scale == 1.4
+    for kind, scale in (("none", 1.0), ("cfg", 1.4), ("autoguidance", 1.4)):  # whatever the page starts with
+        given = [f"guidance={kind}", *([] if kind == "none" else [f"guidance.scale={scale}"])]
+        viewer = open_viewer(configuration(tmp_path / "guided", *given))[0]
+        assert viewer.guidances == ["none", "cfg", "autoguidance"]
+        assert viewer.generator.guidance.scale == scale
+    expected = Generator(
+        model.autoencoder, model.denoiser, model.flow, viewer.generator.sampler, AutoGuidance(3), model.guide
+    )
+    drawn = viewer.sample(1, "autoguidance", 3, seed=5, count=2)
+    assert (drawn.int() - expected.draw([1, 1], 5).int()).abs().max() <= 1
+    assert open_generator(configuration(tmp_path / "guided"))[0].guide is None  # commands do not carry it along
     assert open_viewer(configuration(exports / "generator"))[0].guidances == ["none", "cfg"]
 
 

@@ -49,6 +49,22 @@ def test_missing_data_path_is_answered_in_one_line(tmp_path):
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
     assert "data.train_path=" in result.stderr
+    assert not list(tmp_path.iterdir())  # no empty folders
+
+
+def test_a_reader_who_goes_away_is_no_error(tmp_path):
+    """As with ``rae-convert config --help | head``."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rae.cli.convert", "config", "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""  # whatever the exit code
+    process.wait(timeout=120)
 
 
 def test_flags_may_stand_anywhere():

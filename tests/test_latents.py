@@ -24,7 +24,7 @@ from rae.cli.stats import statistics_file, stats
 from rae.data import CachedLatents, LatentsDataModule
 from rae.data.transforms import to_float
 from rae.latent import LatentNormalizer, RunningMoments
-from rae.parts import Parts, share
+from rae.parts import Parts, share, stretch
 
 ROOT = Path(__file__).parents[1]
 ENCODER = ["encoder=digits", "encoder.checkpoint=null", "+encoder.pretrained=false", "image_size=32"]
@@ -77,6 +77,9 @@ def test_parts_cover_everything_once_for_any_number_of_processes(tmp_path):
     for world in (1, 2, 3, 5):
         dealt = [part for rank in range(world) for part in share(range(len(parts)), rank, world)]
         assert sorted(dealt) == list(range(4))
+        stretches = [stretch(70, rank, world) for rank in range(world)]
+        assert [item for share in stretches for item in share] == list(range(70))
+        assert {len(share) for share in stretches} <= {70 // world, 70 // world + 1}
     parts.claim()
     parts.path(2).touch()
     (tmp_path / ".part-000001.txt.abc.tmp").touch()
@@ -123,6 +126,20 @@ def test_per_channel_statistics_are_those_over_all_positions():
         ("var", latents.transpose(0, 1).flatten(1).var(1, correction=0)),
     ):
         torch.testing.assert_close(found[key].double(), expected[:, None, None].expand(3, 4, 5), rtol=1e-6, atol=0)
+
+
+def test_random_crops_are_refused_unless_they_are_asked_for(folder, tmp_path):
+    for wrong, message in {
+        "data=imagenet_crops": "makes other images in every epoch; statistics are of center_crop .*add random_crops=true",
+        "data=latents": "data=latents holds no images, of which statistics are",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            run("stats", folder, tmp_path, wrong, "data.train_path=unused")
+    run("stats", folder, tmp_path, "data.mode=random_crop", "random_crops=true", "data.flip=false")
+    run("stats", folder, tmp_path / "centre", "data.flip=false")
+    crops, centre = (torch.load(path / "stat.pt", weights_only=True) for path in (tmp_path, tmp_path / "centre"))
+    assert not torch.equal(crops["mean"], centre["mean"])
+    assert json.loads((tmp_path / "stat.json").read_text())["data"]["mode"] == "random_crop"
 
 
 def test_begun_statistics_of_other_images_are_not_mixed_in(folder, tmp_path):
@@ -309,7 +326,7 @@ def test_unfit_folders_and_arguments_are_named(folder, cached, tmp_path):
         "dtype=float8": "dtype=float8 is unknown; choose one of bfloat16, float16, float32",
         "flips=some": "flips=some is unknown; choose one of none, both",
         "data.mode=random_crop": r"data\.mode=random_crop makes other images in every epoch",
-        "data=latents": "data=latents holds no images to encode; choose data=imagenet",
+        "data=latents": "data=latents holds no images, of which latents are; choose data=imagenet",
         "splits=[test]": r"splits=\['test'\] may hold train and val",
         "devices=0": "devices=0 must be a number of at least 1",
     }.items():

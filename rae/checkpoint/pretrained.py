@@ -97,6 +97,10 @@ def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None 
 def describe_encoder(encoder: Encoder, store: bool | None) -> dict[str, Any]:
     """What an export says of its encoder.
 
+    Args:
+        encoder: The encoder of the model.
+        store: Whether its weights go into the export; None stores those that cannot be had from the hub.
+
     Raises:
         ValueError: It is to be stored and was loaded without weights.
     """
@@ -195,6 +199,10 @@ def read_description(folder: Path) -> dict[str, Any]:
 def read_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The stored weights, whose hash must be the one that ``config.json`` gives.
 
+    Args:
+        folder: The export.
+        config: Its description, from :func:`read_description`.
+
     Raises:
         FileNotFoundError: There is no weight file.
         ValueError: The file is truncated, or is not the one that was exported.
@@ -212,7 +220,12 @@ def read_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The weights of one part, without its prefix."""
+    """The weights of one part, without its prefix.
+
+    Args:
+        state: Weights of a whole model, by name.
+        name: What their names begin with: ``encoder``, ``decoder``, ``latent``, ``denoiser`` or ``guide``.
+    """
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
@@ -248,6 +261,12 @@ def load_generator(source: str | Path, revision: str | None = None, encoder: boo
 
 def make_denoiser(config: Mapping[str, Any], state: Mapping[str, Tensor], name: str, folder: Path) -> Denoiser:
     """A denoiser of an export with its weights: ``denoiser`` or ``guide``.
+
+    Args:
+        config: The export's description.
+        state: Its weights.
+        name: Which of the two.
+        folder: The export, for messages.
 
     Raises:
         ValueError: The weights do not fit its description.

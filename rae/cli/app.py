@@ -25,7 +25,11 @@ log = logging.getLogger(__name__)
 
 
 def app(cfg: DictConfig) -> None:
-    """Opens the model and serves the page until Ctrl-C."""
+    """Opens the model and serves the page until Ctrl-C.
+
+    Raises:
+        ConfigError: Gradio is not installed, or see :func:`open_viewer` and :func:`serve`.
+    """
     if find_spec("gradio") is None:
         raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
     from rae.cli.page import Limits  # noqa: PLC0415 (imports gradio)
@@ -48,7 +52,7 @@ def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
     from rae.cli.viewer import Viewer  # noqa: PLC0415
 
     device = pick_device(cfg.device)
-    model, run = open_model(cfg, cfg.encode)
+    model, run = open_model(cfg, cfg.encode, keep_guide=True)  # so that the page can offer autoguidance
     if isinstance(model, RAE) and not cfg.encode:
         raise ConfigError(
             f"checkpoint={cfg.checkpoint} is an autoencoder, which only reconstructs: leave out encode=false"
@@ -76,14 +80,21 @@ def open_perceptual(vgg_checkpoint: str | None) -> PerceptualLoss | None:
 
 
 def class_names(run: DictConfig, num_classes: int) -> list[str]:
-    """The subfolders of the folder of images that a run was trained on; none where it is not here or has other classes."""
+    """The subfolders of the folder of images that a run was trained on; none where it is not here or has other classes.
+
+    Args:
+        run: The run's configuration, or the command's alone.
+        num_classes: Classes of the model.
+    """
     from omegaconf import OmegaConf  # noqa: PLC0415
+
+    from rae.data.folder import class_folders  # noqa: PLC0415 (imports torch)
 
     path = OmegaConf.select(run, "data.train_path", throw_on_missing=False)
     folder = Path(path).expanduser() if isinstance(path, str) else None
     if folder is None or not folder.is_dir():
         return []
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    names = class_folders(folder)
     return names if len(names) == num_classes else []
 
 

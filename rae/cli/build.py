@@ -78,6 +78,45 @@ def set_float32(cfg: DictConfig) -> None:
     torch.set_float32_matmul_precision(choices[cfg.get("float32", "fp32")])
 
 
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def check_images(cfg: DictConfig, what: str) -> None:
+    """Refuses data that are no images, and images that are others in every epoch.
+
+    Args:
+        cfg: Configuration of a command with ``data``; ``random_crops=true``, where it has that key, allows random crops.
+        what: What is made of the images, for the message.
+
+    Raises:
+        ConfigError: Says what to choose.
+    """
+    if str(cfg.data.get("_target_")).endswith("LatentsDataModule"):
+        raise ConfigError(
+            f"data=latents holds no images, of which {what} are; choose data=imagenet or data=shards, say"
+        )
+    if cfg.data.get("mode") == "random_crop" and not cfg.get("random_crops", False):
+        meant = "; if one random crop of each image is meant, add random_crops=true" if "random_crops" in cfg else ""
+        raise ConfigError(
+            f"data.mode=random_crop makes other images in every epoch; {what} are of center_crop (data=imagenet or "
+            f"data=shards){meant}"
+        )
+
+
+def keep_still(data: DictConfig, **values: Any) -> None:
+    """Sets in the configuration of a data set that its images are never mirrored, and further values.
+
+    A key that the data set does not have is passed over: it has nothing of the kind to switch off.
+
+    Args:
+        data: The configuration of the data set, changed in place.
+        values: Further keys with their values, e.g. ``exact=True``.
+    """
+    for key, value in {"flip": False, **values}.items():
+        if key in data:
+            data[key] = value
+
+
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +196,17 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
 
 
 def build_generator(cfg: DictConfig, autoencoder: RAE, denoiser: Denoiser, guide: Denoiser | None = None) -> Generator:
-    """Generator with the sampler and guidance of the configuration around given networks."""
+    """Generator with the sampler and guidance of the configuration around given networks.
+
+    Args:
+        cfg: A configuration with ``flow``, ``sampler`` and ``guidance``.
+        autoencoder: Decodes the latents.
+        denoiser: A trained one.
+        guide: The weaker denoiser that autoguidance needs; None for none.
+
+    Raises:
+        ValueError: See :class:`~rae.generator.Generator`.
+    """
     from rae.generator import Generator  # noqa: PLC0415
 
     return Generator(autoencoder, denoiser, make(cfg.flow), make(cfg.sampler), make(cfg.guidance), guide)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rae.cli.config import ConfigError, save_config
 from rae.cli.entry import entry
-from rae.cli.stats import check_images, describe_data
+from rae.cli.stats import describe_data
 
 if TYPE_CHECKING:
     from lightning import Fabric
@@ -29,25 +29,27 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: Names the key.
     """
+    from rae.cli.build import check_images, keep_still  # noqa: PLC0415 (imports Hydra's instantiation)
     from rae.data.latents import DTYPES  # noqa: PLC0415 (imports torch)
 
-    check_images(cfg)
+    check_images(cfg, "latents")
     if cfg.dtype not in DTYPES:
         raise ConfigError(f"dtype={cfg.dtype} is unknown; choose one of {', '.join(DTYPES)}")
     if cfg.flips not in _FLIPS:
         raise ConfigError(f"flips={cfg.flips} is unknown; choose one of {', '.join(_FLIPS)}")
     if any(split not in ("train", "val") for split in cfg.splits):
         raise ConfigError(f"splits={list(cfg.splits)} may hold train and val")
-    if cfg.data.get("mode") == "random_crop":
-        raise ConfigError(
-            "data.mode=random_crop makes other images in every epoch; latents are of center_crop (data=imagenet)"
-        )
-    if "flip" in cfg.data:
-        cfg.data.flip = False
+    keep_still(cfg.data)
 
 
 def required_bytes(cfg: DictConfig, shape: tuple[int, ...], images: int) -> int:
-    """Bytes of all latents of a number of images."""
+    """Bytes of all latents of a number of images.
+
+    Args:
+        cfg: Configuration with ``dtype`` and ``flips``.
+        shape: C×h×w of a latent.
+        images: Number of images.
+    """
     from rae.data.latents import DTYPES  # noqa: PLC0415
 
     size = DTYPES[cfg.dtype].itemsize * (2 if cfg.flips == "both" else 1)
@@ -57,7 +59,19 @@ def required_bytes(cfg: DictConfig, shape: tuple[int, ...], images: int) -> int:
 
 
 def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDataModule, split: str) -> None:
-    """Writes the latents of ``train`` or ``val`` that are not there yet, and their description once all are."""
+    """Writes the latents of ``train`` or ``val`` that are not there yet, and their description once all are.
+
+    Args:
+        cfg: The command's configuration.
+        fabric: The processes; each encodes its share of the parts.
+        encoder: On the device.
+        data: The data module, set up.
+        split: Which of the two.
+
+    Raises:
+        ValueError: The folder holds latents of another encoder or of other images.
+        OSError: The disk is too small.
+    """
     import torch  # noqa: PLC0415 (slow to import)
 
     from rae.cli.processes import batches_of, begin, first  # noqa: PLC0415
@@ -127,7 +141,11 @@ def _announce(cfg: DictConfig, folder: Path, shape: tuple[int, ...], images: int
 
 
 def cache_latents(cfg: DictConfig) -> None:
-    """Encodes training and validation images, each once."""
+    """Encodes training and validation images, each once.
+
+    Raises:
+        ConfigError: See :func:`check`; or none of the splits has images.
+    """
     check(cfg)
     from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)
     from rae.cli.processes import first, start  # noqa: PLC0415

@@ -133,7 +133,13 @@ def compose(config: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
 
 
 def compose_plainly(config: str, overrides: Iterable[str], folders: Sequence[Path] = ()) -> DictConfig:
-    """Composes through Hydra's Python interface, whatever Hydra is doing otherwise; errors are Hydra's own."""
+    """Composes through Hydra's Python interface, whatever Hydra is doing otherwise; errors are Hydra's own.
+
+    Args:
+        config: Name of a root config in ``conf/``.
+        overrides: As on the command line.
+        folders: Config folders beside the project's own.
+    """
     import hydra  # noqa: PLC0415 (slow to import)
     from hydra.core.global_hydra import GlobalHydra  # noqa: PLC0415
 
@@ -169,7 +175,12 @@ def check_complete(cfg: DictConfig, config: str = "train") -> None:
 
 
 def missing_keys(node: Any, prefix: str = "") -> list[str]:
-    """Dotted keys of all values still to be given (``???``); interpolations that lead to them are not listed again."""
+    """Dotted keys of all values still to be given (``???``); interpolations that lead to them are not listed again.
+
+    Args:
+        node: A node of a configuration.
+        prefix: Dotted key of the node itself.
+    """
     if node._is_none() or node._is_missing() or node._is_interpolation():
         return [prefix] if node._is_missing() else []
     names = range(len(node)) if OmegaConf.is_list(node) else list(node) if OmegaConf.is_dict(node) else []
@@ -177,7 +188,15 @@ def missing_keys(node: Any, prefix: str = "") -> list[str]:
 
 
 def comment_of(key: str, config: str) -> str:
-    """The comment beside a key's mandatory default (``root: ???  # folder …``), in its group or in the root config."""
+    """The comment beside a key's mandatory default (``root: ???  # folder …``), in its group or in the root config.
+
+    Args:
+        key: The dotted key.
+        config: Name of the root config.
+
+    Returns:
+        The comment; an empty string where there is none.
+    """
     group, _, name = key.rpartition(".")
     files = sorted((conf_dir() / group).glob("*.yaml")) if group else [conf_dir() / f"{config}.yaml"]
     for file in files:

@@ -18,7 +18,12 @@ from rae.cli.config import compose
 
 
 def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
-    """The demo as titles and ordinary commands, each of which can be copied and run alone."""
+    """The demo as titles and ordinary commands, each of which can be copied and run alone.
+
+    Args:
+        folder: Where all results go.
+        guidance: Scale of the classifier-free guidance.
+    """
     encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
     statistics = f"latent.stats={folder}/stats/stat.pt"
     return [
@@ -139,7 +144,13 @@ def read_json(path: Path) -> dict[str, float]:
 
 
 def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:
-    """Rows (what, measured, yardstick) from the files that the commands wrote."""
+    """Rows (what, measured, yardstick) from the files that the commands wrote.
+
+    Args:
+        folder: Where they wrote.
+        wall: Wall-clock seconds of the whole demo.
+        cpu: CPU seconds of all its commands.
+    """
     encoder = read_json(folder / "encoder" / "summary.json")
     stage1 = read_json(folder / "stage1" / "summary.json")
     stage2 = read_json(folder / "stage2" / "summary.json")

@@ -38,6 +38,10 @@ _WAITING = 4  # parts that may wait for them
 def class_list(classes: object, num_classes: int) -> list[int]:
     """The classes to draw: ``all``, or the list given.
 
+    Args:
+        classes: The value of the key ``classes``.
+        num_classes: Classes of the model.
+
     Raises:
         ConfigError: Neither of the two, or a class outside the range.
     """
@@ -56,6 +60,10 @@ def label_list(cfg: DictConfig, num_classes: int) -> list[int]:
 
     ``labels=equal`` draws ``samples_per_class`` of each of the ``classes``, class by class; ``random`` draws ``count`` labels,
     each from the seed and the sample's number; a file lists them (text, .npy, or an .npz with ``arr_1``).
+
+    Args:
+        cfg: Configuration with ``labels``, ``classes``, ``samples_per_class``, ``count`` and ``seed``.
+        num_classes: Classes of the model.
 
     Raises:
         ConfigError: A number below 1, or a label outside the range.
@@ -98,7 +106,13 @@ def _listed_labels(path: Path, num_classes: int) -> list[int]:
 
 
 def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dict[str, Any]:
-    """All that the samples depend on: weights, sampler, guidance, labels, seed, precision."""
+    """All that the samples depend on: weights, sampler, guidance, labels, seed, precision.
+
+    Args:
+        cfg: Configuration with ``seed`` and ``precision``.
+        generator: The model; the encoder does not count.
+        labels: Label of every sample.
+    """
     weights = {
         key: value for key, value in generator.state_dict().items() if not key.startswith("autoencoder.encoder.")
     }
@@ -221,7 +235,13 @@ def _writer(content: bytes) -> Any:
 def read_parts(
     parts: Parts, batch_size: int, wanted: Sequence[int] | None = None
 ) -> Iterator[tuple[NDArray[np.uint8], range]]:
-    """Images uint8 n×H×W×3 with their numbers, of all parts or of those wanted, without holding more than a batch."""
+    """Images uint8 n×H×W×3 with their numbers, of all parts or of those wanted, without holding more than a batch.
+
+    Args:
+        parts: Samples that are drawn.
+        batch_size: Most images at once; no batch goes over the end of a part.
+        wanted: Numbers of the parts; None for all.
+    """
     for part in range(len(parts)) if wanted is None else wanted:
         items = parts.items(part)
         images = np.load(parts.path(part), mmap_mode="r")
@@ -230,7 +250,13 @@ def read_parts(
 
 
 def write_npz(path: Path, parts: Parts, labels: Sequence[int] | None) -> Path:
-    """Packs all parts into an .npz as the evaluation suites read it (``arr_0`` uint8 N×H×W×3, ``arr_1`` int64 N), part by part."""
+    """Packs all parts into an .npz as the evaluation suites read it (``arr_0`` uint8 N×H×W×3, ``arr_1`` int64 N), part by part.
+
+    Args:
+        path: The file.
+        parts: Samples that are drawn.
+        labels: Label of every sample; None leaves ``arr_1`` out.
+    """
     _, height, width, _ = np.load(parts.path(0), mmap_mode="r").shape
 
     def write(file: IO[bytes]) -> None:
@@ -249,13 +275,22 @@ def write_npz(path: Path, parts: Parts, labels: Sequence[int] | None) -> Path:
 
 
 def pick(parts: Parts, numbers: Sequence[int]) -> torch.Tensor:
-    """Some of the samples, uint8 n×3×H×W."""
+    """Some of the samples, uint8 n×3×H×W.
+
+    Args:
+        parts: Samples that are drawn.
+        numbers: Which ones, in this order.
+    """
     rows = [np.load(parts.path(number // parts.size), mmap_mode="r")[number % parts.size] for number in numbers]
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
 
 
 def finished(description: Path, plan: dict[str, Any]) -> bool:
     """Whether a folder holds these very samples already.
+
+    Args:
+        description: The folder's ``samples.json``.
+        plan: What the samples that are wanted depend on, from :func:`plan_of`.
 
     Raises:
         ConfigError: It holds other ones.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -82,10 +83,13 @@ def _main(config: str, task: Task, program: str, after_sweep: AfterSweep | None,
         command()
         if after_sweep is not None and _is_sweep(sys.argv):
             after_sweep(jobs)
+        _reader_left()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            raise SystemExit(TASK_ERROR) from None  # as other programs do, without a word
         if _wants_trace():
             raise
         from hydra._internal.utils import get_args_parser  # noqa: PLC0415 (only where it is needed)
@@ -125,17 +129,41 @@ def _run(cfg: DictConfig, config: str, task: Task, program: str, complete: bool)
         print(f"{program}: {stop or 'interrupted'}", file=sys.stderr)
         raise SystemExit(getattr(stop, "code", INTERRUPTED)) from None
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return error
         if _wants_trace() or not is_expected(error):
             traceback.print_exc()
         print(f"{program}: error: {describe(error)}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # it is not empty
+        with contextlib.suppress(OSError):  # they are not empty
             Path(cfg.output_dir).rmdir()
+            if Path(cfg.paths.outputs).resolve() == Path(cfg.output_dir).parent:
+                Path(cfg.paths.outputs).rmdir()
         return error
     finally:
         sys.argv = arguments
         if sweeping:
             _leave_process_group(environment)
     return None
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads the standard output any more, as after ``| head``; what is still to be written goes nowhere then."""
+    gone = False
+    try:
+        sys.stdout.flush()
+        if hasattr(
+            select, "poll"
+        ):  # not on Windows; a write that failed leaves nothing behind that flushing would tell
+            watch = select.poll()
+            watch.register(sys.stdout.fileno(), 0)
+            gone = any(event & select.POLLERR for _, event in watch.poll(0))
+    except BrokenPipeError:
+        gone = True
+    except (OSError, ValueError):  # no file, as in a notebook
+        return False
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _leave_process_group(environment: dict[str, str]) -> None:

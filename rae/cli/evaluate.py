@@ -53,7 +53,16 @@ class Source:
 
 
 def from_files(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
-    """Images of files; with their originals for metrics of reconstructions."""
+    """Images of files; with their originals for metrics of reconstructions.
+
+    Args:
+        cfg: Configuration with ``samples``, ``originals`` and ``batch_size``.
+        fabric: The processes; each reads its share of the batches.
+        pairs: Whether the metric takes originals too.
+
+    Raises:
+        ConfigError: The metric takes originals and none are given.
+    """
     from omegaconf import OmegaConf  # noqa: PLC0415
 
     from rae.cli.sources import describe_samples, open_images, open_pairs  # noqa: PLC0415 (imports torch)
@@ -80,7 +89,15 @@ def from_files(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
 
 
 def from_generator(cfg: DictConfig, fabric: Fabric) -> Source:
-    """Samples that a model draws now, in parts on disk: a run that was stopped goes on with them."""
+    """Samples that a model draws now, in parts on disk: a run that was stopped goes on with them.
+
+    Args:
+        cfg: The command's configuration.
+        fabric: The processes; each draws its share of the parts.
+
+    Raises:
+        ConfigError: The model has no denoiser, or the labels are not right.
+    """
     import torch  # noqa: PLC0415
 
     from rae.cli.drawing import draw, label_list, plan_of, read_parts  # noqa: PLC0415
@@ -106,15 +123,24 @@ def from_generator(cfg: DictConfig, fabric: Fabric) -> Source:
 
 
 def from_autoencoder(cfg: DictConfig, fabric: Fabric) -> Source:
-    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data."""
+    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data.
+
+    Args:
+        cfg: The command's configuration.
+        fabric: The processes; each takes a stretch of the images.
+
+    Raises:
+        ConfigError: There are no such images, or fewer than ``count``.
+    """
     from rae.cli.models import open_autoencoder  # noqa: PLC0415
-    from rae.cli.reconstruct import model_identity, open_data, share_of  # noqa: PLC0415
+    from rae.cli.reconstruct import checked_count, model_identity, open_data  # noqa: PLC0415
+    from rae.parts import stretch  # noqa: PLC0415
     from rae.training.evaluation import reconstructions  # noqa: PLC0415
 
     autoencoder, run = open_autoencoder(cfg)
     autoencoder = autoencoder.to(fabric.device)
     data = open_data(run, autoencoder.image_size)
-    mine = share_of(data, cfg.count, fabric.global_rank, fabric.world_size)
+    mine = stretch(checked_count(data, cfg.count), fabric.global_rank, fabric.world_size)
     pairs = reconstructions(autoencoder, data.range_dataloader("val", [mine]), fabric.device, cfg.precision)
     identity = {"samples": model_identity(cfg, run, autoencoder)}
     return Source(((pair, {}) for pair in pairs), identity, run)
@@ -122,6 +148,11 @@ def from_autoencoder(cfg: DictConfig, fabric: Fabric) -> Source:
 
 def open_source(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
     """The images that are named, or that the model makes.
+
+    Args:
+        cfg: The command's configuration.
+        fabric: The processes.
+        pairs: Whether the metric takes reconstructions with their originals.
 
     Raises:
         ConfigError: Neither or both are given.
@@ -137,7 +168,11 @@ def open_source(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Feeds all images to the metric in one pass and writes what it computes, with all that identifies it."""
+    """Feeds all images to the metric in one pass and writes what it computes, with all that identifies it.
+
+    Raises:
+        ConfigError: A batch size below 1, a metric that cannot be shared out, or see :func:`open_source`.
+    """
     from tqdm import tqdm  # noqa: PLC0415
 
     from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)

@@ -63,13 +63,14 @@ def load_run(checkpoint: str | Path, cfg: DictConfig) -> DictConfig:
     return merged
 
 
-def open_model(cfg: DictConfig, encode: bool = True) -> tuple[RAE | Generator, DictConfig]:
+def open_model(cfg: DictConfig, encode: bool = True, keep_guide: bool = False) -> tuple[RAE | Generator, DictConfig]:
     """The trained model that ``checkpoint`` names, or that ``model=…`` composes from published files.
 
     Args:
         cfg: Configuration of a command with ``checkpoint``, ``decoder_checkpoint`` and, for generators, ``sampler``,
             ``guidance`` and ``guide_checkpoint``.
         encode: Whether the encoder's weights are needed.
+        keep_guide: Whether an export's guide stays where ``guidance`` names a kind that does without one.
 
     Returns:
         A generator where the source holds a denoiser, else an autoencoder, in evaluation mode; and the configuration that says
@@ -93,7 +94,7 @@ def open_model(cfg: DictConfig, encode: bool = True) -> tuple[RAE | Generator, D
         raise ConfigError(
             f"checkpoint={cfg.checkpoint} holds weights alone: add model=… (see conf/model) to say of what"
         )
-    return _open_export(cfg, kind, path, encode), cfg
+    return _open_export(cfg, kind, path, encode, keep_guide), cfg
 
 
 def open_generator(cfg: DictConfig) -> tuple[Generator, DictConfig]:
@@ -167,7 +168,7 @@ def _open_guide(run: DictConfig) -> Denoiser | None:
     return guide
 
 
-def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool) -> RAE | Generator:
+def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool, keep_guide: bool) -> RAE | Generator:
     """An exported model with the command's decoder, sampler, guidance and guide."""
     from rae.checkpoint import load_autoencoder, load_decoder_from  # noqa: PLC0415
     from rae.checkpoint.pretrained import load_generator, read_description  # noqa: PLC0415
@@ -184,10 +185,12 @@ def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool) -> RAE | 
     if cfg.get("sampler") is not None:
         generator.sampler = make(cfg.sampler)
     if cfg.get("guidance") is not None:
-        if not _wants_guide(cfg) or cfg.get("guide_checkpoint") is not None:
+        if _wants_guide(cfg) and cfg.get("guide_checkpoint") is not None:
             generator.guide = _open_guide(cfg)
-        if _wants_guide(cfg) and generator.guide is None:
+        elif _wants_guide(cfg) and generator.guide is None:
             raise ConfigError("the export holds no guide: autoguidance needs guide_checkpoint=… (run or export)")
+        elif not _wants_guide(cfg) and not keep_guide:
+            generator.guide = None
         generator.guidance = make(cfg.guidance)
     return generator.eval()
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from rae.cli.build import make
+from rae.cli.build import keep_still, make
 from rae.cli.config import ConfigError
 from rae.cli.sources import open_images
 from rae.image import grid_scale, label_rows, save_png
@@ -57,7 +57,15 @@ class Nearest:
 
 
 def feature_function(metric: Any, device: torch.device) -> tuple[Any, str]:
-    """The features in which neighbours are sought, and their name: those of the metric's detector, else the pixels."""
+    """The features in which neighbours are sought, and their name: those of the metric's detector, else the pixels.
+
+    Args:
+        metric: A metric of :mod:`rae.metric`, or anything else.
+        device: Where the detector runs.
+
+    Returns:
+        A function of images uint8 B×3×H×W to features B×D, and the name.
+    """
     if isinstance(metric, MetricSet):
         metric = next(iter(metric.metrics.values()))
     detector = getattr(metric, "detector", None)
@@ -70,6 +78,13 @@ def feature_function(metric: Any, device: torch.device) -> tuple[Any, str]:
 def training_images(cfg: DictConfig, run: DictConfig) -> Iterator[Tensor]:
     """The images that ``neighbours_of`` names, or the run's training images, cropped as they are but never mirrored.
 
+    Args:
+        cfg: Configuration with ``neighbours_of`` and ``batch_size``.
+        run: The configuration that says what the model was trained on.
+
+    Returns:
+        Batches uint8 B×3×H×W.
+
     Raises:
         ConfigError: Nothing is named and the model does not say what it was trained on.
     """
@@ -81,9 +96,7 @@ def training_images(cfg: DictConfig, run: DictConfig) -> Iterator[Tensor]:
     if OmegaConf.select(run, "data._target_") is None or str(node["_target_"]).endswith(".LatentsDataModule"):
         raise ConfigError("the model does not name training images: add neighbours_of=… (an .npz, a folder or shards)")
     node = node.copy()
-    for key, value in (("flip", False), ("mode", "center_crop"), ("batch_size", cfg.batch_size)):
-        if key in node:
-            node[key] = value
+    keep_still(node, mode="center_crop", batch_size=cfg.batch_size)
     data = make(node)
     data.setup("fit")
     for batch in data.range_dataloader("train", [range(data.samples("train"))]):

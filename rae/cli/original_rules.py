@@ -35,13 +35,25 @@ class Translation:
     """The original's keys that have a counterpart -> our key or group."""
 
     def put(self, key: str, value: Any, origin: str) -> None:
-        """Sets one of our keys."""
+        """Sets one of our keys.
+
+        Args:
+            key: Its dotted name.
+            value: What it is set to.
+            origin: The key of the original that it comes from.
+        """
         self.values[key] = (value, origin)
         if origin in self.source:
             self.used[origin] = key
 
     def choose(self, group: str, choice: str, origin: str) -> None:
-        """Chooses a file of a group."""
+        """Chooses a file of a group.
+
+        Args:
+            group: The group in ``conf/``.
+            choice: The file of it.
+            origin: The key of the original that it comes from.
+        """
         self.choices[group] = choice
         self.used[origin] = group
 
@@ -67,12 +79,22 @@ Rule = Callable[[Translation, str, Any], None]
 
 
 def put(ours: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
-    """The value goes to a key of ours."""
+    """The value goes to a key of ours.
+
+    Args:
+        ours: Its dotted name.
+        convert: Makes our value of the original's.
+    """
     return lambda t, key, value: t.put(ours, convert(value), key)
 
 
 def choose(group: str, names: Mapping[Any, str]) -> Rule:
-    """The value is the choice of a group."""
+    """The value is the choice of a group.
+
+    Args:
+        group: The group in ``conf/``.
+        names: The file of the group by the original's value; any other value is refused.
+    """
 
     def rule(t: Translation, key: str, value: Any) -> None:
         if value in names:
@@ -105,7 +127,13 @@ def only(*values: Any, why: str) -> Rule:
 
 
 def when(kinds: str, rule: Rule, otherwise: str) -> Rule:
-    """A rule for some kinds of configuration; for the others the key is not needed."""
+    """A rule for some kinds of configuration; for the others the key is not needed.
+
+    Args:
+        kinds: Kinds of configuration, separated by spaces.
+        rule: What is done for these.
+        otherwise: Why the key is not needed for the others.
+    """
     return lambda t, key, value: (rule if t.kind in kinds.split() else leave(otherwise))(t, key, value)
 
 
@@ -120,7 +148,12 @@ def first_of(rule: Rule, *keys: str) -> dict[str, Rule]:
 
 
 def same_as(other: str, why: str) -> Rule:
-    """The value must be that of another key, which is translated."""
+    """The value must be that of another key, which is translated.
+
+    Args:
+        other: Dotted name of the other key.
+        why: Why this one is not needed then.
+    """
 
     def rule(t: Translation, key: str, value: Any) -> None:
         if t.source.get(other) == value:

@@ -102,7 +102,11 @@ def _facts(viewer: Viewer) -> str:
 
 
 def in_words(function: Callable[P, R]) -> Callable[P, R]:
-    """Shows the user's faults as one message on the page instead of a trace in the log."""
+    """Shows the user's faults as one message on the page instead of a trace in the log.
+
+    Raises:
+        gradio.Error: The function, when it is called, raised a fault of the user.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -155,6 +159,10 @@ def _reconstruction(viewer: Viewer) -> None:
 def uploaded(payload: dict[str, Any], folder: str) -> Path:
     """The path of an uploaded file: what a browser says is believed only below the folder of the uploads.
 
+    Args:
+        payload: What the browser sends for the image.
+        folder: Where Gradio keeps uploads.
+
     Raises:
         ValueError: Another path.
     """
@@ -165,7 +173,12 @@ def uploaded(payload: dict[str, Any], folder: str) -> Path:
 
 
 def score_table(scores: dict[str, float], has_lpips: bool) -> str:
-    """Scores as a table in Markdown."""
+    """Scores as a table in Markdown.
+
+    Args:
+        scores: Scores by name.
+        has_lpips: Whether LPIPS can be measured; the reason is given otherwise.
+    """
     names = " | ".join(_NAMES[name] for name in scores)
     values = " | ".join(f"{value:.{_DIGITS[name]}f}" for name, value in scores.items())
     table = f"| {names} |\n|{' --- |' * len(scores)}\n| {values} |"
@@ -181,7 +194,7 @@ def _samples(viewer: Viewer, limits: Limits) -> None:
     own = next((name for name, kind in GUIDANCES.items() if type(generator.guidance) is kind), "none")
     adaptive = isinstance(generator.sampler, AdaptiveSampler)
     has_guide = "autoguidance" in viewer.guidances
-    note = None if has_guide else "autoguidance needs a guide: start with guidance=autoguidance"
+    note = None if has_guide else "autoguidance needs a guide: start with guidance=autoguidance guide_checkpoint=…"
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             label = gr.Number(0, label=f"Class, 0 … {generator.num_classes - 1}", precision=0, elem_id="class")

@@ -57,6 +57,11 @@ def start(cfg: DictConfig) -> Fabric:
 def begin(fabric: Fabric, parts: Parts, *folders: Path | None) -> list[int]:
     """Claims the folder of some work, and further ones that it writes into, and shares out what is left of it.
 
+    Args:
+        fabric: The processes.
+        parts: The work; its folder is claimed.
+        folders: Further folders, see :meth:`rae.parts.Parts.claim`.
+
     Returns:
         The parts that fall to this process.
 

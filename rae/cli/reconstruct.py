@@ -57,16 +57,30 @@ def open_data(run: DictConfig, image_size: int) -> ImageDataModule:
     return data
 
 
-def share_of(data: ImageDataModule, count: int | None, rank: int = 0, world_size: int = 1) -> range:
-    """The held-out images that fall to one of several processes; with ``count``, of the first so many."""
-    total = data.samples("val") if count is None else min(count, data.samples("val"))
-    if count is not None and not 1 <= count <= data.samples("val"):
-        raise ConfigError(f"count={count} must lie in 1 … {data.samples('val')}, the number of images")
-    return range(total * rank // world_size, total * (rank + 1) // world_size)
+def checked_count(data: ImageDataModule, count: int | None) -> int:
+    """How many of the held-out images are meant: the first ``count``, or all of them where it is None.
+
+    Args:
+        data: The data module, set up.
+        count: The value of the key ``count``.
+
+    Raises:
+        ConfigError: There are fewer, or ``count`` is below 1.
+    """
+    total = data.samples("val")
+    if count is not None and not 1 <= count <= total:
+        raise ConfigError(f"count={count} must lie in 1 … {total}, the number of images")
+    return total if count is None else count
 
 
 def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[str, Any]:
-    """What tells the reconstructions of this model and these images from others."""
+    """What tells the reconstructions of this model and these images from others.
+
+    Args:
+        cfg: The command's configuration.
+        run: The run's configuration, which names the images.
+        autoencoder: The model.
+    """
     from rae.cli.config import plain  # noqa: PLC0415
     from rae.weights import state_hash  # noqa: PLC0415
 
@@ -100,7 +114,7 @@ def reconstruct(cfg: DictConfig) -> None:
     autoencoder = autoencoder.to(fabric.device)
     metric = make(run.metric).to(fabric.device)  # before the images: what does not fit is to be said at once
     data = open_data(run, autoencoder.image_size)
-    count = len(share_of(data, cfg.count))
+    count = checked_count(data, cfg.count)
     identity = model_identity(cfg, run, autoencoder)
     parts = Parts(folder / "parts", {**identity, "png": cfg.png}, count, cfg.part_size, ".npy")
     draw_parts(cfg, fabric, autoencoder, data, parts, folder / "images" if cfg.png else None)
@@ -126,7 +140,16 @@ def reconstruct(cfg: DictConfig) -> None:
 def draw_parts(
     cfg: DictConfig, fabric: Fabric, autoencoder: RAE, data: ImageDataModule, parts: Parts, png: Path | None
 ) -> None:
-    """Reconstructs what is not there yet: .npy files uint8 n×H×W×3 and, where there is a folder for them, PNG files."""
+    """Reconstructs what is not there yet: .npy files uint8 n×H×W×3 and, where there is a folder for them, PNG files.
+
+    Args:
+        cfg: Configuration with ``precision``.
+        fabric: The processes; each takes its share of the parts.
+        autoencoder: In evaluation mode, on the device.
+        data: Its held-out images.
+        parts: The work.
+        png: The folder for PNG files; None for none.
+    """
     import numpy as np  # noqa: PLC0415
     import torch  # noqa: PLC0415
 
@@ -154,6 +177,13 @@ def score_parts(
 ) -> tuple[Tensor, list[int]]:
     """Gives this process's share of the pairs to the metric.
 
+    Args:
+        cfg: Configuration with ``grid_pairs``.
+        fabric: The processes; each takes a stretch of the images.
+        metric: Takes reconstructions and originals.
+        data: Its held-out images.
+        parts: Their reconstructions, all done.
+
     Returns:
         The originals of the grid, uint8 n×3×H×W, on the first process, and the labels of all images.
     """
@@ -161,9 +191,9 @@ def score_parts(
     from torch import distributed  # noqa: PLC0415
 
     from rae.cli.drawing import pick  # noqa: PLC0415
+    from rae.parts import stretch  # noqa: PLC0415
 
-    rank, world = fabric.global_rank, fabric.world_size
-    mine = range(parts.count * rank // world, parts.count * (rank + 1) // world)
+    mine = stretch(parts.count, fabric.global_rank, fabric.world_size)
     shown: list[Tensor] = []
     labels: list[int] = []
     for batch in data.range_dataloader("val", [mine]):
@@ -171,15 +201,22 @@ def score_parts(
         if len(labels) < cfg.grid_pairs:
             shown.append(batch["image"])
         labels += batch["label"].tolist()
-    if world > 1:
-        shares: list[Any] = [None] * world
+    if fabric.world_size > 1:
+        shares: list[Any] = [None] * fabric.world_size
         distributed.all_gather_object(shares, labels)
         labels = [label for share in shares for label in share]
     return torch.cat(shown)[: cfg.grid_pairs], labels
 
 
 def write_grid(originals: Tensor, parts: Parts, labels: list[int] | None, folder: Path) -> None:
-    """``grid.png``: pairs of original and reconstruction, with class and PSNR."""
+    """``grid.png``: pairs of original and reconstruction, with class and PSNR.
+
+    Args:
+        originals: The first images, uint8 n×3×H×W.
+        parts: The reconstructions of all images.
+        labels: Classes of all images; None where they are not known: their numbers stand there then.
+        folder: Where the picture goes.
+    """
     import torch  # noqa: PLC0415
 
     from rae.cli.drawing import pick  # noqa: PLC0415
@@ -199,7 +236,18 @@ def write_grid(originals: Tensor, parts: Parts, labels: list[int] | None, folder
 def write_interpolations(
     cfg: DictConfig, autoencoder: RAE, originals: Tensor, device: torch.device, folder: Path
 ) -> None:
-    """``interpolations.png``: rows from one image to the next, decoded from points on the line between their latents."""
+    """``interpolations.png``: rows from one image to the next, decoded from points on the line between their latents.
+
+    Args:
+        cfg: Configuration with ``interpolations``: pictures in a row, both ends counted.
+        autoencoder: The model, on the device.
+        originals: Images uint8 n×3×H×W; each row is between two of them.
+        device: Where the model is.
+        folder: Where the picture goes.
+
+    Raises:
+        ConfigError: Fewer than three pictures in a row, or fewer than two images.
+    """
     import torch  # noqa: PLC0415
 
     from rae.data.transforms import to_float  # noqa: PLC0415

@@ -59,17 +59,26 @@ def reference(cfg: DictConfig) -> None:
 
 
 def build(cfg: DictConfig, fabric: Fabric) -> tuple[Reference, np.ndarray | None]:
-    """The reference of a data set's training or validation images, each process its share; and the images to keep."""
+    """The reference of a data set's training or validation images, each process its share; and the images to keep.
+
+    Args:
+        cfg: The command's configuration; the data's flips are switched off in it.
+        fabric: The processes.
+
+    Returns:
+        The reference, and the images uint8 n×H×W×3 on disk, or None where none are kept.
+
+    Raises:
+        ConfigError: The data are no images, or others in every epoch.
+    """
     from tqdm import tqdm  # noqa: PLC0415
 
-    from rae.cli.build import make, seed  # noqa: PLC0415
+    from rae.cli.build import check_images, keep_still, make, seed  # noqa: PLC0415
     from rae.metric import ReferenceBuilder  # noqa: PLC0415
+    from rae.parts import stretch  # noqa: PLC0415
 
-    if cfg.data.get("mode") == "random_crop":
-        raise ConfigError("data.mode=random_crop makes other images in every epoch; references are of center_crop")
-    for key, value in (("flip", False), ("exact", True), ("fast_decode", False)):
-        if key in cfg.data:
-            cfg.data[key] = value  # the published statistics are of Pillow's pixels, unflipped
+    check_images(cfg, "references")
+    keep_still(cfg.data, exact=True, fast_decode=False)  # the published statistics are of Pillow's pixels, unflipped
     seed(cfg)
     kind = cfg.kind or ("training" if cfg.split == "train" else "validation")
     data = make(cfg.data)
@@ -78,8 +87,7 @@ def build(cfg: DictConfig, fabric: Fabric) -> tuple[Reference, np.ndarray | None
     detector = make(cfg.detector)
     builder = ReferenceBuilder(detector, kind, cfg.data.get("mode"), total, min(cfg.kept, total)).to(fabric.device)
     kept = _open_scratch(cfg, fabric, builder, data.image_size) if cfg.images and builder.kept else None
-    rank, world = fabric.global_rank, fabric.world_size
-    mine = range(total * rank // world, total * (rank + 1) // world)
+    mine = stretch(total, fabric.global_rank, fabric.world_size)
     with tqdm(total=len(mine), desc="features", unit="image", disable=not fabric.is_global_zero) as bar:
         for batch in data.range_dataloader(cfg.split, [mine]):
             builder.update(batch["image"], batch["index"])

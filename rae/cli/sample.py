@@ -69,7 +69,14 @@ def sample(cfg: DictConfig) -> None:
 
 
 def write_sheets(cfg: DictConfig, parts: Parts, labels: Sequence[int], folder: Path) -> None:
-    """``grid.png``, one class a row, and with ``sheets`` a picture of every class with all its samples."""
+    """``grid.png``, one class a row, and with ``sheets`` a picture of every class with all its samples.
+
+    Args:
+        cfg: Configuration with ``grid_columns``, ``grid_rows`` and ``sheets``.
+        parts: Samples that are drawn.
+        labels: Label of every sample.
+        folder: Where the pictures go.
+    """
     from rae.cli.drawing import pick  # noqa: PLC0415
     from rae.image import grid_scale, label_rows, make_grid, save_png  # noqa: PLC0415
 
@@ -87,7 +94,17 @@ def write_sheets(cfg: DictConfig, parts: Parts, labels: Sequence[int], folder: P
 
 
 def write_interpolations(cfg: DictConfig, generator: Generator, labels: Sequence[int], folder: Path) -> None:
-    """``interpolations.png``: for each class two samples and, between them, what is drawn from noise between theirs."""
+    """``interpolations.png``: for each class two samples and, between them, what is drawn from noise between theirs.
+
+    Args:
+        cfg: Configuration with ``interpolations``, ``grid_rows`` and ``seed``.
+        generator: The model, on the device.
+        labels: Their first classes get a row each.
+        folder: Where the picture goes.
+
+    Raises:
+        ConfigError: Fewer than three pictures in a row.
+    """
     from rae.image import grid_scale, label_rows, save_png, to_uint8  # noqa: PLC0415
 
     if cfg.interpolations < 3:

@@ -23,7 +23,18 @@ Batch = tuple[Tensor, Tensor | None, Tensor]
 
 
 def iterate_shards(path: Path, batch_size: int) -> Iterator[ImageBatch]:
-    """Batches of the images of a folder of tar shards, in the order of names and keys; all must be of one size."""
+    """Batches of the images of a folder of tar shards, in the order of names and keys; all must be of one size.
+
+    Args:
+        path: The folder.
+        batch_size: Images at once.
+
+    Returns:
+        Batches as :func:`rae.metric.iterate_npz` gives them.
+
+    Raises:
+        ValueError: There is no image, they are of several sizes, or one is damaged.
+    """
     entries = [(str(shard), *entry) for shard in sorted(path.glob("*.tar")) for entry in sorted(read_index(shard))]
     if not entries:
         raise ValueError(f"the shards of {str(path)!r} hold no image")
@@ -44,6 +55,13 @@ def iterate_shards(path: Path, batch_size: int) -> Iterator[ImageBatch]:
 
 def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """Batches of the images that a key of the configuration names, each process its share of the batches.
+
+    Args:
+        key: The key, for messages.
+        given: Its value: an .npz, a folder of images, or a folder of tar shards.
+        batch_size: Images at once.
+        rank: Number of this process.
+        world_size: Number of processes.
 
     Raises:
         FileNotFoundError: There is nothing of that name.
@@ -72,6 +90,13 @@ def open_pairs(
     samples: str, originals: str, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Reconstructions uint8 B×3×H×W with their originals, paired in the order in which both are read.
+
+    Args:
+        samples: Where the reconstructions are, see :func:`open_images`.
+        originals: Where the originals are.
+        batch_size: Pairs at once.
+        rank: Number of this process.
+        world_size: Number of processes.
 
     Raises:
         ValueError: One holds more images than the other.

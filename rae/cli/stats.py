@@ -30,24 +30,25 @@ _HOW = (
 
 
 def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[str, Any]:
-    """The data's configuration, less what the images of a split do not depend on, and a hash of their names and labels."""
+    """The data's configuration, less what the images of a split do not depend on, and a hash of their names and labels.
+
+    Args:
+        cfg: A configuration with ``data``.
+        data: The data module made of it, set up.
+        split: ``train`` or ``val``.
+    """
     other = "val_path" if split == "train" else "train_path"
     described = {key: value for key, value in plain(cfg)["data"].items() if key not in (*_HOW, other)}
     return {**described, "names": data.names_hash(split)}
 
 
-def check_images(cfg: DictConfig) -> None:
-    """Refuses data that are no images.
-
-    Raises:
-        ConfigError: Says what to choose.
-    """
-    if str(cfg.data.get("_target_")).endswith("LatentsDataModule"):
-        raise ConfigError("data=latents holds no images to encode; choose data=imagenet or data=shards, say")
-
-
 def merged(parts: Parts, shape: tuple[int, ...]) -> RunningMoments:
-    """The moments of all parts together, joined in their order."""
+    """The moments of all parts together, joined in their order.
+
+    Args:
+        parts: The work, all done.
+        shape: C×h×w of a latent.
+    """
     from rae.latent import RunningMoments  # noqa: PLC0415 (imports torch)
     from rae.weights import read_file  # noqa: PLC0415
 
@@ -60,7 +61,12 @@ def merged(parts: Parts, shape: tuple[int, ...]) -> RunningMoments:
 
 
 def statistics_file(moments: RunningMoments, per_channel: bool) -> dict[str, Tensor]:
-    """Mean and variance as the original's file holds them, float32 C×H×W."""
+    """Mean and variance as the original's file holds them, float32 C×H×W.
+
+    Args:
+        moments: Moments of the latents at every position.
+        per_channel: Whether all positions of a channel get the same mean and variance.
+    """
     mean, var = moments.mean, moments.var
     if per_channel:
         # The variance over all positions is the mean of theirs and the spread of their means.
@@ -74,17 +80,18 @@ def stats(cfg: DictConfig) -> None:
     """Encodes the data set once, in parts, and writes ``stat.pt`` (mean and var) with a description beside it.
 
     Raises:
-        ConfigError: ``stat.pt`` exists and ``force`` is false, or the data are no images.
+        ConfigError: ``stat.pt`` exists and ``force`` is false, or the data are no images or random crops.
     """
     target = Path(cfg.output_dir) / "stat.pt"
     if target.exists() and not cfg.force:
         raise ConfigError(f"{str(target)!r} exists: force=true replaces it, output_dir=… writes elsewhere")
 
-    check_images(cfg)
+    from rae.cli.build import check_images, make, seed  # noqa: PLC0415 (imports Hydra's instantiation)
+
+    check_images(cfg, "statistics")
 
     import torch  # noqa: PLC0415 (slow to import)
 
-    from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)
     from rae.cli.processes import batches_of, begin, first, start  # noqa: PLC0415
     from rae.data.transforms import to_float  # noqa: PLC0415
     from rae.latent import RunningMoments  # noqa: PLC0415

@@ -71,7 +71,15 @@ def readable(checkpoint: Path) -> Path:
 
 
 def fit(parts: Parts, checkpoint: str | None) -> None:
-    """Trains; Ctrl-C becomes :class:`~rae.cli.entry.Interrupted` with a word on the last checkpoint."""
+    """Trains; Ctrl-C becomes :class:`~rae.cli.entry.Interrupted` with a word on the last checkpoint.
+
+    Args:
+        parts: Data, module and trainer.
+        checkpoint: The ``.ckpt`` to continue from; None to begin.
+
+    Raises:
+        Interrupted: Ctrl-C, or a signal that ends the run.
+    """
     trainer = parts.trainer
     try:
         trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)

@@ -194,6 +194,12 @@ class Viewer:
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     """A whole number within a range.
 
+    Args:
+        name: What it is, for the message.
+        value: Whatever was given; 3.0 counts as whole.
+        low: Smallest that is allowed.
+        high: Largest that is allowed; None for no such limit.
+
     Raises:
         ValueError: Another value, named with what is allowed.
     """

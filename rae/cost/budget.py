@@ -36,6 +36,10 @@ class Card:
     def seconds(self, flops: Mapping[str, float], mfu: float) -> float:
         """Time of operations, given by the arithmetic they are in, at a share of the peak.
 
+        Args:
+            flops: Operations by the name of their peak in this class.
+            mfu: The share, in (0, 1].
+
         Raises:
             ValueError: A share outside (0, 1].
         """
@@ -99,7 +103,12 @@ class Plan:
         ]
 
     def flops(self, step: Step, loss: Stage1Loss | None = None) -> dict[str, float]:
-        """Operations of the whole training, by the network whose precision they are in."""
+        """Operations of the whole training, by the network whose precision they are in.
+
+        Args:
+            step: What one step takes.
+            loss: Stage 1's loss, by whose starts the phases of the training are weighted; None elsewhere.
+        """
         phases = self.phases(loss)
         return {
             network: self.total_images * sum(share * step.flops(network, phase) for share, phase in phases)
@@ -156,6 +165,14 @@ def optimizer_ratio(factory: Callable[[Any], torch.optim.Optimizer]) -> float:
 
 def evaluations(sampler: Any, guidance: Any, flow: FlowMatching) -> dict[str, int]:
     """How often a sample passes through the denoiser and the guide, found by running the sampler on models that count.
+
+    Args:
+        sampler: A sampler of :mod:`rae.flow` with a fixed number of steps.
+        guidance: A guidance of :mod:`rae.flow`.
+        flow: Gives the shift of the sampler's times.
+
+    Returns:
+        Evaluations of one sample by network, ``denoiser`` and ``guide``.
 
     Raises:
         ValueError: A sampler whose steps depend on the networks.

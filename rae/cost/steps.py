@@ -69,7 +69,13 @@ def backward_of(total: Callable[[Any], Tensor]) -> Callable[[Any], None]:
 
 
 def stage0_step(network: nn.Module, size: int, precision: torch.dtype | None = None) -> Step:
-    """The classifier's step, images 3×size×size; the network is :class:`~rae.training.classifier.ClassifierModule`'s."""
+    """The classifier's step, images 3×size×size; the network is :class:`~rae.training.classifier.ClassifierModule`'s.
+
+    Args:
+        network: The classifier.
+        size: Side of the images, in pixels.
+        precision: Type that autocast computes in; None for that of the weights.
+    """
 
     def backward(logits: Tensor) -> None:
         logits.float().logsumexp(1).mean().backward()
@@ -84,13 +90,24 @@ def encoding(autoencoder: RAE, size: int) -> Work:
 
 
 def decoding(autoencoder: RAE, precision: torch.dtype | None = None) -> Work:
-    """Decoding of a latent, without graph."""
+    """Decoding of a latent, without graph.
+
+    Args:
+        autoencoder: The model; its encoder is not run.
+        precision: Type that autocast computes in; None for that of the weights.
+    """
     decoder, dtype = autoencoder.decoder, autoencoder.decoder.last_layer.weight.dtype
     return measure(lambda images: decoder(torch.randn(images, *autoencoder.latent_shape, dtype=dtype)), None, precision)
 
 
 def denoising(denoiser: Denoiser, flow: FlowMatching, precision: torch.dtype | None = None) -> Work:
-    """Forward pass, flow-matching loss and backward pass of a latent."""
+    """Forward pass, flow-matching loss and backward pass of a latent.
+
+    Args:
+        denoiser: The network.
+        flow: Its loss.
+        precision: Type that autocast computes in; None for that of the weights.
+    """
     dtype = next(denoiser.parameters()).dtype
 
     def forward(images: int) -> Tensor:
@@ -102,7 +119,12 @@ def denoising(denoiser: Denoiser, flow: FlowMatching, precision: torch.dtype | N
 
 
 def denoiser_forward(denoiser: Denoiser, precision: torch.dtype | None = None) -> Work:
-    """One evaluation for one latent, without graph."""
+    """One evaluation for one latent, without graph.
+
+    Args:
+        denoiser: The network.
+        precision: Type that autocast computes in; None for that of the weights.
+    """
     dtype = next(denoiser.parameters()).dtype
 
     def forward(images: int) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from rae.data.loader import ImageFiles
-from rae.data.module import ImageDataModule
+from rae.data.module import ImageDataModule, given_train_path
 from rae.data.transforms import ImageTransform
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
@@ -62,19 +62,25 @@ class ImageFolder(ImageFiles):
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the subfolders of a folder, sorted: the classes 0, 1, …."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    """Names of the subfolders of a folder, sorted: the classes 0, 1, …; hidden ones (``.cache``) are none."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def image_files(root: Path, below: str) -> list[str]:
-    """Image files at any depth below a subfolder, as sorted paths relative to the root."""
+    """Image files at any depth below a subfolder, as sorted paths relative to the root; hidden files and folders are left out.
+
+    Args:
+        root: The folder that the paths are relative to.
+        below: Name of the subfolder; empty for the whole folder.
+    """
     files = []
-    for folder, _, names in os.walk(root / below, followlinks=True):
+    for folder, folders, names in os.walk(root / below, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails and the like
         relative = os.path.relpath(folder, root)
         files += [
             os.path.normpath(os.path.join(relative, name))
             for name in names
-            if os.path.splitext(name)[1].lower() in SUFFIXES
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
         ]
     return sorted(files)
 
@@ -130,11 +136,11 @@ class ImageFolderDataModule(ImageDataModule):
         self.train_transform = ImageTransform(image_size, mode, resize, flip, exact, fast_decode)
         self.val_transform = ImageTransform(image_size, "center_crop", exact=True)
         if val_path is None:
-            self._given_train_path()
+            given_train_path(train_path, self.what)
 
     def train_dataset(self) -> ImageFiles:
         """The images of ``train_path``."""
-        return self._images(self._given_train_path(), self.train_transform)
+        return self._images(given_train_path(self.train_path, self.what), self.train_transform)
 
     def val_dataset(self) -> ImageFiles | None:
         """The images of ``val_path``, if given.
@@ -163,11 +169,6 @@ class ImageFolderDataModule(ImageDataModule):
                     f"data.train_path={self.train_path!r}: classes are counted by their sorted names; let both hold the "
                     "same classes"
                 )
-
-    def _given_train_path(self) -> str:
-        if self.train_path is None:
-            raise ValueError(f"data.train_path is not given; add data.train_path={self.what}")
-        return self.train_path
 
     def _images(self, path: str, transform: ImageTransform) -> ImageFiles:
         folder = ImageFolder(path, transform, self.unlabelled, self.max_bad_share)

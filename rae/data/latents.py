@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from rae.data.loader import Sample, SeededDataset
-from rae.data.module import ImageDataModule
+from rae.data.module import ImageDataModule, given_train_path
 from rae.data.transforms import flip_of
 
 INDEX = "latents.json"
@@ -91,6 +91,8 @@ class LatentsDataModule(ImageDataModule):
         ValueError: Neither path is given, or an argument is out of range.
     """
 
+    what = "/path/to/latents/train (rae-cache-latents makes them)"
+
     def __init__(
         self,
         train_path: str | None = None,
@@ -104,10 +106,8 @@ class LatentsDataModule(ImageDataModule):
         pin_memory: bool = True,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, image_size, num_classes, pin_memory)
-        if train_path is None and val_path is None:
-            raise ValueError(
-                "data.train_path is not given; add data.train_path=/path/to/latents/train (rae-cache-latents)"
-            )
+        if val_path is None:
+            given_train_path(train_path, self.what)
         self.train_path = train_path
         self.val_path = val_path
         self.flip = flip
@@ -119,11 +119,7 @@ class LatentsDataModule(ImageDataModule):
             ValueError: ``train_path`` is not given, or the latents are of other images or without mirrored copies.
             FileNotFoundError: There are none.
         """
-        if self.train_path is None:
-            raise ValueError(
-                "data.train_path is not given; add data.train_path=/path/to/latents/train (rae-cache-latents)"
-            )
-        return self._latents(self.train_path, self.flip)
+        return self._latents(given_train_path(self.train_path, self.what), self.flip)
 
     def val_dataset(self) -> CachedLatents | None:
         """The latents of ``val_path``, if given."""
@@ -167,6 +163,10 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """What tells two fingerprints of encoders apart, in words; empty where nothing does.
 
     The same weights in another precision have another hash, so that hashes are compared within one precision only.
+
+    Args:
+        first: Fingerprint of the encoder that the latents were made with.
+        second: Fingerprint of the one at hand.
     """
     known = [key for key in {**first, **second} if key not in ("weights", "dtype")]
     found = [key for key in known if first.get(key) != second.get(key)]

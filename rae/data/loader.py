@@ -48,7 +48,12 @@ class SeededDataset(Dataset[Sample], Sized, ABC):
         """
 
     def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
-        """The samples of a batch."""
+        """The samples of a batch.
+
+        Args:
+            indices: Positions in the data set.
+            seeds: Seed of each sample's augmentation.
+        """
         return [self.load(index, seed) for index, seed in zip(indices, seeds, strict=True)]
 
     @abstractmethod
@@ -99,6 +104,10 @@ class ImageFiles(SeededDataset):
 
     def load(self, index: int, seed: int) -> Sample:
         """The image at a position, or the next one that can be read.
+
+        Args:
+            index: The position.
+            seed: Seed of the augmentation's draws, the same for a replacement.
 
         Raises:
             BrokenFilesError: More images in a row are unreadable than may be in the whole data set.
@@ -200,7 +209,15 @@ class BrokenFiles:
 def too_many_broken(
     count: int, length: int, max_share: float, names: list[str], option: str = "data.max_bad_share"
 ) -> str:
-    """The message of the error that ends a run on a spoiled data set."""
+    """The message of the error that ends a run on a spoiled data set.
+
+    Args:
+        count: Files found broken so far.
+        length: Files of the data set.
+        max_share: Largest share of them that may be broken.
+        names: Names of broken files; three are said.
+        option: The key that says the share.
+    """
     return (
         f"at least {count} of {length} files cannot be read, more than {option}={max_share:g} allows, "
         f"e.g. {', '.join(names[:3])}; repair or remove them, or raise {option}"

@@ -19,6 +19,21 @@ log = logging.getLogger(__name__)
 _MUST_AGREE = ("global_batch_size", "length", "seed")  # else the seen batches are not the first ones of the new order
 
 
+def given_train_path(path: str | None, example: str) -> str:
+    """The path of the training samples, for data sets in files.
+
+    Args:
+        path: The path, or None where none was given.
+        example: What a path looks like, for the message.
+
+    Raises:
+        ValueError: None was given.
+    """
+    if path is None:
+        raise ValueError(f"data.train_path is not given; add data.train_path={example}")
+    return path
+
+
 class ImageDataModule(L.LightningDataModule, ABC):
     """Batches ``{"image": uint8 B×3×H×W, "label", "index", "epoch": int64 B}`` that depend on the run's seed alone.
 

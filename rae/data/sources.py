@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rae.data.folder import SUFFIXES, image_files
+from rae.data.folder import SUFFIXES, class_folders, image_files
 
 _LISTS = ("ILSVRC2012_validation_ground_truth.txt", "imagenet_2012_validation_synset_labels.txt")
 
@@ -85,9 +85,8 @@ Named = list[tuple[str | None, Source]]
 
 
 def _in_folder(root: Path) -> Named:
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     found: Named = []
-    names: list[str | None] = [*folders] or [None]
+    names: list[str | None] = [*class_folders(root)] or [None]
     for name in names:
         files = image_files(root, name or "")
         if not files:

@@ -115,7 +115,12 @@ def _scaled_size(image: Image.Image, size: int) -> tuple[int, int]:
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Bicubic resize so that the shorter side is ``size``; the longer one is rounded down."""
+    """Bicubic resize so that the shorter side is ``size``; the longer one is rounded down.
+
+    Args:
+        image: An RGB image.
+        size: The shorter side, in pixels.
+    """
     return _resize(image, _shorter_size(image, size), Image.Resampling.BICUBIC)
 
 

@@ -34,7 +34,12 @@ class PathSample:
 
 
 def like(values: Tensor, x: Tensor) -> Tensor:
-    """Values B (or a scalar) shaped so that they broadcast over x B×…."""
+    """Values B (or a scalar) shaped so that they broadcast over x B×….
+
+    Args:
+        values: One value a sample, B, or a scalar.
+        x: What they are to be multiplied with, B×….
+    """
     return values.reshape(-1, *(1,) * (x.ndim - 1)) if values.ndim else values
 
 
@@ -123,7 +128,13 @@ class Path(Described, ABC):
         return (ratio * velocity - x) / (ratio * like(c.d_sigma, x) - like(c.sigma, x))
 
     def data_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Data that a velocity field implies; x − t·v on the linear path, and defined at both ends."""
+        """Data that a velocity field implies; x − t·v on the linear path, and defined at both ends.
+
+        Args:
+            velocity: Velocity B×….
+            x: State B×… at time t.
+            t: Times B, or a scalar.
+        """
         c = self.coefficients(t)
         alpha, d_alpha, sigma, d_sigma = (like(value, x) for value in (c.alpha, c.d_alpha, c.sigma, c.d_sigma))
         return (d_sigma * x - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)

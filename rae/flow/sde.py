@@ -36,6 +36,8 @@ class SDESampler(Described, ABC):
 
     stochastic = True
     stages: int
+    needs_last_step = False
+    """Whether a step to t = 0 would evaluate the score there, where it does not exist."""
 
     def __init__(
         self,
@@ -61,6 +63,11 @@ class SDESampler(Described, ABC):
             )
         if self.last_step not in LAST_STEPS:
             raise ValueError(f"sampler.last_step={last_step!r} is unknown; choose one of {', '.join(LAST_STEPS)}")
+        if self.needs_last_step and self.last_step == "none":
+            raise ValueError(
+                f"sampler.last_step='none' with {type(self).__name__} would evaluate the score at t = 0, where it does not "
+                "exist; choose mean, tweedie or euler"
+            )
         if self.last_step != "none" and not 0 < last_step_size < 1:
             raise ValueError(
                 f"sampler.last_step_size={last_step_size} must lie in (0, 1); last_step=none for no last step"
@@ -73,7 +80,15 @@ class SDESampler(Described, ABC):
 
     @abstractmethod
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float, noise: Tensor) -> Tensor:
-        """One stochastic step from t down to t_next."""
+        """One stochastic step from t down to t_next.
+
+        Args:
+            velocity: Velocity field of x B×… and a time (float).
+            x: State B×… at time t.
+            t: Time.
+            t_next: Time after the step, below t.
+            noise: Standard normal noise B×….
+        """
 
     def sample(
         self,
@@ -114,7 +129,13 @@ class SDESampler(Described, ABC):
         return x
 
     def drift(self, velocity: Velocity, x: Tensor, t: float) -> Tensor:
-        """V − D·score at time t."""
+        """V − D·score at time t.
+
+        Args:
+            velocity: Velocity field of x B×… and a time (float).
+            x: State B×… at time t.
+            t: Time, above 0.
+        """
         v = velocity(x, t)
         return v - self._diffusion(t) * self._score(v, x, t)
 
@@ -159,22 +180,7 @@ class StochasticHeunSampler(SDESampler):
     """
 
     stages = 2
-
-    def __init__(
-        self,
-        grid: OfficialGrid | FullGrid | None = None,
-        path: Path | None = None,
-        diffusion: str = "sigma",
-        norm: float = 1.0,
-        last_step: str | None = "mean",
-        last_step_size: float = 0.04,
-    ) -> None:
-        super().__init__(grid, path, diffusion, norm, last_step, last_step_size)
-        if self.last_step == "none":
-            raise ValueError(
-                "sampler.last_step='none' with the stochastic Heun sampler would evaluate the score at t = 0, where it does "
-                "not exist; choose mean, tweedie or euler"
-            )
+    needs_last_step = True
 
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float, noise: Tensor) -> Tensor:
         """See :meth:`SDESampler.step`."""

@@ -116,7 +116,15 @@ class Stage1Loss(nn.Module):
 
 
 def gradient_at(image: Tensor, loss: Tensor) -> Tensor:
-    """Gradient of a loss at an image that was cut off the decoder's graph (``detach().requires_grad_()``)."""
+    """Gradient of a loss at an image that was cut off the decoder's graph (``detach().requires_grad_()``).
+
+    Args:
+        image: The image B×3×H×W, a leaf.
+        loss: A scalar computed from it; its graph is freed.
+
+    Returns:
+        B×3×H×W.
+    """
     return torch.autograd.grad(loss, image)[0]
 
 

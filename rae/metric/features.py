@@ -35,14 +35,17 @@ class Features(NamedTuple):
 def check_images(images: Tensor, name: str = "images") -> Tensor:
     """Returns images as they are.
 
+    Args:
+        images: What was given.
+        name: What they are, for the message.
+
     Raises:
         ValueError: They are no non-empty uint8 batch of RGB images.
     """
     if images.dtype != torch.uint8:
         raise ValueError(
             f"{name} must be bytes (torch.uint8 in 0…255), got {images.dtype}: float images would be scored without "
-            "the "
-            "rounding that files have; convert them with rae.image.to_uint8"
+            "the rounding that files have; convert them with rae.image.to_uint8"
         )
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"{name} must be of shape B×3×H×W, got {tuple(images.shape)}")

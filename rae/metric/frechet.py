@@ -28,7 +28,13 @@ class SummedMetric(Metric):
         return super()._apply(lambda tensor: tensor.to(moved.device), exclude_state)
 
     def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
-        """Registers a sum of the given shape, zero at first."""
+        """Registers a sum of the given shape, zero at first.
+
+        Args:
+            name: Name of the state.
+            shape: Sides of the sum; none for a scalar.
+            dtype: Its type.
+        """
         self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
 

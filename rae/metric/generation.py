@@ -267,11 +267,15 @@ def _check_names(names: Sequence[str], detector: Detector) -> None:
 
 
 def warn_of_rank(moments: Moments, name: str) -> None:
-    """Warns where there are too few samples for a covariance of full rank."""
+    """Warns where there are too few samples for a covariance of full rank.
+
+    Args:
+        moments: Moments of the features.
+        name: Name of the score, for the warning.
+    """
     width = moments.mean.numel()
     if moments.samples <= width:
         rank_zero_warn(
             f"{name} of {moments.samples} samples: the covariance of {width} features needs at least {width + 1} "
-            "samples for full rank; "
-            "the score is biased upwards and comparable only with others of as many samples"
+            "samples for full rank; the score is biased upwards and comparable only with others of as many samples"
         )

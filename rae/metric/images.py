@@ -153,7 +153,7 @@ def _read_labels(archive: zipfile.ZipFile, path: Path) -> Tensor | None:
 
 
 def folder_files(path: str | Path) -> list[Path]:
-    """The image files of a folder and its subfolders, by name.
+    """The image files of a folder and its subfolders, by name; hidden files and folders are left out.
 
     Raises:
         FileNotFoundError: There is no such folder, or no image in it.
@@ -162,6 +162,7 @@ def folder_files(path: str | Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"folder {str(path)!r} does not exist")
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
         raise FileNotFoundError(f"folder {str(path)!r} holds no image ({', '.join(SUFFIXES)})")
     return files
@@ -203,6 +204,10 @@ def same_size(image: Tensor, shape: torch.Size, name: str, first: str) -> None:
 
 def iterate_folder(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
     """Batches of the images of a folder, in the order of their names; they must all be of one size.
+
+    Args:
+        path: The folder.
+        batch_size: Images at once.
 
     Raises:
         FileNotFoundError: There is no such folder, or no image in it.

@@ -161,7 +161,12 @@ def in_processes() -> bool:
 
 
 def counts_of_processes(count: int, device: torch.device) -> list[int]:
-    """Samples that each process holds."""
+    """Samples that each process holds.
+
+    Args:
+        count: Samples of this process.
+        device: Where the processes exchange tensors.
+    """
     if not in_processes():
         return [count]
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
@@ -170,7 +175,12 @@ def counts_of_processes(count: int, device: torch.device) -> list[int]:
 
 
 def blocks_of_processes(own: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
-    """Blocks of the features of all processes, in the same order on each; one of another is held at a time."""
+    """Blocks of the features of all processes, in the same order on each; one of another is held at a time.
+
+    Args:
+        own: Features of this process, n×D.
+        counts: Samples of every process, from :func:`counts_of_processes`.
+    """
     if not in_processes():
         yield from own.split(BLOCK)
         return

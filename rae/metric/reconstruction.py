@@ -43,6 +43,10 @@ class ImageMeans(SummedMetric):
     def update(self, scores: dict[str, Tensor], count: int) -> None:
         """Adds the scores of ``count`` images, B each.
 
+        Args:
+            scores: Scores by name, one for each image, B.
+            count: Images, B.
+
         Raises:
             ValueError: Other names, or another number of scores.
         """

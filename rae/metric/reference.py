@@ -126,8 +126,7 @@ class Reference:
         if size is not None and tuple(size) != (height, width):
             raise ValueError(
                 f"images are {height}×{width}, but reference {self.name} is of images of {size[0]}×{size[1]}: give a "
-                "reference of "
-                f"{height}×{width} images, or sample at {size[0]}×{size[1]}"
+                f"reference of {height}×{width} images, or sample at {size[0]}×{size[1]}"
             )
 
     def for_detector(

@@ -16,6 +16,7 @@ from rae.autoencoder import RAE
 from rae.data.transforms import to_float
 from rae.describe import describe
 from rae.generator import PRECISIONS, Generator
+from rae.parts import stretch
 from rae.training.ema import EMA
 from rae.weights import write_json
 
@@ -104,7 +105,12 @@ class Evaluation(L.Callback):
     # --- what is scored ----------------------------------------------------------------------------------------
 
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Makes this process's share of the images and gives them to the metric."""
+        """Makes this process's share of the images and gives them to the metric.
+
+        Args:
+            trainer: Names the process and the data.
+            pl_module: The module, in evaluation mode, with the weights that are to be scored.
+        """
         raise NotImplementedError
 
     @property
@@ -151,7 +157,15 @@ class Evaluation(L.Callback):
     # --- scoring -----------------------------------------------------------------------------------------------
 
     def evaluate(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
-        """Scores the present weights, logs and writes the scores, and returns them by logged name."""
+        """Scores the present weights, logs and writes the scores, and returns them by logged name.
+
+        Args:
+            trainer: The trainer of the run.
+            pl_module: The module that is trained.
+
+        Raises:
+            ValueError: A metric without distributed state on several processes.
+        """
         self.scores = {}
         if self.averaged:
             self.scores |= self._score(trainer, pl_module, self._averages(trainer, pl_module), "")
@@ -244,8 +258,7 @@ class ReconstructionMetrics(Evaluation):
                 f"callbacks.evaluation.count={self.count}, but the data has {total} validation images: set data.val_path, or a "
                 "smaller count"
             )
-        rank, world = trainer.global_rank, trainer.world_size
-        mine = range(count * rank // world, count * (rank + 1) // world)
+        mine = stretch(count, trainer.global_rank, trainer.world_size)
         for pair in reconstructions(
             pl_module.autoencoder, data.range_dataloader("val", [mine]), pl_module.device, self.precision
         ):

@@ -31,7 +31,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Shares the weights of a network out, block by block, so that each is gathered only while it runs."""
+    """Shares the weights of a network out, block by block, so that each is gathered only while it runs.
+
+    Args:
+        network: The network; its blocks become units of their own.
+        mesh: The devices.
+    """
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 (only where it is used)
 
     for module in network.modules():
@@ -46,7 +51,12 @@ def whole(value: Tensor) -> Tensor:
 
 
 def like_shares(value: Tensor, shares: Tensor) -> Tensor:
-    """A whole tensor shared out as another is; returned as it is where the other is not shared."""
+    """A whole tensor shared out as another is; returned as it is where the other is not shared.
+
+    Args:
+        value: The whole tensor, on any device.
+        shares: A tensor of the same shape.
+    """
     from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415 (only where it is used)
 
     if not isinstance(shares, DTensor):

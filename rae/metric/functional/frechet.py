@@ -19,6 +19,10 @@ class Moments(NamedTuple):
 def check_features(features: Tensor, name: str = "features") -> Tensor:
     """Returns features N×D as they are.
 
+    Args:
+        features: What was given.
+        name: What they are, for the message.
+
     Raises:
         ValueError: They are no floating-point matrix, or hold NaN or infinite values.
     """
