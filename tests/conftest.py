@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make no downloads
 
 import pytest
 import torch
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of the garbage collector's rounds, which else look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,15 @@ def test_misspelt_override_is_answered_in_one_line(tmp_path):
     ]
 
 
+def test_a_failed_task_is_answered_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # empty, and tests make no downloads
+    result = run("download", "model=dit_dh_xl_256", folder=tmp_path)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "the download failed" in result.stderr
+
+
+@pytest.mark.slow
 def test_missing_data_path_is_answered_in_one_line(tmp_path):
     result = run("train", "stage=1", "encoder=dinov2", folder=tmp_path)
     assert result.returncode == 1
