@@ -14,6 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make no downloads
 
 import pytest
 import torch
+import yaml
+
+yaml.SafeLoader = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # configurations are composed by the hundred; the same rules in C
 
 
 def pytest_collection_finish() -> None:
