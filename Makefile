@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-xla bench lint format clean
+.PHONY: help install demo test test-slow test-xla coverage bench lint format clean
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
@@ -25,7 +25,7 @@ $(READY): pyproject.toml
 demo: $(READY)  ## both stages on handwritten digits, to a picture and a table of scores, on a CPU within minutes
 	$(BIN)/rae-demo
 
-test: $(READY)  ## the fast tests: no GPU, no downloads; about a minute
+test: $(READY)  ## the fast tests: no GPU, no downloads; within two minutes on two cores
 	$(PYTEST) -m "not slow and not gpu" --durations=5
 
 test-slow: $(READY)  ## the tests that take longer
@@ -43,6 +43,12 @@ $(XLA_READY): pyproject.toml
 
 test-xla: $(XLA_READY)  ## training, sampling and decoding on an XLA device (its CPU) against the CPU
 	PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -q tests/xla
+
+coverage: $(READY)  ## the fast and the slow tests; prints the files of which they reach less than 90 %, and the total
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -m "not gpu"
+	$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report | awk '/^(Name|TOTAL|-)/ || $$NF + 0 < 90'
 
 BENCHMARKS := loader stage1_step stage2_step sampling autoencoder fid scaling
 BENCH := outputs/bench
@@ -64,5 +70,5 @@ format: $(READY)  ## mends style and formatting in place
 	$(BIN)/ruff format .
 
 clean:  ## removes the environment, caches and built files; results in outputs/ and demo/ stay
-	rm -rf $(VENV) $(XLA_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(XLA_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*
 	find rae tests -name __pycache__ -type d -prune -exec rm -rf {} +

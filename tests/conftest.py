@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make no downloads
 
 import pytest
 import torch
+import yaml
+
+yaml.SafeLoader = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # configurations are composed by the hundred; the same rules in C
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of the garbage collector's rounds, which else look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

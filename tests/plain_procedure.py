@@ -1,9 +1,9 @@
 """The original's training steps in plain PyTorch, written from its description: what our steps are compared with.
 
 Stage 1 takes two extra gradient calls through LPIPS and discriminator for the adaptive weight, then goes backward through all of it
-and encodes the images again for the discriminator's turn. Attention is a product, a softmax and a product; averages and AdamW go
-weight by weight, and the averages cover the frozen weights too. The draws (noise, times, labels, augmentation) are those of our
-modules, whose networks and losses the steps take over, so that the results can be compared.
+and encodes the images again for the discriminator's turn. Linear layers are PyTorch's own; attention is a product, a softmax and a
+product; averages and AdamW go weight by weight, and the averages cover the frozen weights too. The draws (noise, times, labels,
+augmentation) are those of our modules, whose networks and losses the steps take over, so that the results can be compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from rae.data.transforms import to_float
 from rae.latent import add_noise
-from rae.layers import Attention, RotaryEmbedding2D
+from rae.layers import Attention, GELUMlp, Linear, RotaryEmbedding2D
 from rae.rng import normal, sample_seeds, uniform
 from rae.training.stage1 import Stage1Module
 from rae.training.stage2 import Stage2Module
@@ -41,11 +41,21 @@ def attend(self: Attention, x: Tensor, rope: RotaryEmbedding2D | None = None) ->
     return self.proj(out.transpose(1, 2).reshape(batch, count, width))
 
 
-def attend_plainly(*networks: nn.Module) -> None:
-    """Makes the attention of our networks and of timm's explicit."""
+def feed_forward(self: GELUMlp, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Our feed-forward layer in its separate steps, B×N×D => B×N×D."""
+    x = self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+    return x if residual is None else residual + x
+
+
+def make_plain(*networks: nn.Module) -> None:
+    """Makes the linear layers PyTorch's own and attention and feed-forward explicit, in our networks and in timm's."""
     for module in (module for network in networks for module in network.modules()):
-        if isinstance(module, Attention):
+        if type(module) is Linear:
+            module.__class__ = nn.Linear
+        elif isinstance(module, Attention):
             module.forward = partial(attend, module)
+        elif isinstance(module, GELUMlp):
+            module.forward = partial(feed_forward, module)
         elif hasattr(module, "fused_attn"):
             module.fused_attn = False  # timm's own explicit attention
 
@@ -84,7 +94,9 @@ class PlainStage1:
         self.module = module
         self.encoder, self.decoder = module.autoencoder.encoder, module.autoencoder.decoder
         self.discriminator, self.loss, self.augment = module.discriminator, module.loss, module.augment
-        attend_plainly(self.encoder, self.decoder, self.discriminator)
+        make_plain(self.encoder, self.decoder, self.discriminator)
+        if self.loss.perceptual is not None:
+            self.loss.perceptual.to(memory_format=torch.contiguous_format)  # as weights come; ours are channels last
         networks = (self.decoder, self.discriminator.heads)
         self.optimizers = [optimizer(network.parameters()) for network in networks]
         self.schedulers = [scheduler(one) for one in self.optimizers] if scheduler else None
@@ -170,7 +182,7 @@ class PlainStage2:
     ):
         self.module, self.clip = module, clip
         self.autoencoder, self.denoiser = module.autoencoder, module.denoiser
-        attend_plainly(self.autoencoder.encoder, self.denoiser)
+        make_plain(self.autoencoder.encoder, self.denoiser)
         self.optimizer = optimizer(self.denoiser.parameters())
         self.average = PlainAverage(self.denoiser, decay)
 

@@ -44,6 +44,15 @@ def test_misspelt_override_is_answered_in_one_line(tmp_path):
     ]
 
 
+def test_a_failed_task_is_answered_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # empty, and tests make no downloads
+    result = run("download", "model=dit_dh_xl_256", folder=tmp_path)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "the download failed" in result.stderr
+
+
+@pytest.mark.slow
 def test_missing_data_path_is_answered_in_one_line(tmp_path):
     result = run("train", "stage=1", "encoder=dinov2", folder=tmp_path)
     assert result.returncode == 1
@@ -76,3 +85,24 @@ def test_folders_of_a_sweep_are_named_by_what_is_swept():
     given = ["-m", "stage='2'", "optimizer.lr=1e-4,2e-4", "hydra.verbose=true"]
     assert _without_fixed_keys(given)[-1] == "hydra.job.config.override_dirname.exclude_keys=['stage']"
     assert _without_fixed_keys(given[1:]) == given[1:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory kept by Linux's C library")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept_where_it_is_asked_for(kept: bool):
+    """64 MB that were freed and are taken again cost no new pages."""
+    script = f"""
+import resource
+from rae.cli.train import keep_freed_memory
+if {kept}:
+    assert keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * 2**26
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    pages = int(done.stdout)
+    assert pages < 100 if kept else pages > 100

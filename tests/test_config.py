@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from functools import cache
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -66,25 +67,71 @@ def applies(setting: tuple[str, ...], group: str, choice: str) -> bool:
     return group in groups_of(*setting)
 
 
-def cases():
-    """Every choice of every group, with the roots (and stages) that it is meant for; all but one are slow."""
+def cases() -> dict[tuple[str, str], list[tuple[str, ...]]]:
+    """Every choice of every group, with the roots (and stages) that it is meant for."""
     settings = [*(("train", stage) for stage in reversed(STAGES)), *((root,) for root in ROOTS if root != "train")]
-    for group, choices in config_groups().items():
-        for choice in choices:
-            for number, setting in enumerate(one for one in settings if applies(one, group, choice)):
-                name = f"{'-'.join(setting)}-{group}={choice}"
-                yield pytest.param(setting, f"{group}={choice}", id=name, marks=[pytest.mark.slow] * bool(number))
+    return {
+        (group, choice): [one for one in settings if applies(one, group, choice)]
+        for group, choices in config_groups().items()
+        for choice in choices
+    }
 
 
-@pytest.mark.parametrize(("setting", "choice"), cases())
-def test_every_choice_composes(setting, choice):
+def each() -> list:
+    """A setting and one choice, for all of them."""
+    return [
+        pytest.param(setting, f"{group}={choice}", id=f"{'-'.join(setting)}-{group}={choice}")
+        for (group, choice), settings in cases().items()
+        for setting in settings
+    ]
+
+
+def together() -> list:
+    """Settings and choices, one of each group at once, so that few compositions hold every choice once.
+
+    Experiments and debugging runs change other groups: these are composed alone.
+    """
+    alone, mixed = ("experiment", "debug"), {}
+    for (group, choice), settings in cases().items():
+        if settings:
+            mixed.setdefault((settings[0], group), []).append(f"{group}={choice}")
+    found = [
+        pytest.param(setting, (choice,), id=f"{'-'.join(setting)}-{choice}")
+        for (setting, group), choices in mixed.items()
+        if group in alone
+        for choice in choices
+    ]
+    for setting in dict.fromkeys(setting for setting, _ in mixed):
+        columns = [choices for (one, group), choices in mixed.items() if one == setting and group not in alone]
+        rows = [tuple(filter(None, row)) for row in zip_longest(*columns)]
+        found += [pytest.param(setting, row, id=f"{'-'.join(setting)}-{number}") for number, row in enumerate(rows)]
+    return found
+
+
+def check_composes(setting: tuple[str, ...], choices: tuple[str, ...]) -> None:
     root, *overrides = setting
-    cfg = compose(root, [*([] if choice.startswith("experiment=") else overrides), choice])
+    cfg = compose(root, [*([] if choices[0].startswith("experiment=") else overrides), *choices])
     for key in missing_keys(cfg):
         OmegaConf.update(cfg, key, 16)
     if root not in ("train", "stats"):  # the commands put their configuration over that of a trained run
         cfg = OmegaConf.merge(plain(composed("train", "stage=2", "image_size=256")), cfg)
     plain(cfg)  # every interpolation leads somewhere
+
+
+def test_together_holds_every_choice():
+    held = {choice for case in together() for choice in case.values[1]}
+    assert held == {f"{group}={choice}" for (group, choice), settings in cases().items() if settings}
+
+
+@pytest.mark.parametrize(("setting", "choices"), together())
+def test_every_choice_composes(setting, choices):
+    check_composes(setting, choices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("setting", "choice"), each())
+def test_every_choice_composes_wherever_it_is_meant_for(setting, choice):
+    check_composes(setting, (choice,))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from rae.cli.build import make
 from rae.cli.config import compose, conf_dir
@@ -14,6 +15,12 @@ FILES = sorted(path for path in (conf_dir() / "experiment").glob("imagenet*.yaml
 STAGE1 = [path.stem for path in FILES if "vit" in path.stem]
 STAGE2 = [path.stem for path in FILES if "dit" in path.stem]
 PATHS = ["data.train_path=/imagenet/train", "latent.stats=stat.pt", "decoder_checkpoint=run"]
+
+
+@cache
+def recipe(name: str) -> DictConfig:
+    """The configuration of an experiment; the tests only read it."""
+    return compose("train", [f"experiment={name}", *PATHS])
 
 
 def test_all_recipes_are_there():
@@ -34,7 +41,7 @@ def test_headers_say_what_is_needed(path):
     assert f"rae-train experiment={path.stem} " in head[3]
     numbers = re.match(r"Hardware: (\d+) GPUs? × batch (\d+)(?: × (\d+) (?:micro-)?batches)? = (\d+) images", head[4])
     assert numbers, head[4]
-    cfg = compose("train", [f"experiment={path.stem}", *PATHS])
+    cfg = recipe(path.stem)
     devices, batch, accumulate, total = (int(number or 1) for number in numbers.groups())
     used = cfg.training.accumulate if cfg.stage == 1 else cfg.trainer.accumulate_grad_batches
     assert (cfg.trainer.devices, cfg.data.batch_size, used) == (devices, batch, accumulate)
@@ -43,7 +50,7 @@ def test_headers_say_what_is_needed(path):
 
 @pytest.mark.parametrize("name", STAGE1)
 def test_decoders_are_trained_as_published(name: str):
-    cfg = compose("train", [f"experiment={name}", *PATHS])
+    cfg = recipe(name)
     size = 512 if "512" in name else 256
     assert (cfg.image_size, cfg.decoder.patch) == (size, 16)
     assert cfg.decoder.grid == size // 16
@@ -73,7 +80,7 @@ def test_decoders_are_trained_as_published(name: str):
 
 @pytest.mark.parametrize("name", STAGE2)
 def test_denoisers_are_trained_as_published(name: str):
-    cfg = compose("train", [f"experiment={name}", *PATHS])
+    cfg = recipe(name)
     size = 512 if "512" in name else 256
     grid = size // 16
     assert (cfg.denoiser.channels, cfg.denoiser.grid, cfg.denoiser.num_classes) == (768, grid, 1000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,12 +50,32 @@ def test_equals_pytorch(shape, gelu: bool, bias: bool):
         torch.testing.assert_close(linear(given, weight, shift, gelu), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 7, 16)])
+def test_gradients_equal_pytorchs(shape, frozen: bool, bias: bool):
+    draws = torch.Generator().manual_seed(0)
+    values = [torch.randn(size, generator=draws) for size in (shape, (24, 16), 24)]
+    direction = torch.randn(*shape[:-1], 24, generator=draws)
+
+    def gradients(function, dtype):
+        x, weight, shift = (value.to(dtype).clone() for value in values)
+        wanted = [x] if frozen else [x, weight, shift][: 3 if bias else 2]
+        for value in wanted:
+            value.requires_grad_()
+        out = function(x, weight, shift if bias else None)
+        return torch.autograd.grad((out * direction.to(dtype)).sum(), wanted)
+
+    for given, expected in zip(gradients(linear, torch.float32), gradients(F.linear, torch.float64), strict=True):
+        torch.testing.assert_close(given, expected.float(), rtol=1e-5, atol=1e-5)
+
+
 @needs_kernel
-def test_taken_without_gradients_and_only_there():
+def test_taken_in_float32_and_only_there():
     layer, x = Linear(16, 24), torch.randn(3, 16)
-    assert not quick(lambda: layer(x))
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
+    assert quick(lambda: layer(x))
+    out = layer(x.requires_grad_())
+    assert quick(lambda: out.sum().backward())
     with torch.no_grad():
         assert quick(lambda: layer(x))
         assert quick(lambda: GELUMlp(16, 8)(x))
@@ -66,7 +87,22 @@ def test_taken_without_gradients_and_only_there():
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             layer(torch.zeros(2, 7))
     with torch.inference_mode():
-        assert quick(lambda: layer(x))
+        assert quick(lambda: layer(x.detach()))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_function_transformations_and_higher_gradients_are_pytorchs(grad: bool):
+    layer, x, tangent = Linear(16, 24), torch.randn(3, 16), torch.randn(3, 16)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.vmap(layer)(x), F.linear(x, layer.weight, layer.bias))
+        torch.testing.assert_close(torch.func.jvp(layer, (x,), (tangent,))[1], F.linear(tangent, layer.weight))
+        with forward_ad.dual_level():
+            out = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+        torch.testing.assert_close(out, F.linear(tangent, layer.weight))
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    torch.testing.assert_close(curvature, 2 * (torch.ones_like(x) @ layer.weight.t()) @ layer.weight)
 
 
 def test_adds_a_residual_on_the_way():

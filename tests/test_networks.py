@@ -346,11 +346,11 @@ def test_absent_vgg_weights_are_named(monkeypatch, tmp_path):
 
 
 def test_vgg_weights_load_from_torchvisions_file(tmp_path):
-    import torchvision
+    from torchvision.models.vgg import cfgs, make_layers
 
     torch.manual_seed(3)
-    torch.save(torchvision.models.vgg16(weights=None).features.state_dict(), tmp_path / "features.pt")
-    state = {f"features.{k}": v for k, v in torch.load(tmp_path / "features.pt", weights_only=True).items()}
+    layers = make_layers(cfgs["D"])  # VGG-16's convolutions; the 124 million weights behind them are of no use here
+    state = {f"features.{key}": value for key, value in layers.state_dict().items()}
     torch.save(state, tmp_path / "vgg.pt")
     model = PerceptualLoss(vgg_checkpoint=str(tmp_path / "vgg.pt"))
     assert torch.equal(model.network.net.slice5[-2].weight, state["features.28.weight"])

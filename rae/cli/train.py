@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import signal
 import warnings
@@ -104,6 +105,23 @@ def quieten_lightning() -> None:
         warnings.filterwarnings("ignore", message=known)
 
 
+def keep_freed_memory() -> bool:
+    """Lets this process keep memory that it frees, where the C library is glibc.
+
+    Every step on a CPU needs the same buffers again. By default those above 32 MB, as LPIPS's first feature maps are, come from the
+    system anew each time, page by page: a stage-1 step took 5 % longer.
+
+    Returns:
+        Whether it could be set.
+    """
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, or another system
+        return False
+    return bool(mallopt(mmap_threshold, 2**30) and mallopt(trim_threshold, most))
+
+
 def train(cfg: DictConfig) -> None:
     """Builds data, module and trainer from the configuration, and trains."""
     from lightning.pytorch.utilities import rank_zero_only  # noqa: PLC0415 (slow to import)
@@ -118,6 +136,8 @@ def train(cfg: DictConfig) -> None:
     say = rank_zero_only(log.info)
     rank_zero_only(save_config)(cfg, cfg.output_dir)
     device, precision = trainer.strategy.root_device.type, trainer.precision
+    if device == "cpu":
+        keep_freed_memory()
     say("stage %s on %s, %d process(es), %s", cfg.stage, device, trainer.world_size, precision)
     begin = -1
     if checkpoint is not None:

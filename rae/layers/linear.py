@@ -1,4 +1,4 @@
-"""Linear layers that take the quickest kernel there is: on a CPU, where no gradient is wanted, oneDNN's."""
+"""Linear layers that take the quickest kernel there is: in float32 on a CPU, oneDNN's."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
-_KERNEL = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_KERNEL: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 """The kernel that compiled CPU code uses too. It has no backward pass."""
 
 
@@ -25,7 +26,7 @@ if _KERNEL is not None:
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` with another kernel under ``no_grad`` in float32 on a CPU.
+    """``nn.Linear`` with another kernel in float32 on a CPU.
 
     PyTorch multiplies float32 matrices by MKL there, which is built for one maker's CPUs; oneDNN makes its code for the CPU at hand
     and adds the bias on the way. The products are the same up to rounding.
@@ -40,28 +41,59 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, residual: Tensor | None = None
 ) -> Tensor:
     """x·weightᵀ + bias, … ×in => … ×out; then its exact GELU, or its sum with a residual … ×out, where asked for."""
-    if residual is not None:
-        if _KERNEL is not None and _suits(x, weight) and residual.dtype == x.dtype and residual.is_contiguous():
-            return _KERNEL.binary(x.contiguous(), residual, weight, bias, "add")
-        return residual + F.linear(x, weight, bias)
-    if _KERNEL is not None and _suits(x, weight):
+    if not _suits(x, weight):
+        out = F.linear(x, weight, bias)
+    elif torch.is_grad_enabled():
+        out = _Product.apply(x.contiguous(), weight, bias)
+    elif residual is not None and residual.dtype == x.dtype and residual.is_contiguous() and not gelu:
+        return _KERNEL.binary(x.contiguous(), residual, weight, bias, "add")
+    elif residual is None:
         return _KERNEL(x.contiguous(), weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
-    out = F.linear(x, weight, bias)
-    return F.gelu(out) if gelu else out
+    else:
+        out = _product(x.contiguous(), weight, bias)
+    out = F.gelu(out) if gelu else out
+    return out if residual is None else residual + out
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The kernel, with nothing done to its result."""
+    return _KERNEL(x, weight, bias, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    """The kernel with its gradients: by the kernel again for x, by MKL, which is as quick there, for the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2) if grad.ndim > 1 else grad[None]
+        if torch.is_grad_enabled() or not _suits(grad, weight.t()):  # gradients of gradients
+            for_x = grad @ weight if wants_x else None
+        else:
+            for_x = _product(grad.contiguous(), weight.t()) if wants_x else None
+        for_weight = rows.t() @ (x.flatten(0, -2) if x.ndim > 1 else x[None]) if wants_weight else None
+        return for_x, for_weight, rows.sum(0) if wants_bias else None
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel takes these: values in memory, no gradient, no other precision asked for."""
+    """Whether the kernel takes these: values in memory, no other precision asked for, no transformation of functions."""
     return (
-        not torch.is_grad_enabled()
+        _KERNEL is not None
         and not torch.compiler.is_compiling()  # the compiler chooses for itself
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and type(x) is Tensor
         and x.numel() > 0
         and x.shape[-1] == weight.shape[1]  # where not, PyTorch says so in clearer words
-        and weight.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
+        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, weight)))
+        and all(unpack_dual(value).tangent is None for value in (x, weight))
     )
 
 
