@@ -123,6 +123,13 @@ def test_equal_shapes_give_equal_samples_in_any_order(exported, samples, tmp_pat
     assert (ordered.int() - stored.int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("command", ["sample", "reconstruct"])
+def test_rows_without_a_middle_are_refused_at_once(command, exported, tmp_path):
+    with pytest.raises(ConfigError, match="interpolations=2 must be at least 3, both ends counted, or null"):
+        run(command, f"checkpoint={exported}", "interpolations=2", f"output_dir={tmp_path}")
+    assert not list(tmp_path.iterdir())
+
+
 def test_samples_that_are_there_are_kept_and_others_refused(exported, samples, tmp_path):
     small = ["classes=[1]", "png=false"]
     run("sample", *options_of(exported, tmp_path, *small))

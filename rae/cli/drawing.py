@@ -105,6 +105,16 @@ def _listed_labels(path: Path, num_classes: int) -> list[int]:
     return labels
 
 
+def check_interpolations(cfg: DictConfig) -> None:
+    """Refuses rows of pictures without one in the middle, before the work that they come at the end of.
+
+    Raises:
+        ConfigError: ``interpolations`` is below 3.
+    """
+    if cfg.interpolations is not None and cfg.interpolations < 3:
+        raise ConfigError(f"interpolations={cfg.interpolations} must be at least 3, both ends counted, or null")
+
+
 def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dict[str, Any]:
     """All that the samples depend on: weights, sampler, guidance, labels, seed, precision.
 

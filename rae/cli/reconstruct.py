@@ -99,14 +99,19 @@ def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[s
 
 
 def reconstruct(cfg: DictConfig) -> None:
-    """Rebuilds the run's autoencoder, reconstructs the images in parts on disk, and writes scores, a grid and what is asked for."""
+    """Rebuilds the run's autoencoder, reconstructs the images in parts on disk, and writes scores, a grid and what is asked for.
+
+    Raises:
+        ConfigError: There are no such images, fewer than ``count``, or too few for ``interpolations``.
+    """
     from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)
-    from rae.cli.drawing import write_npz  # noqa: PLC0415
+    from rae.cli.drawing import check_interpolations, write_npz  # noqa: PLC0415
     from rae.cli.models import open_autoencoder  # noqa: PLC0415
     from rae.cli.processes import first, start  # noqa: PLC0415
     from rae.cli.results import table, versions, write_scores  # noqa: PLC0415
     from rae.parts import Parts  # noqa: PLC0415
 
+    check_interpolations(cfg)
     folder = Path(cfg.output_dir)
     fabric = start(cfg)
     seed(cfg)
@@ -246,7 +251,7 @@ def write_interpolations(
         folder: Where the picture goes.
 
     Raises:
-        ConfigError: Fewer than three pictures in a row, or fewer than two images.
+        ConfigError: There are fewer than two images.
     """
     import torch  # noqa: PLC0415
 
@@ -254,8 +259,8 @@ def write_interpolations(
     from rae.image import grid_scale, make_grid, save_png, to_uint8  # noqa: PLC0415
 
     count = cfg.interpolations
-    if count < 3 or len(originals) < 2:
-        raise ConfigError(f"interpolations={count} must be at least 3, both ends counted, and there must be two images")
+    if len(originals) < 2:
+        raise ConfigError(f"interpolations={count} are between two images; raise grid_pairs={cfg.grid_pairs} or count")
     with torch.no_grad():
         latents = autoencoder.encode(to_float(originals.to(device)))
         steps = torch.linspace(0, 1, count, device=device).reshape(-1, 1, 1, 1)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rae.cli.config import ConfigError, save_config
+from rae.cli.config import save_config
 from rae.cli.entry import entry
 
 if TYPE_CHECKING:
@@ -22,12 +22,17 @@ log = logging.getLogger(__name__)
 
 
 def sample(cfg: DictConfig) -> None:
-    """Rebuilds the model, draws what is not there yet and writes the results."""
-    from rae.cli.drawing import draw, finished, label_list, plan_of, write_npz  # noqa: PLC0415 (imports torch)
+    """Rebuilds the model, draws what is not there yet and writes the results.
+
+    Raises:
+        ConfigError: The model has no denoiser, the labels are not right, or the folder holds other samples.
+    """
+    from rae.cli.drawing import check_interpolations, draw, finished, label_list, plan_of, write_npz  # noqa: PLC0415 (imports torch)
     from rae.cli.models import open_generator  # noqa: PLC0415
     from rae.cli.processes import first, start  # noqa: PLC0415
     from rae.weights import write_json  # noqa: PLC0415
 
+    check_interpolations(cfg)
     folder = Path(cfg.output_dir)
     fabric = start(cfg)
     generator, run = open_generator(cfg)
@@ -101,14 +106,9 @@ def write_interpolations(cfg: DictConfig, generator: Generator, labels: Sequence
         generator: The model, on the device.
         labels: Their first classes get a row each.
         folder: Where the picture goes.
-
-    Raises:
-        ConfigError: Fewer than three pictures in a row.
     """
     from rae.image import grid_scale, label_rows, save_png, to_uint8  # noqa: PLC0415
 
-    if cfg.interpolations < 3:
-        raise ConfigError(f"interpolations={cfg.interpolations} must be at least 3, both ends counted, or null")
     classes = list(dict.fromkeys(labels))[: cfg.grid_rows]
     rows = []
     for row, label in enumerate(classes):
