@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 _LISTED = 12  # keys of a mismatch that an error spells out
 
 
-def read_file(path: str | Path) -> Any:
+def read_file(path: str | Path, copied: re.Pattern[str] | None = None) -> Any:
     """Reads a ``.safetensors`` file or a file written by ``torch.save``, never executing code from it.
 
     Args:
         path: The file.
+        copied: Keys of a safetensors file whose tensors are read at once; the others are mapped, and read where they are used.
 
     Returns:
         What the file holds, on the CPU: a dict of tensors for safetensors, any tensors and plain containers otherwise.
@@ -37,7 +39,7 @@ def read_file(path: str | Path) -> Any:
         raise FileNotFoundError(f"weight file {str(path)!r} does not exist; give the path of an existing file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_file(path) if copied is None else _read_partly(path, copied)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -49,13 +51,26 @@ def read_file(path: str | Path) -> Any:
         ) from error
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def _read_partly(path: Path, copied: re.Pattern[str]) -> dict[str, Tensor]:
+    """Copies of the tensors whose keys fit, through a mapping that ends here, and mappings of the others."""
+    state: dict[str, Tensor] = {}
+    for copies in (True, False):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                if bool(copied.search(key)) == copies:
+                    state[key] = file.get_tensor(key).clone() if copies else file.get_tensor(key)
+    return state
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
     """Loads a state dict whose keys and shapes must be exactly the module's.
 
     Args:
         module: The module to fill.
         state: Tensors by the module's own names.
         source: Where the tensors come from, for the message.
+        adopt: Whether the module takes over the tensors themselves instead of their values, which saves memory and time; they must
+            then be nobody else's. Those of another type are converted in any case.
 
     Raises:
         ValueError: Lists all missing keys, unexpected keys and differing shapes.
@@ -75,7 +90,9 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     ]
     if problems:
         raise ValueError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
-    module.load_state_dict(dict(state), strict=True)
+    if adopt:
+        state = {key: value.to(own[key].device, own[key].dtype) for key, value in state.items()}
+    module.load_state_dict(dict(state), strict=True, assign=adopt)
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:

@@ -82,13 +82,14 @@ def decoder_from_original(
     return decoder.eval()
 
 
-def load_decoder(decoder: ViTDecoder, state: Mapping[str, Tensor], source: str) -> None:
+def load_decoder(decoder: ViTDecoder, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
     """Fills a decoder from weights in our own, the original's or diffusers' naming, strictly.
 
     Args:
         decoder: The decoder to fill.
         state: Its weights; the naming is recognised by the keys.
         source: Where they come from, for messages.
+        adopt: See :func:`rae.weights.load_strict`.
 
     Raises:
         ValueError: Weights that do not fit; all keys are listed.
@@ -102,7 +103,7 @@ def load_decoder(decoder: ViTDecoder, state: Mapping[str, Tensor], source: str) 
                 f"{source}: {POSITION} of shape {tuple(table.shape)} is not the fixed table of this decoder "
                 f"{tuple(decoder.position.shape)}: another grid or width"
             )
-    load_strict(decoder, state_to_ours(state), source)
+    load_strict(decoder, state_to_ours(state), source, adopt)
 
 
 def state_to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

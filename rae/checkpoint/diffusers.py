@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _HEAD = 64  # width of an attention head in all encoders that diffusers builds
 _BASE_GRID = 16  # grid on which diffusers' position table has neighbours one apart, as the original has on all
 _EPS = 1e-5
+_JOINED = re.compile(r"\.(query|key|value|[qkv]_proj|to_[qkv])\.(weight|bias)$")
+"""What becomes one tensor with two others: read at once, for its place in the file is not needed any more."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def load_diffusers(folder: str | Path) -> RAE:
     inside = _part(state, "decoder.")
     # A stored table is the one that the weights were trained with; diffusers itself builds another on grids other than 16×16.
     decoder = make_decoder(config, position_scale=1.0 if POSITION in inside else _BASE_GRID / encoder.grid)
-    load_decoder(decoder, inside, f"the decoder of {str(folder)!r}")
+    load_decoder(decoder, inside, f"the decoder of {str(folder)!r}", adopt=True)
     latent = LatentNormalizer(encoder.latent_shape, *_moments(state, encoder.latent_shape), eps=_EPS, form="deviation")
     expected = ("encoder.", "decoder.", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
     if unexpected := sorted(key for key in state if not key.startswith(expected)):
@@ -140,9 +143,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
-        return read_file(folder / WEIGHTS)
+        return read_file(folder / WEIGHTS, _JOINED)
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {key: value for name in names for key, value in read_file(folder / name).items()}
+    return {key: value for name in names for key, value in read_file(folder / name, _JOINED).items()}
 
 
 def _make_encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path) -> TimmEncoder:
@@ -171,7 +174,7 @@ def _make_encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder
                 "mlp_ratio": hidden / width,
             },
         )
-    encoder.load_published(weights, f"the encoder of {str(folder)!r}")
+    encoder.load_published(weights, f"the encoder of {str(folder)!r}", adopt=True)
     encoder.freeze()
     return encoder
 

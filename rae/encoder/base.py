@@ -117,13 +117,18 @@ class Encoder(Described, nn.Module, ABC):
         """The weights as they are stored in an export."""
         return dict(self.state_dict())
 
-    def load_published(self, state: Mapping[str, Tensor], source: str) -> None:
+    def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
         """Loads what :meth:`published_state` gave, strictly.
+
+        Args:
+            state: The weights.
+            source: Where they come from, for messages.
+            adopt: See :func:`rae.weights.load_strict`.
 
         Raises:
             ValueError: Keys or shapes that do not fit, all listed.
         """
-        load_strict(self, state, source)
+        load_strict(self, state, source, adopt)
 
     @abstractmethod
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:

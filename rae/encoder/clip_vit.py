@@ -91,8 +91,13 @@ class ClipEncoder(Encoder):
         """The image tower's weights in open_clip's naming, its position table resized."""
         return dict(self.network.state_dict())
 
-    def load_published(self, state: Mapping[str, Tensor], source: str) -> None:
+    def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
         """Loads the image tower of a CLIP state dict in open_clip's or timm's naming, strictly.
+
+        Args:
+            state: The weights.
+            source: Where they come from, for messages.
+            adopt: See :func:`rae.weights.load_strict`.
 
         Raises:
             ValueError: Keys or shapes that do not fit, all listed.
@@ -102,7 +107,7 @@ class ClipEncoder(Encoder):
         if "positional_embedding" in kept and kept["positional_embedding"].shape != own["positional_embedding"].shape:
             table = resize_position_table(kept["positional_embedding"][None], self.grid, 1, self.pos_antialias)
             kept["positional_embedding"] = table[0]
-        load_strict(self.network, kept, source)
+        load_strict(self.network, kept, source, adopt)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -119,8 +119,13 @@ class TimmEncoder(Encoder):
                 setattr(network, unused, nn.Identity())
         return network
 
-    def load_published(self, state: Mapping[str, Tensor], source: str) -> None:
+    def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
         """Loads weights in timm's or transformers' naming, strictly; a position table of another size is resized.
+
+        Args:
+            state: The weights.
+            source: Where they come from, for messages.
+            adopt: See :func:`rae.weights.load_strict`.
 
         Raises:
             ValueError: Keys or shapes that do not fit, all listed.
@@ -132,7 +137,7 @@ class TimmEncoder(Encoder):
             prefix = 0 if getattr(self.network, "no_embed_class", False) else self.network.num_prefix_tokens
             self._published_table = kept["pos_embed"].clone()  # a view would keep the whole file in memory
             kept["pos_embed"] = resize_position_table(kept["pos_embed"], self.grid, prefix, self.pos_antialias)
-        load_strict(self.network, kept, source)
+        load_strict(self.network, kept, source, adopt)
 
     def published_state(self) -> dict[str, Tensor]:
         """The network's weights with the position table as it was loaded, before it was resized: for export."""
