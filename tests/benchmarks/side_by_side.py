@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -86,8 +87,7 @@ def peak_memory(work: Work) -> float:
         torch.cuda.reset_peak_memory_stats()
         seconds(work)
         return torch.cuda.max_memory_allocated() / 1e6
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what loading the weights has left behind
+    give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
         work()
@@ -97,6 +97,13 @@ def peak_memory(work: Work) -> float:
         work()
         scale = 1e6 if sys.platform == "darwin" else 1e3
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def give_back() -> None:
+    """Lets go of what is not needed any more, to the system where the C library is glibc: loaded weights, sides that were timed."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_of(script: str, name: str, side: str, threads: int) -> float:
@@ -165,6 +172,8 @@ def measure(script: str, name: str, comparison: Comparison, repeats: int, thread
     laps, results = take_turns({side: getattr(comparison, side)() for side in SIDES}, repeats)
     if comparison.check is not None:
         comparison.check(results["ours"], results["peer"])
+    del results
+    give_back()
     medians = {side: statistics.median(laps[side]) for side in SIDES}
     # The median of the ratios of neighbouring turns: what slows the whole machine for a while slows both.
     ratio = statistics.median(peer / ours for ours, peer in zip(laps["ours"], laps["peer"], strict=True))

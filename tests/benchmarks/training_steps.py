@@ -82,10 +82,11 @@ class LightningSteps:
     def __init__(self, module: L.LightningModule, batch: Batch, callbacks: Iterable[L.Callback] = (), **trainer: Any):
         self.asked: queue.Queue = queue.Queue()
         self.done: queue.Queue = queue.Queue()
-        threading.Thread(
+        thread = threading.Thread(
             target=run, args=(module, batch, [*callbacks, Gate(self.asked, self.done)], self.done, trainer), daemon=True
-        ).start()
-        weakref.finalize(self, self.asked.put, False)
+        )
+        thread.start()
+        weakref.finalize(self, stop, self.asked, thread)
         self.wait()
 
     def wait(self) -> dict[str, torch.Tensor]:
@@ -97,6 +98,12 @@ class LightningSteps:
     def __call__(self) -> dict[str, torch.Tensor]:
         self.asked.put(True)
         return self.wait()
+
+
+def stop(asked: queue.Queue, thread: threading.Thread) -> None:
+    """Ends a run and waits until it has let go of its memory."""
+    asked.put(False)
+    thread.join(timeout=60)
 
 
 def run(
