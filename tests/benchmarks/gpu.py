@@ -63,8 +63,9 @@ class Bench(Device):
         super().__init__(kind, tiny)
         self.match = match
         self.rows: list[dict[str, Any]] = []
-        for draw in ("normal", "uniform"):  # the plain procedure draws on the device too
-            setattr(plain_procedure, draw, partial(getattr(rng, draw), device=self.device))
+        # The plain procedure's draws are to be on the device, as our modules' are.
+        plain_procedure.normal = partial(rng.normal, device=self.device)
+        plain_procedure.uniform = lambda *arguments: rng.uniform(*arguments).to(self.device)
 
     def fitting(self, batch: int, run: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
         """What ``run`` finds with the largest batch that fits."""
