@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
 
 from rae.weights import read_file
@@ -54,9 +55,13 @@ def fetch_weights(hub_id: str, revision: str | None, option: str) -> Path:
         FileNotFoundError: The file is not in the cache and cannot be downloaded.
     """
     problem: Exception | None = None
+    cached_only = False
     for name in HUB_FILES:
         try:
-            return Path(hf_hub_download(hub_id, name, revision=revision))
+            return Path(hf_hub_download(hub_id, name, revision=revision, local_files_only=cached_only))
+        except LocalEntryNotFoundError as error:  # no connection: the cache may hold another name, without asking again
+            problem = problem if cached_only else error
+            cached_only = True
         except (RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
             problem = error
             if not isinstance(error, EntryNotFoundError):
@@ -103,8 +108,8 @@ def fetch_all(hub_id: str, revision: str | None, folder: Path | None = None, pat
 
 
 def _unreachable(what: str, revision: str | None, problem: Exception | None, remedy: str) -> FileNotFoundError:
-    reason = (str(problem).strip().splitlines() or [""])[0]
+    reason = textwrap.shorten((str(problem).strip().splitlines() or [""])[0], 160, placeholder=" …")
     return FileNotFoundError(
         f"no {what} (revision {revision or 'main'}): the cache {constants.HF_HUB_CACHE} does not hold it and the download failed "
-        f"({type(problem).__name__}: {reason[:160]}); connect once, or {remedy}"
+        f"({type(problem).__name__}: {reason}); connect once, or {remedy}"
     )

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 
 from rae.autoencoder import RAE
@@ -14,6 +15,7 @@ from rae.checkpoint.decoder import load_decoder, state_from_ours
 from rae.decoder import ViTDecoder
 from rae.discriminator import DiffAugment, DinoDiscriminator, quantize
 from rae.encoder import ClipEncoder, TimmEncoder, tiny_encoder
+from rae.hub import HUB_FILES, fetch_weights
 from rae.latent import LatentNormalizer, RunningMoments, add_noise
 from rae.layers import resize_position_table
 from rae.loss import PerceptualLoss, Stage1Loss, adaptive_weight, generator_loss, gradient_at, last_layer_gradient
@@ -110,6 +112,26 @@ def test_absent_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"nobody/nothing.*cache.*encoder\.checkpoint="):
         encoder(pretrained=True, hub_id="nobody/nothing")
+
+
+def test_without_a_connection_the_other_names_are_looked_up_in_the_cache_alone(monkeypatch, tmp_path):
+    asked = []
+
+    def hub(hub_id: str, name: str, revision: str | None, local_files_only: bool) -> str:
+        asked.append((name, local_files_only))
+        if name == cached:
+            return str(tmp_path / name)
+        raise LocalEntryNotFoundError(
+            "outgoing traffic is off" if local_files_only else "no connection " + 40 * "word "
+        )
+
+    monkeypatch.setattr("rae.hub.hf_hub_download", hub)
+    cached = HUB_FILES[-1]
+    assert fetch_weights("owner/name", None, "encoder.checkpoint") == tmp_path / cached
+    assert asked == [(name, name != HUB_FILES[0]) for name in HUB_FILES]
+    cached = None
+    with pytest.raises(FileNotFoundError, match=r"no connection (word )+…\).*encoder.checkpoint=/path/to/file"):
+        fetch_weights("owner/name", None, "encoder.checkpoint")
 
 
 @pytest.mark.parametrize(
