@@ -71,7 +71,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        # Also whether this very pass asks for it: torch.autograd.grad with respect to x needs no weight's gradient.
+        wants_x, wants_weight, wants_bias = (
+            wanted and (node is None or torch._C._will_engine_execute_node(node))
+            for wanted, (node, _) in zip(ctx.needs_input_grad, ctx.next_functions, strict=True)
+        )
         rows = grad.flatten(0, -2) if grad.ndim > 1 else grad[None]
         if torch.is_grad_enabled() or not _suits(grad, weight.t()):  # gradients of gradients
             for_x = grad @ weight if wants_x else None
