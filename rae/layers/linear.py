@@ -44,7 +44,8 @@ def linear(
     if not _suits(x, weight):
         out = F.linear(x, weight, bias)
     elif torch.is_grad_enabled():
-        out = _Product.apply(x.contiguous(), weight, bias)
+        # Views, for autograd does not tell of leaves whether a pass needs them.
+        out = _Product.apply(x.contiguous(), weight.view_as(weight), None if bias is None else bias.view_as(bias))
     elif residual is not None and residual.dtype == x.dtype and residual.is_contiguous() and not gelu:
         return _KERNEL.binary(x.contiguous(), residual, weight, bias, "add")
     elif residual is None:
@@ -72,9 +73,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         # Also whether this very pass asks for it: torch.autograd.grad with respect to x needs no weight's gradient.
-        wants_x, wants_weight, wants_bias = (
-            wanted and (node is None or torch._C._will_engine_execute_node(node))
-            for wanted, (node, _) in zip(ctx.needs_input_grad, ctx.next_functions, strict=True)
+        wants_x, *wanted = ctx.needs_input_grad
+        wants_weight, wants_bias = (
+            needed and torch._C._will_engine_execute_node(node)
+            for needed, (node, _) in zip(wanted, ctx.next_functions[1:], strict=True)
         )
         rows = grad.flatten(0, -2) if grad.ndim > 1 else grad[None]
         if torch.is_grad_enabled() or not _suits(grad, weight.t()):  # gradients of gradients
