@@ -74,9 +74,9 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         # Also whether this very pass asks for it: torch.autograd.grad with respect to x needs no weight's gradient.
         wants_x, *wanted = ctx.needs_input_grad
+        nodes = [node for node, _ in ctx.next_functions[1:]] + [None]  # without a bias there is none for it
         wants_weight, wants_bias = (
-            needed and torch._C._will_engine_execute_node(node)
-            for needed, (node, _) in zip(wanted, ctx.next_functions[1:], strict=True)
+            needed and torch._C._will_engine_execute_node(node) for needed, node in zip(wanted, nodes, strict=False)
         )
         rows = grad.flatten(0, -2) if grad.ndim > 1 else grad[None]
         if torch.is_grad_enabled() or not _suits(grad, weight.t()):  # gradients of gradients
