@@ -45,7 +45,8 @@ def linear(
         out = F.linear(x, weight, bias)
     elif torch.is_grad_enabled():
         # Views, for autograd does not tell of leaves whether a pass needs them.
-        out = _Product.apply(x.contiguous(), weight.view_as(weight), None if bias is None else bias.view_as(bias))
+        given = (None if value is None else value.view_as(value) for value in (x.contiguous(), weight, bias))
+        out = _Product.apply(*given)
     elif residual is not None and residual.dtype == x.dtype and residual.is_contiguous() and not gelu:
         return _KERNEL.binary(x.contiguous(), residual, weight, bias, "add")
     elif residual is None:
@@ -73,10 +74,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         # Also whether this very pass asks for it: torch.autograd.grad with respect to x needs no weight's gradient.
-        wants_x, *wanted = ctx.needs_input_grad
-        nodes = [node for node, _ in ctx.next_functions[1:]] + [None]  # without a bias there is none for it
-        wants_weight, wants_bias = (
-            needed and torch._C._will_engine_execute_node(node) for needed, node in zip(wanted, nodes, strict=False)
+        nodes = [node for node, _ in ctx.next_functions] + [None]  # without a bias there is none for it
+        wants_x, wants_weight, wants_bias = (
+            needed and torch._C._will_engine_execute_node(node)
+            for needed, node in zip(ctx.needs_input_grad, nodes, strict=False)
         )
         rows = grad.flatten(0, -2) if grad.ndim > 1 else grad[None]
         if torch.is_grad_enabled() or not _suits(grad, weight.t()):  # gradients of gradients
