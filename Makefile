@@ -25,7 +25,7 @@ $(READY): pyproject.toml
 demo: $(READY)  ## both stages on handwritten digits, to a picture and a table of scores, on a CPU within minutes
 	$(BIN)/rae-demo
 
-test: $(READY)  ## the fast tests: no GPU, no downloads; within two minutes on two cores
+test: $(READY)  ## the fast tests: no GPU, no downloads; two minutes on two cores
 	$(PYTEST) -m "not slow and not gpu" --durations=5
 
 test-slow: $(READY)  ## the tests that take longer

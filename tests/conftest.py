@@ -16,9 +16,8 @@ import pytest
 import torch
 import yaml
 
-yaml.SafeLoader = getattr(
-    yaml, "CSafeLoader", yaml.SafeLoader
-)  # configurations are composed by the hundred; the same rules in C
+# Configurations are composed by the hundred: the same rules in C.
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def pytest_collection_finish() -> None:

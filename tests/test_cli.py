@@ -87,7 +87,6 @@ def test_folders_of_a_sweep_are_named_by_what_is_swept():
     assert _without_fixed_keys(given[1:]) == given[1:]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory kept by Linux's C library")
 @pytest.mark.parametrize("kept", [True, False])
 def test_freed_memory_is_kept_where_it_is_asked_for(kept: bool):
     """64 MB that were freed and are taken again cost no new pages."""

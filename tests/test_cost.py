@@ -167,7 +167,6 @@ print((peaks[1] - peaks[0]) / 8, denoising(on_paper(network), flow).peak / 1e6)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from Linux's /proc")
 @pytest.mark.parametrize("checkpointing", [0, 1])
 def test_peak_is_that_of_a_process(checkpointing):
     root = Path(__file__).parents[1]

@@ -306,7 +306,6 @@ def fit_on_two_processes(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="starts processes by fork")
 def test_two_processes_share_exactly(tmp_path):
     # In a process of its own: where autograd has started threads, it refuses to work in a fork.
     line = f"from pathlib import Path; from tests.test_data import *; fit_on_two_processes(Path({str(tmp_path)!r}))"

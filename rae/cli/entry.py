@@ -151,9 +151,8 @@ def _reader_left() -> bool:
     gone = False
     try:
         sys.stdout.flush()
-        if hasattr(
-            select, "poll"
-        ):  # not on Windows; a write that failed leaves nothing behind that flushing would tell
+        # A write that failed leaves nothing behind that flushing would tell. Windows has no poll.
+        if hasattr(select, "poll"):
             watch = select.poll()
             watch.register(sys.stdout.fileno(), 0)
             gone = any(event & select.POLLERR for _, event in watch.poll(0))

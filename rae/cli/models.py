@@ -185,11 +185,12 @@ def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool, keep_guid
     if cfg.get("sampler") is not None:
         generator.sampler = make(cfg.sampler)
     if cfg.get("guidance") is not None:
-        if _wants_guide(cfg) and cfg.get("guide_checkpoint") is not None:
-            generator.guide = _open_guide(cfg)
-        elif _wants_guide(cfg) and generator.guide is None:
-            raise ConfigError("the export holds no guide: autoguidance needs guide_checkpoint=… (run or export)")
-        elif not _wants_guide(cfg) and not keep_guide:
+        if _wants_guide(cfg):
+            if cfg.get("guide_checkpoint") is not None:
+                generator.guide = _open_guide(cfg)
+            elif generator.guide is None:
+                raise ConfigError("the export holds no guide: autoguidance needs guide_checkpoint=… (run or export)")
+        elif not keep_guide:
             generator.guide = None
         generator.guidance = make(cfg.guidance)
     return generator.eval()

@@ -49,17 +49,11 @@ def linear(
         out = _Product.apply(*given)
     elif residual is not None and residual.dtype == x.dtype and residual.is_contiguous() and not gelu:
         return _KERNEL.binary(x.contiguous(), residual, weight, bias, "add")
-    elif residual is None:
-        return _KERNEL(x.contiguous(), weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
     else:
-        out = _product(x.contiguous(), weight, bias)
+        out = _KERNEL(x.contiguous(), weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
+        gelu = False  # it is done
     out = F.gelu(out) if gelu else out
     return out if residual is None else residual + out
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The kernel, with nothing done to its result."""
-    return _KERNEL(x, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
@@ -68,7 +62,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _KERNEL(x, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -79,11 +73,8 @@ class _Product(torch.autograd.Function):
             needed and torch._C._will_engine_execute_node(node)
             for needed, node in zip(ctx.needs_input_grad, nodes, strict=False)
         )
+        for_x = linear(grad, weight.t(), None) if wants_x else None
         rows = grad.flatten(0, -2) if grad.ndim > 1 else grad[None]
-        if torch.is_grad_enabled() or not _suits(grad, weight.t()):  # gradients of gradients
-            for_x = grad @ weight if wants_x else None
-        else:
-            for_x = _product(grad.contiguous(), weight.t()) if wants_x else None
         for_weight = rows.t() @ (x.flatten(0, -2) if x.ndim > 1 else x[None]) if wants_weight else None
         return for_x, for_weight, rows.sum(0) if wants_bias else None
 
