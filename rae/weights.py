@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 _LISTED = 12  # keys of a mismatch that an error spells out
 
 
-def read_file(path: str | Path, copied: re.Pattern[str] | None = None) -> Any:
+def read_file(path: str | Path, mapped: bool = False) -> Any:
     """Reads a ``.safetensors`` file or a file written by ``torch.save``, never executing code from it.
 
     Args:
         path: The file.
-        copied: Keys of a safetensors file whose tensors are read at once; the others are mapped, and read where they are used.
+        mapped: Whether a safetensors file's tensors are read where they are used, each through a mapping that ends with it.
 
     Returns:
         What the file holds, on the CPU: a dict of tensors for safetensors, any tensors and plain containers otherwise.
@@ -39,7 +38,7 @@ def read_file(path: str | Path, copied: re.Pattern[str] | None = None) -> Any:
         raise FileNotFoundError(f"weight file {str(path)!r} does not exist; give the path of an existing file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path) if copied is None else _read_partly(path, copied)
+            return _map(path) if mapped else load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -51,14 +50,13 @@ def read_file(path: str | Path, copied: re.Pattern[str] | None = None) -> Any:
         ) from error
 
 
-def _read_partly(path: Path, copied: re.Pattern[str]) -> dict[str, Tensor]:
-    """Copies of the tensors whose keys fit, through a mapping that ends here, and mappings of the others."""
+def _map(path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for copies in (True, False):
+    with safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+    for key in keys:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                if bool(copied.search(key)) == copies:
-                    state[key] = file.get_tensor(key).clone() if copies else file.get_tensor(key)
+            state[key] = file.get_tensor(key)
     return state
 
 

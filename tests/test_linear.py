@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rae.encoder import tiny_encoder
-from rae.layers import GELUMlp, Linear, linear
+from rae.layers import GELUMlp, Linear, linear, pack_weights, unpack_weights
+from rae.layers.linear import PackedLinear
+from rae.weights import state_hash
 
 
 class Calls(TorchDispatchMode):
@@ -142,3 +148,87 @@ def test_an_encoder_of_timm_takes_it_and_keeps_its_names():
     encoder = tiny_encoder()
     assert "network.blocks.0.attn.qkv.weight" in encoder.state_dict()
     assert quick(lambda: encoder(torch.rand(1, 3, 32, 32))) == AT_HAND
+
+
+def packed_network() -> tuple[torch.nn.Module, torch.Tensor]:
+    """A network after a call that has packed its weights, and that call's input."""
+    torch.manual_seed(0)
+    network = pack_weights(torch.nn.Sequential(Linear(16, 24, bias=False), GELUMlp(24, 40)).eval())
+    x = torch.randn(2, 7, 16)
+    with torch.no_grad():
+        network(x)
+    return network, x
+
+
+def packed(network: torch.nn.Module) -> list[bool]:
+    return [isinstance(module, PackedLinear) for module in network.modules() if isinstance(module, Linear)]
+
+
+def test_packed_weights_give_the_same_numbers_and_state():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(Linear(16, 24, bias=False), GELUMlp(24, 40)).eval()
+    x, residual, before = torch.randn(2, 7, 16), torch.randn(2, 7, 24), state_hash(network.state_dict())
+    pack_weights(network)
+    assert packed(network) == [False] * 3, "before the first call"
+    expected = network[1](network[0](x), residual)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(network[1](network[0](x), residual), expected)
+        assert packed(network) == [AT_HAND] * 3
+        assert state_hash(network.state_dict()) == before
+    assert quick(lambda: packed_network()) == AT_HAND
+    unpack_weights(network)
+    assert packed(network) == [False] * 3
+    assert [name for name, _ in network.named_parameters()] == list(network.state_dict())
+    assert state_hash(network.state_dict()) == before
+    with torch.no_grad():
+        network(x)
+    assert packed(network) == [False] * 3, "unpack_weights is for good"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda network, x: network(x).sum().backward(),
+        lambda network, x: network.train(),
+        lambda network, x: network.double(),
+        lambda network, x: network.load_state_dict({name: value + 1 for name, value in network.state_dict().items()}),
+        lambda network, x: copy.deepcopy(network),
+        lambda network, x: pickle.loads(pickle.dumps(network)),
+        lambda network, x: torch.no_grad()(torch.autocast("cpu", torch.bfloat16)(network))(x),
+        lambda network, x: torch.no_grad()(torch.vmap(network))(x),
+    ],
+    ids=["gradients", "training", "another type", "other values", "a copy", "pickle", "autocast", "vmap"],
+)
+def test_packed_weights_are_plain_again_for_whatever_else_is_asked(ask):
+    network, x = packed_network()
+    assert packed(network) == [AT_HAND] * 3
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    found = ask(network, x)
+    assert packed(network) == [False] * 3
+    weights = [module.weight for module in network.modules() if isinstance(module, Linear)]
+    assert all(isinstance(weight, torch.nn.Parameter) and weight.requires_grad for weight in weights)
+    shift = 1 if "missing_keys" in dir(found) else 0
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value.float(), state[name] + shift, rtol=0, atol=0)
+
+
+def test_a_packed_weight_is_not_given_away_and_new_values_count():
+    network, x = packed_network()
+    with pytest.raises(RuntimeError, match="unpack_weights") if AT_HAND else contextlib.nullcontext():
+        assert network[0].weight.shape == (24, 16)
+    zeros = {name: torch.zeros_like(value) for name, value in network.state_dict().items()}
+    network.load_state_dict(zeros)
+    with torch.no_grad():
+        assert float(network(x).abs().max()) == 0
+    assert packed(network) == [AT_HAND] * 3, "it packs anew"
+    unpack_weights(network)[0].weight.data.fill_(1)
+    with torch.no_grad():
+        torch.testing.assert_close(network[0](x), x.sum(-1, keepdim=True).expand(-1, -1, 24))
+
+
+def test_weights_in_training_mode_are_not_packed():
+    network = pack_weights(Linear(16, 24))
+    with torch.no_grad():
+        network(torch.randn(3, 16))
+    assert packed(network) == [False]

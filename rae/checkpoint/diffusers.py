@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,6 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _HEAD = 64  # width of an attention head in all encoders that diffusers builds
 _BASE_GRID = 16  # grid on which diffusers' position table has neighbours one apart, as the original has on all
 _EPS = 1e-5
-_JOINED = re.compile(r"\.(query|key|value|[qkv]_proj|to_[qkv])\.(weight|bias)$")
-"""What becomes one tensor with two others: read at once, for its place in the file is not needed any more."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +140,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
-        return read_file(folder / WEIGHTS, _JOINED)
+        return read_file(folder / WEIGHTS, mapped=True)
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {key: value for name in names for key, value in read_file(folder / name, _JOINED).items()}
+    return {key: value for name in names for key, value in read_file(folder / name, mapped=True).items()}
 
 
 def _make_encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path) -> TimmEncoder:

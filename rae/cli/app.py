@@ -50,6 +50,7 @@ def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
     from rae.cli.build import pick_device  # noqa: PLC0415
     from rae.cli.models import open_model  # noqa: PLC0415
     from rae.cli.viewer import Viewer  # noqa: PLC0415
+    from rae.layers import pack_weights  # noqa: PLC0415
 
     device = pick_device(cfg.device)
     model, run = open_model(cfg, cfg.encode, keep_guide=True)  # so that the page can offer autoguidance
@@ -59,7 +60,7 @@ def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
         )
     perceptual = open_perceptual(cfg.vgg_checkpoint) if cfg.encode else None
     names = class_names(run, getattr(model, "num_classes", 0))
-    viewer = Viewer(model.to(device), perceptual, cfg.precision, cfg.batch_size, names)
+    viewer = Viewer(pack_weights(model.to(device)), perceptual, cfg.precision, cfg.batch_size, names)
     path = Path(cfg.checkpoint)
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else cfg.checkpoint
     return viewer, f"{shown} on {device}"

@@ -149,10 +149,11 @@ def cache_latents(cfg: DictConfig) -> None:
     check(cfg)
     from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)
     from rae.cli.processes import first, start  # noqa: PLC0415
+    from rae.layers import pack_weights  # noqa: PLC0415
 
     fabric = start(cfg)
     seed(cfg)
-    encoder = make(cfg.encoder).to(fabric.device)
+    encoder = pack_weights(make(cfg.encoder).to(fabric.device))
     data = make(cfg.data)
     data.setup("fit" if "train" in cfg.splits else "validate")
     if not any(data.samples(split) for split in cfg.splits):

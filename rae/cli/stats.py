@@ -95,12 +95,13 @@ def stats(cfg: DictConfig) -> None:
     from rae.cli.processes import batches_of, begin, first, start  # noqa: PLC0415
     from rae.data.transforms import to_float  # noqa: PLC0415
     from rae.latent import RunningMoments  # noqa: PLC0415
+    from rae.layers import pack_weights  # noqa: PLC0415
     from rae.parts import Parts  # noqa: PLC0415
     from rae.weights import save_state, write_json  # noqa: PLC0415
 
     fabric = start(cfg)
     seed(cfg)
-    encoder = make(cfg.encoder).to(fabric.device)
+    encoder = pack_weights(make(cfg.encoder).to(fabric.device))
     data = make(cfg.data)
     data.setup("fit")
     plan = {

@@ -4,7 +4,7 @@ from rae.layers.attention import Attention
 from rae.layers.block import AdaptiveBlock, Block, FinalLayer
 from rae.layers.checks import may_look, trusted
 from rae.layers.embedding import LabelEmbedding, TimeEmbedding, drop_labels
-from rae.layers.linear import Linear, linear, take_quick_kernels
+from rae.layers.linear import Linear, linear, pack_weights, take_quick_kernels, unpack_weights
 from rae.layers.mlp import GELUMlp, SwiGLU
 from rae.layers.norm import RMSNorm, at_least_float, modulate
 from rae.layers.patch import grid_to_tokens, patchify, tokens_to_grid, unpatchify
@@ -28,11 +28,13 @@ __all__ = [
     "linear",
     "may_look",
     "modulate",
+    "pack_weights",
     "patchify",
     "resize_position_table",
     "sincos_table",
     "take_quick_kernels",
     "tokens_to_grid",
     "trusted",
+    "unpack_weights",
     "unpatchify",
 ]

@@ -35,7 +35,7 @@ class TimeEmbedding(nn.Module):
         """Times B in [0, 1] => B×width."""
         angle = 2 * math.pi * t.float()[:, None] * self.frequencies  # B×frequencies
         features = torch.cat([angle.sin(), angle.cos()], dim=1)  # B×(2·frequencies)
-        return self.fc2(F.silu(self.fc1(features.to(self.fc1.weight.dtype))))  # B×width
+        return self.fc2(F.silu(self.fc1(features.to(self.fc1.bias.dtype))))  # B×width
 
 
 class LabelEmbedding(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 _KERNEL: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 """The kernel that compiled CPU code uses too. It has no backward pass."""
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 if _KERNEL is not None:
@@ -32,9 +34,110 @@ class Linear(nn.Linear):
     and adds the bias on the way. The products are the same up to rounding.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """… ×in => … ×out."""
-        return linear(x, self.weight, self.bias)
+    packs = False
+    """Whether a call in evaluation packs the weight, see :func:`pack_weights`."""
+
+    def forward(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """… ×in => … ×out; then its exact GELU, or its sum with a residual … ×out, where asked for."""
+        if (
+            self.packs
+            and not (self.training or torch.is_grad_enabled())
+            and self._is_plain()
+            and _suits(x, self.weight)
+        ):
+            return self._pack()(x, gelu, residual)
+        return linear(x, self.weight, self.bias, gelu, residual)
+
+    def _is_plain(self) -> bool:
+        """Whether the weight is in its place: a hook may have taken it, or a strategy shared it out."""
+        return type(self._parameters.get("weight")) is nn.Parameter
+
+    def _pack(self) -> PackedLinear:
+        weight = self._parameters.pop("weight")
+        assert weight is not None
+        self.trainable = weight.requires_grad
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.__class__ = PackedLinear
+        return self  # type: ignore[return-value]
+
+
+class PackedLinear(Linear):
+    """A :class:`Linear` that keeps its weight in the kernel's own layout, and nowhere else.
+
+    It is for evaluation without gradients. ``state_dict`` holds the plain weight as ever. Whatever else is asked of it (gradients,
+    training mode, another device or type, ``load_state_dict``, a copy) makes it a :class:`Linear` again.
+    """
+
+    packed: Tensor
+    trainable: bool  # whether the plain weight asked for gradients
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Not at hand: what is done to a copy would be lost.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError("the weight is packed for evaluation; call rae.layers.unpack_weights(model) to get at it")
+
+    def forward(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """As :class:`Linear`."""
+        if torch.is_grad_enabled() or not _suits(x, self.packed):
+            return linear(x, self.unpack().weight, self.bias, gelu, residual)
+        return _call(x, self.packed, self.bias, gelu, residual)
+
+    def unpack(self) -> Linear:
+        """Becomes a :class:`Linear` with the same values, to the last bit."""
+        with torch.inference_mode(False):
+            weight = nn.Parameter(self.packed.to_dense(), self.trainable)
+        del self.packed, self.trainable
+        self.__class__ = Linear  # type: ignore[assignment]
+        self._parameters = {"weight": weight, **self._parameters}
+        return self
+
+    def train(self, mode: bool = True) -> Any:
+        """Training needs the plain weight."""
+        return self.unpack().train() if mode else super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return self.unpack()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.packed.to_dense()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.unpack()._load_from_state_dict(*arguments)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.unpack().__reduce_ex__(protocol)
+
+
+def pack_weights(network: Network) -> Network:
+    """Lets the :class:`Linear` layers of a network bring their weights into the kernel's own layout, each when it is first called
+    in evaluation mode without gradients. That spares bringing them there at every call: in float32 on a CPU images are encoded and
+    decoded a tenth quicker. Elsewhere nothing changes. It takes no more memory, for the plain weights are let go of.
+
+    Args:
+        network: Changed in place.
+
+    Returns:
+        The network.
+    """
+    for module in network.modules():
+        if isinstance(module, Linear):
+            module.packs = True
+    return network
+
+
+def unpack_weights(network: Network) -> Network:
+    """Undoes :func:`pack_weights`, to the last bit; the network."""
+    for module in network.modules():
+        if isinstance(module, PackedLinear):
+            module.unpack()
+        if isinstance(module, Linear):
+            module.packs = False
+    return network
 
 
 def linear(
@@ -47,12 +150,17 @@ def linear(
         # Views, for autograd does not tell of leaves whether a pass needs them.
         given = (None if value is None else value.view_as(value) for value in (x.contiguous(), weight, bias))
         out = _Product.apply(*given)
-    elif residual is not None and residual.dtype == x.dtype and residual.is_contiguous() and not gelu:
-        return _KERNEL.binary(x.contiguous(), residual, weight, bias, "add")
     else:
-        out = _KERNEL(x.contiguous(), weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
-        gelu = False  # it is done
+        return _call(x, weight, bias, gelu, residual)
     out = F.gelu(out) if gelu else out
+    return out if residual is None else residual + out
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None) -> Tensor:
+    """The kernel, without gradients, with what it can do on the way."""
+    if residual is not None and residual.dtype == x.dtype and residual.is_contiguous() and not gelu:
+        return _KERNEL.binary(x.contiguous(), residual, weight, bias, "add")
+    out = _KERNEL(x.contiguous(), weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
     return out if residual is None else residual + out
 
 
@@ -84,9 +192,9 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     return (
         _KERNEL is not None
         and not torch.compiler.is_compiling()  # the compiler chooses for itself
+        and type(x) is Tensor
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and type(x) is Tensor
         and x.numel() > 0
         and x.shape[-1] == weight.shape[1]  # where not, PyTorch says so in clearer words
         and not torch.is_autocast_enabled("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.layers.linear import Linear, linear
+from rae.layers.linear import Linear
 
 
 class GELUMlp(nn.Module):
@@ -25,11 +25,15 @@ class GELUMlp(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """B×N×width => B×N×width, added to the residual of that shape where one is given."""
-        if self.approximate == "none":
-            x = linear(x, self.fc1.weight, self.fc1.bias, gelu=True)
+        # Not so where an adapter has taken a layer's place.
+        fused = isinstance(self.fc1, Linear) and isinstance(self.fc2, Linear)
+        if fused and self.approximate == "none":
+            x = self.fc1(x, gelu=True)
         else:
             x = F.gelu(self.fc1(x), approximate=self.approximate)
-        return linear(x, self.fc2.weight, self.fc2.bias, residual=residual)
+        if fused:
+            return self.fc2(x, residual=residual)
+        return self.fc2(x) if residual is None else residual + self.fc2(x)
 
 
 class SwiGLU(nn.Module):

@@ -68,8 +68,9 @@ def latents(batch: int) -> torch.Tensor:
 def ours(what: str, decoder: str, batch: int) -> Work:
     """Our autoencoder's call."""
     from rae.checkpoint import load_diffusers
+    from rae.layers import pack_weights
 
-    model = load_diffusers(weights(decoder))
+    model = pack_weights(load_diffusers(weights(decoder)))  # as the commands do
     given = images(batch) if what == "encode" else latents(batch)
     return no_gradients(partial(getattr(model, what), given))
 

@@ -65,7 +65,9 @@ def start() -> tuple[torch.Tensor, torch.Tensor]:
 
 def ours(guidance: str) -> Work:
     """Our sampler."""
-    generator = build(guidance)
+    from rae.layers import pack_weights
+
+    generator = pack_weights(build(guidance).eval())  # as the commands do
     noise, labels = start()
     return lambda: generator.latents(labels, noise=noise)
 
