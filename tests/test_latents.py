@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from rae.cli.build import build, make, seed
+from rae.cli.build import build, check_paths, make, seed
 from rae.cli.cache_latents import required_bytes
 from rae.cli.config import ConfigError, compose
 from rae.data import CachedLatents, LatentsDataModule
@@ -155,9 +156,21 @@ def test_stage_1_needs_images(cached, tmp_path):
         parts.trainer.fit(parts.module, datamodule=parts.data)
 
 
+def test_a_path_that_does_not_exist_is_refused_before_weights_are_looked_for(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.train_path=/nowhere does not exist; give the path of the images"):
+        build(compose("train", ["stage=1", "encoder=dinov2", "data.train_path=/nowhere", f"output_dir={tmp_path}"]))
+    check_paths(OmegaConf.create({"train_path": "https://example.org/{0..3}.tar", "val_path": str(tmp_path / "*.tar")}))
+
+
 def test_unfit_folders_and_arguments_are_named(folder, cached, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no latents\.json; rae-cache-latents makes one"):
         CachedLatents(tmp_path / "nowhere", flip=False)
+    with pytest.raises(FileNotFoundError, match=r"holds no latents\.json \(the work there is not finished"):
+        CachedLatents(tmp_path, flip=False)
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no latents\.json, but .*train.* inside it do; give one of them"
+    ):
+        CachedLatents(cached, flip=False)
     with pytest.raises(ValueError, match=r"images of 32 pixels, but data\.image_size is 64"):
         module_of(cached, image_size=64).train_dataloader()
     with pytest.raises(ValueError, match=r"labels of 5 classes, but data\.num_classes is 4; set data\.num_classes=5"):

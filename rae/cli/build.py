@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_class, instantiate
@@ -101,6 +103,21 @@ def check_images(cfg: DictConfig, what: str) -> None:
             f"data.mode=random_crop makes other images in every epoch; {what} are of center_crop (data=imagenet or "
             f"data=shards){meant}"
         )
+
+
+def check_paths(data: DictConfig) -> None:
+    """Refuses data that are not there, before networks are built and their weights looked for.
+
+    Args:
+        data: The configuration of the data set. Addresses and patterns of several files are left to the data set.
+
+    Raises:
+        ConfigError: A path does not exist.
+    """
+    for key in ("train_path", "val_path"):
+        path = data.get(key)
+        if isinstance(path, str) and not re.search(r"://|[{*?\[]", path) and not Path(path).expanduser().exists():
+            raise ConfigError(f"data.{key}={path} does not exist; give the path of the images (or of the latents)")
 
 
 def keep_still(data: DictConfig, **values: Any) -> None:
@@ -253,6 +270,7 @@ def build(cfg: DictConfig) -> Parts:
     """
     check_complete(cfg)
     plain(cfg)  # names the key of an interpolation that leads nowhere
+    check_paths(cfg.data)
     set_float32(cfg)
     seed(cfg)
     return Parts(data=make(cfg.data), module=build_module(cfg), trainer=build_trainer(cfg))

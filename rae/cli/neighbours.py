@@ -124,6 +124,7 @@ def write_sheet(cfg: DictConfig, run: DictConfig, metric: Any, samples: Tensor, 
         nearest.update(images)
     blank = torch.full_like(samples[:1], 255)
     rows = [torch.cat([samples[n : n + 1].cpu(), blank.cpu(), nearest.images[n]]) for n in range(len(samples))]
-    labels = [f"nearest: {distance:.3g}" for distance in nearest.distances[:, 0].tolist()]
+    distances = nearest.distances[:, 0].tolist()
+    labels = [f"nearest: {value:,.0f}" if value >= 100 else f"nearest: {value:.3g}" for value in distances]
     save_png(label_rows(rows, labels, COUNT + 2, grid_scale(samples.shape[-1])), path)
     return name

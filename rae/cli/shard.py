@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rae.cli.cost_table import size
 from rae.cli.entry import entry
 
 if TYPE_CHECKING:
@@ -41,10 +42,8 @@ def shard(cfg: DictConfig) -> None:
     )
     index = pack(plan, folder, cfg.prefix, cfg.num_workers, cfg.max_bad_share)
     classes = f" of {len(index['classes'])} classes" if index["classes"] else ""
-    size = f"{index['bytes'] / 1e9:.2f} GB"
-    print(
-        f"{index['images']} images{classes}, {size} in {len(index['shards'])} shards; {len(index['broken'])} left out"
-    )
+    written = f"{size(index['bytes'])} in {len(index['shards'])} shards"
+    print(f"{index['images']} images{classes}, {written}; {len(index['broken'])} left out")
     log.info("data=shards data.train_path=%s trains from them", folder)
 
 

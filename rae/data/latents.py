@@ -35,8 +35,7 @@ class CachedLatents(SeededDataset):
     def __init__(self, folder: str | Path, flip: bool) -> None:
         self.folder = Path(folder).expanduser()
         if not (self.folder / INDEX).is_file():
-            unfinished = " (the work there is not finished: the same command goes on)" if self.folder.is_dir() else ""
-            raise FileNotFoundError(f"{str(self.folder)!r} holds no {INDEX}{unfinished}; rae-cache-latents makes one")
+            raise FileNotFoundError(f"{str(self.folder)!r} holds no {INDEX}{self._hint()}")
         self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text())
         for file in self.index["files"]:
             path = self.folder / file["file"]
@@ -53,6 +52,14 @@ class CachedLatents(SeededDataset):
             )
         self.flip = flip
         self._files: dict[int, Any] = {}
+
+    def _hint(self) -> str:
+        """What a folder without a description may be."""
+        if inside := sorted(path.parent.name for path in self.folder.glob(f"*/{INDEX}")):
+            return f", but {' and '.join(inside)} inside it do; give one of them"
+        if self.folder.is_dir():
+            return " (the work there is not finished: the same command goes on); rae-cache-latents makes one"
+        return "; rae-cache-latents makes one"
 
     def __len__(self) -> int:
         return int(self.index["latents"])
