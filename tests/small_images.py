@@ -11,6 +11,8 @@ from rae.cli.cache_latents import cache_latents
 from rae.cli.config import check_complete, compose
 from rae.cli.stats import stats
 from rae.data.transforms import to_float
+from rae.metric import ReferenceBuilder
+from rae.metric.features import Detector
 
 ENCODER = ["encoder=digits", "encoder.checkpoint=null", "+encoder.pretrained=false", "image_size=32"]
 COUNT, PARTS = 70, 4
@@ -49,3 +51,18 @@ def direct(folder, flip=True):
     with torch.no_grad():
         latents = torch.cat([encoder(to_float(image[None])) for image in images])
     return latents, torch.cat([batch["label"] for batch in batches]), encoder, images
+
+
+def images_of(count: int, seed: int = 0, low: int = 0, side: int = 8) -> torch.Tensor:
+    """Random images of four colours each, uint8 N×3×side×side."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(low, 256, (count, 3, 2, 2), generator=generator).float()
+    return torch.nn.functional.interpolate(coarse, side).byte()
+
+
+def reference_of(images: torch.Tensor, detector: Detector, kind: str = "training"):
+    """What a score compares with: the statistics of these images."""
+    builder = ReferenceBuilder(detector, kind, crop="center", total=len(images))
+    for batch in images.split(50):
+        builder.update(batch)
+    return builder.compute()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from rae.cli.config import ConfigError, compose
 from rae.cli.cost import reckon
 from rae.cli.cost_table import heading, row, text
-from rae.cost import Card, Plan, evaluations, on_paper, optimizer_ratio, shares, stage1_step
+from rae.cost import Card, Memory, Plan, evaluations, on_paper, optimizer_ratio, shares, stage1_step, static_memory
 from rae.cost.meter import FORMULAS
 from rae.cost.steps import denoising, stage2_step
 from rae.decoder import ViTDecoder
@@ -269,6 +270,30 @@ def test_figures_of_an_experiment(experiment):
     assert training["flops"] <= training["images"] * figures["step_flops"]
     assert figures["name"] in text(figures)
     assert row(figures).count("|") == heading().splitlines()[0].count("|")
+
+
+def test_a_shared_network_is_divided_and_gathered_block_by_block():
+    wide = torch.nn.Linear(10, 10, bias=False).requires_grad_(False)  # 400 bytes on every card
+    denoiser = DiTDH(8, 4, width=32, depth=3, heads=2, head_width=48, head_depth=2, head_heads=2, num_classes=5)
+    total = sum(p.numel() for p in denoiser.parameters()) * 4
+    bodies = [*denoiser.backbone, *denoiser.head]
+    sizes = [4 * sum(p.numel() for p in block.parameters()) for block in bodies]
+    alone = static_memory([wide, denoiser], denoiser, 2.0, denoiser, cards=1)
+    assert alone == static_memory([wide, denoiser], denoiser, 2.0) == Memory(400 + total, total, 2 * total, total, 0)
+    share = math.ceil(total / 4)
+    found = static_memory([wide, denoiser], denoiser, 2.0, denoiser, cards=4)
+    assert found == Memory(400 + share, share, 2 * share, share, 2 * (total - sum(sizes) + 2 * max(sizes)))
+
+
+@pytest.mark.slow
+def test_a_sharding_strategy_takes_less_memory():
+    def memory(*overrides):
+        return reckon(compose("cost", ["experiment=digits_stage2", "cards=4", *overrides]))["memory"]
+
+    whole, shared = memory(), memory("trainer=fsdp")
+    assert shared["optimizer"] * 4 == pytest.approx(whole["optimizer"], abs=8)
+    assert whole["gathered"] == 0 < shared["gathered"]
+    assert shared["static"] < whole["static"]
 
 
 @pytest.mark.slow

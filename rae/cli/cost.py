@@ -136,7 +136,9 @@ def reckon(cfg: DictConfig) -> dict[str, Any]:
     averaged = {0: None, 1: "decoder", 2: "denoiser"}[cfg.stage]
     ema = OmegaConf.select(cfg, "callbacks.ema")
     average = networks.all[averaged] if averaged and ema is not None and ema.get("device") is None else None
-    memory = static_memory(networks.all.values(), average, optimizer_ratio(make(cfg.optimizer)))
+    sharded = str(OmegaConf.select(cfg, "strategy._target_")).endswith("FullyShardedStrategy")
+    shared = networks.all.get("denoiser") if sharded else None
+    memory = static_memory(networks.all.values(), average, optimizer_ratio(make(cfg.optimizer)), shared, cards)
     figures: dict[str, Any] = {
         "name": cfg.name,
         "stage": cfg.stage,

@@ -140,6 +140,7 @@ def _memory(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("gradients", size(memory["gradients"])),
         ("optimiser", size(memory["optimizer"])),
         ("moving average", size(memory["average"])),
+        *([("gathered for a while", size(memory["gathered"]))] if memory["gathered"] else []),
         ("working copies", size(memory["working"])),
         (
             f"activations of {memory['batch_per_card']} images",

@@ -172,7 +172,7 @@ def draw(
     pending: deque[Future[None]] = deque()
     with (
         ThreadPoolExecutor(_WRITERS) as pool,
-        tqdm(total=total, desc="sampling", unit="image", disable=not fabric.is_global_zero) as bar,
+        tqdm(total=total, desc="sampling", unit=" image", disable=not fabric.is_global_zero) as bar,
     ):
         for part in mine:
             items = parts.items(part)

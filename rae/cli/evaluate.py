@@ -193,7 +193,7 @@ def evaluate(cfg: DictConfig) -> None:
         raise ConfigError(f"metric {type(metric).__name__} runs on one process; leave out devices={cfg.devices}")
     source = open_source(cfg, fabric, getattr(metric, "takes_originals", False))
     shown: list[Any] = []
-    with tqdm(desc="scoring", unit="image", disable=not fabric.is_global_zero) as bar:
+    with tqdm(desc="scoring", unit=" image", disable=not fabric.is_global_zero) as bar:
         for images, options in source.batches:
             metric.update(*images, **options)
             bar.update(len(images[0]))

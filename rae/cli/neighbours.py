@@ -120,7 +120,7 @@ def write_sheet(cfg: DictConfig, run: DictConfig, metric: Any, samples: Tensor, 
     device = getattr(metric, "device", torch.device("cpu"))
     features, name = feature_function(metric, device)
     nearest = Nearest(features, samples)
-    for images in tqdm(training_images(cfg, run), desc="neighbours", unit="batch"):
+    for images in tqdm(training_images(cfg, run), desc="neighbours", unit=" batch"):
         nearest.update(images)
     blank = torch.full_like(samples[:1], 255)
     rows = [torch.cat([samples[n : n + 1].cpu(), blank.cpu(), nearest.images[n]]) for n in range(len(samples))]

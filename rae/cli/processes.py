@@ -115,7 +115,7 @@ def batches_of(
 
     ranges = [parts.items(part) for part in mine]
     batches = iter(data.range_dataloader(split, ranges, replace))
-    with tqdm(total=sum(map(len, ranges)), desc=what, unit="image", disable=not fabric.is_global_zero) as bar:
+    with tqdm(total=sum(map(len, ranges)), desc=what, unit=" image", disable=not fabric.is_global_zero) as bar:
 
         def counted(items: range) -> Iterator[dict[str, Any]]:
             starts = range(0, len(items), data.batch_size)

@@ -88,7 +88,7 @@ def build(cfg: DictConfig, fabric: Fabric) -> tuple[Reference, np.ndarray | None
     builder = ReferenceBuilder(detector, kind, cfg.data.get("mode"), total, min(cfg.kept, total)).to(fabric.device)
     kept = _open_scratch(cfg, fabric, builder, data.image_size) if cfg.images and builder.kept else None
     mine = stretch(total, fabric.global_rank, fabric.world_size)
-    with tqdm(total=len(mine), desc="features", unit="image", disable=not fabric.is_global_zero) as bar:
+    with tqdm(total=len(mine), desc="features", unit=" image", disable=not fabric.is_global_zero) as bar:
         for batch in data.range_dataloader(cfg.split, [mine]):
             builder.update(batch["image"], batch["index"])
             if kept is not None:

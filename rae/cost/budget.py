@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from rae.cost.meter import parameters
 from rae.cost.steps import ALL, Step
 from rae.flow import FlowMatching
+from rae.layers import AdaptiveBlock
 from rae.loss import Phases, Stage1Loss
 
 
@@ -125,31 +127,58 @@ class Memory:
         gradients: Of the trained ones.
         optimizer: The optimiser's state.
         average: The moving average of the weights.
+        gathered: What is put together for a while of a network whose weights the cards share out.
     """
 
     weights: int
     gradients: int
     optimizer: int
     average: int
+    gathered: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.average
+        return self.weights + self.gradients + self.optimizer + self.average + self.gathered
 
 
-def static_memory(networks: Iterable[nn.Module], averaged: nn.Module | None, ratio: float) -> Memory:
-    """Memory of networks that are each held once on every card.
+def static_memory(
+    networks: Iterable[nn.Module],
+    averaged: nn.Module | None,
+    ratio: float,
+    shared: nn.Module | None = None,
+    cards: int = 1,
+) -> Memory:
+    """Memory of networks that are each held once on every card, but for the shared one.
 
     Args:
         networks: All of them.
         averaged: The one with a moving average on the card; None for none.
         ratio: Bytes of the optimiser's state for a byte of trained weights, see :func:`optimizer_ratio`.
+        shared: The one whose weights, gradients, optimiser's state and average the cards share out, as
+            :func:`rae.training.strategy.shard` does; None for none.
+        cards: How many share.
     """
-    counts = [parameters(network) for network in networks]
-    trained = sum(count["trained_bytes"] for count in counts)
-    average = 0 if averaged is None else sum(p.numel() * p.element_size() for p in averaged.parameters())
-    return Memory(trained + sum(count["frozen_bytes"] for count in counts), trained, round(ratio * trained), average)
+    weights = gradients = gathered = average = 0
+    for network in networks:
+        count = parameters(network)
+        trained = count["trained_bytes"]
+        if network is shared and cards > 1:
+            gathered = _gathered(network)
+            trained = math.ceil(trained / cards)
+        weights += trained + count["frozen_bytes"]
+        gradients += trained
+    if averaged is not None:
+        average = sum(p.numel() * p.element_size() for p in averaged.parameters())
+        average = math.ceil(average / cards) if averaged is shared else average
+    return Memory(weights, gradients, round(ratio * gradients), average, gathered)
+
+
+def _gathered(network: nn.Module) -> int:
+    """Bytes of whole weights and gradients at a time: two blocks', as the next is fetched while one runs, and what is in none."""
+    blocks = [parameters(module)["trained_bytes"] for module in network.modules() if isinstance(module, AdaptiveBlock)]
+    outside = parameters(network)["trained_bytes"] - sum(blocks)
+    return 2 * (outside + 2 * max(blocks, default=0))
 
 
 def optimizer_ratio(factory: Callable[[Any], torch.optim.Optimizer]) -> float:

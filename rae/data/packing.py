@@ -165,7 +165,7 @@ def pack(
     done = sum(shard.images + len(shard.broken) for shard in packed.values())
     # A DataLoader is a pool of processes that report errors and end with their parent.
     pool = DataLoader(writer, batch_size=None, num_workers=num_workers, collate_fn=_unchanged, in_order=False)
-    with tqdm(total=len(plan.sources), initial=done, desc="packing", unit="image") as bar:
+    with tqdm(total=len(plan.sources), initial=done, desc="packing", unit=" image") as bar:
         for result in pool if len(writer) else ():
             if isinstance(result, str):
                 raise OSError(f"{result}; what is written is kept: the same command goes on from there")

@@ -1,0 +1,155 @@
+"""Discriminator, augmentation and losses: properties, closed forms, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rae.decoder import ViTDecoder
+from rae.discriminator import DiffAugment, DinoDiscriminator, quantize
+from rae.loss import PerceptualLoss, Stage1Loss, adaptive_weight, generator_loss, gradient_at, last_layer_gradient
+
+TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+def tiny_discriminator() -> DinoDiscriminator:
+    torch.manual_seed(0)
+    return DinoDiscriminator(
+        "vit_tiny_patch16_224", image_size=32, key_depths=[0, 1], kernel=3, pretrained=False, model_args=TINY
+    )
+
+
+# --- discriminator and augmentation ------------------------------------------------------------------------------
+
+
+def test_discriminator_backbone_is_frozen_but_passes_gradients():
+    model = tiny_discriminator()
+    model.train()
+    assert not model.backbone.training
+    images = torch.rand(2, 3, 48, 48, requires_grad=True)
+    model(images).mean().backward()
+    assert images.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    assert all(parameter.grad is not None for parameter in model.heads.parameters())
+
+
+def test_spectral_norm_converges_to_the_largest_singular_value():
+    layer = tiny_discriminator().heads[0].residual
+    x = torch.randn(1, 32, 16)
+    layer.train()
+    for _ in range(60):
+        layer(x)
+    layer.eval()
+    before = layer.u.clone()
+    layer(x)
+    assert torch.equal(layer.u, before)
+    sigma = torch.dot(layer.u, layer.weight.flatten(1) @ layer.v)
+    torch.testing.assert_close(sigma, torch.linalg.matrix_norm(layer.weight.flatten(1), 2), atol=1e-3, rtol=1e-3)
+
+
+def test_quantize_gives_bytes():
+    images = torch.tensor([-0.3, 0.1234, 0.999, 1.7])
+    assert (quantize(images) * 255).tolist() == pytest.approx([0, 31, 255, 255])
+
+
+def test_augmentation_depends_on_the_seed_of_the_sample_alone():
+    images = torch.rand(3, 3, 16, 16)
+    whole = DiffAugment(cutout=0.3)(images, [5, 6, 7])
+    torch.testing.assert_close(DiffAugment(cutout=0.3)(images[1:2], [6]), whole[1:2])
+    assert not torch.allclose(DiffAugment()(images, [8, 9, 10]), DiffAugment()(images, [5, 6, 7]))
+
+
+def test_augmentation_shifts_by_whole_pixels_over_grey():
+    class Only(DiffAugment):
+        """The shift without the colours."""
+
+        def __call__(self, images: Tensor, seeds: list[float]) -> Tensor:
+            draws = torch.tensor(seeds)
+            return self._shift(images, draws, draws)
+
+    image = torch.arange(64.0).reshape(1, 1, 8, 8).expand(1, 3, 8, 8) + 1
+    assert torch.equal(Only()(image, [0.5]), image)
+    moved = Only()(image, [0.99])  # one pixel of eight, both ways
+    assert torch.equal(moved[:, :, :7, :7], image[:, :, 1:, 1:])
+    assert not moved[:, :, 7].any()
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+
+def test_perceptual_loss_is_the_packages():
+    import lpips
+
+    torch.manual_seed(0)
+    model = PerceptualLoss(pretrained=False)
+    assert isinstance(model.network, lpips.LPIPS)
+    x, y = torch.rand(2, 2, 3, 32, 32)
+    torch.testing.assert_close(model(x, y), model.network(x * 2 - 1, y * 2 - 1).flatten(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(x, x), torch.zeros(2))
+    model.train()
+    assert not model.network.training
+
+
+def test_absent_vgg_weights_are_named(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    with pytest.raises(FileNotFoundError, match=r"vgg_checkpoint=.*loss=l1_gan"):
+        PerceptualLoss()
+
+
+def test_vgg_weights_load_from_torchvisions_file(tmp_path):
+    from torchvision.models.vgg import cfgs, make_layers
+
+    torch.manual_seed(3)
+    layers = make_layers(cfgs["D"])  # VGG-16's convolutions; the 124 million weights behind them are of no use here
+    state = {f"features.{key}": value for key, value in layers.state_dict().items()}
+    torch.save(state, tmp_path / "vgg.pt")
+    model = PerceptualLoss(vgg_checkpoint=str(tmp_path / "vgg.pt"))
+    assert torch.equal(model.network.net.slice5[-2].weight, state["features.28.weight"])
+
+
+def test_gradients_by_one_backward_are_those_of_two():
+    """Gradients at the image and the last layer's input give what differentiating each loss through the decoder gives."""
+    torch.manual_seed(0)
+    model = ViTDecoder(channels=32, grid=4, width=32, depth=2, heads=2, mlp_width=64, patch=8).double()
+    z = torch.randn(2, 32, 4, 4, dtype=torch.float64)
+    target, kernel = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    weight = model.last_layer.weight
+
+    def losses(image: Tensor) -> tuple[Tensor, Tensor]:
+        return (image - target).abs().mean(), generator_loss(F.conv2d(image, kernel))
+
+    plain = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses(model(z))]
+    image = model.to_image(model.forward_features(z).detach())
+    leaf = image.detach().requires_grad_()
+    ours = [last_layer_gradient(image, weight, gradient_at(leaf, loss)) for loss in losses(leaf)]
+    for first, second in zip(plain, ours, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-15, rtol=1e-12)
+    torch.testing.assert_close(adaptive_weight(*ours), plain[0].norm() / (plain[1].norm() + 1e-6))
+
+
+def test_phases_start_when_they_should():
+    loss = Stage1Loss(perceptual_start=0, discriminator_start=1.5, gan_start=2)
+    on = [(p.discriminator, p.gan) for p in (loss.phases(step, 10) for step in (0, 14, 15, 19, 20))]
+    assert on == [(False, False), (False, False), (True, False), (True, False), (True, True)]
+    assert not loss.phases(99, 10).perceptual  # none was given
+    assert Stage1Loss(unit="steps", discriminator_start=3, gan_start=4).phases(3, 10).discriminator
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"adversarial": "wgan"}, "wgan.*hinge"),
+        ({"unit": "days"}, "days.*epochs or steps"),
+        ({"gan_weight": -1}, "gan_weight=-1"),
+        ({"gan_start": 2, "discriminator_start": 6}, "gan_start=2.*discriminator_start=6"),
+    ],
+)
+def test_wrong_loss_settings_are_refused(options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        Stage1Loss(**options)
