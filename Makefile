@@ -26,7 +26,7 @@ demo: $(READY)  ## both stages on handwritten digits, to a picture and a table o
 	$(BIN)/rae-demo
 
 test: $(READY)  ## the fast tests: no GPU, no downloads; two minutes on two cores
-	$(PYTEST) -m "not slow and not gpu" --durations=5
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not gpu" -n 2 --dist worksteal --durations=5
 
 test-slow: $(READY)  ## the tests that take longer
 	$(PYTEST) -m "slow and not gpu" --durations=10
