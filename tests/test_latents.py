@@ -157,7 +157,7 @@ def test_stage_1_needs_images(cached, tmp_path):
 
 
 def test_a_path_that_does_not_exist_is_refused_before_weights_are_looked_for(tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.train_path=/nowhere does not exist; give the path of the images"):
+    with pytest.raises(ConfigError, match=r"data\.train_path=/nowhere does not exist; give the path of"):
         build(compose("train", ["stage=1", "encoder=dinov2", "data.train_path=/nowhere", f"output_dir={tmp_path}"]))
     check_paths(OmegaConf.create({"train_path": "https://example.org/{0..3}.tar", "val_path": str(tmp_path / "*.tar")}))
 
@@ -168,7 +168,7 @@ def test_unfit_folders_and_arguments_are_named(folder, cached, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no latents\.json \(the work there is not finished"):
         CachedLatents(tmp_path, flip=False)
     with pytest.raises(
-        FileNotFoundError, match=r"holds no latents\.json, but .*train.* inside it do; give one of them"
+        FileNotFoundError, match=r"holds no latents\.json; a folder inside it does: give its path \(.*train"
     ):
         CachedLatents(cached, flip=False)
     with pytest.raises(ValueError, match=r"images of 32 pixels, but data\.image_size is 64"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -189,18 +191,15 @@ def test_packed_weights_give_the_same_numbers_and_state():
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda network, x: network(x).sum().backward(),
         lambda network, x: network.train(),
         lambda network, x: network.double(),
         lambda network, x: network.load_state_dict({name: value + 1 for name, value in network.state_dict().items()}),
         lambda network, x: copy.deepcopy(network),
         lambda network, x: pickle.loads(pickle.dumps(network)),
-        lambda network, x: torch.no_grad()(torch.autocast("cpu", torch.bfloat16)(network))(x),
-        lambda network, x: torch.no_grad()(torch.vmap(network))(x),
     ],
-    ids=["gradients", "training", "another type", "other values", "a copy", "pickle", "autocast", "vmap"],
+    ids=["training", "another type", "other values", "a copy", "pickle"],
 )
-def test_packed_weights_are_plain_again_for_whatever_else_is_asked(ask):
+def test_packed_weights_are_plain_again_for_what_needs_them(ask):
     network, x = packed_network()
     assert packed(network) == [AT_HAND] * 3
     state = {name: value.clone() for name, value in network.state_dict().items()}
@@ -211,6 +210,90 @@ def test_packed_weights_are_plain_again_for_whatever_else_is_asked(ask):
     shift = 1 if "missing_keys" in dir(found) else 0
     for name, value in network.state_dict().items():
         torch.testing.assert_close(value.float(), state[name] + shift, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda network, x: network(x),
+        lambda network, x: torch.no_grad()(torch.vmap(network))(x),
+        lambda network, x: torch.func.jvp(network, (x,), (x,))[0],
+        lambda network, x: torch.no_grad()(torch.autocast("cpu", torch.bfloat16)(network))(x),
+        lambda network, x: torch.no_grad()(network.double)()(x.double()),
+    ],
+    ids=["gradients", "vmap", "jvp", "autocast", "another type"],
+)
+def test_packed_weights_serve_every_call(ask):
+    network, x = packed_network()
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    plain = unpack_weights(copy.deepcopy(network))
+    with torch.no_grad():
+        network(x)  # packs again
+    expected, found = (ask(one, x) for one in (plain, network))
+    torch.testing.assert_close(found, expected)
+    for name, value in network.state_dict().items():
+        assert type(value) is torch.Tensor
+        torch.testing.assert_close(value.float(), state[name], rtol=0, atol=0)
+    x = x.clone().requires_grad_()
+    slopes = [torch.autograd.grad(one.float()(x).sum(), x)[0] for one in (plain, network)]
+    torch.testing.assert_close(*slopes)
+
+
+def test_an_optimiser_made_before_packing_trains_afterwards():
+    torch.manual_seed(0)
+    network = pack_weights(Linear(16, 24))
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    x, before = torch.randn(3, 16), network.weight.clone()
+    with torch.no_grad():
+        network.eval()(x)
+    network.requires_grad_(False).requires_grad_(True)  # while it is packed
+    network.train()(x).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(network.weight, before - x.sum(0).expand(24, -1))
+
+
+def test_layers_of_a_class_of_their_own_and_shared_weights_are_left_alone():
+    class Shifted(Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 100
+
+    network = torch.nn.ModuleList([Shifted(16, 16), Linear(16, 16), Linear(16, 16)])
+    network[2].weight = network[1].weight
+    pack_weights(network.eval())
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        for layer in network:
+            torch.testing.assert_close(layer(x), layer(x))
+    assert packed(network) == [False] * 3
+    assert network[2].weight is network[1].weight
+
+
+def test_threads_may_share_the_first_call():
+    torch.manual_seed(0)
+    x = torch.randn(2, 16)
+    for _ in range(20):
+        network = torch.nn.Sequential(*(Linear(16, 16) for _ in range(8))).eval()
+        with torch.no_grad():
+            expected = network(x)
+        pack_weights(network)
+        ready = threading.Barrier(4)
+
+        def call(network=network, ready=ready):
+            ready.wait()
+            with torch.no_grad():
+                return network(x)
+
+        with ThreadPoolExecutor(4) as pool:
+            for found in [pool.submit(call) for _ in range(4)]:
+                torch.testing.assert_close(found.result(), expected)
+
+
+def test_a_hook_sees_a_layers_own_output():
+    mlp, x, seen = GELUMlp(16, 24), torch.randn(2, 16), []
+    mlp.fc2.register_forward_hook(lambda layer, given, out: seen.append(out))
+    with torch.no_grad():
+        out = mlp(x, x)
+    torch.testing.assert_close(seen[0] + x, out)
 
 
 def test_a_packed_weight_is_not_given_away_and_new_values_count():

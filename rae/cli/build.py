@@ -109,15 +109,18 @@ def check_paths(data: DictConfig) -> None:
     """Refuses data that are not there, before networks are built and their weights looked for.
 
     Args:
-        data: The configuration of the data set. Addresses and patterns of several files are left to the data set.
+        data: The configuration of the data set. Addresses and patterns of several files are left to the data set, and so is
+            everything of data sets from elsewhere, whose paths may mean something else.
 
     Raises:
         ConfigError: A path does not exist.
     """
+    if not str(data.get("_target_")).startswith("rae.data."):
+        return
     for key in ("train_path", "val_path"):
         path = data.get(key)
         if isinstance(path, str) and not re.search(r"://|[{*?\[]", path) and not Path(path).expanduser().exists():
-            raise ConfigError(f"data.{key}={path} does not exist; give the path of the images (or of the latents)")
+            raise ConfigError(f"data.{key}={path} does not exist; give the path of the images, shards or latents")
 
 
 def keep_still(data: DictConfig, **values: Any) -> None:
@@ -270,7 +273,8 @@ def build(cfg: DictConfig) -> Parts:
     """
     check_complete(cfg)
     plain(cfg)  # names the key of an interpolation that leads nowhere
-    check_paths(cfg.data)
+    if cfg.get("data") is not None:
+        check_paths(cfg.data)
     set_float32(cfg)
     seed(cfg)
     return Parts(data=make(cfg.data), module=build_module(cfg), trainer=build_trainer(cfg))

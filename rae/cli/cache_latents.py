@@ -147,12 +147,13 @@ def cache_latents(cfg: DictConfig) -> None:
         ConfigError: See :func:`check`; or none of the splits has images.
     """
     check(cfg)
-    from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)
+    from rae.cli.build import check_paths, make, seed  # noqa: PLC0415 (imports torch)
     from rae.cli.processes import first, start  # noqa: PLC0415
     from rae.layers import pack_weights  # noqa: PLC0415
 
     fabric = start(cfg)
     seed(cfg)
+    check_paths(cfg.data)
     encoder = pack_weights(make(cfg.encoder).to(fabric.device))
     data = make(cfg.data)
     data.setup("fit" if "train" in cfg.splits else "validate")

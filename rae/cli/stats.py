@@ -86,7 +86,7 @@ def stats(cfg: DictConfig) -> None:
     if target.exists() and not cfg.force:
         raise ConfigError(f"{str(target)!r} exists: force=true replaces it, output_dir=… writes elsewhere")
 
-    from rae.cli.build import check_images, make, seed  # noqa: PLC0415 (imports Hydra's instantiation)
+    from rae.cli.build import check_images, check_paths, make, seed  # noqa: PLC0415 (imports Hydra's instantiation)
 
     check_images(cfg, "statistics")
 
@@ -101,6 +101,7 @@ def stats(cfg: DictConfig) -> None:
 
     fabric = start(cfg)
     seed(cfg)
+    check_paths(cfg.data)
     encoder = pack_weights(make(cfg.encoder).to(fabric.device))
     data = make(cfg.data)
     data.setup("fit")

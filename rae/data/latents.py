@@ -56,7 +56,7 @@ class CachedLatents(SeededDataset):
     def _hint(self) -> str:
         """What a folder without a description may be."""
         if inside := sorted(path.parent.name for path in self.folder.glob(f"*/{INDEX}")):
-            return f", but {' and '.join(inside)} inside it do; give one of them"
+            return f"; a folder inside it does: give its path ({', '.join(inside[:4])})"
         if self.folder.is_dir():
             return " (the work there is not finished: the same command goes on); rae-cache-latents makes one"
         return "; rae-cache-latents makes one"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections import Counter
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 _KERNEL: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 """The kernel that compiled CPU code uses too. It has no backward pass."""
+
+_PACKING = threading.RLock()
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -39,37 +43,29 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
         """… ×in => … ×out; then its exact GELU, or its sum with a residual … ×out, where asked for."""
-        if (
-            self.packs
-            and not (self.training or torch.is_grad_enabled())
-            and self._is_plain()
-            and _suits(x, self.weight)
-        ):
-            return self._pack()(x, gelu, residual)
+        if self.packs and not (self.training or torch.is_grad_enabled()) and self._pack(x):
+            return self(x, gelu, residual)
         return linear(x, self.weight, self.bias, gelu, residual)
 
-    def _is_plain(self) -> bool:
-        """Whether the weight is in its place: a hook may have taken it, or a strategy shared it out."""
-        return type(self._parameters.get("weight")) is nn.Parameter
-
-    def _pack(self) -> PackedLinear:
-        weight = self._parameters.pop("weight")
-        assert weight is not None
-        self.trainable = weight.requires_grad
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self.__class__ = PackedLinear
-        return self  # type: ignore[return-value]
+    def _pack(self, x: Tensor) -> bool:
+        """Becomes a :class:`PackedLinear` if the kernel takes x and the weight, and whether it is one."""
+        with _PACKING:  # calls of several threads
+            weight = self._parameters.get("weight")
+            if type(self) is Linear and type(weight) is nn.Parameter and _suits(x, weight):
+                self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+                self.__class__ = PackedLinear  # from here on nobody asks for the parameter
+                weight.data = weight.new_empty(0)
+        return isinstance(self, PackedLinear)
 
 
 class PackedLinear(Linear):
     """A :class:`Linear` that keeps its weight in the kernel's own layout, and nowhere else.
 
-    It is for evaluation without gradients. ``state_dict`` holds the plain weight as ever. Whatever else is asked of it (gradients,
-    training mode, another device or type, ``load_state_dict``, a copy) makes it a :class:`Linear` again.
+    It is for evaluation: the weight gets no gradients, and the parameter is empty. ``state_dict`` holds the plain weight as ever.
+    Training mode, another device or type, ``load_state_dict`` and a copy make it a :class:`Linear` again, with the same parameter.
     """
 
     packed: Tensor
-    trainable: bool  # whether the plain weight asked for gradients
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -83,16 +79,17 @@ class PackedLinear(Linear):
     def forward(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
         """As :class:`Linear`."""
         if torch.is_grad_enabled() or not _suits(x, self.packed):
-            return linear(x, self.unpack().weight, self.bias, gelu, residual)
+            return linear(x, self.packed.to_dense(), self.bias, gelu, residual)
         return _call(x, self.packed, self.bias, gelu, residual)
 
     def unpack(self) -> Linear:
         """Becomes a :class:`Linear` with the same values, to the last bit."""
-        with torch.inference_mode(False):
-            weight = nn.Parameter(self.packed.to_dense(), self.trainable)
-        del self.packed, self.trainable
-        self.__class__ = Linear  # type: ignore[assignment]
-        self._parameters = {"weight": weight, **self._parameters}
+        with _PACKING, torch.inference_mode(False):
+            weight = self._parameters["weight"]
+            assert weight is not None
+            weight.data = self.packed.to_dense()
+            self.__class__ = Linear  # type: ignore[assignment]
+            del self.packed
         return self
 
     def train(self, mode: bool = True) -> Any:
@@ -103,8 +100,8 @@ class PackedLinear(Linear):
         return self.unpack()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.packed.to_dense()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.packed.to_dense()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self.unpack()._load_from_state_dict(*arguments)
@@ -119,14 +116,15 @@ def pack_weights(network: Network) -> Network:
     decoded a tenth quicker. Elsewhere nothing changes. It takes no more memory, for the plain weights are let go of.
 
     Args:
-        network: Changed in place.
+        network: Changed in place; for evaluation. A weight that several layers share stays as it is.
 
     Returns:
         The network.
     """
-    for module in network.modules():
-        if isinstance(module, Linear):
-            module.packs = True
+    layers = [module for module in network.modules() if type(module) is Linear]
+    owners = Counter(id(module._parameters.get("weight")) for module in network.modules())
+    for layer in layers:
+        layer.packs = owners[id(layer._parameters.get("weight"))] == 1
     return network
 
 

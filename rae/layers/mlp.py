@@ -25,8 +25,8 @@ class GELUMlp(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """B×N×width => B×N×width, added to the residual of that shape where one is given."""
-        # Not so where an adapter has taken a layer's place.
-        fused = isinstance(self.fc1, Linear) and isinstance(self.fc2, Linear)
+        # Not so where an adapter has taken a layer's place, or a hook wants a layer's own output.
+        fused = all(isinstance(layer, Linear) and not layer._forward_hooks for layer in (self.fc1, self.fc2))
         if fused and self.approximate == "none":
             x = self.fc1(x, gelu=True)
         else:
