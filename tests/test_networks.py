@@ -1,4 +1,4 @@
-"""Encoder, latent statistics, decoder, discriminator and losses: properties, closed forms, bad input."""
+"""Encoder, latent statistics and decoder: properties, closed forms, bad input."""
 
 from __future__ import annotations
 

@@ -45,9 +45,8 @@ def test_a_truncated_file_is_refused_before_it_is_mapped(tmp_path: Path):
 
 def test_each_mapping_is_of_its_own_bytes(tmp_path: Path):
     path = tmp_path / "w.safetensors"
-    save_file(
-        {str(number): torch.zeros(2**16) for number in range(64)}, path
-    )  # 16 MiB; 64 whole mappings would be 1 GiB
+    # 16 MiB; 64 mappings of the whole file would be 1 GiB.
+    save_file({str(number): torch.zeros(2**16) for number in range(64)}, path)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     kept = read_file(path, mapped=True)
     more = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() - used

@@ -102,11 +102,10 @@ def from_generator(cfg: DictConfig, fabric: Fabric) -> Source:
 
     from rae.cli.drawing import draw, label_list, plan_of, read_parts  # noqa: PLC0415
     from rae.cli.models import open_generator  # noqa: PLC0415
-    from rae.layers import pack_weights  # noqa: PLC0415
     from rae.parts import share  # noqa: PLC0415
 
     generator, run = open_generator(cfg)
-    generator = pack_weights(generator.to(fabric.device))
+    generator = generator.to(fabric.device)
     labels = label_list(cfg, generator.num_classes)
     plan = plan_of(cfg, generator, labels)
     parts = draw(cfg, fabric, generator, labels, Path(cfg.output_dir) / "parts", plan)
@@ -135,12 +134,11 @@ def from_autoencoder(cfg: DictConfig, fabric: Fabric) -> Source:
     """
     from rae.cli.models import open_autoencoder  # noqa: PLC0415
     from rae.cli.reconstruct import checked_count, model_identity, open_data  # noqa: PLC0415
-    from rae.layers import pack_weights  # noqa: PLC0415
     from rae.parts import stretch  # noqa: PLC0415
     from rae.training.evaluation import reconstructions  # noqa: PLC0415
 
     autoencoder, run = open_autoencoder(cfg)
-    autoencoder = pack_weights(autoencoder.to(fabric.device))
+    autoencoder = autoencoder.to(fabric.device)
     data = open_data(run, autoencoder.image_size)
     mine = stretch(checked_count(data, cfg.count), fabric.global_rank, fabric.world_size)
     pairs = reconstructions(autoencoder, data.range_dataloader("val", [mine]), fabric.device, cfg.precision)

@@ -98,25 +98,27 @@ def open_model(cfg: DictConfig, encode: bool = True, keep_guide: bool = False) -
 
 
 def open_generator(cfg: DictConfig) -> tuple[Generator, DictConfig]:
-    """As :func:`open_model`, for sampling.
+    """As :func:`open_model`, for sampling; weights are packed where that is quicker.
 
     Raises:
         ConfigError: The model has no denoiser.
     """
     from rae.generator import Generator  # noqa: PLC0415
+    from rae.layers import pack_weights  # noqa: PLC0415
 
     model, run = open_model(cfg, encode=False)
     if not isinstance(model, Generator):
         raise ConfigError(f"checkpoint={cfg.checkpoint} has no denoiser; samples are drawn by a model of stage 2")
-    return model, run
+    return pack_weights(model), run
 
 
 def open_autoencoder(cfg: DictConfig) -> tuple[RAE, DictConfig]:
-    """As :func:`open_model`, for encoding and decoding."""
+    """As :func:`open_model`, for encoding and decoding; weights are packed where that is quicker."""
     from rae.generator import Generator  # noqa: PLC0415
+    from rae.layers import pack_weights  # noqa: PLC0415
 
     model, run = open_model(cfg)
-    return (model.autoencoder if isinstance(model, Generator) else model), run
+    return pack_weights(model.autoencoder if isinstance(model, Generator) else model), run
 
 
 def _compose_model(run: DictConfig, checkpoint: str | Path, encode: bool, decoder: str | None) -> RAE | Generator:

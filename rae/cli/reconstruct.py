@@ -109,7 +109,6 @@ def reconstruct(cfg: DictConfig) -> None:
     from rae.cli.models import open_autoencoder  # noqa: PLC0415
     from rae.cli.processes import first, start  # noqa: PLC0415
     from rae.cli.results import table, versions, write_scores  # noqa: PLC0415
-    from rae.layers import pack_weights  # noqa: PLC0415
     from rae.parts import Parts  # noqa: PLC0415
 
     check_interpolations(cfg)
@@ -117,7 +116,7 @@ def reconstruct(cfg: DictConfig) -> None:
     fabric = start(cfg)
     seed(cfg)
     autoencoder, run = open_autoencoder(cfg)
-    autoencoder = pack_weights(autoencoder.to(fabric.device))
+    autoencoder = autoencoder.to(fabric.device)
     metric = make(run.metric).to(fabric.device)  # before the images: what does not fit is to be said at once
     data = open_data(run, autoencoder.image_size)
     count = checked_count(data, cfg.count)

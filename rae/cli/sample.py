@@ -30,14 +30,13 @@ def sample(cfg: DictConfig) -> None:
     from rae.cli.drawing import check_interpolations, draw, finished, label_list, plan_of, write_npz  # noqa: PLC0415 (imports torch)
     from rae.cli.models import open_generator  # noqa: PLC0415
     from rae.cli.processes import first, start  # noqa: PLC0415
-    from rae.layers import pack_weights  # noqa: PLC0415
     from rae.weights import write_json  # noqa: PLC0415
 
     check_interpolations(cfg)
     folder = Path(cfg.output_dir)
     fabric = start(cfg)
     generator, run = open_generator(cfg)
-    generator = pack_weights(generator.to(fabric.device))
+    generator = generator.to(fabric.device)
     if cfg.compile:
         generator.compile(mode=None if cfg.compile is True else str(cfg.compile))
     labels = label_list(cfg, generator.num_classes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rae.cost.meter import parameters
 from rae.cost.steps import ALL, Step
 from rae.flow import FlowMatching
-from rae.layers import AdaptiveBlock
+from rae.layers import adaptive_blocks
 from rae.loss import Phases, Stage1Loss
 
 
@@ -176,7 +176,7 @@ def static_memory(
 
 def _gathered(network: nn.Module) -> int:
     """Bytes of whole weights and gradients at a time: two blocks', as the next is fetched while one runs, and what is in none."""
-    blocks = [parameters(module)["trained_bytes"] for module in network.modules() if isinstance(module, AdaptiveBlock)]
+    blocks = [parameters(block)["trained_bytes"] for block in adaptive_blocks(network)]
     outside = parameters(network)["trained_bytes"] - sum(blocks)
     return 2 * (outside + 2 * max(blocks, default=0))
 

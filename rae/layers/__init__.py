@@ -1,7 +1,7 @@
 """Building blocks of all networks."""
 
 from rae.layers.attention import Attention
-from rae.layers.block import AdaptiveBlock, Block, FinalLayer
+from rae.layers.block import AdaptiveBlock, Block, FinalLayer, adaptive_blocks
 from rae.layers.checks import may_look, trusted
 from rae.layers.embedding import LabelEmbedding, TimeEmbedding, drop_labels
 from rae.layers.linear import Linear, linear, pack_weights, take_quick_kernels, unpack_weights
@@ -22,6 +22,7 @@ __all__ = [
     "RotaryEmbedding2D",
     "SwiGLU",
     "TimeEmbedding",
+    "adaptive_blocks",
     "at_least_float",
     "drop_labels",
     "grid_to_tokens",

@@ -65,6 +65,11 @@ class AdaptiveBlock(nn.Module):
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
+def adaptive_blocks(network: nn.Module) -> list[AdaptiveBlock]:
+    """The adaptive blocks inside a network: the units in which its weights are shared out among devices."""
+    return [module for module in network.modules() if isinstance(module, AdaptiveBlock)]
+
+
 class FinalLayer(nn.Module):
     """Norm, modulation and linear map to the prediction's values; starts at zero.
 

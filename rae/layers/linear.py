@@ -190,9 +190,9 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     return (
         _KERNEL is not None
         and not torch.compiler.is_compiling()  # the compiler chooses for itself
-        and type(x) is Tensor
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and type(x) is Tensor
         and x.numel() > 0
         and x.shape[-1] == weight.shape[1]  # where not, PyTorch says so in clearer words
         and not torch.is_autocast_enabled("cpu")

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from rae.layers import AdaptiveBlock
+from rae.layers import adaptive_blocks
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -39,9 +39,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     """
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 (only where it is used)
 
-    for module in network.modules():
-        if isinstance(module, AdaptiveBlock):
-            fully_shard(module, mesh=mesh)
+    for block in adaptive_blocks(network):
+        fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
 
 
