@@ -19,6 +19,11 @@ from torch import Tensor, nn
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LISTED = 12  # keys of a mismatch that an error spells out
+_FORMER = {
+    "attn.q_norm.bias": "qk_norm=true with norm=rms used to be LayerNorm on queries and keys and is RMSNorm now, as in the "
+    "original; weights of the former kind cannot be converted: train anew"
+}
+"""What keys that a network no longer has say of their file, by the keys' ending."""
 
 
 def read_file(path: str | Path, mapped: bool = False) -> Any:
@@ -83,6 +88,20 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, ado
         ValueError: Lists all missing keys, unexpected keys and differing shapes.
     """
     own = module.state_dict()
+    if problems := mismatches(own, state):
+        raise ValueError(f"{source} does not fit {type(module).__name__}: {problems}")
+    if adopt:
+        state = {key: value.to(own[key].device, own[key].dtype) for key, value in state.items()}
+    module.load_state_dict(dict(state), strict=True, assign=adopt)
+
+
+def mismatches(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps a state dict from being loaded strictly, in words; empty where nothing does.
+
+    Args:
+        own: The module's own state dict.
+        state: The one to load.
+    """
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     shapes = [
@@ -95,11 +114,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, ado
         for name, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if found
     ]
-    if problems:
-        raise ValueError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
-    if adopt:
-        state = {key: value.to(own[key].device, own[key].dtype) for key, value in state.items()}
-    module.load_state_dict(dict(state), strict=True, assign=adopt)
+    problems += [words for ending, words in _FORMER.items() if any(key.endswith(ending) for key in unexpected)]
+    return "; ".join(problems)
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:

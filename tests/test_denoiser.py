@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rae.checkpoint.denoiser import denoiser_from_config, original_to_ours, ours_to_original
 from rae.denoiser import DiT, DiTDH
 from rae.layers import (
+    Attention,
     LabelEmbedding,
     RMSNorm,
     RotaryEmbedding2D,
@@ -68,6 +70,45 @@ def test_initialisation_is_the_published_one():
     assert dh.backbone[0].attn.qkv.weight.std().item() == pytest.approx(
         (1 / (3 * 256)) ** 0.5, rel=0.05
     )  # PyTorch's default
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_queries_and_keys_take_the_norm_of_the_blocks(norm: str):
+    torch.manual_seed(0)
+    attention = Attention(32, 4, qk_norm=True, norm=norm).double()
+    x, size = torch.randn(2, 9, 32, dtype=torch.float64), 8
+    state = {key: torch.randn_like(value) for key, value in attention.state_dict().items()}
+    attention.load_state_dict(state)
+    q, k, v = F.linear(x, state["qkv.weight"], state["qkv.bias"]).chunk(3, dim=-1)
+    split = [part.reshape(2, 9, 4, size).transpose(1, 2) for part in (q, k, v)]
+
+    def normed(value: torch.Tensor, name: str) -> torch.Tensor:
+        if norm == "rms":
+            return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[f"{name}.weight"]
+        centred = value - value.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    weights = (normed(split[0], "q_norm") @ normed(split[1], "k_norm").transpose(-1, -2) / size**0.5).softmax(-1)
+    expected = F.linear(
+        (weights @ split[2]).transpose(1, 2).reshape(2, 9, 32), state["proj.weight"], state["proj.bias"]
+    )
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_the_originals_qk_norm_loads_strictly_and_weights_of_the_former_kind_are_refused_in_words():
+    sizes = {"in_channels": 8, "input_size": 4, "num_classes": 5, "hidden_size": 32, "depth": 1, "num_heads": 2}
+    options = {"use_qknorm": True, "use_rmsnorm": True}
+    model = denoiser_from_config(sizes | options)
+    original = ours_to_original(model)
+    names = {name for name in original if ".attn.q_norm" in name or ".attn.k_norm" in name}
+    assert names == {"blocks.0.attn.q_norm.weight", "blocks.0.attn.k_norm.weight"}  # the original's RMSNorm has no bias
+    load_strict(model, original_to_ours(original, model), "the original")
+    former = model.state_dict() | {"blocks.0.attn.q_norm.bias": torch.zeros(16)}
+    with pytest.raises(
+        ValueError, match=r"1 unexpected: blocks.0.attn.q_norm.bias; qk_norm=true with norm=rms used to"
+    ):
+        load_strict(model, former, "the run")
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def make_blocks(
         width: Width of the tokens.
         heads: Attention heads.
         mlp_ratio: Width of the feed-forward layers divided by the width.
-        qk_norm: LayerNorm on queries and keys.
+        qk_norm: Whether queries and keys are normalised too, by the blocks' kind of norm.
         norm: ``rms`` or ``layer``.
         mlp: ``swiglu`` or ``gelu``.
     """

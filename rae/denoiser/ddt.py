@@ -24,7 +24,7 @@ class DiTDH(Denoiser):
         num_classes: Number of classes; the null label is ``num_classes``.
         patch: Side of a patch of both.
         mlp_ratio: Width of the feed-forward layers divided by the width.
-        qk_norm: LayerNorm on queries and keys.
+        qk_norm: Whether queries and keys are normalised too, by the blocks' kind of norm.
         norm: ``rms`` or ``layer``.
         mlp: ``swiglu`` or ``gelu``.
         rope: Rotary embedding of the attention; without it only the backbone's table tells the head where a token is.

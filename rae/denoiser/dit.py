@@ -21,7 +21,7 @@ class DiT(Denoiser):
         num_classes: Number of classes; the null label is ``num_classes``.
         patch: Side of a patch.
         mlp_ratio: Width of the feed-forward layer divided by ``width``.
-        qk_norm: LayerNorm on queries and keys.
+        qk_norm: Whether queries and keys are normalised too, by the blocks' kind of norm.
         norm: ``rms`` or ``layer``.
         mlp: ``swiglu`` or ``gelu``.
         rope: Rotary embedding of the attention, beside the fixed table.

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.layers.linear import Linear
+from rae.layers.norm import RMSNorm
 from rae.layers.position import RotaryEmbedding2D
 
 
@@ -15,20 +16,22 @@ class Attention(nn.Module):
     Args:
         width: Width of the tokens, divisible by ``heads``.
         heads: Number of heads.
-        qk_norm: LayerNorm (eps 1e-5, affine) on every query and key, before the rotary embedding.
+        qk_norm: Whether every query and key is normalised, before the rotary embedding.
+        norm: By what: ``rms`` (RMSNorm, eps 1e-6) or ``layer`` (LayerNorm, eps 1e-5), both with weights.
 
     Raises:
         ValueError: ``width`` is not divisible by ``heads``.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool = False, norm: str = "layer") -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} is not divisible by heads={heads}")
         self.heads = heads
         self.qkv = Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        kind = RMSNorm if norm == "rms" else nn.LayerNorm
+        self.q_norm = kind(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = kind(width // heads) if qk_norm else nn.Identity()
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2D | None = None) -> Tensor:

@@ -42,7 +42,7 @@ class AdaptiveBlock(nn.Module):
         heads: Attention heads.
         hidden: Width of the feed-forward layer; two thirds of it with ``swiglu``.
         qk_norm: See :class:`~rae.layers.attention.Attention`.
-        norm: ``rms`` or ``layer``.
+        norm: ``rms`` or ``layer``, of queries and keys too.
         mlp: ``swiglu`` or ``gelu``.
     """
 
@@ -51,7 +51,7 @@ class AdaptiveBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = make_norm(norm, width)
-        self.attn = Attention(width, heads, qk_norm)
+        self.attn = Attention(width, heads, qk_norm, norm)
         self.norm2 = make_norm(norm, width)
         self.mlp = make_mlp(mlp, width, hidden)
         self.modulation = Linear(width, 6 * width)

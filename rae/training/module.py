@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rae.data.latents import LatentsDataModule
+from rae.weights import mismatches
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
@@ -91,14 +92,10 @@ class TrainingModule(L.LightningModule):
         """Loads the trained parts; every one of them must be there and nothing else.
 
         Raises:
-            ValueError: Lists missing and unexpected keys.
+            ValueError: Lists missing and unexpected keys and other shapes.
         """
-        own = self.state_dict()
-        if strict and own.keys() != state_dict.keys():
-            raise ValueError(
-                f"checkpoint does not fit {type(self).__name__}: missing {sorted(own.keys() - state_dict.keys())[:12]}, "
-                f"unexpected {sorted(state_dict.keys() - own.keys())[:12]}"
-            )
+        if strict and (problems := mismatches(self.state_dict(), state_dict)):
+            raise ValueError(f"the checkpoint does not fit {type(self).__name__}: {problems}")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
