@@ -274,3 +274,52 @@ def test_a_taken_port_is_named(exports, monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port={port} cannot be listened on; choose another port"):
             app(configuration(exports / "generator", f"port={port}"))
+
+
+# --- what fills the memory -----------------------------------------------------------------------------------------
+
+
+def bomb(path: Path, side: int) -> Path:
+    """A PNG of very many transparent pixels in a small file."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    packer, row = zlib.compressobj(9), bytes(1 + 4 * side)
+    pixels = b"".join([*(packer.compress(row) for _ in range(side)), packer.flush()])
+    header = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    return path
+
+
+def test_images_that_would_fill_the_memory_are_refused_undecoded(tmp_path, monkeypatch):
+    viewer = Viewer(generator().autoencoder)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    assert viewer.reconstruct(bomb(tmp_path / "a.png", 100)).picture.shape == (3, SIDE, SIDE)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(ValueError, match=r"is no readable image \(101×101 pixels are more than the 10,000 allowed\)"):
+        viewer.reconstruct(bomb(tmp_path / "b.png", 101), "b.png")
+    with pytest.raises(ValueError, match=r"is no readable image \(Image size \(40000 pixels\) exceeds limit"):
+        viewer.reconstruct(bomb(tmp_path / "c.png", 200), "c.png")
+
+
+def test_the_page_enforces_what_its_sliders_allow():
+    from gradio import Error
+
+    from rae.cli.page import Limits, build_page
+
+    made = build_page(Viewer(generator()), "", Limits(max_count=3, max_steps=9, max_scale=2)).fns.values()
+    (sample,) = [each.fn for each in made if each.name == "sample"]
+    assert len(sample(1, "cfg", 1.5, 2, 3, 0).value) == 3
+    for changed, message in (
+        ({"count": 4}, "count must be a whole number in 1 … 3, got 4"),
+        ({"count": 1e12}, "count must be a whole number in 1 … 3, got"),
+        ({"steps": 10}, "steps must be a whole number in 1 … 9, got 10"),
+        ({"scale": 2.1}, "guidance scale must be a number in 1 … 2; 1 is none, got 2.1"),
+        ({"scale": "much"}, "guidance scale must be a number in 1 … 2; 1 is none, got 'much'"),
+    ):
+        given = {"label": 1, "guidance": "cfg", "scale": 1.5, "steps": 2, "count": 1, "seed": 0, **changed}
+        with pytest.raises(Error, match=re.escape(message)):
+            sample(**given)

@@ -112,17 +112,22 @@ def serve(cfg: DictConfig, viewer: Viewer, about: str, limits: Limits, folder: s
     Raises:
         ConfigError: The address or port cannot be listened on.
     """
+    from starlette.middleware import Middleware  # noqa: PLC0415 (comes with gradio)
+
+    from rae.cli.guard import UPLOAD, Guard  # noqa: PLC0415
     from rae.cli.page import build_page, look  # noqa: PLC0415 (imports gradio)
 
     os.environ["GRADIO_TEMP_DIR"] = folder
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is up
     page = build_page(viewer, about, limits)
+    names = [*cfg.names, ".gradio.live"] if cfg.share else list(cfg.names)
     try:
         _, url, public = page.launch(
             server_name=cfg.host,
             server_port=cfg.port,
             share=bool(cfg.share),
-            max_file_size="64mb",
+            max_file_size=UPLOAD,
+            app_kwargs={"middleware": [Middleware(Guard, names=names)]},
             prevent_thread_lock=True,
             **look(viewer),
         )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rae.cli.errors import describe, is_expected
-from rae.cli.viewer import GUIDANCES, Viewer
+from rae.cli.viewer import GUIDANCES, Viewer, whole, within
 from rae.flow import AdaptiveSampler
 
 P = ParamSpec("P")
@@ -235,10 +235,14 @@ def _samples(viewer: Viewer, limits: Limits) -> None:
         def on_progress(done: int, total: int, doing: str) -> None:
             progress((done, total), desc=doing, unit="steps")
 
-        images = viewer.sample(label, guidance, scale, None if adaptive else steps, seed, count, on_progress)
+        whole("count", count, 1, limits.max_count)  # a request need not come from the sliders
+        chosen = None if adaptive else whole("steps", steps, 1, most)
+        within("guidance scale", scale, min(1, strength), strongest)
+        images = viewer.sample(label, guidance, scale, chosen, seed, count, on_progress)
         guided = "" if guidance == "none" else f", {guidance} {scale:g}"
         title = f"Class {viewer.title_of(label)}, samples 0 to {len(images) - 1} of seed {seed}{guided}"
         return gr.Gallery([pixels(image) for image in images], label=title)
 
     settings = [label, guidance, scale, steps, count, seed]
-    button.click(sample, settings, gallery, api_visibility="private")
+    # As sent: the checks above answer in words, Gradio's own would leave a trace in the log.
+    button.click(sample, settings, gallery, preprocess=False, api_visibility="private")

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rae.autoencoder import RAE
-from rae.data.transforms import ImageTransform, to_float
+from rae.data.transforms import ImageTransform, open_rgb, to_float
 from rae.describe import describe, rebuild
 from rae.encoder import AbsentEncoder
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, NoGuidance, OfficialGrid
@@ -93,10 +94,10 @@ class Viewer:
             distance.
 
         Raises:
-            ValueError: The file is no image, or a damaged one.
+            ValueError: The file is no image, a damaged one, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
         """
         try:
-            image = self.transform.open(file)
+            image = open_rgb(file, most=Image.MAX_IMAGE_PIXELS)
         except (OSError, SyntaxError, ValueError) as error:
             # Pillow's message ends with the path, which for an upload is that of a copy.
             reason = "" if "cannot identify" in str(error) else f" ({error})"
@@ -176,8 +177,7 @@ class Viewer:
             raise ValueError("the model has no denoiser: samples are drawn by a model of stage 2")
         if guidance not in self.guidances:
             raise ValueError(f"guidance={guidance!r} must be one of {', '.join(self.guidances)} with this model")
-        if not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise ValueError(f"guidance scale must be a number, e.g. 1.5; 1 is none, got {scale!r}")
+        within("guidance scale", scale)
         kind = GUIDANCES[guidance]
         chosen = NoGuidance() if kind is NoGuidance else kind(float(scale), own.guidance.interval)
         sampler = own.sampler if steps is None else with_steps(own.sampler, whole("steps", steps, 1))
@@ -208,6 +208,25 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
         allowed = f"in {low} … {high}" if high is not None else f"of at least {low}"
         raise ValueError(f"{name} must be a whole number {allowed}, got {'nothing' if value is None else value}")
     return int(value)
+
+
+def within(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number within a range.
+
+    Args:
+        name: What it is, for the message.
+        value: Whatever was given.
+        low: Smallest that is allowed.
+        high: Largest that is allowed.
+
+    Raises:
+        ValueError: Another value, named with what is allowed.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not low <= value <= high:
+        allowed = f" in {low:g} … {high:g}" if math.isfinite(high) else ", e.g. 1.5"
+        raise ValueError(f"{name} must be a number{allowed}; 1 is none, got {value!r}")
+    return float(value)
 
 
 def with_steps(sampler: Any, steps: int) -> Any:

@@ -19,6 +19,8 @@ from torch import Tensor
 from rae.rng import uniform
 
 _MODES = ("random_crop", "center_crop")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+"""Formats of image files that are read; others of Pillow start programs (EPS) or are hardly ever tried."""
 _BIG_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's names of greyscale with more than 8 bits
 
 
@@ -35,7 +37,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def open_rgb(file: str | Path | IO[bytes], least: int | None = None) -> Image.Image:
+def open_rgb(file: str | Path | IO[bytes], least: int | None = None, most: int | None = None) -> Image.Image:
     """Opens any image as 8-bit RGB, turned the way its EXIF orientation says.
 
     Transparency is laid on white, 16-bit grey is reduced to 8 bits, and of an animation the first frame is taken.
@@ -44,16 +46,22 @@ def open_rgb(file: str | Path | IO[bytes], least: int | None = None) -> Image.Im
         file: A path, or a file opened for reading bytes.
         least: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps this many pixels;
             None decodes it whole.
+        most: Pixels that the image may have, so that a small file cannot fill the memory; None for twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``, Pillow's own limit.
 
     Raises:
-        OSError: No image, or a truncated one.
+        OSError: No image of :data:`FORMATS`, a truncated one, or one of too many pixels.
         ValueError: Pixels whose range the file does not tell (floating point, more than 16 bits).
     """
     try:
-        handle = Image.open(file)
+        handle = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:  # its text names the object in memory, other in every run
         raise OSError("no image of a known format") from error
+    except Image.DecompressionBombError as error:
+        raise OSError(str(error)) from error
     with handle as opened:
+        if most is not None and opened.width * opened.height > most:
+            raise OSError(f"{opened.width}×{opened.height} pixels are more than the {most:,} allowed")
         opened.seek(0)
         if least is not None:
             opened.draft(None, (least, least))
@@ -66,8 +74,7 @@ def open_rgb(file: str | Path | IO[bytes], least: int | None = None) -> Image.Im
         raise ValueError("the image holds floating-point grey values, whose range is unknown; save it with 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -188,7 +188,7 @@ def decode_image(file: Path | IO[bytes], name: str) -> Tensor:
             if image.mode not in MODES:
                 raise ValueError(f"{name!r} has mode {image.mode}: images must be 8-bit RGB or grey; convert it first")
             pixels = np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name!r} is no readable image: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
