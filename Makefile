@@ -41,7 +41,7 @@ $(XLA_READY): pyproject.toml
 		torch==2.9.0 torch_xla==2.9.0 torchvision==0.24.0 pytest --editable .
 	@touch $@
 
-test-xla: $(XLA_READY)  ## training, sampling and decoding on an XLA device (its CPU) against the CPU
+test-xla: $(XLA_READY)  ## training, sampling and decoding on an XLA device (its CPU) against the CPU; 6 GB of packages
 	PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -q tests/xla
 
 coverage: $(READY)  ## the fast and the slow tests; prints the files of which they reach less than 90 %, and the total

@@ -44,6 +44,16 @@ def test_the_same_run_twice_is_bitwise_the_same(stage: int, tmp_path: Path):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
+def test_the_encoder_trains_outside_inference_mode(stage: int, tmp_path: Path):
+    """Some devices (XLA) can take no view of a weight in inference mode."""
+    module, modes = make_module(stage), []
+    module.autoencoder.encoder.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    train(stage, tmp_path, steps=1, module=module)
+    assert modes
+    assert not any(modes)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
 def test_accumulated_micro_batches_are_one_batch(stage: int, tmp_path: Path):
     whole = weights(train(stage, tmp_path, batch=4, accumulate=1)[1])
     parts = weights(train(stage, tmp_path, batch=2, accumulate=2)[1])

@@ -166,6 +166,15 @@ def absent_encoder(node: DictConfig) -> Encoder:
     return AbsentEncoder(**{name: node[name] for name in facts}) if all(name in node for name in facts) else make(node)
 
 
+def _precision(trainer: DictConfig) -> dict[str, Any]:
+    """Arguments of the trainer for a precision that Lightning itself does not know on this accelerator."""
+    if trainer.get("accelerator") != "tpu" or trainer.get("precision") != "bf16-mixed":
+        return {}
+    from rae.training.precision import XLAMixedPrecision  # noqa: PLC0415 (slow to import)
+
+    return {"precision": None, "plugins": [XLAMixedPrecision()]}
+
+
 def _strategy(cfg: DictConfig) -> Any:
     """The name of a strategy, or the object that its node describes."""
     node = cfg.get("strategy", "auto")
@@ -212,6 +221,7 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
         logger=loggers or False,
         strategy=_strategy(cfg),
         default_root_dir=cfg.output_dir,
+        **_precision(cfg.trainer),
     )
 
 

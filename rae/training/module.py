@@ -22,13 +22,6 @@ OnNonfinite = Literal["stop", "skip", "rollback"]
 _MOST_ROLLBACKS = 3  # from one checkpoint
 
 
-def encoded(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """What a frozen network makes of images, in inference mode; copied, so that it may enter a graph."""
-    with torch.inference_mode():
-        result = encode(images)
-    return result.clone()
-
-
 class NonFiniteError(RuntimeError):
     """A loss or gradient became NaN or infinite."""
 

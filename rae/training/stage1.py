@@ -19,7 +19,7 @@ from rae.discriminator import DiffAugment, DinoDiscriminator, quantize
 from rae.latent import add_noise
 from rae.loss import Phases, Stage1Loss, adaptive_weight, generator_loss, gradient_at, last_layer_gradient
 from rae.rng import normal, sample_seeds, uniform
-from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule, encoded
+from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Stage1Module(TrainingModule):
     def _decoder_gradients(self, batch: Batch, phases: Phases) -> None:
         """Adds one micro-batch's gradients to the decoder."""
         images = to_float(batch["image"])
-        latents = encoded(self.autoencoder.encoder, images)
+        latents = self.autoencoder.encoder(images)
         micro = MicroBatch(images, latents, batch["epoch"].tolist(), batch["index"].tolist())
         self._pending.append(micro)
         noise = normal(self._seeds("latent noise", micro), latents.shape[1:], device=latents.device)

@@ -15,7 +15,7 @@ from rae.denoiser import Denoiser
 from rae.flow import FlowMatching
 from rae.layers import drop_labels
 from rae.rng import normal, sample_seeds, uniform
-from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule, encoded
+from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 from rae.training.strategy import shard, whole
 
 
@@ -138,7 +138,7 @@ class Stage2Module(TrainingModule):
         """Normalised latents B×C×h×w of a batch of images or of cached latents."""
         if "latent" in batch:
             return self.autoencoder.latent.normalize(batch["latent"].float())
-        return encoded(self.autoencoder.encode, to_float(batch["image"]))
+        return self.autoencoder.encode(to_float(batch["image"]))
 
     def losses(self, batch: Batch, purpose: str, label_dropout: float) -> Tensor:
         """Flow-matching loss of every sample, B, with the draws that belong to the samples."""

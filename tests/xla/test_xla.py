@@ -11,12 +11,17 @@ import torch
 import torch_xla
 import torch_xla.debug.metrics as met
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.plugins.precision.xla import XLAPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
 
+from rae.cli.build import _precision
+from rae.cli.config import compose
 from rae.data import SyntheticDataModule
 from rae.flow import ClassifierFreeGuidance, EulerSampler, FlowMatching, OfficialGrid
 from rae.generator import Generator
+from rae.training.precision import XLAMixedPrecision
 from tests.small_runs import make_module
 
 STEPS = 8
@@ -49,17 +54,16 @@ def compiled() -> int:
     return 0 if data is None else int(data[0])
 
 
-def fit(stage: int, folder: Path, xla: bool, *callbacks: L.Callback) -> dict[str, torch.Tensor]:
+def fit(
+    stage: int, folder: Path, precision: Precision | None = None, *callbacks: L.Callback, steps: int = STEPS
+) -> dict[str, torch.Tensor]:
+    """Trained weights: on the CPU in float32, or on the XLA device with a plugin for its precision."""
     module = make_module(stage)
     options: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
-    if xla:
-        accelerator = AnyDevice()
-        strategy = SingleDeviceStrategy(
-            device=DEVICE, accelerator=accelerator, precision_plugin=XLAPrecision("32-true")
-        )
-        options = {"strategy": strategy}
+    if precision is not None:
+        options = {"strategy": SingleDeviceStrategy(device=DEVICE, accelerator=AnyDevice(), precision_plugin=precision)}
     trainer = L.Trainer(
-        max_steps=STEPS,
+        max_steps=steps,
         callbacks=list(callbacks),
         default_root_dir=folder,
         logger=False,
@@ -73,15 +77,15 @@ def fit(stage: int, folder: Path, xla: bool, *callbacks: L.Callback) -> dict[str
     )
     data = SyntheticDataModule(4, image_size=16, num_classes=4, train_images=64, val_images=8)
     trainer.fit(module, datamodule=data)
-    assert trainer.global_step == STEPS
+    assert trainer.global_step == steps
     return {key: value.detach().cpu() for key, value in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_training_agrees_with_the_cpu_and_is_compiled_once(stage: int, tmp_path: Path):
-    expected = fit(stage, tmp_path, xla=False)
+    expected = fit(stage, tmp_path)
     counter = Compilations()
-    found = fit(stage, tmp_path, True, counter)
+    found = fit(stage, tmp_path, XLAPrecision("32-true"), counter)
     start = make_module(stage).state_dict()
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -89,6 +93,30 @@ def test_training_agrees_with_the_cpu_and_is_compiled_once(stage: int, tmp_path:
         assert torch.allclose(found[key], value, atol=2e-4 + 1e-2 * float(moved)), key
     # Stage 1 has three phases, each with graphs of its own; the last one begins with the third step.
     assert counter.counts[-1] == counter.counts[-4], counter.counts
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_mixed_precision_trains_close_to_float32(stage: int, tmp_path: Path):
+    expected, start = fit(stage, tmp_path, steps=3), make_module(stage).state_dict()  # every phase of stage 1
+    dtypes: set[torch.dtype] = set()
+    network = "decoder" if stage == 1 else "denoiser"
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            layers = [layer for layer in getattr(pl_module, network).modules() if isinstance(layer, nn.Linear)]
+            layers[0].register_forward_hook(lambda layer, inputs, output: dtypes.add(output.dtype))
+
+    found = fit(stage, tmp_path, XLAMixedPrecision(), Watch(), steps=3)
+    assert dtypes == {torch.bfloat16}
+    for key, value in expected.items():
+        if key.startswith(("denoiser.", "autoencoder.decoder.")):
+            assert found[key].dtype == value.dtype  # weights stay float32
+            moved = float((value - start[key]).abs().max())
+            assert (found[key] - value).abs().max() <= 1e-3 + 0.3 * moved, key
+
+
+def test_the_recipe_for_tpus_takes_this_precision():
+    assert isinstance(_precision(compose("train", ["stage=2", "trainer=tpu"]).trainer)["plugins"][0], XLAMixedPrecision)
 
 
 def test_encoding_sampling_and_decoding_agree_with_the_cpu():
