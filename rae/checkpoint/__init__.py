@@ -5,7 +5,7 @@ from rae.checkpoint.denoiser import denoiser_from_config, denoiser_from_original
 from rae.checkpoint.diffusers import load_diffusers, save_diffusers
 from rae.checkpoint.original import load_original_decoder, load_original_denoiser, save_original
 from rae.checkpoint.run import find_checkpoint, load_trained, read_config, read_step, trained_weights
-from rae.checkpoint.source import kind_of, load_autoencoder, load_decoder_from, load_denoiser_from
+from rae.checkpoint.source import kind_of, load_autoencoder, load_decoder_from, load_denoiser_from, settle_encoder
 
 __all__ = [
     "decoder_from_original",
@@ -24,5 +24,6 @@ __all__ = [
     "read_step",
     "save_diffusers",
     "save_original",
+    "settle_encoder",
     "trained_weights",
 ]

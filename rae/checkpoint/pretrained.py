@@ -118,7 +118,7 @@ def describe_encoder(encoder: Encoder, store: bool | None) -> dict[str, Any]:
         key: value for key, value in (("checkpoint", None), ("pretrained", not stored)) if key in description
     }
     if "hub_id" in description and not stored:
-        description["hub_id"] = encoder.identity.get("hub_id")
+        description["hub_id"] = getattr(encoder, "hub_id", None)
     return {"model": description, "stored": stored, "sha256": encoder.weights_hash()}
 
 
@@ -194,6 +194,14 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{str(file)!r} has format version {config['format_version']}, this library reads up to {VERSION}; upgrade it"
         )
     return config
+
+
+def read_encoder(folder: Path) -> dict[str, Any]:
+    """What an export keeps of its encoder, see :meth:`rae.encoder.Encoder.record`."""
+    config = read_description(folder)
+    entry = config["encoder"]
+    record: dict[str, Any] = {"fingerprint": _fingerprint(entry)}
+    return record | ({"weights": part(read_state(folder, config), "encoder")} if entry["stored"] else {})
 
 
 def read_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -293,15 +301,18 @@ def _encoder(entry: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path
     with torch.random.fork_rng(devices=[]):
         encoder: Encoder = rebuild(model)
     if entry["stored"]:
-        encoder.load_published(state, f"encoder of {str(folder)!r}")
-        encoder.freeze()
-    found = encoder.weights_hash()
-    if found != entry["sha256"]:
+        encoder.load_published(state, f"encoder of {str(folder)!r}")  # their hash was compared on reading
+        return encoder
+    if found := encoder.differences(_fingerprint(entry)):
         raise ValueError(
-            f"the encoder of {str(folder)!r} is not the one that the model was trained with: weights {found[:16]}…, not "
-            f"{entry['sha256'][:16]}…; its revision in {CONFIG} may have moved"
+            f"the encoder of {str(folder)!r} is not the one that the model was trained with: {found}; its revision in {CONFIG} "
+            "may have moved"
         )
     return encoder
+
+
+def _fingerprint(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"weights": entry["sha256"], "dtype": entry["model"].get("dtype") or "float32"}
 
 
 def _empty(description: Mapping[str, Any]) -> Any:

@@ -81,6 +81,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def read_encoder(path: str | Path) -> dict[str, Any] | None:
+    """What a run keeps of its encoder, see :meth:`rae.encoder.Encoder.record`; None where it keeps nothing.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The file is no checkpoint of a training run.
+    """
+    file = find_checkpoint(path)
+    record = _read(file).get("encoder")
+    if record is not None and not (isinstance(record, dict) and isinstance(record.get("fingerprint"), dict)):
+        raise ValueError(f"{str(file)!r} is no checkpoint of a training run: its 'encoder' says nothing of an encoder")
+    return record
+
+
 def trained_weights(path: str | Path, network: str, averaged: bool = True) -> dict[str, Tensor]:
     """Weights of one trained part.
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rae.autoencoder import RAE
 from rae.checkpoint import pretrained
 from rae.checkpoint.diffusers import is_diffusers, load_diffusers, load_diffusers_decoder
 from rae.checkpoint.original import load_original_decoder, load_original_denoiser
-from rae.checkpoint.run import LAST, find_checkpoint, load_trained
+from rae.checkpoint.run import LAST, find_checkpoint, load_trained, read_encoder
 from rae.decoder import ViTDecoder
 from rae.denoiser import Denoiser
+from rae.encoder import AbsentEncoder, Encoder, differences
 from rae.weights import load_strict
 
 KINDS = ("run", "export", "diffusers", "file")
+_MAY_DIFFER = ("input_size",)
 _FILES = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -97,6 +101,39 @@ def load_denoiser_from(denoiser: Denoiser, source: str | Path, averaged: bool = 
         load_strict(
             denoiser, pretrained.part(pretrained.read_state(path, config), "denoiser"), f"denoiser of {str(source)!r}"
         )
+
+
+def settle_encoder(encoder: Encoder, sources: Iterable[str | Path]) -> None:
+    """Makes an encoder that of the sources which a model is opened from, and refuses to be another.
+
+    Args:
+        encoder: The encoder; random weights become those that the first source keeps. For an absent one, the sources are
+            compared among themselves.
+        sources: Runs and exports that were made with an encoder; other kinds do not say with which. The side that images are
+            resized to may differ: decoders serve other grids.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ValueError: Names what differs.
+    """
+    records: list[tuple[str, dict[str, Any] | None]] = []
+    for source in dict.fromkeys(map(str, sources)):
+        kind, path = kind_of(source)
+        if kind in ("run", "export"):
+            records.append((source, read_encoder(path) if kind == "run" else pretrained.read_encoder(path)))
+    if not isinstance(encoder, AbsentEncoder):
+        for number, (source, record) in enumerate(records):
+            if number == 0:
+                encoder.take(record, source, _MAY_DIFFER)
+            elif record is not None:
+                encoder.check(record["fingerprint"], source, _MAY_DIFFER)
+        return
+    known = [(source, record["fingerprint"]) for source, record in records if record is not None]
+    for source, described in known[1:]:
+        first = known[0][1]
+        both = {key: value for key, value in described.items() if key in first}  # an export says less than a run
+        if found := differences(both, first, _MAY_DIFFER):
+            raise ValueError(f"{source} was made with another encoder than {known[0][0]}: {found}")
 
 
 def load_autoencoder(source: str | Path, encoder: bool = True) -> RAE:

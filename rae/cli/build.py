@@ -140,21 +140,31 @@ def keep_still(data: DictConfig, **values: Any) -> None:
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
-def build_autoencoder(cfg: DictConfig, encode: bool = True, averaged: bool = True) -> RAE:
+def build_autoencoder(
+    cfg: DictConfig, encode: bool = True, averaged: bool = True, run: str | Path | None = None
+) -> RAE:
     """Encoder, decoder and latent statistics; ``decoder_checkpoint`` names the decoder's trained weights.
 
     Args:
         cfg: The configuration.
         encode: Whether the encoder's weights are needed.
         averaged: Whether a run's decoder is the moving average of its weights.
+        run: The trained model that is opened, which says what its encoder is; None for a new one.
+
+    Raises:
+        ValueError: The decoder, the run or the statistics were made with another encoder.
     """
     from rae.autoencoder import RAE  # noqa: PLC0415
-    from rae.checkpoint import load_decoder_from  # noqa: PLC0415
+    from rae.checkpoint import load_decoder_from, settle_encoder  # noqa: PLC0415
 
     encoder = make(cfg.encoder) if encode else absent_encoder(cfg.encoder)
     autoencoder = RAE(encoder, make(cfg.decoder), make(cfg.get("latent")))
-    if cfg.get("decoder_checkpoint") is not None:
-        load_decoder_from(autoencoder.decoder, cfg.decoder_checkpoint, averaged)
+    decoder = cfg.get("decoder_checkpoint")
+    settle_encoder(encoder, [source for source in (run, decoder) if source is not None])
+    if encode and run is not None and autoencoder.latent.encoder is not None:
+        encoder.check(autoencoder.latent.encoder, f"latent.stats={cfg.latent.stats}")
+    if decoder is not None:
+        load_decoder_from(autoencoder.decoder, decoder, averaged)
     return autoencoder
 
 

@@ -131,14 +131,14 @@ def _compose_model(run: DictConfig, checkpoint: str | Path, encode: bool, decode
     if run.get("denoiser") is None:
         run = run.copy()
         run.decoder_checkpoint = str(decoder or checkpoint)  # not the one that its training may have begun with
-        return build_autoencoder(run, encode, run.get("averaged", True)).eval()
+        return build_autoencoder(run, encode, run.get("averaged", True), checkpoint).eval()
     if run.get("decoder_checkpoint") is None:
         raise ConfigError(
             "the run was trained without a decoder: add decoder_checkpoint=… (a stage-1 run, export or weight file)"
         )
     denoiser = make(run.denoiser)
     load_denoiser_from(denoiser, checkpoint, run.get("averaged", True))
-    return build_generator(run, build_autoencoder(run, encode), denoiser, _open_guide(run)).eval()
+    return build_generator(run, build_autoencoder(run, encode, run=checkpoint), denoiser, _open_guide(run)).eval()
 
 
 def _wants_guide(cfg: DictConfig) -> bool:
@@ -172,7 +172,7 @@ def _open_guide(run: DictConfig) -> Denoiser | None:
 
 def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool, keep_guide: bool) -> RAE | Generator:
     """An exported model with the command's decoder, sampler, guidance and guide."""
-    from rae.checkpoint import load_autoencoder, load_decoder_from  # noqa: PLC0415
+    from rae.checkpoint import load_autoencoder, load_decoder_from, settle_encoder  # noqa: PLC0415
     from rae.checkpoint.pretrained import load_generator, read_description  # noqa: PLC0415
 
     generator = None
@@ -180,6 +180,7 @@ def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool, keep_guid
         generator = load_generator(path, encoder=encode)
     autoencoder = load_autoencoder(path, encode) if generator is None else generator.autoencoder
     if cfg.get("decoder_checkpoint") is not None:
+        settle_encoder(autoencoder.encoder, [path, cfg.decoder_checkpoint])
         averaged = generator is not None or cfg.get("averaged", True)
         load_decoder_from(autoencoder.decoder, cfg.decoder_checkpoint, averaged)
     if generator is None:

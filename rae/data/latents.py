@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +146,11 @@ class LatentsDataModule(ImageDataModule):
             )
         return latents
 
-    def check_encoder(self, fingerprint: Mapping[str, Any]) -> None:
+    def check_encoder(self, differences: Callable[[Mapping[str, Any]], str]) -> None:
         """Refuses an encoder whose latents these are not.
 
         Args:
-            fingerprint: Of the encoder, see :meth:`rae.encoder.Encoder.fingerprint`.
+            differences: Tells the encoder from a described one, see :meth:`rae.encoder.Encoder.differences`.
 
         Raises:
             ValueError: Names what differs.
@@ -159,28 +159,8 @@ class LatentsDataModule(ImageDataModule):
             if path is None:
                 continue
             index = json.loads((Path(path).expanduser() / INDEX).read_text())
-            if differing := differences(index["encoder"], fingerprint):
+            if differing := differences(index["encoder"]):
                 raise ValueError(
                     f"the latents in {path!r} are of another encoder: {differing}; choose that encoder, or cache latents of this "
                     "one with rae-cache-latents"
                 )
-
-
-def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """What tells two fingerprints of encoders apart, in words; empty where nothing does.
-
-    The same weights in another precision have another hash, so that hashes are compared within one precision only.
-
-    Args:
-        first: Fingerprint of the encoder that the latents were made with.
-        second: Fingerprint of the one at hand.
-    """
-    known = [key for key in {**first, **second} if key not in ("weights", "dtype")]
-    found = [key for key in known if first.get(key) != second.get(key)]
-    if first.get("dtype", "float32") == second.get("dtype", "float32") and first["weights"] != second["weights"]:
-        found.append("weights")
-    return ", ".join(f"{key} {_short(first.get(key))} and not {_short(second.get(key))}" for key in found)
-
-
-def _short(value: Any) -> str:
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 20 else str(value)

@@ -21,6 +21,7 @@ from rae.layers import at_least_float, take_quick_kernels, tokens_to_grid
 from rae.weights import load_strict, state_hash
 
 REDUCTIONS = ("sum", "mean")
+_PUBLISHED = "published:"
 DTYPES = {None: torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -105,17 +106,85 @@ class Encoder(Described, nn.Module, ABC):
             "std": list(self.std),
         }
 
+    @property
+    def recoverable(self) -> bool:
+        """Whether the weights can be had again from a hub or a file; runs and exports keep those that cannot."""
+        return bool(self.arguments.get("pretrained", False))
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells this encoder's latents from another's: :attr:`identity`, precision, and the weights' hash."""
         return {**self.identity, "dtype": str(self.dtype).removeprefix("torch."), "weights": self.weights_hash()}
 
     def weights_hash(self) -> str:
-        """SHA-256 of the weights."""
-        return state_hash(self.state_dict())
+        """SHA-256 of :meth:`published_state`, with the name of its kind before it: ``published:…``.
+
+        Weights that were resized for the grid would not do: their last bits depend on the CPU. The grid is in :attr:`identity`.
+        """
+        return _PUBLISHED + state_hash(self.published_state())
 
     def published_state(self) -> dict[str, Tensor]:
-        """The weights as they are stored in an export."""
+        """The weights before any of them was resized, as they are stored in an export."""
         return dict(self.state_dict())
+
+    def differences(self, described: Mapping[str, Any], but: Sequence[str] = ()) -> str:
+        """What tells this encoder from one that was described, in words; empty where nothing does.
+
+        Args:
+            described: A :meth:`fingerprint`, or some of its entries. Former versions hashed resized weights; so does this, then.
+            but: Entries that may differ.
+        """
+        own = self.fingerprint()
+        former = not str(described.get("weights", _PUBLISHED)).startswith(_PUBLISHED)
+        if former:
+            own["weights"] = state_hash(self.state_dict())
+        found = differences(described, own, but)
+        return (
+            f"{found} (a hash of a former version, which depends on the CPU: make it anew)"
+            if former and found
+            else found
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What a run keeps of its encoder: the fingerprint, and the weights where they cannot be had again."""
+        record: dict[str, Any] = {"fingerprint": self.fingerprint()}
+        if not self.recoverable:
+            record["weights"] = {key: value.cpu() for key, value in self.published_state().items()}
+        return record
+
+    def take(self, record: Mapping[str, Any] | None, source: str, but: Sequence[str] = ()) -> None:
+        """Becomes the encoder of a run, which must be this one: takes over such weights as the run alone has.
+
+        Args:
+            record: From :meth:`record`; None where the source holds none.
+            source: Where it comes from, for messages.
+            but: Entries of the fingerprint that may differ.
+
+        Raises:
+            ValueError: It is another encoder, or the weights are nowhere.
+        """
+        if not self.recoverable:
+            if record is None or "weights" not in record:
+                raise ValueError(
+                    f"{source} was made with an encoder of random weights (encoder.pretrained=false) and does not hold them: "
+                    "former versions did not keep them. Train again, or give them with encoder.checkpoint=/path/to/file"
+                )
+            self.load_published(record["weights"], f"the encoder of {source}")
+        if record is not None:
+            self.check(record["fingerprint"], source, but)
+
+    def check(self, described: Mapping[str, Any], source: str, but: Sequence[str] = ()) -> None:
+        """Refuses to be another encoder than the one that something was made with.
+
+        Args:
+            described: See :meth:`differences`.
+            source: What was made with it, for the message.
+            but: See :meth:`differences`.
+
+        Raises:
+            ValueError: Names what differs.
+        """
+        if found := self.differences(described, but):
+            raise ValueError(f"{source} was made with another encoder: {found}; give its weights and options")
 
     def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
         """Loads what :meth:`published_state` gave, strictly.
@@ -193,3 +262,29 @@ def check_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
     if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= layer < depth for layer in chosen):
         raise ValueError(f"encoder.layers={chosen} must be different numbers from 0 to {depth - 1}")
     return sorted(chosen)
+
+
+def differences(described: Mapping[str, Any], found: Mapping[str, Any], but: Sequence[str] = ()) -> str:
+    """What tells two fingerprints of encoders apart, in words; empty where nothing does.
+
+    The same weights in another precision have another hash, so that hashes are compared within one precision only.
+
+    Args:
+        described: Fingerprint of the encoder that something was made with, or some of its entries.
+        found: Fingerprint of the one there is.
+        but: Entries that may differ.
+    """
+    first, second = described.get("weights"), found.get("weights")
+    comparable = described.get("dtype", "float32") == found.get("dtype", "float32") and (
+        first is None or second is None or str(first).startswith(_PUBLISHED) == str(second).startswith(_PUBLISHED)
+    )
+    # Where weights came from was part of former fingerprints; their hash says what they are.
+    passed_over = {"dtype", "hub_id", "revision", *but, *(() if comparable else ("weights",))}
+    keys = dict.fromkeys([*described, "weights"])
+    differing = [key for key in keys if key not in passed_over and described.get(key) != found.get(key)]
+    return ", ".join(f"{key} {_short(described.get(key))} and not {_short(found.get(key))}" for key in differing)
+
+
+def _short(value: Any) -> str:
+    text = str(value).removeprefix(_PUBLISHED)
+    return f"{text[:12]}…" if isinstance(value, str) and len(text) > 20 else text[:200]

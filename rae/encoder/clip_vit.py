@@ -67,7 +67,6 @@ class ClipEncoder(Encoder):
             raise ValueError(f"encoder.model={model!r} is unknown to open_clip; see open_clip.list_models()")
         self.model_name = model
         self.hub_id = hub_id
-        self.revision = revision
         self.pos_antialias = pos_antialias
         device = torch.get_default_device()  # open_clip would move it to the CPU, from the meta device too
         network = open_clip.create_model(model, pretrained=None, force_image_size=input_size, device=device).visual
@@ -82,14 +81,16 @@ class ClipEncoder(Encoder):
         network.ln_post = nn.LayerNorm(channels, eps=network.ln_post.eps, elementwise_affine=False)
         network.proj = network.attn_pool = None
         self.network = network
+        self._published_table: Tensor | None = None
         check_layers(self.layers, len(network.transformer.resblocks))
         if pretrained:
             self.load_published(read_weights(checkpoint, hub_id, revision), str(checkpoint or hub_id))
         self.freeze()
 
     def published_state(self) -> dict[str, Tensor]:
-        """The image tower's weights in open_clip's naming, its position table resized."""
-        return dict(self.network.state_dict())
+        """The image tower's weights in open_clip's naming, with the position table before it was resized."""
+        state = dict(self.network.state_dict())
+        return state if self._published_table is None else state | {"positional_embedding": self._published_table}
 
     def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
         """Loads the image tower of a CLIP state dict in open_clip's or timm's naming, strictly.
@@ -104,7 +105,9 @@ class ClipEncoder(Encoder):
         """
         kept = {key: value for key, value in to_open_clip(state).items() if not key.startswith(_UNUSED)}
         own = self.network.state_dict()
+        self._published_table = None
         if "positional_embedding" in kept and kept["positional_embedding"].shape != own["positional_embedding"].shape:
+            self._published_table = kept["positional_embedding"].clone()  # a view would keep the whole file in memory
             table = resize_position_table(kept["positional_embedding"][None], self.grid, 1, self.pos_antialias)
             kept["positional_embedding"] = table[0]
         load_strict(self.network, kept, source, adopt)
@@ -112,7 +115,7 @@ class ClipEncoder(Encoder):
     @property
     def identity(self) -> dict[str, Any]:
         """See :attr:`Encoder.identity`."""
-        return super().identity | {"model": self.model_name, "hub_id": self.hub_id, "revision": self.revision}
+        return super().identity | {"model": self.model_name}
 
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
         """See :meth:`Encoder.layer_tokens`."""

@@ -71,17 +71,15 @@ class TimmEncoder(Encoder):
     ) -> None:
         super().__init__(channels, stride, input_size, mean, std, layers, reduce, dtype)
         self.model_name = model
-        self.hub_id = hub_id
-        self.revision = revision
         self.pos_antialias = pos_antialias
         self.network_options = {"act": act, "norm_eps": norm_eps, "model_args": dict(model_args or {})}
         self._published_table: Tensor | None = None
         self.network: Any = self._build(model, act, norm_eps, dict(model_args or {}))
+        self.hub_id: str | None = hub_id or self.network.pretrained_cfg.get("hf_hub_id")
         check_layers(self.layers, len(self.network.blocks))
         if pretrained:
-            own_hub = self.network.pretrained_cfg.get("hf_hub_id")
-            state = read_weights(checkpoint, hub_id or own_hub, revision)
-            self.load_published(state, source=str(checkpoint or hub_id or own_hub))
+            state = read_weights(checkpoint, self.hub_id, revision)
+            self.load_published(state, source=str(checkpoint or self.hub_id))
         self.freeze()
 
     def _build(self, model: str, act: str | None, norm_eps: float | None, arguments: dict[str, Any]) -> Any:
@@ -133,6 +131,7 @@ class TimmEncoder(Encoder):
         renamed = to_timm(state)
         own = self.network.state_dict()
         kept = {key: value for key, value in renamed.items() if key in own or not key.startswith(_UNUSED)}
+        self._published_table = None
         if "pos_embed" in kept and "pos_embed" in own and kept["pos_embed"].shape != own["pos_embed"].shape:
             prefix = 0 if getattr(self.network, "no_embed_class", False) else self.network.num_prefix_tokens
             self._published_table = kept["pos_embed"].clone()  # a view would keep the whole file in memory
@@ -140,16 +139,15 @@ class TimmEncoder(Encoder):
         load_strict(self.network, kept, source, adopt)
 
     def published_state(self) -> dict[str, Tensor]:
-        """The network's weights with the position table as it was loaded, before it was resized: for export."""
+        """The network's weights with the position table as it was loaded, before it was resized."""
         state = dict(self.network.state_dict())
         return state if self._published_table is None else state | {"pos_embed": self._published_table}
 
     @property
     def identity(self) -> dict[str, Any]:
         """See :attr:`Encoder.identity`."""
-        hub_id = self.hub_id or self.network.pretrained_cfg.get("hf_hub_id")
-        known = {"model": self.model_name, "hub_id": hub_id, "revision": self.revision}
-        return super().identity | known | self.network_options | {"pos_antialias": self.pos_antialias}
+        known = {"model": self.model_name, "pos_antialias": self.pos_antialias}
+        return super().identity | known | self.network_options
 
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
         """See :meth:`Encoder.layer_tokens`."""

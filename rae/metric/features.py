@@ -98,8 +98,12 @@ class Detector(nn.Module, ABC):
     @cached_property
     def hash(self) -> str:
         """SHA-256 of identity and weights."""
-        known = json.dumps(self.identity, sort_keys=True, default=str) + state_hash(self.state_dict())
+        known = json.dumps(self.identity, sort_keys=True, default=str) + self.weights_hash()
         return hashlib.sha256(known.encode()).hexdigest()
+
+    def weights_hash(self) -> str:
+        """SHA-256 of the weights."""
+        return state_hash(self.state_dict())
 
     @abstractmethod
     def extract(self, images: Tensor) -> Features:
@@ -212,6 +216,11 @@ class EncoderDetector(Detector):
     def identity(self) -> dict[str, Any]:
         """The encoder's identity too."""
         return super().identity | {"encoder": getattr(self.encoder, "identity", type(self.encoder).__name__)}
+
+    def weights_hash(self) -> str:
+        """The encoder's own hash, which does not depend on how its weights were resized."""
+        own = getattr(self.encoder, "weights_hash", None)
+        return super().weights_hash() if own is None else str(own())
 
     def extract(self, images: Tensor) -> Features:
         """Averages the latents over their places."""

@@ -226,7 +226,7 @@ class RunCheckpoint(Checkpoint):
         for old in others[: len(others) - self.keep + 1]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         if first:
-            log.info("a checkpoint takes %.1f MB; weights of frozen networks are not in it", _size(path) / 1e6)
+            log.info("a checkpoint takes %.1f MB; weights of published networks are not in it", _size(path) / 1e6)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}.ckpt"

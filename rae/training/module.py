@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rae.data.latents import LatentsDataModule
+from rae.encoder import Encoder
 from rae.weights import mismatches
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -91,10 +93,31 @@ class TrainingModule(L.LightningModule):
             raise ValueError(f"the checkpoint does not fit {type(self).__name__}: {problems}")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
+    @property
+    def _encoder(self) -> Encoder | None:
+        return getattr(getattr(self, "autoencoder", None), "encoder", None)
+
+    @cached_property
+    def _encoder_record(self) -> dict[str, Any] | None:
+        """Made once: its hash reads all weights, which never change in training."""
+        return None if self._encoder is None else self._encoder.record()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the configuration."""
+        """Adds the configuration, and what tells the encoder: its weights too where nothing else can give them back."""
         if self.config is not None:
             checkpoint["config"] = self.config
+        if self._encoder_record is not None:
+            checkpoint["encoder"] = self._encoder_record
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the run's encoder over.
+
+        Raises:
+            ValueError: This module's is another.
+        """
+        if self._encoder is not None:
+            self._encoder.take(checkpoint.get("encoder"), "the checkpoint")
+            self.__dict__.pop("_encoder_record", None)
 
     # --- compilation -------------------------------------------------------------------------------------------
 

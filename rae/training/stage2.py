@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rae.autoencoder import RAE
-from rae.data.latents import LatentsDataModule, differences
+from rae.data.latents import LatentsDataModule
 from rae.data.transforms import to_float
 from rae.denoiser import Denoiser
 from rae.flow import FlowMatching
@@ -91,10 +91,10 @@ class Stage2Module(TrainingModule):
         described = self.autoencoder.latent.encoder
         if not isinstance(data, LatentsDataModule) and described is None:
             return
-        fingerprint = self.autoencoder.encoder.fingerprint()
+        encoder = self.autoencoder.encoder
         if isinstance(data, LatentsDataModule):
-            data.check_encoder(fingerprint)
-        if described is not None and (differing := differences(described, fingerprint)):
+            data.check_encoder(encoder.differences)
+        if described is not None and (differing := encoder.differences(described)):
             raise ValueError(
                 f"the latent statistics (latent.stats) are of another encoder: {differing}; compute them for this one with "
                 "rae-stats"

@@ -1,0 +1,205 @@
+"""Encoders are known by their published weights; runs and exports open with the encoder that they were made with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import rae
+from rae.autoencoder import RAE
+from rae.checkpoint import find_checkpoint, settle_encoder
+from rae.checkpoint.run import read_encoder
+from rae.cli.build import Parts, build
+from rae.cli.config import compose
+from rae.data.transforms import to_float
+from rae.encoder import AbsentEncoder, TimmEncoder, timm_vit
+from rae.weights import state_hash
+from tests.digits_runs import run
+
+ROOT = Path(__file__).parents[1]
+
+NETWORK = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+FACTS = {"model": "vit_tiny_patch16_224", "channels": 32, "stride": 8, "model_args": NETWORK}
+
+
+def weight_file(path: Path, seed: int) -> Path:
+    """Weights for images of 48 pixels, so that encoders of 32 resize the position table."""
+    torch.manual_seed(seed)
+    encoder = TimmEncoder(**FACTS, input_size=48, pretrained=False)
+    save_file({key: torch.randn_like(value) * 0.2 for key, value in encoder.network.state_dict().items()}, path)
+    return path
+
+
+def stage1(output_dir: Path, *overrides: str) -> Parts:
+    """A run of stage 1 on digits, to be fitted for two steps."""
+    small = ["data.batch_size=32", "trainer.max_steps=2", "trainer.val_check_interval=2", "scheduler.warmup_steps=1"]
+    quiet = ["trainer.enable_progress_bar=false", "callbacks.preview=null", f"output_dir={output_dir}"]
+    return build(compose("train", ["experiment=digits_small_stage1", *small, *quiet, *overrides]))
+
+
+def hash_of(module) -> str:
+    return module.autoencoder.encoder.weights_hash()
+
+
+def fit(parts: Parts) -> None:
+    parts.trainer.fit(parts.module, datamodule=parts.data)
+
+
+RANDOM = ["encoder.checkpoint=null", "+encoder.pretrained=false"]
+
+
+# --- what an encoder is ------------------------------------------------------------------------------------------
+
+
+def test_the_hash_is_of_the_weights_before_they_are_resized(tmp_path: Path):
+    path = weight_file(tmp_path / "a.safetensors", 0)
+    first, second = (TimmEncoder(**FACTS, input_size=32, checkpoint=str(path)) for _ in range(2))
+    second.network.pos_embed.data += 2e-8 * torch.randn_like(second.network.pos_embed)  # as another CPU rounds
+    assert state_hash(first.state_dict()) != state_hash(second.state_dict())
+    assert first.weights_hash() == second.weights_hash()
+    assert not second.differences(first.fingerprint())
+    other = TimmEncoder(**FACTS, input_size=32, checkpoint=str(weight_file(tmp_path / "b.safetensors", 1)))
+    assert other.differences(first.fingerprint()).startswith("weights ")
+    larger = TimmEncoder(**FACTS, input_size=64, checkpoint=str(path))
+    assert larger.differences(first.fingerprint()) == "input_size 32 and not 64"
+
+
+def test_where_weights_come_from_does_not_tell_encoders_apart(tmp_path: Path, monkeypatch):
+    path = weight_file(tmp_path / "a.safetensors", 0)
+    local = TimmEncoder(**FACTS, input_size=32, checkpoint=str(path))
+    weights = timm_vit.read_weights(str(path), None, None)
+    monkeypatch.setattr(timm_vit, "read_weights", lambda checkpoint, hub_id, revision: weights)
+    for revision in ("main", "0" * 40):
+        hub = TimmEncoder(**FACTS, input_size=32, hub_id="me/vit", revision=revision)
+        assert hub.fingerprint() == local.fingerprint()
+
+
+def test_hashes_of_former_versions_are_compared_by_their_own_rule(tmp_path: Path):
+    encoder = TimmEncoder(**FACTS, input_size=32, checkpoint=str(weight_file(tmp_path / "a.safetensors", 0)))
+    former = encoder.fingerprint() | {"weights": state_hash(encoder.state_dict()), "hub_id": "me/vit", "revision": None}
+    assert not encoder.differences(former)
+    encoder.network.pos_embed.data += 2e-8 * torch.randn_like(encoder.network.pos_embed)
+    assert "a hash of a former version, which depends on the CPU" in encoder.differences(former)
+    assert encoder.differences({}).startswith("weights None and not")
+
+
+# --- runs and exports --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def random_run(tmp_path_factory):
+    """A run on a random encoder, with its module and the PSNR that it reported."""
+    folder = tmp_path_factory.mktemp("random")
+    parts = stage1(folder, *RANDOM)
+    fit(parts)
+    return folder, parts, float(parts.trainer.callback_metrics["val/psnr"])
+
+
+def test_a_random_encoder_is_the_same_whenever_its_run_is_opened(random_run):
+    folder, parts, reported = random_run
+    trained = parts.module.autoencoder.encoder.state_dict()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = rae.load(folder)
+        assert all(torch.equal(value, trained[key]) for key, value in model.encoder.state_dict().items())
+        ratios = []
+        with torch.no_grad():
+            for batch in parts.data.val_dataloader():
+                images = to_float(batch["image"])
+                error = (model(images).clamp(0, 1) - images).square().flatten(1).mean(1)
+                ratios.append(-10 * error.log10())
+        assert float(torch.cat(ratios).mean()) == pytest.approx(reported, abs=1e-4)
+
+
+def test_an_export_holds_the_runs_random_encoder(random_run, tmp_path: Path):
+    folder, parts, _ = random_run
+    again = RAE.from_pretrained(rae.load(folder).save_pretrained(tmp_path / "out"))
+    assert again.encoder.weights_hash() == hash_of(parts.module)
+    torch.manual_seed(9)
+    later = compose("train", ["experiment=digits_small_stage2", *RANDOM, "latent.stats=null", "seed=9"])
+    for source in (folder, tmp_path / "out"):  # stage 2 begins with the decoder's encoder
+        later.decoder_checkpoint = str(source)
+        assert hash_of(build(later).module) == again.encoder.weights_hash()
+
+
+def test_a_resumed_run_keeps_its_random_encoder(random_run, tmp_path: Path):
+    folder, parts, _ = random_run
+    more = stage1(tmp_path, *RANDOM, "seed=7", "trainer.max_steps=3")
+    assert hash_of(more.module) != hash_of(parts.module)
+    more.module.on_load_checkpoint({"encoder": read_encoder(folder)})
+    assert hash_of(more.module) == hash_of(parts.module)
+    with pytest.raises(ValueError, match="does not hold them: former versions did not keep them"):
+        more.module.on_load_checkpoint({})
+
+
+def test_a_changed_encoder_file_is_refused_wherever_its_run_is_opened(tmp_path: Path):
+    encoder = stage1(tmp_path, *RANDOM).module.autoencoder.encoder
+    path, folder = tmp_path / "encoder.safetensors", tmp_path / "run"
+    save_file(encoder.network.state_dict(), path)
+    weights = f"encoder.checkpoint={path}"
+    fit(stage1(folder, weights))
+    record = read_encoder(folder)
+    assert record.keys() == {"fingerprint"}  # the file has the weights
+    later = compose("train", ["experiment=digits_small_stage2", weights, "latent.stats=null"])
+    later.decoder_checkpoint = str(folder)
+    for make in (lambda: rae.load(folder), lambda: build(later)):
+        make()
+    save_file({key: value + 1e-6 for key, value in encoder.network.state_dict().items()}, path)
+    again = stage1(folder, weights).module
+    hashes = [value.removeprefix("published:")[:12] for value in (record["fingerprint"]["weights"], hash_of(again))]
+    words = f"was made with another encoder: weights {hashes[0]}… and not {hashes[1]}…"
+    for refused in (
+        lambda: rae.load(folder),
+        lambda: build(later),
+        lambda: again.on_load_checkpoint({"encoder": record}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refused()
+
+
+def test_a_decoder_of_another_encoder_is_refused_without_the_encoder_too(random_run, tmp_path: Path):
+    folder, _, _ = random_run
+    settle_encoder(
+        AbsentEncoder(64, 16, 32, [0.5] * 3, [0.5] * 3), [folder, rae.load(folder).save_pretrained(tmp_path)]
+    )
+    checkpoint = torch.load(find_checkpoint(folder), weights_only=True)
+    checkpoint["encoder"]["fingerprint"]["weights"] = "published:" + 64 * "0"
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(
+        ValueError, match=r"other.ckpt was made with another encoder than .*: weights 000000000000… and"
+    ):
+        settle_encoder(AbsentEncoder(64, 16, 32, [0.5] * 3, [0.5] * 3), [folder, tmp_path / "other.ckpt"])
+
+
+@pytest.mark.slow
+def test_commands_reconstruct_alike_whatever_their_seed(random_run, tmp_path: Path):
+    folder, _, reported = random_run
+    for seed in (1, 2):
+        run("reconstruct", f"checkpoint={folder}", f"seed={seed}", f"output_dir={tmp_path}/{seed}")
+        scores = json.loads((tmp_path / str(seed) / "scores.json").read_text())["scores"]
+        assert scores["psnr"] == pytest.approx(reported, abs=0.02)  # of images in bytes
+
+
+@pytest.mark.slow
+def test_the_hash_is_the_same_with_every_cpu_kernel(tmp_path: Path):
+    path = weight_file(tmp_path / "a.safetensors", 0)
+    script = (
+        "from rae.encoder import TimmEncoder; from rae.weights import state_hash; "
+        f"e = TimmEncoder(**{FACTS}, input_size=56, checkpoint={str(path)!r}); "
+        "print(state_hash(e.state_dict()), e.weights_hash())"
+    )
+    found = []
+    for capability in ("default", "avx2"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        found.append(done.stdout.split())
+    assert found[0][1] == found[1][1]
