@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,23 @@ def test_hashes_of_former_versions_are_compared_by_their_own_rule(tmp_path: Path
     encoder.network.pos_embed.data += 2e-8 * torch.randn_like(encoder.network.pos_embed)
     assert "a hash of a former version, which depends on the CPU" in encoder.differences(former)
     assert encoder.differences({}).startswith("weights None and not")
+
+
+def test_every_revision_is_a_commit_or_is_said_to_be_unknown():
+    lines = [
+        (path.name, line.strip())
+        for path in sorted((ROOT / "conf").rglob("*.yaml"))
+        if path.parent.name in ("encoder", "detector", "discriminator")
+        for line in path.read_text().splitlines()
+        if line.strip().startswith("revision:")
+    ]
+    assert len(lines) >= 18
+    pinned = [name for name, line in lines if re.match(r"revision: [0-9a-f]{40} ", line)]
+    unknown = [name for name, line in lines if re.match(r"revision: (main|null) .*not known here", line)]
+    assert sorted(pinned + unknown) == sorted(name for name, _ in lines)
+    assert {"dinov2.yaml", "dinov2_s.yaml", "dinov2_l.yaml", "mae.yaml", "clip_l14.yaml", "dinov3_b.yaml"} <= set(
+        pinned
+    )
 
 
 # --- runs and exports --------------------------------------------------------------------------------------------
