@@ -175,6 +175,7 @@ class Generator(nn.Module):
         seed: int = 0,
         indices: Sequence[int] | None = None,
         precision: str = "float32",
+        quantize: str = "floor",
     ) -> Tensor:
         """Samples images uint8 B×3×H×W, as they are scored and written.
 
@@ -183,15 +184,16 @@ class Generator(nn.Module):
             seed: See :meth:`latents`.
             indices: See :meth:`latents`.
             precision: ``float32`` or ``bfloat16``: arithmetic of the networks.
+            quantize: See :func:`rae.image.to_uint8`.
 
         Raises:
-            ValueError: An unknown precision, or see :meth:`latents`.
+            ValueError: An unknown precision or ``quantize``, or see :meth:`latents`.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision} is unknown; choose {' or '.join(PRECISIONS)}")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             images = self(labels, seed, indices)
-        return to_uint8(images.float())  # in bfloat16 neighbouring grey levels are one number
+        return to_uint8(images.float(), quantize)  # in bfloat16 neighbouring grey levels are one number
 
     @torch.no_grad()
     def interpolate(self, label: int, pair: tuple[int, int], count: int, seed: int = 0) -> Tensor:

@@ -14,9 +14,24 @@ from torch import Tensor
 from rae.weights import write_atomically
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Rounds float images in [0, 1] (values outside are clamped) to bytes, shape unchanged."""
-    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+QUANTIZE = ("floor", "round")
+"""How grey levels between two bytes become one: the lower one, of which all published scores are, or the nearer one."""
+
+
+def to_uint8(images: Tensor, quantize: str = "floor") -> Tensor:
+    """Float images in [0, 1] (values outside are clamped) as bytes, shape unchanged.
+
+    Args:
+        images: Floating-point, of any shape.
+        quantize: ``floor`` or ``round``, see :data:`QUANTIZE`.
+
+    Raises:
+        ValueError: An unknown rule.
+    """
+    if quantize not in QUANTIZE:
+        raise ValueError(f"quantize={quantize!r} is unknown; choose {' or '.join(QUANTIZE)}")
+    levels = images.clamp(0, 1).mul(255)
+    return (levels.round() if quantize == "round" else levels).to(torch.uint8)
 
 
 def latent_colours(latents: Tensor) -> Tensor:

@@ -116,10 +116,10 @@ def check_interpolations(cfg: DictConfig) -> None:
 
 
 def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dict[str, Any]:
-    """All that the samples depend on: weights, sampler, guidance, labels, seed, precision.
+    """All that the samples depend on: weights, sampler, guidance, labels, seed, precision, rule of the bytes.
 
     Args:
-        cfg: Configuration with ``seed`` and ``precision``.
+        cfg: Configuration with ``seed``, ``precision`` and ``quantize``.
         generator: The model; the encoder does not count.
         labels: Label of every sample.
     """
@@ -133,6 +133,7 @@ def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dic
         "shift": float(generator.flow.shift),
         "seed": cfg.seed,
         "precision": cfg.precision,
+        "quantize": cfg.quantize,
         "samples": len(labels),
         "labels": hashlib.sha256(np.asarray(labels, dtype=np.int64).tobytes()).hexdigest(),
         "image_size": generator.autoencoder.image_size,
@@ -152,7 +153,7 @@ def draw(
     """Draws what is not there yet, part by part, while finished parts are compressed and written by threads.
 
     Args:
-        cfg: Configuration with ``seed``, ``batch_size``, ``part_size`` and ``precision``.
+        cfg: Configuration with ``seed``, ``batch_size``, ``part_size``, ``precision`` and ``quantize``.
         fabric: The processes; each draws its share of the parts.
         generator: Draws.
         labels: Label of every sample.
@@ -179,7 +180,8 @@ def draw(
             batches = []
             for start in range(items.start, items.stop, cfg.batch_size):
                 numbers = range(start, min(start + cfg.batch_size, items.stop))
-                images = generator.draw([labels[number] for number in numbers], cfg.seed, numbers, cfg.precision)
+                wanted = [labels[number] for number in numbers]
+                images = generator.draw(wanted, cfg.seed, numbers, cfg.precision, cfg.quantize)
                 batches.append(_to_host(images))
                 bar.update(len(numbers))
             pending.append(pool.submit(_write, batches, labels, items, parts.path(part), png, shards))

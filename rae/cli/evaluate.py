@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _OF_MODELS = (
-    *("checkpoint", "sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged", "precision"),
+    *("checkpoint", "sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged", "precision", "quantize"),
     *("samples_per_class", "seed", "labels", "classes", "count", "part_size", "keep_samples"),
 )
 
@@ -141,7 +141,8 @@ def from_autoencoder(cfg: DictConfig, fabric: Fabric) -> Source:
     autoencoder = autoencoder.to(fabric.device)
     data = open_data(run, autoencoder.image_size)
     mine = stretch(checked_count(data, cfg.count), fabric.global_rank, fabric.world_size)
-    pairs = reconstructions(autoencoder, data.range_dataloader("val", [mine]), fabric.device, cfg.precision)
+    batches = data.range_dataloader("val", [mine])
+    pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
     identity = {"samples": model_identity(cfg, run, autoencoder)}
     return Source(((pair, {}) for pair in pairs), identity, run)
 

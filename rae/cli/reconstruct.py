@@ -95,6 +95,7 @@ def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[s
         "images": images,
         "count": cfg.count,
         "precision": cfg.precision,
+        "quantize": cfg.quantize,
     }
 
 
@@ -148,7 +149,7 @@ def draw_parts(
     """Reconstructs what is not there yet: .npy files uint8 n×H×W×3 and, where there is a folder for them, PNG files.
 
     Args:
-        cfg: Configuration with ``precision``.
+        cfg: Configuration with ``precision`` and ``quantize``.
         fabric: The processes; each takes its share of the parts.
         autoencoder: In evaluation mode, on the device.
         data: Its held-out images.
@@ -159,7 +160,7 @@ def draw_parts(
     import torch  # noqa: PLC0415
 
     from rae.cli.processes import batches_of, begin  # noqa: PLC0415
-    from rae.image import save_png, to_uint8  # noqa: PLC0415
+    from rae.image import save_png  # noqa: PLC0415
     from rae.training.evaluation import reconstructions  # noqa: PLC0415
     from rae.weights import write_atomically  # noqa: PLC0415
 
@@ -168,8 +169,8 @@ def draw_parts(
         write_atomically(path, lambda file: np.save(file, content))
 
     for part, batches in batches_of(data, "val", parts, begin(fabric, parts, png), fabric, "reconstructing"):
-        pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision)
-        images = torch.cat([to_uint8(drawn).cpu() for drawn, _ in pairs])
+        pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
+        images = torch.cat([drawn.cpu() for drawn, _ in pairs])
         for number, image in zip(parts.items(part), images if png is not None else (), strict=png is not None):
             assert png is not None
             save_png(image, png / f"{number:06d}.png")
@@ -244,7 +245,7 @@ def write_interpolations(
     """``interpolations.png``: rows from one image to the next, decoded from points on the line between their latents.
 
     Args:
-        cfg: Configuration with ``interpolations``: pictures in a row, both ends counted.
+        cfg: Configuration with ``interpolations``: pictures in a row, both ends counted; and ``quantize``.
         autoencoder: The model, on the device.
         originals: Images uint8 n×3×H×W; each row is between two of them.
         device: Where the model is.
@@ -265,10 +266,10 @@ def write_interpolations(
         latents = autoencoder.encode(to_float(originals.to(device)))
         steps = torch.linspace(0, 1, count, device=device).reshape(-1, 1, 1, 1)
         rows = [
-            to_uint8(autoencoder.decode(torch.lerp(latents[i].expand(count, -1, -1, -1), latents[i + 1], steps))).cpu()
+            autoencoder.decode(torch.lerp(latents[i].expand(count, -1, -1, -1), latents[i + 1], steps)).cpu()
             for i in range(0, len(latents) - 1, 2)
         ]
-    save_png(make_grid(torch.cat(rows), count, scale=grid_scale(originals.shape[-1])), folder / "interpolations.png")
+    save_png(make_grid(to_uint8(torch.cat(rows), cfg.quantize), count, scale=grid_scale(originals.shape[-1])), folder / "interpolations.png")
 
 
 main = entry("reconstruct", reconstruct)

@@ -102,7 +102,7 @@ def write_interpolations(cfg: DictConfig, generator: Generator, labels: Sequence
     """``interpolations.png``: for each class two samples and, between them, what is drawn from noise between theirs.
 
     Args:
-        cfg: Configuration with ``interpolations``, ``grid_rows`` and ``seed``.
+        cfg: Configuration with ``interpolations``, ``grid_rows``, ``seed`` and ``quantize``.
         generator: The model, on the device.
         labels: Their first classes get a row each.
         folder: Where the picture goes.
@@ -113,7 +113,7 @@ def write_interpolations(cfg: DictConfig, generator: Generator, labels: Sequence
     rows = []
     for row, label in enumerate(classes):
         images = generator.interpolate(label, (2 * row, 2 * row + 1), cfg.interpolations, cfg.seed)
-        rows.append(to_uint8(images).cpu())
+        rows.append(to_uint8(images, cfg.quantize).cpu())
     scale = grid_scale(rows[0].shape[-1])
     save_png(
         label_rows(rows, [str(label) for label in classes], cfg.interpolations, scale), folder / "interpolations.png"

@@ -127,7 +127,7 @@ class ReconstructionMetrics(MetricGroup):
         """Adds reconstructions.
 
         Args:
-            images: Reconstructions B×3×H×W, uint8, or float in [0, 1] (clamped and rounded to bytes).
+            images: Reconstructions B×3×H×W, uint8, or float in [0, 1] (as bytes by :func:`rae.image.to_uint8`).
             originals: The images they should equal, likewise; float ones must lie in [0, 1].
 
         Raises:
@@ -200,7 +200,7 @@ class ReconstructionMetrics(MetricGroup):
 
 
 def _to_bytes(images: Tensor, name: str, checked: bool = False) -> Tensor:
-    """Images as bytes; float ones are rounded.
+    """Images as bytes; float ones by the rule of all published scores, the lower grey level.
 
     Raises:
         ValueError: Another type or shape, or, where ``checked``, values outside [0, 1].

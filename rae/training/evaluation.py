@@ -16,6 +16,7 @@ from rae.autoencoder import RAE
 from rae.data.transforms import to_float
 from rae.describe import describe
 from rae.generator import PRECISIONS, Generator
+from rae.image import QUANTIZE, to_uint8
 from rae.parts import stretch
 from rae.training.ema import EMA
 from rae.weights import write_json
@@ -27,21 +28,26 @@ LIVE = "live/"
 
 
 def reconstructions(
-    autoencoder: RAE, batches: Iterable[Any], device: torch.device, precision: str = "float32"
+    autoencoder: RAE,
+    batches: Iterable[Any],
+    device: torch.device,
+    precision: str = "float32",
+    quantize: str = "floor",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reconstructions float32 B×3×H×W in [0, 1] and their originals, batch by batch, without gradients.
+    """Reconstructions uint8 B×3×H×W and their originals as the batches hold them, batch by batch, without gradients.
 
     Args:
         autoencoder: In evaluation mode.
         batches: Batches of a data module.
         device: Where the autoencoder is.
         precision: ``float32`` or ``bfloat16``: arithmetic of the networks.
+        quantize: See :func:`rae.image.to_uint8`.
     """
     for batch in batches:
-        images = to_float(batch["image"].to(device))
+        images = batch["image"].to(device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            drawn = autoencoder(images).float().clamp(0, 1)
-        yield drawn, images
+            drawn = autoencoder(to_float(images))
+        yield to_uint8(drawn.float(), quantize), images
 
 
 class Evaluation(L.Callback):
@@ -58,10 +64,11 @@ class Evaluation(L.Callback):
         averaged: Whether the moving average of the weights is scored.
         live: Whether the weights themselves are scored.
         precision: ``float32`` or ``bfloat16``: arithmetic of the networks, whatever the training's is.
+        quantize: ``floor`` or ``round``: how grey levels become bytes, see :func:`rae.image.to_uint8`.
         folder: Where ``step_N.json`` goes; None for ``evaluation`` in the trainer's root folder.
 
     Raises:
-        ValueError: An interval below 1, an unknown precision, or nothing to score.
+        ValueError: An interval below 1, an unknown precision or rule, or nothing to score.
     """
 
     prefix = "eval/"
@@ -75,16 +82,17 @@ class Evaluation(L.Callback):
         averaged: bool = True,
         live: bool = False,
         precision: str = "float32",
+        quantize: str = "floor",
         folder: str | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
             if value is not None and value < 1:
                 raise ValueError(f"callbacks.evaluation: {name}={value} must be at least 1, or null")
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"callbacks.evaluation: precision={precision!r} is unknown; choose {' or '.join(PRECISIONS)}"
-            )
+        choices = {"precision": (precision, PRECISIONS), "quantize": (quantize, QUANTIZE)}
+        for name, (choice, known) in choices.items():
+            if choice not in known:
+                raise ValueError(f"callbacks.evaluation: {name}={choice!r} is unknown; choose {' or '.join(known)}")
         if not (averaged or live):
             raise ValueError(
                 "callbacks.evaluation: averaged=false and live=false leave no weights to score; set one true"
@@ -95,6 +103,7 @@ class Evaluation(L.Callback):
         self.averaged = averaged
         self.live = live
         self.precision = precision
+        self.quantize = quantize
         self.folder = folder
         self.scores: dict[str, float] = {}
         """The last scores, by logged name."""
@@ -116,7 +125,7 @@ class Evaluation(L.Callback):
     @property
     def identity(self) -> dict[str, Any]:
         """What tells the scored images from others."""
-        return {"precision": self.precision}
+        return {"precision": self.precision, "quantize": self.quantize}
 
     # --- when --------------------------------------------------------------------------------------------------
 
@@ -259,9 +268,8 @@ class ReconstructionMetrics(Evaluation):
                 "smaller count"
             )
         mine = stretch(count, trainer.global_rank, trainer.world_size)
-        for pair in reconstructions(
-            pl_module.autoencoder, data.range_dataloader("val", [mine]), pl_module.device, self.precision
-        ):
+        batches, model = data.range_dataloader("val", [mine]), pl_module.autoencoder
+        for pair in reconstructions(model, batches, pl_module.device, self.precision, self.quantize):
             self.metric.update(*pair)
 
 
@@ -336,6 +344,6 @@ class GenerationMetrics(Evaluation):
             start = starts[min(turn + rank, len(starts) - 1)]
             numbers = range(start, min(start + self.batch_size, len(labels)))
             chosen = [labels[number] for number in numbers]
-            images = generator.draw(chosen, self.seed, numbers, self.precision)
+            images = generator.draw(chosen, self.seed, numbers, self.precision, self.quantize)
             if turn + rank < len(starts):
                 self.metric.update(images, torch.tensor(chosen), index=torch.tensor(list(numbers)))
