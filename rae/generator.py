@@ -17,7 +17,7 @@ from rae.layers import trusted, unpack_weights
 from rae.rng import normal, sample_seed
 
 PRECISIONS = ("float32", "bfloat16")
-"""Arithmetic of the networks that samples can be drawn in; published numbers are of float32."""
+"""Arithmetic of the networks that samples can be drawn in; published numbers are of float32 (with TF32 products)."""
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rae.weights import write_atomically
 
-
 QUANTIZE = ("floor", "round")
 """How grey levels between two bytes become one: the lower one, of which all published scores are, or the nearer one."""
 

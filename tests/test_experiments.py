@@ -48,6 +48,17 @@ def test_headers_say_what_is_needed(path):
     assert devices * batch * accumulate == total == (512 if cfg.stage == 1 else 1024)
 
 
+def test_matrices_are_multiplied_as_for_the_published_numbers():
+    assert {recipe(name).float32 for name in STAGE1 + STAGE2} == {"tf32"}
+    models = [path.stem for path in (conf_dir() / "model").glob("*.yaml")]
+    assert {compose("reconstruct", [f"model={name}"]).float32 for name in models} == {"tf32"}
+    for command in ("sample", "evaluate", "app"):
+        assert compose(command, ["model=mae_b_256"]).float32 == "tf32"
+    assert {compose(command).float32 for command in ("stats", "cache_latents")} == {"tf32"}
+    assert compose("sample", ["checkpoint=run"]).float32 == "fp32"
+    assert compose("sample", ["model=dit_dh_xl_256", "float32=fp32"]).float32 == "fp32"
+
+
 @pytest.mark.parametrize("name", STAGE1)
 def test_decoders_are_trained_as_published(name: str):
     cfg = recipe(name)

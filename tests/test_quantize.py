@@ -96,5 +96,5 @@ def test_scores_while_training_follow_the_rule(tmp_path):
         written = json.loads((tmp_path / rule / "evaluation" / "step_00000001.json").read_text())
         assert written["identity"]["quantize"] == rule
     assert seen["floor"] != seen["round"]
-    with pytest.raises(ValueError, match="callbacks.evaluation: quantize='half' is unknown; choose floor or round"):
+    with pytest.raises(ValueError, match=r"callbacks\.evaluation: quantize='half' is unknown; choose floor or round"):
         ReconstructionMetrics(ReconstructionScores(), quantize="half")

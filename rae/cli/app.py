@@ -47,12 +47,13 @@ def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
         ConfigError: There would be nothing to show.
     """
     from rae.autoencoder import RAE  # noqa: PLC0415 (imports torch)
-    from rae.cli.build import pick_device  # noqa: PLC0415
+    from rae.cli.build import pick_device, set_float32  # noqa: PLC0415
     from rae.cli.models import open_model  # noqa: PLC0415
     from rae.cli.viewer import Viewer  # noqa: PLC0415
     from rae.layers import pack_weights  # noqa: PLC0415
 
     device = pick_device(cfg.device)
+    set_float32(cfg)
     model, run = open_model(cfg, cfg.encode, keep_guide=True)  # so that the page can offer autoguidance
     if isinstance(model, RAE) and not cfg.encode:
         raise ConfigError(

@@ -89,6 +89,7 @@ def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDa
         "image_size": data.image_size,
         "num_classes": data.num_classes,
         "dtype": cfg.dtype,
+        "float32": cfg.float32,
         "flips": cfg.flips,
         "normalised": False,
         "shape": list(encoder.latent_shape),

@@ -119,7 +119,7 @@ def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dic
     """All that the samples depend on: weights, sampler, guidance, labels, seed, precision, rule of the bytes.
 
     Args:
-        cfg: Configuration with ``seed``, ``precision`` and ``quantize``.
+        cfg: Configuration with ``seed``, ``precision``, ``float32`` and ``quantize``.
         generator: The model; the encoder does not count.
         labels: Label of every sample.
     """
@@ -133,6 +133,7 @@ def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dic
         "shift": float(generator.flow.shift),
         "seed": cfg.seed,
         "precision": cfg.precision,
+        "float32": cfg.float32,
         "quantize": cfg.quantize,
         "samples": len(labels),
         "labels": hashlib.sha256(np.asarray(labels, dtype=np.int64).tobytes()).hexdigest(),

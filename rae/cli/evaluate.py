@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _OF_MODELS = (
-    *("checkpoint", "sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged", "precision", "quantize"),
-    *("samples_per_class", "seed", "labels", "classes", "count", "part_size", "keep_samples"),
+    *("checkpoint", "sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged", "precision"),
+    *("quantize", "samples_per_class", "seed", "labels", "classes", "count", "part_size", "keep_samples"),
 )
 
 

@@ -149,7 +149,8 @@ def _choose_encoder(t: Translation) -> None:
 
 
 def _choose_networks(t: Translation) -> None:
-    """Stage, sizes, solver, guidance and processes."""
+    """Stage, sizes, solver, guidance, arithmetic and processes."""
+    t.put("float32", "tf32", "the original's scripts")
     if t.kind in ("stage1", "stage2"):
         t.choices = {"stage": t.kind[-1], **t.choices, "trainer": "ddp" if t.devices > 1 else "default"}
         t.put("trainer.devices", t.devices, "devices of rae-convert")

@@ -95,6 +95,7 @@ def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[s
         "images": images,
         "count": cfg.count,
         "precision": cfg.precision,
+        "float32": cfg.float32,
         "quantize": cfg.quantize,
     }
 
@@ -269,7 +270,8 @@ def write_interpolations(
             autoencoder.decode(torch.lerp(latents[i].expand(count, -1, -1, -1), latents[i + 1], steps)).cpu()
             for i in range(0, len(latents) - 1, 2)
         ]
-    save_png(make_grid(to_uint8(torch.cat(rows), cfg.quantize), count, scale=grid_scale(originals.shape[-1])), folder / "interpolations.png")
+    pictures = to_uint8(torch.cat(rows), cfg.quantize)
+    save_png(make_grid(pictures, count, scale=grid_scale(originals.shape[-1])), folder / "interpolations.png")
 
 
 main = entry("reconstruct", reconstruct)

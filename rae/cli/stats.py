@@ -110,6 +110,7 @@ def stats(cfg: DictConfig) -> None:
         "data": describe_data(cfg, data, "train"),
         "image_size": cfg.image_size,
         "seed": cfg.seed,
+        "float32": cfg.float32,
     }
     parts = Parts(target.with_name("parts"), plan, data.samples("train"), cfg.part_size, ".safetensors")
     mine = begin(fabric, parts)
