@@ -24,7 +24,9 @@ def sample_seed(seed: int, *keys: int | str) -> int:
         keys: What the draw is for, e.g. ``("noise", epoch, index)``.
 
     Returns:
-        An integer in [0, 2^63), fit for ``torch.Generator.manual_seed``.
+        An integer in [0, 2^63), fit for ``torch.Generator.manual_seed``. CUDA's generators take all of its bits, the CPU's the
+        lower 32: among 50,000 samples drawn on a CPU, two have the same noise with probability 0.25. That is too few to show
+        in a score, and another way of seeding would change every sample drawn so far.
     """
     text = "/".join(str(int(key)) if not isinstance(key, str) else repr(key) for key in (seed, *keys))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

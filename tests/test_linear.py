@@ -252,6 +252,17 @@ def test_an_optimiser_made_before_packing_trains_afterwards():
     torch.testing.assert_close(network.weight, before - x.sum(0).expand(24, -1))
 
 
+def test_no_optimiser_takes_packed_weights():
+    network, _ = packed_network()
+    assert packed(network) == [AT_HAND] * 3
+    with pytest.raises(
+        RuntimeError, match=r"packed for evaluation; call rae.layers.unpack_weights\(model\) or model.train"
+    ):
+        torch.optim.AdamW(network.parameters())
+    groups = torch.optim.AdamW(network.train().parameters()).param_groups
+    assert [parameter.numel() > 0 for parameter in groups[0]["params"]] == [True] * len(list(network.parameters()))
+
+
 def test_layers_of_a_class_of_their_own_and_shared_weights_are_left_alone():
     class Shifted(Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

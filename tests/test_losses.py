@@ -138,6 +138,7 @@ def test_phases_start_when_they_should():
     on = [(p.discriminator, p.gan) for p in (loss.phases(step, 10) for step in (0, 14, 15, 19, 20))]
     assert on == [(False, False), (False, False), (True, False), (True, False), (True, True)]
     assert not loss.phases(99, 10).perceptual  # none was given
+    assert not Stage1Loss(gan_weight=0).phases(99, 10).discriminator  # there is nothing to train it for
     assert Stage1Loss(unit="steps", discriminator_start=3, gan_start=4).phases(3, 10).discriminator
 
 

@@ -110,6 +110,14 @@ def test_training_of_the_denoiser_is_the_recipe(size, tmp_path):
     assert cfg.callbacks.ema.decay == 0.9995
 
 
+def test_the_discriminator_starts_with_the_gan_loss_where_the_file_does_not_say_when(tmp_path):
+    content = stage1_training()
+    del content["gan"]["loss"]["disc_upd_start"]
+    content["gan"]["loss"]["disc_start"] = 3
+    cfg, _ = translated(tmp_path, content, "train")
+    assert (cfg.loss.discriminator_start, cfg.loss.gan_start) == (3, 3)
+
+
 # --- what is other than the recipes ------------------------------------------------------------------------------
 
 

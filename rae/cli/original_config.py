@@ -74,6 +74,8 @@ def read_original(path: str | Path) -> dict[str, Any]:
     for section, values in defaults.items():
         for name, value in values.items() if section in sections else ():
             source.setdefault(f"{section}.{name}", value)
+    if "gan.loss" in sections:
+        source.setdefault("gan.loss.disc_upd_start", source["gan.loss.disc_start"])
     return source
 
 

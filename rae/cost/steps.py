@@ -194,7 +194,7 @@ def stage1_step(
     pieces[2:2] = inner
     candidates = [piece.work for piece in pieces]
     candidates += [Work(0, peak=work.kept + one.work.peak, fixed=max(work.fixed, one.work.fixed)) for one in inner]
-    if discriminator is not None:
+    if discriminator is not None and loss.gan_weight > 0:
         fresh = Work(decoding(autoencoder, precision).forward)
         trained = _discriminating(discriminator, loss, pixels, precision)
         pieces.append(Piece("reconstruction, for the discriminator", fresh, phase="discriminator"))

@@ -17,6 +17,7 @@ _KERNEL: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.bac
 """The kernel that compiled CPU code uses too. It has no backward pass."""
 
 _PACKING = threading.RLock()
+_HELD = "the weight is packed for evaluation; call rae.layers.unpack_weights(model) or model.train() to get at it"
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -29,6 +30,19 @@ if _KERNEL is not None:
         if arguments and arguments[0] is not None and len(arguments[0]) == 2:
             weight_shape = arguments[0]  # with a residual, which comes before the weight
         return 2 * math.prod(x_shape) * int(weight_shape[0])
+
+
+class _PackedParameter(nn.Parameter):
+    """The empty parameter of a packed layer: an optimiser, which asks of every tensor whether it is a leaf, must not take it."""
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        """Not known.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(_HELD)
 
 
 class Linear(nn.Linear):
@@ -55,6 +69,7 @@ class Linear(nn.Linear):
                 self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
                 self.__class__ = PackedLinear  # from here on nobody asks for the parameter
                 weight.data = weight.new_empty(0)
+                weight.__class__ = _PackedParameter
         return isinstance(self, PackedLinear)
 
 
@@ -74,7 +89,7 @@ class PackedLinear(Linear):
         Raises:
             RuntimeError: Always.
         """
-        raise RuntimeError("the weight is packed for evaluation; call rae.layers.unpack_weights(model) to get at it")
+        raise RuntimeError(_HELD)
 
     def forward(self, x: Tensor, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
         """As :class:`Linear`."""
@@ -87,6 +102,7 @@ class PackedLinear(Linear):
         with _PACKING, torch.inference_mode(False):
             weight = self._parameters["weight"]
             assert weight is not None
+            weight.__class__ = nn.Parameter
             weight.data = self.packed.to_dense()
             self.__class__ = Linear  # type: ignore[assignment]
             del self.packed

@@ -27,7 +27,7 @@ class Stage1Loss(nn.Module):
     Args:
         perceptual: LPIPS; None for none.
         perceptual_weight: Weight of LPIPS.
-        gan_weight: Weight of the generator's GAN loss, beside the adaptive weight.
+        gan_weight: Weight of the generator's GAN loss, beside the adaptive weight; with 0 the discriminator is not trained either.
         adaptive_maximum: Largest adaptive weight.
         adversarial: ``hinge`` or ``vanilla`` loss of the discriminator.
         perceptual_start: When LPIPS starts.
@@ -85,7 +85,7 @@ class Stage1Loss(nn.Module):
         perceptual, discriminator, gan = (step >= int(start * factor) for start in self.starts)
         return Phases(
             perceptual=perceptual and self.perceptual is not None and self.perceptual_weight > 0,
-            discriminator=discriminator,
+            discriminator=discriminator and self.gan_weight > 0,
             gan=gan and self.gan_weight > 0,
         )
 
