@@ -137,6 +137,24 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def parse_json(content: bytes, name: str) -> Any:
+    """What JSON says.
+
+    Args:
+        content: The text.
+        name: Where it is from, for the message.
+
+    Raises:
+        ValueError: It is no JSON, or nested beyond any use.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError(f"{name!r} is no usable JSON: it is nested too deeply") from None
+    except ValueError as error:  # also of bytes that are no text
+        raise ValueError(f"{name!r} is no usable JSON: {error}") from error
+
+
 def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
     """Writes values by name as JSON, atomically.
 

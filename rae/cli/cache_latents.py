@@ -75,7 +75,7 @@ def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDa
     import torch  # noqa: PLC0415 (slow to import)
 
     from rae.cli.processes import batches_of, begin, first  # noqa: PLC0415
-    from rae.data.latents import DTYPES, INDEX  # noqa: PLC0415
+    from rae.data.latents import DTYPES, INDEX, checksums  # noqa: PLC0415
     from rae.data.transforms import to_float  # noqa: PLC0415
     from rae.parts import Parts  # noqa: PLC0415
     from rae.weights import save_state, write_json  # noqa: PLC0415
@@ -91,6 +91,7 @@ def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDa
         "dtype": cfg.dtype,
         "float32": cfg.float32,
         "flips": cfg.flips,
+        "checksums": "crc32",
         "normalised": False,
         "shape": list(encoder.latent_shape),
     }
@@ -109,13 +110,17 @@ def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDa
                 if cfg.flips == "both":
                     columns.setdefault("mirrored", []).append(encoder(pixels.flip(-1)).to(dtype).cpu())
                 columns["label"].append(batch["label"])
-            save_state({name: torch.cat(rows) for name, rows in columns.items()}, parts.path(part))
+            part_of = {name: torch.cat(rows) for name, rows in columns.items()}
+            for name in [name for name in part_of if name != "label"]:
+                part_of[f"{name}_crc"] = checksums(part_of[name], part_of["label"])
+            save_state(part_of, parts.path(part))
     fabric.barrier()
     with first(fabric) as is_first:
         if is_first:
             files = [parts.path(part) for part in range(len(parts))]
             listed = [{"file": file.name, "bytes": file.stat().st_size} for file in files]
-            write_json(folder / INDEX, {**plan, "latents": images, "part": cfg.part_size, "files": listed})
+            described = {**plan, "latents": images, "part": cfg.part_size, "files": listed}
+            write_json(folder / INDEX, described)
             log.info("%d latents are in %s", images, folder)
 
 

@@ -125,3 +125,4 @@ def batches_of(
 
         for part, items in zip(mine, ranges, strict=True):
             yield part, counted(items)
+        data.gather_broken(split)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from rae.data.loader import ImageFiles
+from rae.data.loader import ImageFiles, Names
 from rae.data.module import ImageDataModule, given_train_path
 from rae.data.transforms import ImageTransform
 
@@ -49,7 +49,7 @@ class ImageFolder(ImageFiles):
             found += [(file, label) for file in files]
         if not found:
             raise ValueError(f"{str(self.root)!r} holds no image; known endings are {', '.join(sorted(SUFFIXES))}")
-        self.files = [file for file, _ in found]
+        self.files = Names([file for file, _ in found])
         super().__init__([label for _, label in found], transform, max_bad_share)
 
     def open(self, position: int) -> Image.Image:
@@ -102,7 +102,7 @@ class ImageFolderDataModule(ImageDataModule):
         unlabelled: True gives all images label 0, whatever the subfolders.
         max_bad_share: Largest share of unreadable files.
         pin_memory: Whether to use page-locked memory, where there is a CUDA device.
-        exact: Whether training images are resized exactly as the original does; validation images always are.
+        exact: Whether training images are opened and resized exactly as the original does; validation images always are.
         fast_decode: Whether large JPEGs are decoded at a fraction of their size; never for validation.
 
     Raises:

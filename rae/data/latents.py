@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from rae.data.loader import Sample, SeededDataset
 from rae.data.module import ImageDataModule, given_train_path
 from rae.data.transforms import flip_of
+from rae.weights import parse_json
+
+log = logging.getLogger(__name__)
 
 INDEX = "latents.json"
 """Name of the file that describes a folder of latents; it is written last."""
@@ -29,29 +34,30 @@ class CachedLatents(SeededDataset):
 
     Raises:
         FileNotFoundError: The folder, its description or one of its files is missing.
-        ValueError: A file is damaged, or there are no mirrored latents to flip to.
+        ValueError: The description or a file is damaged, or there are no mirrored latents to flip to.
     """
 
     def __init__(self, folder: str | Path, flip: bool) -> None:
         self.folder = Path(folder).expanduser()
         if not (self.folder / INDEX).is_file():
             raise FileNotFoundError(f"{str(self.folder)!r} holds no {INDEX}{self._hint()}")
-        self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text())
+        self.index = read_index(self.folder)
         for file in self.index["files"]:
             path = self.folder / file["file"]
             if not path.is_file():
                 raise FileNotFoundError(f"{str(path)!r} is missing; make it again with rae-cache-latents")
             if path.stat().st_size != file["bytes"]:
-                raise ValueError(
-                    f"{str(path)!r} has {path.stat().st_size} bytes instead of {file['bytes']}; remove it and "
-                    f"{INDEX}, and run rae-cache-latents again: it makes only what is missing"
-                )
+                raise ValueError(f"{str(path)!r} has {path.stat().st_size} bytes instead of {file['bytes']}; {_REMEDY}")
         if flip and self.index["flips"] != "both":
             raise ValueError(
                 f"{str(self.folder)!r} holds no latents of mirrored images; set data.flip=false, or cache them with flips=both"
             )
         self.flip = flip
         self._files: dict[int, Any] = {}
+        if not self.index.get("checksums"):
+            log.warning(
+                "%s holds no checksums, so that damage would go unnoticed; rae-cache-latents writes some", folder
+            )
 
     def _hint(self) -> str:
         """What a folder without a description may be."""
@@ -68,14 +74,87 @@ class CachedLatents(SeededDataset):
         return {**self.__dict__, "_files": {}}  # open files stay with the process that opened them
 
     def load(self, index: int, seed: int) -> Sample:
-        """The latent C×h×w at a position, in the precision that it was stored with."""
+        """The latent C×h×w at a position, in the precision that it was stored with.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
         part, row = divmod(index, int(self.index["part"]))
-        file = self._files.get(part)
-        if file is None:
-            file = safe_open(self.folder / self.index["files"][part]["file"], framework="pt")
-            self._files[part] = file
+        path = self.folder / self.index["files"][part]["file"]
         name = "mirrored" if self.flip and flip_of(seed) else "latent"
-        return {"latent": file.get_slice(name)[row], "label": int(file.get_slice("label")[row]), "index": index}
+        try:
+            file = self._files.get(part)
+            if file is None:
+                file = self._files[part] = safe_open(path, framework="pt")
+            latent, label = file.get_slice(name)[row], file.get_slice("label")[row]
+            known = int(file.get_slice(f"{name}_crc")[row]) if self.index.get("checksums") else None
+        except (SafetensorError, IndexError, OSError) as error:
+            raise ValueError(f"{str(path)!r} is damaged ({error}); {_REMEDY}") from error
+        if known is not None and checksums(latent[None], label[None])[0] != known:
+            raise ValueError(f"{str(path)!r} is damaged: latent {row} has another checksum; {_REMEDY}")
+        if (
+            list(latent.shape) != self.index.get("shape", list(latent.shape))
+            or not 0 <= int(label) < self.index["num_classes"]
+        ):
+            raise ValueError(
+                f"{str(path)!r} holds a latent of {tuple(latent.shape)} with label {int(label)}, but {INDEX} says "
+                f"{tuple(self.index.get('shape', ()))} and {self.index['num_classes']} classes; {_REMEDY}"
+            )
+        return {"latent": latent, "label": int(label), "index": index}
+
+
+_REMEDY = f"remove it and {INDEX}, and run rae-cache-latents again: it makes only what is missing"
+
+
+def checksums(latents: Tensor, labels: Tensor) -> Tensor:
+    """CRC-32 of every latent with its label, int64 n; the polynomial tells any damage of up to 32 neighbouring bits.
+
+    Args:
+        latents: n×C×h×w as they are stored, of any type.
+        labels: int64 n.
+    """
+    rows = latents.contiguous().flatten(1).view(torch.uint8).numpy()
+    return torch.tensor(
+        [zlib.crc32(row, int(label) & 0xFFFFFFFF) for row, label in zip(rows, labels.tolist(), strict=True)]
+    )
+
+
+_NUMBERS = ("latents", "part", "image_size", "num_classes")
+_KINDS = {**dict.fromkeys(_NUMBERS, int), "files": list, "encoder": dict, "shape": list}
+"""Types of what a description holds; ``encoder`` and ``shape`` may be missing."""
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The description of a folder of latents.
+
+    Args:
+        folder: What ``rae-cache-latents`` wrote.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    path = folder / INDEX
+    index = parse_json(path.read_bytes(), str(path))
+    fault = "no mapping" if not isinstance(index, dict) else ""
+    if not fault:
+        missing = [key for key in (*_NUMBERS, "files") if key not in index]
+        wrong = [*missing, *(key for key, kind in _KINDS.items() if key in index and type(index[key]) is not kind)]
+        fault = f"no usable {', '.join(wrong)}" if wrong else ""
+    if not fault and index.get("flips") not in ("none", "both"):
+        fault = f"flips={index.get('flips')!r}"
+    if not fault and not (index["part"] > 0 and -(-index["latents"] // index["part"]) == len(index["files"]) > 0):
+        fault = f"{index['latents']} latents, {index['part']} in a file, in {len(index['files'])} files"
+    if not fault:
+        names = [file.get("file") if isinstance(file, dict) else None for file in index["files"]]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            fault = "names that are of no files in this folder"  # it reads nothing outside
+        elif not all(isinstance(file.get("bytes"), int) for file in index["files"]):
+            fault = "files without their bytes"
+    if fault:
+        raise ValueError(
+            f"{str(path)!r} is no description of latents: {fault}; remove it and run rae-cache-latents again"
+        )
+    return dict(index)
 
 
 class LatentsDataModule(ImageDataModule):
@@ -158,7 +237,11 @@ class LatentsDataModule(ImageDataModule):
         for path in (self.train_path, self.val_path):
             if path is None:
                 continue
-            index = json.loads((Path(path).expanduser() / INDEX).read_text())
+            index = read_index(Path(path).expanduser())
+            if "encoder" not in index:
+                raise ValueError(
+                    f"{path!r} does not say of which encoder its latents are; make them anew with rae-cache-latents"
+                )
             if differing := differences(index["encoder"]):
                 raise ValueError(
                     f"the latents in {path!r} are of another encoder: {differing}; choose that encoder, or cache latents of this "

@@ -8,7 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -67,6 +70,29 @@ class SeededDataset(Dataset[Sample], Sized, ABC):
         return self.load(index, sample_seed(0, "augment", 0, index))
 
 
+class Names(Sequence[str]):
+    """Many names in two arrays: workers share their memory, where that of a list is copied when its texts are looked at.
+
+    Args:
+        names: The names.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [name.encode(errors="surrogateescape") for name in names]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, position: Any) -> Any:
+        """The name at a position, or a list of those of a slice."""
+        if isinstance(position, slice):
+            return [self[number] for number in range(*position.indices(len(self)))]
+        start, end = self._ends[range(len(self))[position]], self._ends[range(len(self))[position] + 1]
+        return self._bytes[start:end].decode(errors="surrogateescape")
+
+
 class ImageFiles(SeededDataset):
     """Labelled images to be opened and transformed.
 
@@ -78,8 +104,8 @@ class ImageFiles(SeededDataset):
         max_bad_share: Largest share of unreadable images.
     """
 
-    def __init__(self, labels: Sequence[int], transform: ImageTransform, max_bad_share: float) -> None:
-        self.labels = labels
+    def __init__(self, labels: ArrayLike, transform: ImageTransform, max_bad_share: float) -> None:
+        self.labels: NDArray[np.int64] = np.asarray(labels, np.int64)
         self.transform = transform
         self.max_bad_share = max_bad_share
 
@@ -98,7 +124,7 @@ class ImageFiles(SeededDataset):
     def names_hash(self) -> str:
         """SHA-256 of all names and labels in their order: says whether two listings are the same."""
         digest = hashlib.sha256()
-        for position, label in enumerate(self.labels):
+        for position, label in enumerate(self.labels.tolist()):
             digest.update(f"{self.name(position)}|{label}\n".encode())
         return digest.hexdigest()
 
@@ -150,7 +176,7 @@ class KeyedDataset(Dataset[Sample]):
         seeds = [sample_seed(self.seed, "augment", epoch, index) for epoch, index in keys]
         try:
             samples = self.dataset.load_many([index for _, index in keys], seeds)
-        except (BrokenFilesError, UnreachableError) as error:
+        except (BrokenFilesError, UnreachableError, ValueError) as error:
             return [{"error": error}]  # raised in a worker, torch would bury its message in the worker's trace
         return [{**sample, "epoch": epoch} for sample, (epoch, _) in zip(samples, keys, strict=True)]
 
@@ -197,6 +223,20 @@ class BrokenFiles:
                 log.warning("%s cannot be read (%s); the next readable file takes its place", name, reason)
         if len(self.reasons) > self.max_share * self.length:
             raise BrokenFilesError(too_many_broken(len(self.reasons), self.length, self.max_share, list(self.reasons)))
+
+    def gather(self) -> None:
+        """Adds what the other processes found, all of which must call this, so that the share is one of all files together.
+
+        Raises:
+            BrokenFilesError: More than the allowed share is broken; on all processes.
+        """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, self.reasons)
+        for reasons in found:
+            self.reasons = {**reasons, **self.reasons}
+        self.add([])
 
     def summarise(self) -> None:
         """Lists all that were found, if any."""

@@ -164,6 +164,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         dataset = self._dataset(split)
         return dataset.names_hash if isinstance(dataset, ImageFiles) else None
 
+    def gather_broken(self, split: str) -> None:
+        """Counts the unreadable files of ``train`` or ``val`` over all processes, all of which must call this."""
+        if split in self._broken:
+            self._broken[split].gather()
+
     def teardown(self, stage: str) -> None:
         """Ends the workers and lists the files that could not be read."""
         self._close()

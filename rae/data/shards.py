@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
 from rae.data.folder import ImageFolderDataModule
-from rae.data.loader import ImageFiles, Sample
-from rae.data.storage import find_tars, is_remote, open_file, read_json, read_ranges, size_of
+from rae.data.loader import BrokenFilesError, ImageFiles, Names, Sample, log, too_many_broken
+from rae.data.storage import check_tar_end, find_tars, is_remote, open_file, read_json, read_ranges, size_of
 from rae.data.transforms import ImageTransform
-from rae.weights import write_json
+from rae.weights import parse_json, write_json
 
 INDEX = "index.json"
 """Name of the index of a whole folder, which ``rae-shard`` writes."""
@@ -36,7 +36,7 @@ def read_index(shard: str | Path) -> list[Entry]:
     """Where the images of a shard are; only the headers and the labels (``.cls`` or ``.json`` with ``label``) are read.
 
     Raises:
-        ValueError: The file is no tar file, or a label is no integer.
+        ValueError: The file is no tar file, is cut short or damaged, or a label is no whole number.
     """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
@@ -51,13 +51,27 @@ def read_index(shard: str | Path) -> list[Entry]:
                 elif extension in ("cls", "json"):
                     file = tar.extractfile(member)
                     assert file is not None
-                    value = json.loads(file.read())
+                    value = parse_json(file.read(), member.name)
                     label = value.get("label") if isinstance(value, dict) else value
                     if label is not None:
-                        labels[key] = int(label)
-    except (tarfile.TarError, ValueError, TypeError) as error:
-        raise ValueError(f"shard {str(shard)!r} cannot be indexed: {error}; it must be an uncompressed tar") from error
+                        labels[key] = _label(label, member.name)
+            check_tar_end(opened, tar.offset)
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(
+            f"shard {str(shard)!r} cannot be indexed: {error}; it must be a whole, uncompressed tar: repair or remove it"
+        ) from error
     return [(key, first, size, labels.get(key, -1)) for key, (first, size) in images.items()]
+
+
+def _label(value: Any, name: str) -> int:
+    """A label as the file of this name gives it.
+
+    Raises:
+        ValueError: It is no whole number of at least 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or not 0 <= value < 2**31:
+        raise ValueError(f"the label in {name!r} is {str(value)[:40]!r}, but must be a whole number of at least 0")
+    return int(value)
 
 
 class TarShards(ImageFiles):
@@ -88,16 +102,36 @@ class TarShards(ImageFiles):
         self.remote = is_remote(self.shards[0])
         self._fetched: dict[int, bytes] = {}
         index = _indexed(self.shards, None if index_path is None else Path(index_path))
-        self.entries = [(shard, *entry) for shard, entries in enumerate(index) for entry in entries]
-        if not self.entries:
+        entries = [entry for shard in index for entry in shard]
+        if not entries:
             raise ValueError(f"the shards of {path!r} hold no image; known endings are {', '.join(_IMAGES)}")
-        labels = [0 if unlabelled else entry[-1] for entry in self.entries]
-        super().__init__(labels, transform, max_bad_share)
-        if min(labels) < 0:
+        self.keys = Names([key for key, *_ in entries])
+        self.places = np.array([(first, size) for _, first, size, _ in entries], np.int64)
+        self.shard_of = np.repeat(np.arange(len(index)), [len(shard) for shard in index])
+        labels = np.array([label for *_, label in entries], np.int64)
+        super().__init__(np.zeros_like(labels) if unlabelled else labels, transform, max_bad_share)
+        if self.labels.min() < 0:
             raise ValueError(
-                f"{self.name(labels.index(min(labels)))} has no label (.cls, or .json with label); "
+                f"{self.name(int(self.labels.argmin()))} has no label (.cls, or .json with label); "
                 "set data.unlabelled=true to take all images as one class"
             )
+        if not self.remote:  # on the network a stretch that is missing ends the run when it is asked for
+            self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Names the shards that have fewer bytes than their index says.
+
+        Raises:
+            BrokenFilesError: More images are missing than may be unreadable.
+        """
+        sizes = np.array([size_of(shard) for shard in self.shards])
+        missing = np.flatnonzero(self.places.sum(1) > sizes[self.shard_of])
+        if not len(missing):
+            return
+        cut = [self.shards[number] for number in np.unique(self.shard_of[missing])]
+        if len(missing) > self.max_bad_share * len(self):
+            raise BrokenFilesError(too_many_broken(len(missing), len(self), self.max_bad_share, cut))
+        log.warning("%d images are missing: shards are cut short: %s", len(missing), ", ".join(cut))
 
     def open(self, position: int) -> Image.Image:
         """The image at a position."""
@@ -117,12 +151,11 @@ class TarShards(ImageFiles):
 
     def name(self, position: int) -> str:
         """Shard and key."""
-        shard, key, *_ = self.entries[position]
-        return f"{self.shards[shard]}:{key}"
+        return f"{self.shards[self.shard_of[position]]}:{self.keys[position]}"
 
     def _where(self, position: int) -> tuple[str, int, int]:
-        shard, _, first, size, _ = self.entries[position]
-        return self.shards[shard], first, size
+        first, size = self.places[position].tolist()
+        return self.shards[self.shard_of[position]], first, size
 
 
 def _indexed(shards: list[str], cache: Path | None) -> list[list[Entry]]:
@@ -132,9 +165,9 @@ def _indexed(shards: list[str], cache: Path | None) -> list[list[Entry]]:
         return [entries for entries in beside if entries is not None]
     files = [[shard.rsplit("/", 1)[-1], size_of(shard)] for shard in shards]
     if cache is not None and cache.is_file():
-        kept: dict[str, Any] = json.loads(cache.read_text())
-        if kept["files"] == files:
-            return [[(key, first, size, label) for key, first, size, label in entries] for entries in kept["index"]]
+        kept = read_json(str(cache))
+        if isinstance(kept, dict) and kept.get("files") == files:
+            return [_entries(entries, str(cache)) for entries in kept["index"]]
     index = [read_index(shard) for shard in shards]
     if cache is not None:
         write_json(cache, {"files": files, "index": index})
@@ -142,13 +175,35 @@ def _indexed(shards: list[str], cache: Path | None) -> list[list[Entry]]:
 
 
 def _index_beside(shard: str) -> list[Entry] | None:
-    """The index that ``rae-shard`` wrote with a shard; None where there is none, or it is of another file."""
+    """The index that ``rae-shard`` wrote with a shard; None where there is none, or it is of a smaller file.
+
+    A shard that is smaller than its index says keeps it: what is missing then counts as unreadable.
+    """
     content = read_json(index_name(shard))
     if not isinstance(content, dict) or "entries" not in content:
         return None
-    if not is_remote(shard) and size_of(shard) != content["bytes"]:
+    if not is_remote(shard) and size_of(shard) > (size if isinstance(size := content.get("bytes"), int) else -1):
         return None
-    return [(key, first, size, label) for key, first, size, label, *_ in content["entries"]]
+    return _entries(content["entries"], index_name(shard))
+
+
+def _entries(listed: Any, name: str) -> list[Entry]:
+    """The entries of an index in a file of this name.
+
+    Raises:
+        ValueError: They are none.
+    """
+    try:
+        entries = [(str(key), int(first), int(size), int(label)) for key, first, size, label, *_ in listed]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{name!r} is no index of a shard: {error}; remove it, and the shard is searched anew"
+        ) from error
+    if any(first < 0 or size < 0 or label < -1 for _, first, size, label in entries):
+        raise ValueError(
+            f"{name!r} is no index of a shard: a negative number; remove it, and the shard is searched anew"
+        )
+    return entries
 
 
 class ShardsDataModule(ImageFolderDataModule):
@@ -188,9 +243,9 @@ class ShardsDataModule(ImageFolderDataModule):
         if self.index_folder is not None:
             index = Path(self.index_folder) / ("train.json" if path == self.train_path else "val.json")
         shards = TarShards(path, transform, self.unlabelled, self.max_bad_share, index)
-        if max(shards.labels) >= self.num_classes:
+        if (largest := int(shards.labels.max())) >= self.num_classes:
             raise ValueError(
-                f"{path!r} holds label {max(shards.labels)}, but data.num_classes is {self.num_classes}; "
-                f"set data.num_classes={max(shards.labels) + 1}"
+                f"{path!r} holds label {largest}, but data.num_classes is {self.num_classes}; "
+                f"set data.num_classes={largest + 1}"
             )
         return shards

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rae.data.folder import SUFFIXES, class_folders, image_files
+from rae.data.storage import check_tar_end
 
 _LISTS = ("ILSVRC2012_validation_ground_truth.txt", "imagenet_2012_validation_synset_labels.txt")
 
@@ -102,7 +103,7 @@ def _in_tar(path: Path) -> Named:
     """Images of a tar file, and of the tar files in it, whose names are those of their classes."""
     found: Named = []
     try:
-        with tarfile.open(path, "r:") as outer:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
             for member in outer:
                 if not member.isfile():
                     continue
@@ -113,10 +114,12 @@ def _in_tar(path: Path) -> Named:
                 assert inner is not None
                 with tarfile.open(fileobj=inner, mode="r:") as tar:
                     sources = list(_images(tar, path, member.offset_data))
+                    check_tar_end(inner, tar.offset)
                 if not sources:
                     raise ValueError(f"{member.name} within {str(path)!r} holds no image")
                 found += [(Path(member.name).stem, source) for source in sources]
-    except tarfile.TarError as error:
+            check_tar_end(file, outer.offset)
+    except (tarfile.TarError, ValueError) as error:
         raise ValueError(
             f"{str(path)!r} cannot be read: {error}; it must be an uncompressed tar file, complete"
         ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,14 @@ from typing import IO, Any
 
 from webdataset.shardlists import expand_urls
 
-_ATTEMPTS = 5
-_FIRST_WAIT = 0.5  # seconds; doubled after each attempt
+from rae.weights import parse_json
+
+_ATTEMPTS = 10
+_FIRST_WAIT = 0.5  # seconds; doubled after each attempt, up to
+_LONGEST_WAIT = 60.0  # so that a server may be away for three minutes
+
+
+_BLOCK = 512  # bytes of a header in a tar file
 
 
 class UnreachableError(RuntimeError):
@@ -58,7 +63,7 @@ def _patiently(what: str, call: Any) -> Any:
                     f"{what} cannot be read after {_ATTEMPTS} attempts: {type(error).__name__}: {error}; check address, "
                     "network and credentials. The run can be continued from its last checkpoint"
                 ) from error
-            time.sleep(_FIRST_WAIT * 2**attempt)
+            time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
     raise AssertionError
 
 
@@ -79,12 +84,16 @@ def size_of(path: str) -> int:
 
 
 def read_json(path: str) -> Any:
-    """Content of a JSON file; None where there is none."""
+    """Content of a JSON file; None where there is none.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
     if not is_remote(path):
-        return json.loads(Path(path).read_text()) if Path(path).is_file() else None
+        return parse_json(Path(path).read_bytes(), path) if Path(path).is_file() else None
     filesystem, name = _filesystem(path)
     try:
-        return json.loads(_patiently(path, lambda: filesystem.cat_file(name)))
+        return parse_json(_patiently(path, lambda: filesystem.cat_file(name)), path)
     except FileNotFoundError:
         return None
 
@@ -159,3 +168,24 @@ def find_tars(path: str, index: str) -> list[str]:
             f"no shard {missing[0] if missing else path!r}; give a folder of .tar files or a pattern"
         )
     return found
+
+
+def check_tar_end(file: IO[bytes], offset: int) -> None:
+    """Refuses a tar file whose headers do not end with its mark, an empty block: Python's reader takes damage for the end.
+
+    Args:
+        file: The file.
+        offset: Where the reader found no further header.
+
+    Raises:
+        ValueError: The file is cut short, damaged, or goes on behind its end.
+    """
+    file.seek(offset)
+    mark = file.read(_BLOCK)
+    if len(mark) < _BLOCK:
+        raise ValueError(f"it is cut short: it ends at byte {offset + len(mark)} without the mark of an end")
+    if any(mark):
+        raise ValueError(f"its header at byte {offset} is damaged")
+    while rest := file.read(2**20):
+        if any(rest):
+            raise ValueError(f"it goes on behind its end at byte {offset}: files that were joined must be packed anew")

@@ -53,13 +53,7 @@ def open_rgb(file: str | Path | IO[bytes], least: int | None = None, most: int |
         OSError: No image of :data:`FORMATS`, a truncated one, or one of too many pixels.
         ValueError: Pixels whose range the file does not tell (floating point, more than 16 bits).
     """
-    try:
-        handle = Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError as error:  # its text names the object in memory, other in every run
-        raise OSError("no image of a known format") from error
-    except Image.DecompressionBombError as error:
-        raise OSError(str(error)) from error
-    with handle as opened:
+    with _opened(file) as opened:
         if most is not None and opened.width * opened.height > most:
             raise OSError(f"{opened.width}×{opened.height} pixels are more than the {most:,} allowed")
         opened.seek(0)
@@ -76,6 +70,33 @@ def open_rgb(file: str | Path | IO[bytes], least: int | None = None, most: int |
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_plainly(file: str | Path | IO[bytes]) -> Image.Image:
+    """Opens an image as torchvision's loader does, and so the original: EXIF orientation and transparency are ignored.
+
+    Args:
+        file: A path, or a file opened for reading bytes.
+
+    Raises:
+        OSError: No image of :data:`FORMATS`, or a truncated one.
+    """
+    with _opened(file) as opened:
+        return opened.convert("RGB")
+
+
+def _opened(file: str | Path | IO[bytes]) -> Image.Image:
+    """The image with its header read alone.
+
+    Raises:
+        OSError: No image of :data:`FORMATS`, or one of too many pixels for Pillow.
+    """
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:  # its text names the object in memory, other in every run
+        raise OSError("no image of a known format") from error
+    except Image.DecompressionBombError as error:
+        raise OSError(str(error)) from error
 
 
 def _reduce_to_bytes(image: Image.Image) -> Image.Image:
@@ -220,13 +241,14 @@ class ImageTransform:
             and evaluation: ADM's crop).
         resize: Shorter side before the random crop; None: 384 for 256 pixels, else ``int(1.5 * image_size)``.
         flip: Whether to mirror every other image.
-        exact: Whether to resize whole images with Pillow, as the original does: identical to the last bit. Otherwise only
-            what the crop shows is resized, with torch's kernels: at most 2 of 255 grey levels away.
+        exact: Whether to open images without their EXIF orientation and transparency and to resize them whole with Pillow, as the
+            original does: identical to the last bit. Otherwise only what the crop shows is resized, with torch's kernels: at
+            most 2 of 255 grey levels away.
         fast_decode: Whether JPEGs much larger than needed are decoded at a half, a quarter or an eighth of their size.
             Faster, but the pixels differ visibly from the original's.
 
     Raises:
-        ValueError: An unknown mode, a size below 1, or ``resize`` below ``image_size``.
+        ValueError: An unknown mode, a size below 1, ``resize`` below ``image_size``, or both ``exact`` and ``fast_decode``.
     """
 
     def __init__(
@@ -247,6 +269,10 @@ class ImageTransform:
                 f"resize {resize} is smaller than image_size {image_size}, so that no crop fits; "
                 f"give at least {image_size}, or null for 1.5 times it"
             )
+        if exact and fast_decode:
+            raise ValueError(
+                "data.fast_decode=true changes pixels, so that data.exact=true cannot hold: choose one of them"
+            )
         self.image_size = image_size
         self.mode = mode
         self.resize = resize if resize is not None else int(1.5 * image_size)
@@ -255,7 +281,9 @@ class ImageTransform:
         self.fast_decode = fast_decode
 
     def open(self, file: str | Path | IO[bytes]) -> Image.Image:
-        """Opens an image as RGB, reduced while decoding where ``fast_decode`` allows it; see :func:`open_rgb`."""
+        """Opens an image as RGB: with ``exact`` as torchvision does, else see :func:`open_rgb`."""
+        if self.exact:
+            return open_plainly(file)
         needed = self.resize if self.mode == "random_crop" else self.image_size
         return open_rgb(file, needed if self.fast_decode else None)
 

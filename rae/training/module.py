@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rae.data.latents import LatentsDataModule
+from rae.data.module import ImageDataModule
 from rae.encoder import Encoder
 from rae.weights import mismatches
 
@@ -214,6 +215,17 @@ class TrainingModule(L.LightningModule):
             if averages is not None:
                 callback.restore(averages)
         self._rolled_back.append(int(content["global_step"]))
+
+    def on_train_epoch_end(self) -> None:
+        """Counts unreadable files over all processes.
+
+        Raises:
+            BrokenFilesError: More than ``data.max_bad_share`` allows, on every process.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ImageDataModule):
+            for split in ("train", "val"):
+                data.gather_broken(split)
 
     # --- logging -----------------------------------------------------------------------------------------------
 
