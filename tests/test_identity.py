@@ -147,6 +147,27 @@ def test_an_export_holds_the_runs_random_encoder(random_run, tmp_path: Path):
         assert hash_of(build(later).module) == again.encoder.weights_hash()
 
 
+def test_exports_of_former_versions_open(random_run, tmp_path: Path):
+    folder, _, _ = random_run
+    model = rae.load(folder)
+    stored = model.save_pretrained(tmp_path / "stored")
+    path = tmp_path / "encoder.safetensors"
+    save_file(model.encoder.network.state_dict(), path)
+    model.encoder.arguments |= {"pretrained": True, "hub_id": "me/vit"}
+    named = model.save_pretrained(tmp_path / "named")
+    for export, words in ((stored, None), (named, "a hash of a former version, which depends on the CPU")):
+        description = json.loads((export / "config.json").read_text())
+        for hashed in (state_hash(model.encoder.state_dict()), 64 * "0"):
+            description["encoder"]["sha256"] = hashed
+            description["encoder"]["model"]["checkpoint"] = str(path) if words else None
+            (export / "config.json").write_text(json.dumps(description))
+            if words and hashed == 64 * "0":
+                with pytest.raises(ValueError, match=words):
+                    RAE.from_pretrained(export)
+            else:  # weights that an export stores have a hash of their own
+                assert RAE.from_pretrained(export).encoder.weights_hash() == model.encoder.weights_hash()
+
+
 def test_a_resumed_run_keeps_its_random_encoder(random_run, tmp_path: Path):
     folder, parts, _ = random_run
     more = stage1(tmp_path, *RANDOM, "seed=7", "trainer.max_steps=3")

@@ -166,6 +166,10 @@ def test_clip_encoder_gives_normalised_patch_tokens():
     model = ClipEncoder("ViT-B-32", channels=768, stride=32, input_size=64, pretrained=False)
     latents = model(torch.rand(1, 3, 64, 64))
     assert latents.shape == (1, 768, 2, 2)
+    larger = ClipEncoder("ViT-B-32", channels=768, stride=32, input_size=96, pretrained=False)
+    larger.load_published(model.published_state(), "the smaller one")
+    assert larger.network.positional_embedding.shape == (10, 768)
+    assert larger.weights_hash() == model.weights_hash()  # of the table before it is resized
     torch.testing.assert_close(latents.var(1, unbiased=False), torch.ones(1, 2, 2), atol=1e-3, rtol=0)
 
 
