@@ -147,6 +147,13 @@ def test_an_export_holds_the_runs_random_encoder(random_run, tmp_path: Path):
         assert hash_of(build(later).module) == again.encoder.weights_hash()
 
 
+@pytest.mark.parametrize("damaged", ["x", {}, {"fingerprint": 1}, {"fingerprint": {}, "weights": {"a": 1}}])
+def test_a_record_that_says_nothing_of_an_encoder_is_refused(damaged, tmp_path: Path):
+    torch.save({"encoder": damaged}, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=r"bad.ckpt' is no checkpoint of a training run: its 'encoder' says nothing"):
+        read_encoder(tmp_path / "bad.ckpt")
+
+
 def test_exports_of_former_versions_open(random_run, tmp_path: Path):
     folder, _, _ = random_run
     model = rae.load(folder)

@@ -90,7 +90,10 @@ def read_encoder(path: str | Path) -> dict[str, Any] | None:
     """
     file = find_checkpoint(path)
     record = _read(file).get("encoder")
-    if record is not None and not (isinstance(record, dict) and isinstance(record.get("fingerprint"), dict)):
+    parts = record if isinstance(record, dict) else {}
+    weights = parts.get("weights", {})
+    whole = isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())
+    if record is not None and not (whole and isinstance(parts.get("fingerprint"), dict)):
         raise ValueError(f"{str(file)!r} is no checkpoint of a training run: its 'encoder' says nothing of an encoder")
     return record
 
