@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rae.cli.config import ConfigError, check_complete, plain
 
@@ -217,6 +218,38 @@ def build_module(cfg: DictConfig) -> lightning.LightningModule:
     return make(cfg.training, **parts)
 
 
+def processes_of(devices: Any, num_nodes: int, prefix: str = "") -> tuple[Any, int]:
+    """Devices of a machine, each with a process, and machines: as configured, or as many as torchrun has started.
+
+    Args:
+        devices: The value of the key ``devices``; 1 and ``auto`` leave the number to torchrun.
+        num_nodes: The value of the key ``num_nodes``; 1 leaves the number to torchrun.
+        prefix: What stands before the names of both keys in messages.
+
+    Raises:
+        ConfigError: torchrun or SLURM has started another number of processes than configured.
+    """
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment  # noqa: PLC0415
+
+    if TorchElasticEnvironment.detect():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        machines = int(os.environ["WORLD_SIZE"]) // local
+        count = len(devices) if OmegaConf.is_list(devices) else devices
+        if count not in ("auto", -1, 1, local) or num_nodes not in (1, machines):
+            raise ConfigError(
+                f"torchrun has started {local} process(es) on each of {machines} machine(s), but {prefix}devices={devices} and "
+                f"{prefix}num_nodes={num_nodes}: leave these two out or give these numbers"
+            )
+        return (local if count is devices else devices), machines
+    rank = int(os.environ["SLURM_PROCID"]) if SLURMEnvironment.detect() else 0
+    if isinstance(devices, int) and rank >= max(devices, 1) * num_nodes:
+        raise ConfigError(
+            f"SLURM has started process number {rank} (the first is 0), but {prefix}devices={devices} and "
+            f"{prefix}num_nodes={num_nodes}: give these two the numbers that srun was given"
+        )
+    return devices, num_nodes
+
+
 def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     """The Lightning Trainer with its callbacks, loggers and strategy."""
     from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar  # noqa: PLC0415 (slow to import)
@@ -225,8 +258,11 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     # Lightning refuses a monitor that has no logger to write to, and a bar where none is wanted.
     useless = (() if loggers else (LearningRateMonitor,)) + (() if cfg.trainer.enable_progress_bar else (ProgressBar,))
     callbacks = [callback for callback in make_all(cfg.get("callbacks")) if not isinstance(callback, useless)]
+    devices, num_nodes = processes_of(cfg.trainer.devices, cfg.trainer.num_nodes, "trainer.")
     return make(
         cfg.trainer,
+        devices=devices,
+        num_nodes=num_nodes,
         callbacks=callbacks,
         logger=loggers or False,
         strategy=_strategy(cfg),

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rae.cli.build import pick_device, set_float32
+from rae.cli.build import pick_device, processes_of, set_float32
 from rae.cli.config import ConfigError
 
 if TYPE_CHECKING:
@@ -23,13 +23,15 @@ log = logging.getLogger(__name__)
 
 
 def start(cfg: DictConfig) -> Fabric:
-    """Starts as many processes as ``devices`` and ``num_nodes`` say; each of them runs the rest of the command.
+    """Starts as many processes as ``devices`` and ``num_nodes`` say, or joins those that torchrun or SLURM has started.
+
+    Each of them runs the rest of the command.
 
     Args:
         cfg: Configuration of a command with ``device``, ``devices`` and ``num_nodes``.
 
     Raises:
-        ConfigError: A number below 1.
+        ConfigError: A number below 1, or another one than torchrun or SLURM has started.
         ValueError: The device is unknown or absent.
     """
     from lightning import Fabric  # noqa: PLC0415 (slow to import)
@@ -39,13 +41,16 @@ def start(cfg: DictConfig) -> Fabric:
             raise ConfigError(f"{key}={cfg[key]} must be a number of at least 1")
     set_float32(cfg)
     device = pick_device(cfg.device)
-    several = cfg.devices * cfg.num_nodes > 1
+    devices, num_nodes = processes_of(cfg.devices, cfg.num_nodes)
+    several = devices * num_nodes > 1
     if device.index is not None and several:
-        raise ConfigError(f"device={cfg.device} names one device, but devices={cfg.devices}; give device={device.type}")
+        raise ConfigError(
+            f"device={cfg.device} names one device, but there are {devices} processes; give device={device.type}"
+        )
     fabric = Fabric(
         accelerator=device.type,
-        devices=[device.index] if device.index is not None else cfg.devices,
-        num_nodes=cfg.num_nodes,
+        devices=[device.index] if device.index is not None else devices,
+        num_nodes=num_nodes,
         strategy="ddp" if several else "auto",
     )
     fabric.launch()

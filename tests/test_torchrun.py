@@ -1,0 +1,85 @@
+"""Commands under torchrun are one piece of work, shared out among its processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rae.cli.build import processes_of
+from rae.cli.config import ConfigError
+from tests.digits_runs import run
+from tests.small_models import make_generator
+
+ROOT = Path(__file__).parents[1]
+REPORTED = """
+from rae.cli import drawing
+begin = drawing.begin
+def reported(fabric, parts, *folders):
+    mine = begin(fabric, parts, *folders)
+    print(f"process {fabric.global_rank} of {fabric.world_size} draws {mine}", flush=True)
+    return mine
+drawing.begin = reported
+from rae.cli.sample import main
+main()
+"""
+
+
+def torchrun(processes: int, *program: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, env=variables, cwd=ROOT, text=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_torchruns_processes_share_the_samples(tmp_path):
+    exported = make_generator().save_pretrained(tmp_path / "export")
+    given = [f"checkpoint={exported}", "samples_per_class=2", "part_size=5", "batch_size=5", "sampler.grid.points=3"]
+    given += ["png=false", "device=cpu"]
+    run("sample", *given, f"output_dir={tmp_path}/one")
+    (tmp_path / "shown.py").write_text(REPORTED)
+    done = torchrun(2, str(tmp_path / "shown.py"), *given, f"output_dir={tmp_path}/two")
+    assert done.returncode == 0, done.stderr
+    found = sorted(re.findall(r"process \d of \d draws .*", done.stdout))
+    assert found == ["process 0 of 2 draws [0, 2]", "process 1 of 2 draws [1, 3]"]
+    first, second = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
+    assert np.array_equal(first["arr_0"], second["arr_0"])
+    assert np.array_equal(first["arr_1"], second["arr_1"])
+
+
+@pytest.mark.slow
+def test_torchruns_processes_train_one_network(tmp_path):
+    given = ["experiment=digits_encoder", "trainer=cpu", "trainer.max_steps=2", "data.batch_size=16"]
+    done = torchrun(2, "-m", "rae.cli.train", *given, f"output_dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("stage 0 on cpu, 2 process(es)") == 1
+
+
+def test_numbers_of_processes_are_those_of_the_launcher(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM", "TORCHELASTIC"))]:
+        monkeypatch.delenv(name)
+    assert processes_of("auto", 1) == ("auto", 1)
+    assert processes_of(4, 2) == (4, 2)
+    with monkeypatch.context() as started:
+        started.setenv("TORCHELASTIC_RUN_ID", "1")
+        started.setenv("LOCAL_WORLD_SIZE", "8")
+        started.setenv("WORLD_SIZE", "16")
+        for devices in (1, "auto", -1, 8):
+            assert processes_of(devices, 1) == processes_of(devices, 2) == (8, 2)
+        for devices, machines in ((4, 2), (8, 3), ("0,1", 1)):
+            with pytest.raises(
+                ConfigError, match=rf"torchrun has started 8 .* 2 machine.*x\.devices={devices} and x\.num"
+            ):
+                processes_of(devices, machines, "x.")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert processes_of(8, 1) == (8, 1)
+    assert processes_of("auto", 1) == ("auto", 1)
+    with pytest.raises(ConfigError, match=r"SLURM has started process number 3 .*devices=1 and num_nodes=1"):
+        processes_of(1, 1)
