@@ -25,6 +25,7 @@ class LatentNormalizer(nn.Module):
         eps: Added to the variance, or to the deviation.
         form: ``variance``: divide by √(var + eps); ``deviation``: by √var + eps, as diffusers' ``AutoencoderRAE`` does.
         stats: File with ``mean`` and ``var`` instead of the tensors; the mean may be missing or None, as in released files.
+            None, or ``none`` where a configuration has to say so, for no file.
 
     Raises:
         ValueError: Statistics given twice, of another shape, not finite, or with a negative variance.
@@ -54,7 +55,7 @@ class LatentNormalizer(nn.Module):
         source = "latent statistics"
         self.encoder: dict[str, Any] | None = None
         """Fingerprint of the encoder that the statistics are of, where the file's description says it."""
-        if stats is not None:
+        if stats is not None and stats != "none":
             self.encoder = _described_encoder(Path(stats))
             if mean is not None or var is not None:
                 raise ValueError("latent statistics are given twice: as a file and as tensors; give one of them")

@@ -134,7 +134,7 @@ def test_training_from_shards_of_a_folder_with_broken_files(root, tmp_path, capl
             "decoder.width=32",
             "decoder.depth=1",
         ]
-        free = ["encoder.checkpoint=null", "+encoder.pretrained=false", "latent.stats=null", "decoder_checkpoint=null"]
+        free = ["encoder.checkpoint=null", "+encoder.pretrained=false", "latent.stats=none", "decoder_checkpoint=null"]
         off = ["callbacks=none", "logger=none", "trainer.enable_progress_bar=false", "trainer.max_steps=10"]
         parts = build(compose("train", ["experiment=digits_stage2", *paths, *options, *networks, *free, *off]))
         caplog.clear()

@@ -141,7 +141,7 @@ def test_an_export_holds_the_runs_random_encoder(random_run, tmp_path: Path):
     again = RAE.from_pretrained(rae.load(folder).save_pretrained(tmp_path / "out"))
     assert again.encoder.weights_hash() == hash_of(parts.module)
     torch.manual_seed(9)
-    later = compose("train", ["experiment=digits_small_stage2", *RANDOM, "latent.stats=null", "seed=9"])
+    later = compose("train", ["experiment=digits_small_stage2", *RANDOM, "latent.stats=none", "seed=9"])
     for source in (folder, tmp_path / "out"):  # stage 2 begins with the decoder's encoder
         later.decoder_checkpoint = str(source)
         assert hash_of(build(later).module) == again.encoder.weights_hash()
@@ -193,7 +193,7 @@ def test_a_changed_encoder_file_is_refused_wherever_its_run_is_opened(tmp_path: 
     fit(stage1(folder, weights))
     record = read_encoder(folder)
     assert record.keys() == {"fingerprint"}  # the file has the weights
-    later = compose("train", ["experiment=digits_small_stage2", weights, "latent.stats=null"])
+    later = compose("train", ["experiment=digits_small_stage2", weights, "latent.stats=none"])
     later.decoder_checkpoint = str(folder)
     for make in (lambda: rae.load(folder), lambda: build(later)):
         make()

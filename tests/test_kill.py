@@ -29,7 +29,7 @@ SMALL = [
 STAGES = {
     1: ["experiment=digits_stage1", *SMALL, "discriminator.pretrained=false", "discriminator.checkpoint=null",
         "loss.discriminator_start=2", "loss.gan_start=3", "scheduler.warmup_steps=3"],
-    2: ["experiment=digits_stage2", *SMALL, "latent.stats=null", "decoder_checkpoint=null", "denoiser.width=32", "denoiser.depth=1",
+    2: ["experiment=digits_stage2", *SMALL, "latent.stats=none", "decoder_checkpoint=null", "denoiser.width=32", "denoiser.depth=1",
         "denoiser.head_width=64", "scheduler.warmup_steps=3", "callbacks.preview.classes=2", "callbacks.preview.per_class=2",
         "sampler.grid.points=4"],
 }  # fmt: skip

@@ -96,7 +96,7 @@ def small(*more):
     sizes = ["denoiser.width=32", "denoiser.depth=1", "denoiser.head_width=64", "denoiser.num_classes=5"]
     decoder = ["decoder.width=32", "decoder.depth=1", "decoder.mlp_width=64"]
     off = ["callbacks=none", "logger=none", "trainer.enable_progress_bar=false", "trainer.limit_val_batches=0"]
-    common = ["experiment=digits_stage2", *ENCODER[1:3], "latent.stats=null", "decoder_checkpoint=null"]
+    common = ["experiment=digits_stage2", *ENCODER[1:3], "latent.stats=none", "decoder_checkpoint=null"]
     return compose("train", [*common, *sizes, *decoder, *off, "trainer.max_steps=6", "scheduler.warmup_steps=1", *more])
 
 

@@ -8,8 +8,9 @@ import shutil
 import pytest
 import torch
 
-from rae.cli.build import make, seed
-from rae.cli.config import ConfigError, compose
+from rae.cli.build import build, make, seed
+from rae.cli.config import ConfigError, check_complete, compose, conf_dir
+from rae.cli.cost import without_weights
 from rae.cli.stats import statistics_file, stats
 from rae.latent import LatentNormalizer, RunningMoments
 from rae.parts import Parts, share, stretch
@@ -137,3 +138,29 @@ def test_begun_work_is_bound_to_the_names_of_the_images(folder, tmp_path):
     (images / "train" / "c0" / "000.png").rename(images / "train" / "c0" / "001.png")
     with pytest.raises(ValueError, match=r"holds work of another plan: data\.names was "):
         run("cache_latents", images, tmp_path / "out", "splits=[train]")
+
+
+# --- stage 2 asks for them ---------------------------------------------------------------------------------------
+
+
+def test_stage_2_does_not_begin_without_a_word_on_the_statistics(tmp_path):
+    files = (conf_dir() / "experiment").glob("*dit*.yaml")
+    composed = [compose("train", given) for given in (["stage=2"], *([f"experiment={file.stem}"] for file in files))]
+    for cfg in composed:
+        with pytest.raises(ConfigError, match=r"latent\.stats=… \(file with mean and var .*rae-stats.*; none: "):
+            check_complete(cfg)
+    tiny = ["experiment=digits_stage2", "encoder.checkpoint=null", "+encoder.pretrained=false", "decoder_checkpoint=null",
+            "denoiser.width=32", "denoiser.depth=1", "denoiser.head_width=64", "decoder.width=32", "decoder.depth=1",
+            f"output_dir={tmp_path}"]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"latent\.stats=null: give the file .* or latent\.stats=none"):
+        build(compose("train", [*tiny, "latent.stats=null"]))
+    cfg = compose("train", [*tiny, "latent.stats=none"])
+    module = build(cfg).module
+    latents = torch.randn(2, *module.autoencoder.latent_shape)
+    assert torch.equal(module.autoencoder.latent.normalize(latents), latents)
+    assert module.config["latent"]["stats"] == "none"
+
+
+def test_cost_needs_no_statistics():
+    bare = without_weights(compose("cost", ["stage=2"]))
+    assert bare.latent.stats == "none"

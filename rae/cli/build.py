@@ -213,6 +213,10 @@ def build_module(cfg: DictConfig) -> lightning.LightningModule:
             parts[name] = _BUILDERS[name](cfg)
         elif name in cfg:
             parts[name] = make(cfg[name])
+    if "denoiser" in parts and "latent" in cfg and cfg.latent.get("stats", "none") is None:
+        raise ConfigError(
+            "latent.stats=null: give the file that rae-stats made, or latent.stats=none to train on latents as they are"
+        )
     if "autoencoder" in parts and "denoiser" in parts and cfg.get("decoder_checkpoint") is None:
         log.warning("decoder_checkpoint is not given: pictures of this run are drawn by an untrained decoder")
     return make(cfg.training, **parts)

@@ -89,12 +89,10 @@ def without_weights(cfg: DictConfig) -> DictConfig:
     OmegaConf.set_struct(bare, False)
     for group in ("encoder", "discriminator", "latent", "loss.perceptual"):
         node = OmegaConf.select(bare, group)
-        for key, value in (("pretrained", False), ("checkpoint", None), ("stats", None)):
-            if (
-                node is not None
-                and "_target_" in node
-                and (key in node or (key == "pretrained" and group == "encoder"))
-            ):
+        for key, value in (("pretrained", False), ("checkpoint", None), ("stats", "none")):
+            if node is None or "_target_" not in node:
+                continue
+            if key in list(node) or (key == "pretrained" and group == "encoder"):  # ??? is among the former
                 node[key] = value
     return bare
 

@@ -210,7 +210,9 @@ def _check_files(cfg: DictConfig) -> None:
         wanted.append("guide_checkpoint")
     found = {key: OmegaConf.select(cfg, key) for key in wanted}
     absent = [
-        f"{key}={value}" for key, value in found.items() if value is not None and not Path(value).expanduser().exists()
+        f"{key}={value}"
+        for key, value in found.items()
+        if value not in (None, "none") and not Path(value).expanduser().exists()
     ]
     if absent:
         raise ConfigError(

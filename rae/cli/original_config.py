@@ -153,6 +153,9 @@ def _choose_encoder(t: Translation) -> None:
 def _choose_networks(t: Translation) -> None:
     """Stage, sizes, solver, guidance, arithmetic and processes."""
     t.put("float32", "tf32", "the original's scripts")
+    stats = "stage_1.params.normalization_stat_path"
+    if t.kind != "stage1" and t.source.get(stats) is None:
+        t.put("latent.stats", "none", stats)
     if t.kind in ("stage1", "stage2"):
         t.choices = {"stage": t.kind[-1], **t.choices, "trainer": "ddp" if t.devices > 1 else "default"}
         t.put("trainer.devices", t.devices, "devices of rae-convert")

@@ -26,7 +26,7 @@ RANDOM = {
         "loss.discriminator_start": 0,
         "loss.gan_start": 0,
     },
-    2: {"encoder.pretrained": "false", "latent.stats": "null", "decoder_checkpoint": "null"},
+    2: {"encoder.pretrained": "false", "latent.stats": "none", "decoder_checkpoint": "null"},
 }
 """Overrides of each stage: random weights; in stage 1 the full rate and all losses from the first step on."""
 _TINY_AUTOENCODER = {

@@ -24,7 +24,7 @@ from rae.data.transforms import to_float
 from tests.plain_procedure import PlainStage2
 
 BATCH = 4
-OVERRIDES = ("stage=2", "encoder.pretrained=false", "decoder=vit_b", "denoiser=dit_dh_s")
+OVERRIDES = ("stage=2", "encoder.pretrained=false", "latent.stats=none", "decoder=vit_b", "denoiser=dit_dh_s")
 
 
 def ours(cached: bool) -> Callable[[], dict]:
