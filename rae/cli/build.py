@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from rae.cli.checks import check_metric
 from rae.cli.config import ConfigError, check_complete, plain
 
 if TYPE_CHECKING:
@@ -335,6 +336,7 @@ def build(cfg: DictConfig) -> Parts:
     plain(cfg)  # names the key of an interpolation that leads nowhere
     if cfg.get("data") is not None:
         check_paths(cfg.data)
+    check_metric(OmegaConf.select(cfg, "callbacks.evaluation.metric"))
     set_float32(cfg)
     seed(cfg)
     return Parts(data=make(cfg.data), module=build_module(cfg), trainer=build_trainer(cfg))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +59,6 @@ def from_files(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
         cfg: Configuration with ``samples``, ``originals`` and ``batch_size``.
         fabric: The processes; each reads its share of the batches.
         pairs: Whether the metric takes originals too.
-
-    Raises:
-        ConfigError: The metric takes originals and none are given.
     """
     from omegaconf import OmegaConf  # noqa: PLC0415
 
@@ -80,20 +77,17 @@ def from_files(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
                 yield (images, labels), {"index": numbers}
 
     if pairs:
-        if cfg.originals is None:
-            raise ConfigError(
-                "these metrics compare reconstructions with their originals: add originals=… (.npz, folder, shards)"
-            )
         identity["originals"] = {"path": cfg.originals}
     return Source(batches(), identity, described)
 
 
-def from_generator(cfg: DictConfig, fabric: Fabric) -> Source:
+def from_generator(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]) -> Source:
     """Samples that a model draws now, in parts on disk: a run that was stopped goes on with them.
 
     Args:
         cfg: The command's configuration.
         fabric: The processes; each draws its share of the parts.
+        prepare: Told the images' size, number and classes before they are drawn.
 
     Raises:
         ConfigError: The model has no denoiser, or the labels are not right.
@@ -107,6 +101,7 @@ def from_generator(cfg: DictConfig, fabric: Fabric) -> Source:
     generator, run = open_generator(cfg)
     generator = generator.to(fabric.device)
     labels = label_list(cfg, generator.num_classes)
+    prepare(generator.autoencoder.image_size, len(labels), labels)
     plan = plan_of(cfg, generator, labels)
     parts = draw(cfg, fabric, generator, labels, Path(cfg.output_dir) / "parts", plan)
 
@@ -122,12 +117,13 @@ def from_generator(cfg: DictConfig, fabric: Fabric) -> Source:
     return Source(batches(), {"samples": {"checkpoint": str(cfg.checkpoint), **plan}}, run, parts, labels)
 
 
-def from_autoencoder(cfg: DictConfig, fabric: Fabric) -> Source:
+def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]) -> Source:
     """Reconstructions that a model makes now of a folder, shards or the held-out images of its data.
 
     Args:
         cfg: The command's configuration.
         fabric: The processes; each takes a stretch of the images.
+        prepare: Told the images' size and number before they are made.
 
     Raises:
         ConfigError: There are no such images, or fewer than ``count``.
@@ -135,44 +131,68 @@ def from_autoencoder(cfg: DictConfig, fabric: Fabric) -> Source:
     from rae.cli.models import open_autoencoder  # noqa: PLC0415
     from rae.cli.reconstruct import checked_count, model_identity, open_data  # noqa: PLC0415
     from rae.parts import stretch  # noqa: PLC0415
-    from rae.training.evaluation import reconstructions  # noqa: PLC0415
+    from rae.training.reconstructions import reconstructions  # noqa: PLC0415
 
     autoencoder, run = open_autoencoder(cfg)
     autoencoder = autoencoder.to(fabric.device)
     data = open_data(run, autoencoder.image_size)
-    mine = stretch(checked_count(data, cfg.count), fabric.global_rank, fabric.world_size)
+    count = checked_count(data, cfg.count)
+    prepare(autoencoder.image_size, count)
+    mine = stretch(count, fabric.global_rank, fabric.world_size)
     batches = data.range_dataloader("val", [mine])
     pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
     identity = {"samples": model_identity(cfg, run, autoencoder)}
     return Source(((pair, {}) for pair in pairs), identity, run)
 
 
-def open_source(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
-    """The images that are named, or that the model makes.
+def check_given(cfg: DictConfig) -> None:
+    """Refuses what can be refused before networks are built and their weights looked for.
 
     Args:
         cfg: The command's configuration.
-        fabric: The processes.
-        pairs: Whether the metric takes reconstructions with their originals.
 
     Raises:
-        ConfigError: Neither or both are given.
+        ConfigError: Neither samples nor a model are given, or both; or a metric lacks its reference or the originals.
+        FileNotFoundError: The samples, the originals or the reference do not exist.
     """
+    from rae.cli.checks import check_metric  # noqa: PLC0415 (imports torch)
+    from rae.cli.sources import checked_path  # noqa: PLC0415
+
     if (cfg.samples is None) == (cfg.checkpoint is None):
         raise ConfigError(
             f"samples={cfg.samples} and checkpoint={cfg.checkpoint}: give one of them, samples=… (an .npz, a folder of images "
             "or of tar shards) or checkpoint=… (a model that makes them)"
         )
+    pairs = check_metric(cfg.metric)
+    if cfg.samples is not None:
+        if pairs and cfg.originals is None:
+            raise ConfigError(
+                "these metrics compare reconstructions with their originals: add originals=… (.npz, folder, shards)"
+            )
+        for key in ("samples", "originals") if pairs else ("samples",):
+            checked_path(key, cfg[key])
+
+
+def open_source(cfg: DictConfig, fabric: Fabric, metric: Any) -> Source:
+    """The images that are named, or that the model makes.
+
+    Args:
+        cfg: The command's configuration.
+        fabric: The processes.
+        metric: It says whether it takes reconstructions with their originals, and may check what it is about to get.
+    """
+    pairs = getattr(metric, "takes_originals", False)
     if cfg.samples is not None:
         return from_files(cfg, fabric, pairs)
-    return from_autoencoder(cfg, fabric) if pairs else from_generator(cfg, fabric)
+    prepare = getattr(metric, "prepare", lambda *_: None)
+    return (from_autoencoder if pairs else from_generator)(cfg, fabric, prepare)
 
 
 def evaluate(cfg: DictConfig) -> None:
     """Feeds all images to the metric in one pass and writes what it computes, with all that identifies it.
 
     Raises:
-        ConfigError: A batch size below 1, a metric that cannot be shared out, or see :func:`open_source`.
+        ConfigError: A batch size below 1, a metric that cannot be shared out, or see :func:`check_given`.
     """
     from tqdm import tqdm  # noqa: PLC0415
 
@@ -182,6 +202,7 @@ def evaluate(cfg: DictConfig) -> None:
 
     if cfg.batch_size < 1:
         raise ConfigError(f"batch_size={cfg.batch_size} must be at least 1")
+    check_given(cfg)
     folder = Path(cfg.output_dir)
     fabric = start(cfg)
     seed(cfg)
@@ -190,7 +211,7 @@ def evaluate(cfg: DictConfig) -> None:
         metric = metric.to(fabric.device)
     elif fabric.world_size > 1:
         raise ConfigError(f"metric {type(metric).__name__} runs on one process; leave out devices={cfg.devices}")
-    source = open_source(cfg, fabric, getattr(metric, "takes_originals", False))
+    source = open_source(cfg, fabric, metric)
     shown: list[Any] = []
     with tqdm(desc="scoring", unit=" image", disable=not fabric.is_global_zero) as bar:
         for images, options in source.batches:

@@ -107,6 +107,7 @@ def reconstruct(cfg: DictConfig) -> None:
         ConfigError: There are no such images, fewer than ``count``, or too few for ``interpolations``.
     """
     from rae.cli.build import make, seed  # noqa: PLC0415 (imports torch)
+    from rae.cli.checks import check_metric  # noqa: PLC0415
     from rae.cli.drawing import check_interpolations, write_npz  # noqa: PLC0415
     from rae.cli.models import open_autoencoder  # noqa: PLC0415
     from rae.cli.processes import first, start  # noqa: PLC0415
@@ -114,6 +115,7 @@ def reconstruct(cfg: DictConfig) -> None:
     from rae.parts import Parts  # noqa: PLC0415
 
     check_interpolations(cfg)
+    check_metric(cfg.metric)
     folder = Path(cfg.output_dir)
     fabric = start(cfg)
     seed(cfg)
@@ -122,6 +124,8 @@ def reconstruct(cfg: DictConfig) -> None:
     metric = make(run.metric).to(fabric.device)  # before the images: what does not fit is to be said at once
     data = open_data(run, autoencoder.image_size)
     count = checked_count(data, cfg.count)
+    if hasattr(metric, "prepare"):
+        metric.prepare(autoencoder.image_size, count)
     identity = model_identity(cfg, run, autoencoder)
     parts = Parts(folder / "parts", {**identity, "png": cfg.png}, count, cfg.part_size, ".npy")
     draw_parts(cfg, fabric, autoencoder, data, parts, folder / "images" if cfg.png else None)
@@ -162,7 +166,7 @@ def draw_parts(
 
     from rae.cli.processes import batches_of, begin  # noqa: PLC0415
     from rae.image import save_png  # noqa: PLC0415
-    from rae.training.evaluation import reconstructions  # noqa: PLC0415
+    from rae.training.reconstructions import reconstructions  # noqa: PLC0415
     from rae.weights import write_atomically  # noqa: PLC0415
 
     def save(images: Tensor, path: Path) -> None:

@@ -53,6 +53,25 @@ def iterate_shards(path: Path, batch_size: int) -> Iterator[ImageBatch]:
         yield ImageBatch(torch.stack(images), torch.tensor([entry[-1] for entry in chunk]) if labelled else None)
 
 
+def checked_path(key: str, given: str) -> Path:
+    """Where the images are that a key of the configuration names.
+
+    Args:
+        key: The key, for messages.
+        given: Its value.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ConfigError: It is a trained run.
+    """
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{key}={given} does not exist: give an .npz file, a folder of images or of tar shards")
+    if path.suffix == ".ckpt" or (path / "checkpoints").is_dir():
+        raise ConfigError(f"{key}={given} is a trained run: give it as checkpoint={given}")
+    return path
+
+
 def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """Batches of the images that a key of the configuration names, each process its share of the batches.
 
@@ -68,11 +87,7 @@ def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size
         ConfigError: It is a trained run.
         ValueError: Images of several sizes, of another type, or damaged files.
     """
-    path = Path(given).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{key}={given} does not exist: give an .npz file, a folder of images or of tar shards")
-    if path.suffix == ".ckpt" or (path / "checkpoints").is_dir():
-        raise ConfigError(f"{key}={given} is a trained run: give it as checkpoint={given}")
+    path = checked_path(key, given)
     if path.is_file():
         batches = iterate_npz(path, batch_size)
     elif any(path.glob("*.tar")):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
@@ -135,15 +136,45 @@ class GenerationMetrics(MetricGroup):
         if num_classes is not None:
             self.parts["labels"] = LabelCounts(num_classes)
 
+    @classmethod
+    def check_reference(cls, metrics: Sequence[str], reference: object) -> None:
+        """Raises ValueError where metrics are asked for that need a reference and there is none."""
+        needing = [name for name in metrics if name in NEEDS]
+        if reference is None and needing:
+            raise ValueError(
+                f"{', '.join(needing)} need a reference: give metric.reference=/path/to/reference.npz (for ImageNet ADM's "
+                "VIRTUAL_imagenet256_labeled.npz), or ask for inception_score alone"
+            )
+
+    def prepare(self, image_size: int, count: int | None = None, labels: Sequence[int] | None = None) -> None:
+        """Checks all that can be before there are images, and computes what is missing of the reference.
+
+        Args:
+            image_size: Side of the images that will be scored, in pixels.
+            count: How many there will be; None where that is not known.
+            labels: Their classes; None where they are not known.
+
+        Raises:
+            ValueError: What :meth:`update` and :meth:`compute` would say of such images.
+        """
+        if self.reference is not None:
+            self.reference.check_size(image_size, image_size)
+        self._check_count(count)
+        if self.balanced and labels is not None:
+            counts = LabelCounts(self._metrics()["labels"].num_classes, sync_on_compute=False)
+            counts.update(torch.as_tensor(labels))
+            counts.check_balance()
+        self._resolve()
+
+    def _check_count(self, count: int | None) -> None:
+        if self.samples is not None and count not in (None, self.samples):
+            raise ValueError(
+                f"{self.samples} samples are claimed, but {count} were given; sample the rest or set samples"
+            )
+
     def _open(self, reference: Reference | str | Path | None, kind: str, assumed: str | None) -> Reference | None:
-        needing = [name for name in self.names if name in NEEDS]
+        self.check_reference(self.names, reference)
         if reference is None:
-            if needing:
-                raise ValueError(
-                    f"{', '.join(needing)} need a reference: give metric.reference=/path/to/reference.npz (for "
-                    "ImageNet ADM's "
-                    "VIRTUAL_imagenet256_labeled.npz), or ask for inception_score alone"
-                )
             return None
         opened = reference if isinstance(reference, Reference) else read_reference(reference, assumed)
         opened.check_kind(kind)
@@ -203,10 +234,7 @@ class GenerationMetrics(MetricGroup):
         statistics = self._resolve()
         parts = self._metrics()
         pool: Moments = parts["pool"].compute()
-        if self.samples is not None and pool.samples != self.samples:
-            raise ValueError(
-                f"{self.samples} samples are claimed, but {pool.samples} were given; sample the rest or set samples"
-            )
+        self._check_count(pool.samples)
         if self.balanced:
             parts["labels"].check_balance()
         scores: dict[str, float] = {}

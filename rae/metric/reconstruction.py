@@ -123,6 +123,23 @@ class ReconstructionMetrics(MetricGroup):
             if self.reference is None:
                 self.parts["originals"] = FeatureMoments(detector.width)
 
+    def prepare(self, image_size: int, count: int | None = None, labels: Sequence[int] | None = None) -> None:
+        """Checks all that can be before there are images, and computes what is missing of the reference.
+
+        Args:
+            image_size: Side of the images that will be scored, in pixels.
+            count: See :meth:`GenerationMetrics.prepare`; any number will do.
+            labels: Likewise.
+
+        Raises:
+            ValueError: What :meth:`update` and :meth:`compute` would say of such images.
+        """
+        if self.structural:
+            ssim(*torch.zeros(2, 1, 3, image_size, image_size))
+        if self.reference is not None:
+            self.reference.check_size(image_size, image_size)
+            self.reference.for_detector(self.detector, ["moments"], self.device)
+
     def update(self, images: Tensor, originals: Tensor) -> None:
         """Adds reconstructions.
 

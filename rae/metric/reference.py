@@ -147,17 +147,25 @@ class Reference:
         if missing:
             if not self.has_images:
                 raise ValueError(
-                    f"{', '.join(missing)} of detector {detector.name!r} are needed, but reference {self.name} has "
-                    "none of that detector and holds no "
-                    "images (arr_0) to compute them from: build a reference with this detector, or leave out the "
-                    "metrics that need "
-                    f"{' and '.join(missing)}"
+                    f"{', '.join(missing)} of detector {detector.name!r} are needed, but reference {self.name} "
+                    f"{self._held_instead(detector)} and no images (arr_0) to compute them from: build a reference with this "
+                    f"detector, or leave out the metrics that need {' and '.join(missing)}"
                 )
             if detector.hash not in self._computed:
                 self._computed[detector.hash] = self._extract(detector, device)
             computed = self._computed[detector.hash]
             stored = stored._replace(**{need: getattr(computed, need) for need in missing})
         return stored
+
+    def _held_instead(self, detector: Detector) -> str:
+        """What a reference holds that has not all numbers of a detector, in words."""
+        info, stored = self.info, self.statistics
+        if not stored.empty and info.detector_hash not in (None, detector.hash):
+            name = (info.detector or {}).get("name")
+            other = "other weights of it" if name == detector.name else f"detector {name!r}"
+            return f"holds numbers of {other} (hash {info.detector_hash[:12]}…, here {detector.hash[:12]}…)"
+        held = [name for name, value in stored._asdict().items() if value is not None]
+        return f"holds {' and '.join(held) or 'no numbers'} {'' if self._stored(detector).empty else 'alone '}".rstrip()
 
     def _stored(self, detector: Detector) -> Statistics:
         """The stored numbers if they are this detector's, else nothing."""
@@ -168,9 +176,8 @@ class Reference:
         if made_by is not None and made_by != detector.hash:
             if self.has_images:
                 rank_zero_warn(
-                    f"reference {self.name} was made with another detector than {detector.name!r}; its numbers are "
-                    "computed anew from "
-                    "the images that it holds, which may be fewer",
+                    f"reference {self.name} was made with another detector than {detector.name!r} (hash {made_by[:12]}…, here "
+                    f"{detector.hash[:12]}…); its numbers are computed anew from the images that it holds, which may be fewer",
                 )
             return Statistics()
         widths = [(stored.moments, detector.width), (stored.spatial, detector.spatial_width)]

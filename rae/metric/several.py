@@ -29,6 +29,12 @@ class MetricSet(nn.Module):
             raise ValueError(f"metrics of generated images and of reconstructions cannot be mixed: {kinds}")
         self.takes_originals = next(iter(kinds.values()))
 
+    def prepare(self, *args: Any, **options: Any) -> None:
+        """Lets all metrics check what can be before there are images; arguments as theirs."""
+        for metric in self.metrics.values():
+            if hasattr(metric, "prepare"):
+                metric.prepare(*args, **options)
+
     def update(self, *images: Any, **options: Any) -> None:
         """Adds a batch to all metrics; arguments as theirs."""
         for metric in self.metrics.values():

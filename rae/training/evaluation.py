@@ -3,51 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 
-from rae.autoencoder import RAE
-from rae.data.transforms import to_float
 from rae.describe import describe
 from rae.generator import PRECISIONS, Generator
-from rae.image import QUANTIZE, to_uint8
+from rae.image import QUANTIZE
 from rae.parts import stretch
 from rae.training.ema import EMA
+from rae.training.reconstructions import reconstructions
 from rae.weights import write_json
 
 log = logging.getLogger(__name__)
 
 LIVE = "live/"
 """What stands between prefix and score where the weights themselves are scored and not their averages."""
-
-
-def reconstructions(
-    autoencoder: RAE,
-    batches: Iterable[Any],
-    device: torch.device,
-    precision: str = "float32",
-    quantize: str = "floor",
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reconstructions uint8 B×3×H×W and their originals as the batches hold them, batch by batch, without gradients.
-
-    Args:
-        autoencoder: In evaluation mode.
-        batches: Batches of a data module.
-        device: Where the autoencoder is.
-        precision: ``float32`` or ``bfloat16``: arithmetic of the networks.
-        quantize: See :func:`rae.image.to_uint8`.
-    """
-    for batch in batches:
-        images = batch["image"].to(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            drawn = autoencoder(to_float(images))
-        yield to_uint8(drawn.float(), quantize), images
 
 
 class Evaluation(L.Callback):
@@ -113,6 +88,15 @@ class Evaluation(L.Callback):
 
     # --- what is scored ----------------------------------------------------------------------------------------
 
+    def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
+        """How many images will be scored, and the class of each; None where they have none.
+
+        Args:
+            trainer: Names the data.
+            pl_module: The module, with its networks.
+        """
+        raise NotImplementedError
+
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Makes this process's share of the images and gives them to the metric.
 
@@ -129,11 +113,12 @@ class Evaluation(L.Callback):
 
     # --- when --------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Looks for the averages.
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Looks for the averages, and checks all that can be before the first evaluation.
 
         Raises:
-            ValueError: They are to be scored and there are none, or they would be a step behind.
+            ValueError: Averages are to be scored and there are none, or they would be a step behind; or the metric refuses such
+                images, its reference lacks what it needs, or there are fewer images than asked for.
         """
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         averages = [number for number, callback in enumerate(callbacks) if isinstance(callback, EMA)]
@@ -146,6 +131,10 @@ class Evaluation(L.Callback):
             raise ValueError(
                 "the evaluation must stand behind EMA in the list of callbacks, else it scores stale averages"
             )
+        planned = self.plan(trainer, pl_module)
+        if hasattr(self.metric, "prepare"):
+            self.metric = self.metric.to(pl_module.device)
+            self.metric.prepare(pl_module.autoencoder.image_size, *planned)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes where the run begins."""
@@ -249,8 +238,8 @@ class ReconstructionMetrics(Evaluation):
         """Number of images too."""
         return {**super().identity, "count": self.count}
 
-    def update(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """See :meth:`Evaluation.update`.
+    def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
+        """See :meth:`Evaluation.plan`.
 
         Raises:
             ValueError: There are fewer validation images than asked for, or none.
@@ -267,6 +256,12 @@ class ReconstructionMetrics(Evaluation):
                 f"callbacks.evaluation.count={self.count}, but the data has {total} validation images: set data.val_path, or a "
                 "smaller count"
             )
+        return count, None
+
+    def update(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """See :meth:`Evaluation.update`."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        count, _ = self.plan(trainer, pl_module)
         mine = stretch(count, trainer.global_rank, trainer.world_size)
         batches, model = data.range_dataloader("val", [mine]), pl_module.autoencoder
         for pair in reconstructions(model, batches, pl_module.device, self.precision, self.quantize):
@@ -329,14 +324,19 @@ class GenerationMetrics(Evaluation):
             "seed": self.seed,
         }
 
+    def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
+        """See :meth:`Evaluation.plan`."""
+        classes = range(pl_module.denoiser.num_classes) if self.classes is None else self.classes
+        labels = [label for label in classes for _ in range(self.samples_per_class)]
+        return len(labels), labels
+
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
         """See :meth:`Evaluation.update`."""
         guide = None if self.guide is None else self.guide.to(pl_module.device)
         generator = Generator(
             pl_module.autoencoder, pl_module.denoiser, pl_module.flow, self.sampler, self.guidance, guide
         )
-        classes = range(generator.num_classes) if self.classes is None else self.classes
-        labels = [label for label in classes for _ in range(self.samples_per_class)]
+        labels = self.plan(trainer, pl_module)[1] or []
         starts = range(0, len(labels), self.batch_size)
         rank, world = trainer.global_rank, trainer.world_size
         for turn in range(0, len(starts), world):

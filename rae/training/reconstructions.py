@@ -1,0 +1,36 @@
+"""Reconstructions of a data module's images, as they are scored and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae.autoencoder import RAE
+from rae.data.transforms import to_float
+from rae.image import to_uint8
+
+
+def reconstructions(
+    autoencoder: RAE,
+    batches: Iterable[Any],
+    device: torch.device,
+    precision: str = "float32",
+    quantize: str = "floor",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Reconstructions uint8 B×3×H×W and their originals as the batches hold them, batch by batch, without gradients.
+
+    Args:
+        autoencoder: In evaluation mode.
+        batches: Batches of a data module.
+        device: Where the autoencoder is.
+        precision: ``float32`` or ``bfloat16``: arithmetic of the networks.
+        quantize: See :func:`rae.image.to_uint8`.
+    """
+    for batch in batches:
+        images = batch["image"].to(device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            drawn = autoencoder(to_float(images))
+        yield to_uint8(drawn.float(), quantize), images
