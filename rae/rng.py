@@ -56,14 +56,22 @@ def normal(seeds: Sequence[int], shape: Sequence[int], device: torch.device | st
     return _rows(torch.randn, seeds, shape, torch.device(device))
 
 
-def uniform(seeds: Sequence[int], shape: Sequence[int] = ()) -> Tensor:
-    """Uniform draws in [0, 1) [len(seeds), *shape], float32, on the CPU; row i depends on ``seeds[i]`` alone.
+def uniform(seeds: Sequence[int], shape: Sequence[int] = (), device: torch.device | str = "cpu") -> Tensor:
+    """Uniform draws in [0, 1) [len(seeds), *shape], float32, made on the CPU; row i depends on ``seeds[i]`` alone.
 
     Args:
         seeds: One seed a row.
         shape: Shape of a row.
+        device: Where they go.
     """
-    return _rows(torch.rand, seeds, shape, torch.device("cpu"))
+    return to_device(_rows(torch.rand, seeds, shape, torch.device("cpu")), torch.device(device))
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on a device; on their way to a GPU the CPU does not wait for it."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _rows(draw: Callable[..., Tensor], seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:

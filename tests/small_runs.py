@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from functools import partial
@@ -45,7 +46,11 @@ def make_module(stage: int, accumulate: int = 1, lr: float = 0.05, compile_netwo
         discriminator = DinoDiscriminator(
             "vit_tiny_patch16_224", image_size=16, key_depths=[0], kernel=3, pretrained=False, model_args=backbone
         )
-        loss = Stage1Loss(unit="steps", discriminator_start=1, gan_start=2)
+        adaptive = os.environ.get("ADAPTIVE")  # with the GAN loss on from the first step
+        if adaptive is None:
+            loss = Stage1Loss(unit="steps", discriminator_start=1, gan_start=2)
+        else:
+            loss = Stage1Loss(unit="steps", discriminator_start=0, gan_start=0, adaptive=adaptive)
         return Stage1Module(
             autoencoder,
             loss,

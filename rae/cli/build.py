@@ -179,10 +179,16 @@ def absent_encoder(node: DictConfig) -> Encoder:
 
 
 def _precision(trainer: DictConfig) -> dict[str, Any]:
-    """Arguments of the trainer for a precision that Lightning itself does not know on this accelerator."""
+    """Arguments of the trainer for a precision that Lightning itself does not know on this accelerator.
+
+    Raises:
+        ValueError: A precision that cannot be trained in.
+    """
+    from rae.training.precision import XLAMixedPrecision, check_precision  # noqa: PLC0415 (slow to import)
+
+    check_precision(trainer.get("precision", "32-true"))
     if trainer.get("accelerator") != "tpu" or trainer.get("precision") != "bf16-mixed":
         return {}
-    from rae.training.precision import XLAMixedPrecision  # noqa: PLC0415 (slow to import)
 
     return {"precision": None, "plugins": [XLAMixedPrecision()]}
 

@@ -18,15 +18,6 @@ if TYPE_CHECKING:
 
     from rae.cost import Card, Memory, Plan, Step, Work
 
-_PRECISIONS = {
-    "32-true": (None, None),
-    "32": (None, None),
-    "bf16-mixed": ("bfloat16", None),
-    "16-mixed": ("float16", None),
-    "bf16-true": (None, "bfloat16"),
-    "16-true": (None, "float16"),
-}
-"""Of the trainer: precision of autocast, and of the weights."""
 _ARITHMETIC = {"float32": "float32", "bfloat16": "bf16", "float16": "bf16"}
 _CHOICES = {"print": ("table", "row"), "float32": ("fp32", "tf32")}
 
@@ -38,7 +29,7 @@ class Networks:
         cfg: A configuration of ``cost``.
 
     Raises:
-        ConfigError: An unknown precision.
+        ValueError: A precision that cannot be trained in.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -47,13 +38,10 @@ class Networks:
         from rae.autoencoder import RAE  # noqa: PLC0415
         from rae.cli.build import build_module, make  # noqa: PLC0415
         from rae.cost import on_paper  # noqa: PLC0415
+        from rae.training.precision import check_precision  # noqa: PLC0415
 
-        precision = str(cfg.trainer.precision)
-        if precision not in _PRECISIONS:
-            raise ConfigError(f"trainer.precision={precision} is unknown here; choose one of {', '.join(_PRECISIONS)}")
-        autocast, weights = _PRECISIONS[precision]
-        self.autocast: torch.dtype | None = getattr(torch, autocast) if autocast else None
-        weight_dtype = getattr(torch, weights) if weights else None
+        check_precision(cfg.trainer.precision)
+        self.autocast: torch.dtype | None = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
         bare = without_weights(cfg)
         self.loss = make(bare.get("loss"))
         self.flow = make(bare.get("flow"))
@@ -68,15 +56,14 @@ class Networks:
             self.autoencoder = RAE(made["encoder"], made["decoder"], make(bare.get("latent")))
         if self.loss is not None and self.loss.perceptual is not None:
             made["LPIPS"] = self.loss.perceptual
-        self.all = {name: on_paper(network, weight_dtype) for name, network in made.items() if network is not None}
+        self.all = {name: on_paper(network) for name, network in made.items() if network is not None}
         if self.autoencoder is not None:
-            on_paper(self.autoencoder.latent, weight_dtype)
+            on_paper(self.autoencoder.latent)
         self.guide = self.all.pop("guide", None)
         if self.guide is not None:
             self.guide.requires_grad_(False)
-        stored = weights or "float32"
-        own = str(cfg.encoder.get("dtype") or "float32") if weights is None else stored
-        kinds = {"trained": autocast or stored, "encoder": own}
+        trained = "float32" if self.autocast is None else "bfloat16"
+        kinds = {"trained": trained, "encoder": str(cfg.encoder.get("dtype") or "float32")}
         self.arithmetic = {
             network: str(cfg.float32) if _ARITHMETIC[kind] == "float32" else _ARITHMETIC[kind]
             for network, kind in kinds.items()

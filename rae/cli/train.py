@@ -23,7 +23,7 @@ _KNOWN_WARNINGS = (
     ".*LeafSpec.* is deprecated",  # Lightning's own business
     ".*module\\(s\\) in eval mode",  # the frozen networks
     ".*smaller than the logging interval",  # steps are counted over epochs
-    ".*overridden `on_before_batch_transfer`",  # it only looks at the labels
+    ".*overridden `(on_before_batch_transfer|transfer_batch_to_device)`",  # labels are looked at, keys stay on the CPU
     ".*Total length of .* across ranks is zero",  # a run without validation images
 )
 

@@ -42,7 +42,7 @@ class DiffAugment:
         Returns:
             Images of the same shape and units; gradients flow to ``images``.
         """
-        draws = uniform(seeds, (8,)).to(images.device)
+        draws = uniform(seeds, (8,), images.device)
         draws = draws.to(torch.promote_types(draws.dtype, images.dtype))
         x = images * 2 - 1
         x = self._shift(x, draws[:, 0], draws[:, 1])

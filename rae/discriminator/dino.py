@@ -46,14 +46,15 @@ class SpectralConv1d(nn.Module):
         self.register_buffer("v", F.normalize(torch.randn(channels * kernel), dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """B×C×N => B×out×N."""
-        matrix = self.weight.flatten(1)
-        if self.training:
-            with torch.no_grad():
-                self.v.copy_(F.normalize(torch.mv(matrix.t(), self.u), dim=0, eps=1e-12))
-                self.u.copy_(F.normalize(torch.mv(matrix, self.v), dim=0, eps=1e-12))
-        # Copies: a second call in training changes the vectors while the first call's graph still needs them.
-        sigma = torch.dot(self.u.clone(), torch.mv(matrix, self.v.clone()))
+        """B×C×N => B×out×N; the singular value is in the weights' precision under autocast too."""
+        with torch.autocast(x.device.type, enabled=False):
+            matrix = self.weight.flatten(1)
+            if self.training:
+                with torch.no_grad():
+                    self.v.copy_(F.normalize(torch.mv(matrix.t(), self.u), dim=0, eps=1e-12))
+                    self.u.copy_(F.normalize(torch.mv(matrix, self.v), dim=0, eps=1e-12))
+            # Copies: a second call in training changes the vectors while the first call's graph still needs them.
+            sigma = torch.dot(self.u.clone(), torch.mv(matrix, self.v.clone()))
         if self.kernel > 1:
             x = F.pad(x, (self.kernel // 2, self.kernel // 2), mode="circular")
         return F.conv1d(x, self.weight / sigma, self.bias)
@@ -74,8 +75,9 @@ class TokenNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """B×C×N => B×C×N."""
-        return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        """B×C×N => B×C×N, in the weights' precision under autocast too."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.instance_norm(x.to(self.weight), weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class Head(nn.Module):
@@ -191,14 +193,15 @@ class DinoDiscriminator(nn.Module):
         return self
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Images B×3×H×W in [0, 1] => tokens B×C×N for every head, class token dropped."""
+        """Images B×3×H×W in [0, 1] => tokens B×C×N for every head, class token dropped; float32 under autocast too."""
         size = (self.image_size, self.image_size)
-        pixels = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=False)
-        pixels = (pixels - self.mean) / self.std
         indices = sorted(set(self.depths))
-        outputs = self.backbone.forward_intermediates(
-            pixels, indices=indices, norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
-        )
+        with torch.autocast(images.device.type, enabled=False):
+            pixels = F.interpolate(images.to(self.mean), size, mode="bilinear", align_corners=False, antialias=False)
+            pixels = (pixels - self.mean) / self.std
+            outputs = self.backbone.forward_intermediates(
+                pixels, indices=indices, norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
+            )
         by_depth = dict(zip(indices, outputs, strict=True))
         return [by_depth[depth].transpose(1, 2) for depth in self.depths]
 

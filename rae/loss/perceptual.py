@@ -56,8 +56,9 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Channel-normalised features of five depths, each B×C×h×w, of images in [0, 1]."""
-        outputs = self.network.net(self.network.scaling_layer(images * 2 - 1))
+        """Channel-normalised features of five depths, each B×C×h×w, of images in [0, 1]; float32 under autocast too."""
+        with torch.autocast(images.device.type, enabled=False):
+            outputs = self.network.net(self.network.scaling_layer(images.to(self.network.scaling_layer.shift) * 2 - 1))
         return [x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in outputs]
 
     def distance(self, features: list[Tensor], target: list[Tensor]) -> Tensor:
@@ -68,7 +69,8 @@ class PerceptualLoss(nn.Module):
             target: Of what they should look like.
         """
         layers = zip(features, target, self.network.lins, strict=True)
-        return torch.stack([lin((x - y).square()).mean((1, 2, 3)) for x, y, lin in layers]).sum(0)
+        with torch.autocast(features[0].device.type, enabled=False):
+            return torch.stack([lin((x - y).square()).mean((1, 2, 3)) for x, y, lin in layers]).sum(0)
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         """Distance of every sample, B; no graph is built for the target.

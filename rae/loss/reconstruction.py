@@ -29,6 +29,8 @@ class Stage1Loss(nn.Module):
         perceptual_weight: Weight of LPIPS.
         gan_weight: Weight of the generator's GAN loss, beside the adaptive weight; with 0 the discriminator is not trained either.
         adaptive_maximum: Largest adaptive weight.
+        adaptive: ``averaged``: one weight, of the gradients averaged over all processes; ``per_process``: each process its own, of
+            its own gradients, as the original does. The latter is smaller, since averaging shrinks the noisier GAN gradient more.
         adversarial: ``hinge`` or ``vanilla`` loss of the discriminator.
         perceptual_start: When LPIPS starts.
         discriminator_start: When the discriminator is first updated.
@@ -45,6 +47,7 @@ class Stage1Loss(nn.Module):
         perceptual_weight: float = 1.0,
         gan_weight: float = 0.75,
         adaptive_maximum: float = 1e4,
+        adaptive: Literal["averaged", "per_process"] = "averaged",
         adversarial: str = "hinge",
         perceptual_start: float = 0,
         discriminator_start: float = 6,
@@ -54,6 +57,8 @@ class Stage1Loss(nn.Module):
         super().__init__()
         if adversarial not in LOSSES:
             raise ValueError(f"loss.adversarial={adversarial!r} is unknown; choose one of {', '.join(LOSSES)}")
+        if adaptive not in ("averaged", "per_process"):
+            raise ValueError(f"loss.adaptive={adaptive!r} is unknown; choose averaged or per_process")
         if unit not in ("epochs", "steps"):
             raise ValueError(f"loss.unit={unit!r} is unknown; choose epochs or steps")
         if min(perceptual_weight, gan_weight, adaptive_maximum) < 0:
@@ -70,6 +75,7 @@ class Stage1Loss(nn.Module):
         self.perceptual_weight = perceptual_weight
         self.gan_weight = gan_weight
         self.adaptive_maximum = adaptive_maximum
+        self.adaptive = adaptive
         self.adversarial = adversarial
         self.starts = (perceptual_start, discriminator_start, gan_start)
         self.unit = unit

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from rae.data.latents import LatentsDataModule
 from rae.data.module import ImageDataModule
 from rae.encoder import Encoder
+from rae.training.precision import XLAMixedPrecision, check_precision
 from rae.weights import mismatches
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -63,11 +64,13 @@ class TrainingModule(L.LightningModule):
         self._rolled_back: list[int] = []
 
     def setup(self, stage: str) -> None:
-        """Refuses cached latents where images are needed.
+        """Refuses cached latents where images are needed, and a precision that cannot be trained in.
 
         Raises:
             ValueError: Says what to choose.
         """
+        if not isinstance(self.trainer.precision_plugin, XLAMixedPrecision):
+            check_precision(self.trainer.precision)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, LatentsDataModule) and not self.takes_latents:
             raise ValueError(
@@ -143,6 +146,21 @@ class TrainingModule(L.LightningModule):
                 network.forward_features = torch.compile(network.forward_features)
             else:
                 network.compile()
+
+    # --- batches ---------------------------------------------------------------------------------------------------
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Leaves the keys of the samples, from which draws are made, on the CPU: reading them back would wait for the device."""
+        keys = {name: batch[name] for name in ("epoch", "index") if name in batch}
+        moved = super().transfer_batch_to_device(
+            {name: value for name, value in batch.items() if name not in keys}, device, dataloader_idx
+        )
+        return {**moved, **keys}
+
+    def group_size(self, batch_idx: int, accumulate: int) -> int:
+        """Micro-batches of the step that a batch belongs to: ``accumulate``, or what the end of the epoch leaves of it."""
+        first = batch_idx // accumulate * accumulate
+        return int(min(accumulate, self.trainer.num_training_batches - first))
 
     # --- optimisation ------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Mixed precision on TPUs, which Lightning's plugin for them does without."""
+"""In which precision the stages train; mixed precision on TPUs, which Lightning's plugin for them does without."""
 
 from __future__ import annotations
 
@@ -7,6 +7,30 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision.xla import XLAPrecision
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def check_precision(precision: Any) -> None:
+    """Refuses a precision of the Trainer in which the stages cannot train.
+
+    Args:
+        precision: As for Lightning's Trainer.
+
+    Raises:
+        ValueError: Says what to choose instead.
+    """
+    if str(precision) in (*PRECISIONS, "32"):
+        return
+    if str(precision).startswith("bf16"):
+        why = ": averages and small updates would be lost in weights of 8 bits; bf16-mixed keeps the weights in float32"
+    elif str(precision).startswith("16"):
+        why = (
+            ": the range of float16 asks for a scaled loss, which two optimisers and a check of every gradient rule out"
+        )
+    else:
+        why = ""
+    raise ValueError(f"trainer.precision={precision} cannot be trained in{why}; choose one of {', '.join(PRECISIONS)}")
 
 
 class XLAMixedPrecision(XLAPrecision):

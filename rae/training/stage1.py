@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn.parallel import DistributedDataParallel
 
 from rae.autoencoder import RAE
@@ -41,8 +42,8 @@ class Stage1Module(TrainingModule):
     follows from them and the last layer's input; one backward pass through the decoder carries their weighted sum. The
     discriminator then sees a fresh reconstruction by the updated decoder, from the same tokens without noise.
 
-    Gradients are averaged over processes here, once per optimiser step, because the adaptive weight is a function of the
-    averaged gradients. ``global_step`` counts decoder updates.
+    Gradients are averaged over processes here, once per optimiser step. The adaptive weight is a function of the averaged
+    gradients, or, with ``loss.adaptive=per_process``, each process's own of its gradients. ``global_step`` counts decoder updates.
 
     Args:
         autoencoder: Frozen encoder and the decoder that is trained.
@@ -96,6 +97,9 @@ class Stage1Module(TrainingModule):
         self.accumulate = accumulate
         self._pending: list[MicroBatch] = []
         self._gan_gradients: list[Tensor] | None = None
+        if compile and accumulate > 1:
+            # The two kinds of gradients are then taken from one graph, which a compiled network would use up in the first pass.
+            functorch_config.donated_buffer = False
         self.compile_networks(compile, {"decoder": autoencoder.decoder, "encoder": autoencoder.encoder})
 
     @property
@@ -119,7 +123,7 @@ class Stage1Module(TrainingModule):
         self.remember(batch)
         phases = self.loss.phases(self.trainer.global_step, self._steps_per_epoch())
         with self._no_sync():
-            self._decoder_gradients(batch, phases)
+            self._decoder_gradients(batch, phases, self.group_size(batch_idx, self.accumulate))
             if (batch_idx + 1) % self.accumulate and batch_idx + 1 < self.trainer.num_training_batches:
                 return
             self._update_decoder(phases)
@@ -128,32 +132,32 @@ class Stage1Module(TrainingModule):
         self.log_throughput(sum(len(micro.indices) for micro in self._pending))
         self._pending = []
 
-    def _decoder_gradients(self, batch: Batch, phases: Phases) -> None:
-        """Adds one micro-batch's gradients to the decoder."""
+    def _decoder_gradients(self, batch: Batch, phases: Phases, group: int) -> None:
+        """Adds the gradients of one of ``group`` micro-batches to the decoder."""
         images = to_float(batch["image"])
         latents = self.autoencoder.encoder(images)
         micro = MicroBatch(images, latents, batch["epoch"].tolist(), batch["index"].tolist())
         self._pending.append(micro)
         noise = normal(self._seeds("latent noise", micro), latents.shape[1:], device=latents.device)
-        level = uniform(self._seeds("latent noise level", micro)).to(latents.device)
+        level = uniform(self._seeds("latent noise level", micro), device=latents.device)
         features = self.decoder.forward_features(add_noise(latents, self.noise_tau, level, noise))
         cut = features.detach().requires_grad_()
         image = self.decoder.to_image(cut)
         leaf = image.detach().requires_grad_()
         losses = self.loss.reconstruction(leaf, images, phases)
-        at_image = gradient_at(leaf, losses["total"]) / self.accumulate
+        at_image = gradient_at(leaf, losses["total"]) / group
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "l1")
         if not (phases.gan and self.discriminator is not None):
             self._backward(features, cut, image, at_image)
             return
         gan_loss = generator_loss(self._judge(self.discriminator, leaf, micro, "augment generator", training=False))
-        gan_at_image = gradient_at(leaf, gan_loss) / self.accumulate
+        gan_at_image = gradient_at(leaf, gan_loss) / group
         self.log("train/gan", gan_loss.detach())
         if self.accumulate == 1:
             weight = self.decoder.last_layer.weight
             pair = torch.stack([last_layer_gradient(image, weight, at) for at in (at_image, gan_at_image)])
-            scale = self._gan_scale(*average_over_processes(pair))
+            scale = self._gan_scale(*(average_over_processes(pair) if self.loss.adaptive == "averaged" else pair))
             self._backward(features, cut, image, at_image + scale * gan_at_image)
             return
         # The adaptive weight is a function of the whole batch's gradients: the two kinds are summed apart until it is known.
@@ -185,13 +189,13 @@ class Stage1Module(TrainingModule):
         """Averages the gradients over processes and takes the decoder's step."""
         parameters = self._decoder_parameters()
         gradients = gradients_of(parameters)
-        average_gradients(gradients)
         if self._gan_gradients is not None:
-            average_gradients(self._gan_gradients)
             last = next(i for i, p in enumerate(parameters) if p is self.decoder.last_layer.weight)
-            scale = self._gan_scale(gradients[last], self._gan_gradients[last])
+            pair = torch.stack([gradients[last], self._gan_gradients[last]])
+            scale = self._gan_scale(*(average_over_processes(pair) if self.loss.adaptive == "averaged" else pair))
             torch._foreach_add_(gradients, list(torch._foreach_mul(self._gan_gradients, scale)))
             self._gan_gradients = None
+        average_gradients(gradients)
         norm = nn.utils.get_total_norm(gradients)
         optimizer = self._optimizers()[0]
         if self.check_finite(norm, parameters):

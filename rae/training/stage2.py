@@ -14,7 +14,7 @@ from rae.data.transforms import to_float
 from rae.denoiser import Denoiser
 from rae.flow import FlowMatching
 from rae.layers import drop_labels
-from rae.rng import normal, sample_seeds, uniform
+from rae.rng import normal, sample_seeds, to_device, uniform
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 from rae.training.strategy import shard, whole
 
@@ -149,18 +149,19 @@ class Stage2Module(TrainingModule):
             return sample_seeds(self.seed, f"{purpose} {what}", epochs, indices)
 
         noise = normal(seeds("noise"), latents.shape[1:], device=latents.device)
-        t = self.flow.sample_time(uniform(seeds("time")).to(latents.device))
-        draws = uniform(seeds("label")).to(latents.device)
+        t = to_device(self.flow.sample_time(uniform(seeds("time"))), latents.device)
+        draws = uniform(seeds("label"), device=latents.device)
         label = drop_labels(batch["label"], draws, label_dropout, self.denoiser.null_label)
         return self.flow.loss(self.denoiser, latents, noise, t, label=label)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch."""
+        """Mean loss of the batch, as Lightning is to sum it over the micro-batches of a step."""
         self.remember(batch)
         loss = self.losses(batch, "train", self.label_dropout).mean()
         self.log("train/loss", loss, prog_bar=True)
-        self.log_throughput(len(batch["index"]) * self.trainer.accumulate_grad_batches)
-        return loss
+        accumulate = self.trainer.accumulate_grad_batches
+        self.log_throughput(len(batch["index"]) * accumulate)
+        return loss * (accumulate / self.group_size(batch_idx, accumulate))  # Lightning divides by accumulate
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss on held-out images, with the same noise and times at every validation."""
