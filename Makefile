@@ -33,6 +33,8 @@ test-slow: $(READY)  ## the tests that take longer
 
 XLA_VENV ?= .venv-xla
 XLA_READY := $(XLA_VENV)/.installed
+# Most of the time is compilation: without optimisation it takes a third.
+XLA_QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
 # torch_xla fits one torch alone, so it has an environment of its own.
 $(XLA_READY): pyproject.toml
@@ -42,7 +44,7 @@ $(XLA_READY): pyproject.toml
 	@touch $@
 
 test-xla: $(XLA_READY)  ## training, sampling and decoding on an XLA device (its CPU) against the CPU; 6 GB of packages
-	PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -q tests/xla
+	PJRT_DEVICE=CPU XLA_FLAGS="$(XLA_QUICK)" $(XLA_VENV)/bin/python -m pytest -q tests/xla
 
 coverage: $(READY)  ## the fast and the slow tests; prints the files of which they reach less than 90 %, and the total
 	$(BIN)/coverage erase
