@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 TARGET = "_target_"
 T = TypeVar("T", bound="Described")
+_DEEPEST = 40  # levels of a description; a model's has about five
+_trusted: set[str] = set()
 
 
 class Described:
@@ -78,11 +81,56 @@ def rebuild(description: Any, **changes: Any) -> Any:
     arguments = {key: rebuild(item) for key, item in description.items() if key != TARGET}
     if TARGET not in description:
         return arguments
-    kind = _find(description[TARGET])
+    kind = find(description[TARGET])
     try:
         return kind(**{**arguments, **changes})
     except TypeError as error:
         raise ValueError(f"{description[TARGET]} cannot be made from its description: {error}") from error
+
+
+def check(description: Any, source: str, kinds: tuple[type, ...] = (Described,), level: int = 0) -> None:
+    """Refuses a description from elsewhere that would build anything but the classes that may be built.
+
+    Args:
+        description: A description with others inside it, or plain values.
+        source: Where it is from, for the message.
+        kinds: Base classes of what may be built.
+        level: How deep it lies in another one.
+
+    Raises:
+        ValueError: An unknown class, another special key of Hydra, an interpolation, a value that is not plain, or endless nesting.
+    """
+    if level > _DEEPEST:
+        raise ValueError(f"{source} is refused: its configuration is nested more than {_DEEPEST} levels deep")
+    if isinstance(description, Mapping):
+        for key, value in description.items():
+            if key == TARGET:
+                find(value, kinds)
+            elif not isinstance(key, str) or re.fullmatch(r"_\w*_", key):
+                raise ValueError(f"{source} is refused: a model's configuration has no key {key!r}")
+            else:
+                check(value, source, kinds, level + 1)
+    elif isinstance(description, list | tuple):
+        for value in description:
+            check(value, source, kinds, level + 1)
+    elif isinstance(description, str) and "${" in description:
+        raise ValueError(
+            f"{source} is refused: its configuration holds the interpolation {description[:60]!r}, but must hold values"
+        )
+    elif description is not None and not isinstance(description, bool | int | float | str):
+        raise ValueError(f"{source} is refused: its configuration holds a {type(description).__name__}, no plain value")
+
+
+def holds_targets(description: Any) -> bool:
+    """Whether a description would build something, itself or inside it."""
+    if isinstance(description, Mapping):
+        return TARGET in description or any(map(holds_targets, description.values()))
+    return isinstance(description, list | tuple) and any(map(holds_targets, description))
+
+
+def trust(targets: Iterable[str]) -> None:
+    """Lets descriptions from elsewhere build these classes too, which the user has named; their modules are imported then."""
+    _trusted.update(targets)
 
 
 def public_name(kind: type) -> str:
@@ -92,23 +140,35 @@ def public_name(kind: type) -> str:
     return f"{package if offered else kind.__module__}.{kind.__qualname__}"
 
 
-def _find(target: str) -> type:
-    module, _, name = str(target).rpartition(".")
-    if module.split(".")[0] == "rae":
+def find(target: Any, kinds: tuple[type, ...] = (Described,)) -> Any:
+    """The class that a description from elsewhere names.
+
+    Args:
+        target: Its dotted name.
+        kinds: Base classes of what may be built.
+
+    Raises:
+        ValueError: It is neither a class of this library nor one that the user has imported or named.
+    """
+    target = str(target)
+    module, _, name = target.rpartition(".")
+    if module.split(".")[0] == "rae" or target in _trusted:
         try:
             found = getattr(importlib.import_module(module), name, None)
         except ImportError:
             found = None
-        if inspect.isclass(found) and issubclass(found, Described):
+        if inspect.isclass(found) and (issubclass(found, kinds) or target in _trusted):
             return found
-    for kind in _subclasses(Described):
-        if public_name(kind) == target:
-            return kind
+    for base in kinds:
+        for kind in _subclasses(base):
+            if public_name(kind) == target:
+                return kind
     raise ValueError(
-        f"{target!r} is no known class of a model; a class of your own must be imported before it is loaded"
+        f"{target[:80]!r} is no class that a model from a file may build; a class of your own is taken once you import it, or "
+        "name it in a YAML file below --config-dir"
     )
 
 
 def _subclasses(kind: type) -> list[type]:
-    direct: list[type] = kind.__subclasses__()
+    direct: list[type] = type.__subclasses__(kind)
     return [found for child in direct for found in (child, *_subclasses(child))]

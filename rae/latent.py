@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rae.weights import read_file
+from rae.weights import parse_json, read_file
 
 FORMS = ("variance", "deviation")
 
@@ -137,8 +136,13 @@ def _described_encoder(stats: Path) -> dict[str, Any] | None:
     description = stats.expanduser().with_suffix(".json")
     if not description.is_file():
         return None
-    content = json.loads(description.read_text())
-    return content.get("encoder") if isinstance(content, dict) else None
+    content = parse_json(description.read_bytes(), str(description))
+    encoder = content.get("encoder") if isinstance(content, dict) else None
+    if encoder is not None and not isinstance(encoder, dict):
+        raise ValueError(
+            f"{str(description)!r} says nothing usable of its encoder; make the statistics anew with rae-stats"
+        )
+    return encoder
 
 
 def add_noise(latents: Tensor, tau: float, uniform: Tensor, noise: Tensor) -> Tensor:

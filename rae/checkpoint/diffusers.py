@@ -23,7 +23,7 @@ from rae.decoder import ViTDecoder
 from rae.encoder import TimmEncoder
 from rae.encoder.convert import from_timm
 from rae.latent import LatentNormalizer
-from rae.weights import read_file, save_state, write_atomically
+from rae.weights import parse_json, read_file, save_state, write_atomically
 
 CLASS = "AutoencoderRAE"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -58,7 +58,7 @@ _KINDS = {
 def is_diffusers(folder: Path) -> bool:
     """Whether a folder holds diffusers' autoencoder."""
     try:
-        return json.loads((folder / CONFIG).read_text()).get("_class_name") == CLASS
+        return parse_json((folder / CONFIG).read_bytes(), CONFIG).get("_class_name") == CLASS
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -141,7 +141,13 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
         return read_file(folder / WEIGHTS, mapped=True)
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(parse_json(index.read_bytes(), str(index))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{str(index)!r} has no weight_map of names; download the folder again") from error
+    if outside:
+        raise ValueError(f"{str(index)!r} is refused: {outside[0]!r} must be the name of a file in its own folder")
     return {key: value for name in names for key, value in read_file(folder / name, mapped=True).items()}
 
 

@@ -7,10 +7,11 @@ named there (repository and revision) instead of stored, and its hash is compare
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,19 @@ from torch import Tensor
 from rae.autoencoder import RAE
 from rae.checkpoint.original import refuse_existing
 from rae.denoiser import Denoiser
-from rae.describe import describe, rebuild
+from rae.describe import check, describe, rebuild
 from rae.encoder import AbsentEncoder, Encoder
 from rae.generator import Generator
 from rae.hub import fetch_all
 from rae.latent import LatentNormalizer
-from rae.weights import load_strict, read_file, save_state, state_hash, write_atomically
+from rae.weights import load_strict, parse_json, read_file, save_state, state_hash, write_atomically
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT, VERSION = "rae", 1
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _FILES = ["*.json", "*.safetensors"]
+_ENTRY = {"model": dict, "stored": bool, "sha256": str}
+"""What ``config.json`` says of the encoder."""
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -183,15 +186,29 @@ def read_description(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{str(folder)!r} is no exported model: it holds no {CONFIG}")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is no JSON file: {error}") from error
+    config = parse_json(file.read_bytes(), str(file))
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{str(file)!r} does not describe a model of this library (format {FORMAT!r})")
-    if config.get("format_version", 0) > VERSION:
+    version = config.get("format_version", 0)
+    if not isinstance(version, int) or version > VERSION:
+        raise ValueError(f"{str(file)!r} has format version {version}, this library reads up to {VERSION}; upgrade it")
+    check(config, str(file))
+    parts = ["encoder", "decoder", "latent", "weights"]
+    parts += ["denoiser", "flow", "sampler", "guidance"] if config.get("kind") == "generator" else []
+    if absent := [name for name in parts if not isinstance(config.get(name), dict)]:
+        raise ValueError(f"{str(file)!r} says nothing of {', '.join(absent)}: export the model again")
+    wrong = [name for name, kind in _ENTRY.items() if not isinstance(config["encoder"].get(name), kind)]
+    if (
+        wrong
+        or not isinstance(config["weights"].get("sha256"), str)
+        or not isinstance(config["weights"].get("file"), str)
+    ):
         raise ValueError(
-            f"{str(file)!r} has format version {config['format_version']}, this library reads up to {VERSION}; upgrade it"
+            f"{str(file)!r} is damaged: {', '.join(wrong) or 'weights'} says nothing; export the model again"
+        )
+    if config["weights"]["file"] in (".", "..") or config["weights"]["file"] != Path(config["weights"]["file"]).name:
+        raise ValueError(
+            f"{str(file)!r} is refused: weights.file={config['weights']['file']!r} must be the name of a file in its own folder"
         )
     return config
 
@@ -237,11 +254,24 @@ def part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
+@contextlib.contextmanager
+def _in_words(folder: Path) -> Iterator[None]:
+    """Says of values that no export holds which file is to blame; what users give by mistake is refused where it is used."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"{str(folder / CONFIG)!r} describes no model that could be built ({type(error).__name__}); export the model again"
+        ) from error
+
+
 def load_autoencoder(source: str | Path, revision: str | None = None, encoder: bool = True) -> RAE:
     """An exported autoencoder, or that of an exported generator; arguments as for :meth:`rae.autoencoder.RAE.from_pretrained`."""
     folder = resolve(source, revision)
     config = read_description(folder)
-    return _autoencoder(config, read_state(folder, config), folder, encoder).eval()
+    state = read_state(folder, config)
+    with _in_words(folder):
+        return _autoencoder(config, state, folder, encoder).eval()
 
 
 def load_generator(source: str | Path, revision: str | None = None, encoder: bool = True) -> Generator:
@@ -257,14 +287,15 @@ def load_generator(source: str | Path, revision: str | None = None, encoder: boo
             f"{str(folder)!r} is an exported {config['kind']}, without a denoiser; load it with RAE.from_pretrained"
         )
     state = read_state(folder, config)
-    return Generator(
-        _autoencoder(config, state, folder, encoder),
-        make_denoiser(config, state, "denoiser", folder),
-        rebuild(config["flow"]),
-        rebuild(config["sampler"]),
-        rebuild(config["guidance"]),
-        None if config["guide"] is None else make_denoiser(config, state, "guide", folder),
-    ).eval()
+    with _in_words(folder):
+        return Generator(
+            _autoencoder(config, state, folder, encoder),
+            make_denoiser(config, state, "denoiser", folder),
+            rebuild(config["flow"]),
+            rebuild(config["sampler"]),
+            rebuild(config["guidance"]),
+            None if config["guide"] is None else make_denoiser(config, state, "guide", folder),
+        ).eval()
 
 
 def make_denoiser(config: Mapping[str, Any], state: Mapping[str, Tensor], name: str, folder: Path) -> Denoiser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,8 @@ def kind_of(source: str | Path) -> tuple[str, Path]:
     folder = pretrained.resolve(source)
     if is_diffusers(folder):
         return "diffusers", folder
-    if (folder / pretrained.CONFIG).is_file() and "format" in json.loads((folder / pretrained.CONFIG).read_text()):
+    if (folder / pretrained.CONFIG).is_file():
+        pretrained.read_description(folder)  # says what is wrong with it
         return "export", folder
     raise ValueError(
         f"{str(source)!r} holds no trained model: give the folder of a run (with {LAST}), of an export or of diffusers, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import select
 import sys
 import traceback
@@ -70,6 +71,7 @@ def _main(config: str, task: Task, program: str, after_sweep: AfterSweep | None,
 
     register_resolvers()
     given = sys.argv[1:]
+    _trust_own_classes(given)
     sys.argv[1:] = _without_fixed_keys(normalise(_flags_first(given)))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, which are put in words below
     jobs: list[Job] = []
@@ -144,6 +146,19 @@ def _run(cfg: DictConfig, config: str, task: Task, program: str, complete: bool)
         if sweeping:
             _leave_process_group(environment)
     return None
+
+
+def _trust_own_classes(arguments: list[str]) -> None:
+    """Lets files build the classes that the user's own YAML files, below ``--config-dir``, name."""
+    from hydra._internal.utils import get_args_parser  # noqa: PLC0415 (only where it is needed)
+
+    folder = get_args_parser().parse_known_args(_flags_first(arguments))[0].config_dir
+    if folder is None:
+        return
+    from rae.describe import trust  # noqa: PLC0415
+
+    for file in Path(folder).rglob("*.yaml"):
+        trust(re.findall(r"^\s*_target_:\s*[\"']?([\w.]+)", file.read_text(errors="replace"), re.MULTILINE))
 
 
 def _reader_left() -> bool:

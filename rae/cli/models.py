@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -55,12 +56,43 @@ def load_run(checkpoint: str | Path, cfg: DictConfig) -> DictConfig:
     """
     from rae.checkpoint import read_config  # noqa: PLC0415
 
-    merged = OmegaConf.create(read_config(checkpoint))
+    merged = OmegaConf.create(usable(read_config(checkpoint), str(checkpoint)))
     for key in cfg:
         if cfg[key] is not None or key not in merged:
             merged[key] = cfg._get_node(key)
     OmegaConf.set_struct(merged, True)
     return merged
+
+
+_PARTS = ("encoder", "decoder", "latent", "flow", "denoiser", "sampler", "guidance", "guide")
+"""What a model is made of; nothing else in a run's configuration is ever built from it."""
+
+
+def usable(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """What a checkpoint's configuration may say: values, and how to build the parts of a model from this library's classes.
+
+    The rest, such as optimisers and loggers, is left out, as are data sets of unknown classes.
+
+    Args:
+        config: The configuration as it stands in the file.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: A part names anything else, or there are interpolations.
+    """
+    from rae.data import ImageDataModule  # noqa: PLC0415 (imports torch)
+    from rae.describe import check, holds_targets  # noqa: PLC0415
+
+    kept = {}
+    for key, value in config.items():
+        if key == "data":
+            with contextlib.suppress(ValueError):
+                check(value, source, (ImageDataModule,))
+                kept[key] = {name: None if name == "index_folder" else inner for name, inner in (value or {}).items()}
+        elif key in _PARTS or not holds_targets(value):
+            check(value, source)
+            kept[key] = value
+    return kept
 
 
 def open_model(cfg: DictConfig, encode: bool = True, keep_guide: bool = False) -> tuple[RAE | Generator, DictConfig]:
@@ -165,7 +197,15 @@ def _open_guide(run: DictConfig) -> Denoiser | None:
         raise ConfigError(
             f"guide_checkpoint={run.guide_checkpoint} holds weights alone: add +denoiser@guide=… to say of what"
         )
-    guide = make(run.guide if kind == "file" else OmegaConf.create(read_config(path)).denoiser)
+    if kind == "run":
+        described = usable(read_config(path), str(path)).get("denoiser")
+        if described is None:
+            raise ConfigError(
+                f"guide_checkpoint={run.guide_checkpoint} has no denoiser; give a run of stage 2 or its export"
+            )
+        guide = make(OmegaConf.create(described))
+    else:
+        guide = make(run.guide)
     load_denoiser_from(guide, path)
     return guide
 

@@ -57,7 +57,11 @@ def read_original(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config={path} does not exist: give a YAML file of the original project")
     try:
+        if found := re.search(r"\$\{[^}]*:", path.read_text()):
+            raise ConfigError(f"config={path} is refused: {found[0]!r} asks for more than values of the file itself")
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except RecursionError:
+        raise ConfigError(f"config={path} cannot be read as YAML: it is nested too deeply") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"config={path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "stage_1" not in content:

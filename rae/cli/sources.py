@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +16,7 @@ from rae.data.shards import read_index
 from rae.data.storage import read_ranges
 from rae.metric import ImageBatch, iterate_folder, iterate_npz
 from rae.metric.images import decode_image, same_size
+from rae.weights import parse_json
 
 Batch = tuple[Tensor, Tensor | None, Tensor]
 """Images uint8 B×3×H×W, their labels B where there are any, and their numbers B."""
@@ -141,5 +141,6 @@ def describe_samples(given: str) -> dict[str, Any]:
         path.parent if path.is_file() else path if (path / "samples.json").is_file() else path.parent
     ) / "samples.json"
     if beside.is_file():
-        described |= json.loads(beside.read_text())
+        known = parse_json(beside.read_bytes(), str(beside))
+        described |= known if isinstance(known, dict) else {}
     return described

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import os
 from collections import Counter
@@ -25,7 +24,7 @@ from rae.data.sources import Source, find_sources
 from rae.data.transforms import open_rgb, resize_shorter
 from rae.parts import PLAN, claim
 from rae.rng import sample_seed
-from rae.weights import file_hash, write_atomically, write_json
+from rae.weights import file_hash, parse_json, write_atomically, write_json
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +224,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{str(folder)!r} holds no {INDEX}: packing was not finished; the same command goes on with it"
         )
-    index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+    index: dict[str, Any] = parse_json((folder / INDEX).read_bytes(), str(folder / INDEX))
     faults = []
     with tqdm(total=index["bytes"], desc="verifying", unit="B", unit_scale=True) as bar:
         for shard in index["shards"]:
@@ -321,7 +320,7 @@ def _kept(folder: Path, name: str) -> Packed | None:
     file = folder / index_name(name)
     if not file.is_file() or not (folder / name).is_file():
         return None
-    content = json.loads(file.read_text())
+    content = parse_json(file.read_bytes(), str(file))
     content.pop("entries")
     packed = Packed(**{**content, "broken": [tuple(entry) for entry in content["broken"]]})
     return packed if (folder / name).stat().st_size == packed.bytes else None

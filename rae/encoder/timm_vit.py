@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import timm
 import torch
 from timm.layers import GELUTanh
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from rae.encoder.base import Encoder, check_layers
@@ -18,6 +21,10 @@ from rae.layers import resize_position_table
 from rae.weights import load_strict
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
+_MODEL_ARGS = {
+    name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind.__init__).parameters if name != "self"
+}
+"""Arguments of networks; others of ``timm.create_model`` would read files of a configuration's choice."""
 _UNUSED = ("norm.", "fc_norm.", "head.", "head_dist.", "head_drop.", "attn_pool.", "mask_token")
 """Keys of published checkpoints that an encoder has no use for: final affine, pooling, classifier, mask token."""
 
@@ -94,6 +101,11 @@ class TimmEncoder(Encoder):
             arguments["act_layer"] = ACTIVATIONS[act]
         if norm_eps is not None:
             arguments["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
+        if unknown := [name for name in arguments if name not in _MODEL_ARGS]:
+            raise ValueError(
+                f"encoder.model_args.{unknown[0]} is refused: model_args are sizes and options of the network itself, such as "
+                "patch_size, embed_dim, depth and num_heads; weights are named by encoder.checkpoint and encoder.hub_id"
+            )
         # Whatever pooling the classifier had: an encoder keeps the tokens.
         arguments |= {"num_classes": 0, "global_pool": "", "img_size": self.input_size}
         try:

@@ -22,7 +22,7 @@ from rae.metric.features import Detector
 from rae.metric.frechet import FeatureMoments
 from rae.metric.functional.frechet import Moments
 from rae.metric.images import BROKEN, iterate_npz, npz_shape, open_npz
-from rae.weights import file_hash, state_hash, write_atomically
+from rae.weights import file_hash, parse_json, state_hash, write_atomically
 
 KINDS = {
     "training": "the training set, which generated samples are compared with (gFID)",
@@ -277,7 +277,7 @@ def read_reference(path: str | Path, kind: str | None = None) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as file:
             held: dict[str, np.ndarray] = {key: file[key] for key in sorted(names & ENTRIES)}
-        known = json.loads(str(held.pop("metadata"))) if "metadata" in held else {}
+        known = parse_json(str(held.pop("metadata")).encode(), str(path)) if "metadata" in held else {}
     except (*BROKEN, KeyError) as error:
         raise ValueError(f"reference {str(path)!r} cannot be read ({error}); it may be truncated") from error
     shape = npz_shape(path) if "arr_0" in names else None
