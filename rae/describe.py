@@ -164,8 +164,8 @@ def find(target: Any, kinds: tuple[type, ...] = (Described,)) -> Any:
             if public_name(kind) == target:
                 return kind
     raise ValueError(
-        f"{target[:80]!r} is no class that a model from a file may build; a class of your own is taken once you import it, or "
-        "name it in a YAML file below --config-dir"
+        f"{target[:80]!r} is no known class of a model; a class of your own is built once you import it, or name it in a YAML file "
+        "below --config-dir"
     )
 
 

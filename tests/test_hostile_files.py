@@ -21,7 +21,7 @@ from tests.small_models import make_generator
 
 HIDDEN = "nobody may read this"
 IN_PYTHONS_WORDS = (
-    "recursion",
+    "recursion depth",
     "has no attribute",
     "not supported between",
     "indices must be",
@@ -92,7 +92,7 @@ def test_configurations_of_checkpoints_build_nothing_but_models(model, canary, o
             assert (
                 say(lambda checkpoint=checkpoint: opened(checkpoint), canary).replace(str(checkpoint), "a.ckpt") == text
             )
-        assert re.search("is no class that a model from a file may build|has no key", text), (path, node, text)
+        assert re.search("is no known class of a model|has no key", text), (path, node, text)
 
 
 def test_targets_elsewhere_in_a_configuration_are_never_built(model, canary, opened, tmp_path):

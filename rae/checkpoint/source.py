@@ -14,7 +14,7 @@ from rae.checkpoint.run import LAST, find_checkpoint, load_trained, read_encoder
 from rae.decoder import ViTDecoder
 from rae.denoiser import Denoiser
 from rae.encoder import AbsentEncoder, Encoder, differences
-from rae.weights import load_strict
+from rae.weights import load_strict, parse_json
 
 KINDS = ("run", "export", "diffusers", "file")
 _MAY_DIFFER = ("input_size",)
@@ -42,8 +42,8 @@ def kind_of(source: str | Path) -> tuple[str, Path]:
     folder = pretrained.resolve(source)
     if is_diffusers(folder):
         return "diffusers", folder
-    if (folder / pretrained.CONFIG).is_file():
-        pretrained.read_description(folder)  # says what is wrong with it
+    config = folder / pretrained.CONFIG
+    if config.is_file() and "format" in parse_json(config.read_bytes(), str(config)):
         return "export", folder
     raise ValueError(
         f"{str(source)!r} holds no trained model: give the folder of a run (with {LAST}), of an export or of diffusers, "

@@ -81,7 +81,8 @@ def usable(config: dict[str, Any], source: str) -> dict[str, Any]:
         ValueError: A part names anything else, or there are interpolations.
     """
     from rae.data import ImageDataModule  # noqa: PLC0415 (imports torch)
-    from rae.describe import check, holds_targets  # noqa: PLC0415
+    from rae.describe import Described, check, holds_targets  # noqa: PLC0415
+    from rae.latent import LatentNormalizer  # noqa: PLC0415
 
     kept = {}
     for key, value in config.items():
@@ -90,7 +91,7 @@ def usable(config: dict[str, Any], source: str) -> dict[str, Any]:
                 check(value, source, (ImageDataModule,))
                 kept[key] = {name: None if name == "index_folder" else inner for name, inner in (value or {}).items()}
         elif key in _PARTS or not holds_targets(value):
-            check(value, source)
+            check(value, source, (Described, LatentNormalizer))
             kept[key] = value
     return kept
 
