@@ -2,6 +2,7 @@
 
 ``python -m tests.small_runs STAGE DEVICES BATCH ACCUMULATE STEPS OUT [PRECISION] [COMPILE]``
 ``python -m tests.small_runs sharded FOLDER STEPS full|sharded [CHECKPOINT]`` makes a fully sharded run of two processes
+``python -m tests.small_runs monitored FOLDER`` makes a run of two processes that score it differently
 """
 
 from __future__ import annotations
@@ -133,9 +134,26 @@ def sharded() -> None:
     train(2, folder, 2, 2, 1, steps, checkpoint=checkpoint, callbacks=callbacks, strategy=strategy)
 
 
+class OwnScore(L.Callback):
+    """Logs another value on each process: the first one's rises, the others' fall."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = float(trainer.global_step)
+        trainer.callback_metrics["val/score"] = torch.tensor(step if trainer.is_global_zero else -step)
+
+
+def monitored() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[2])
+    saver = RunCheckpoint(str(folder), None, keep=1, monitor="val/score")
+    train(2, folder, 2, 4, 1, max_epochs=2, steps=-1, callbacks=(ema_of(2), OwnScore(), saver))
+
+
 def main() -> None:
     if sys.argv[1] == "sharded":
         return sharded()
+    if sys.argv[1] == "monitored":
+        return monitored()
     stage, devices, batch, accumulate, steps = (int(argument) for argument in sys.argv[1:6])
     precision = sys.argv[7] if len(sys.argv) > 7 else "32-true"
     torch.set_num_threads(1)

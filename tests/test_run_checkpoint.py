@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -86,6 +87,22 @@ def test_keeps_the_newest_and_the_end(tmp_path):
     fit(tmp_path, max_steps=11)
     assert files(tmp_path) == ["last.ckpt", "step_00000008.ckpt", "step_00000011.ckpt"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 11
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_as_many_are_kept_as_asked_for(best, tmp_path):
+    trainer = SimpleNamespace(fast_dev_run=False, is_global_zero=True, save_checkpoint=lambda path, **_: path.touch())
+    for keep in range(1, 11):
+        checkpoint = RunCheckpoint(str(tmp_path / str(keep)), keep=keep)
+        checkpoint.folder.mkdir()
+        if best:
+            checkpoint.best = [(0.5, 1)]
+        for trainer.global_step in range(1, 16):
+            checkpoint.save(trainer)
+        newest = range(16 - keep, 16)
+        assert sorted(checkpoint.folder.glob("step_*")) == [
+            checkpoint._path(step) for step in ([1] if best else []) + [*newest]
+        ]
 
 
 def test_end_by_epochs_is_saved(tmp_path):

@@ -83,3 +83,13 @@ def test_numbers_of_processes_are_those_of_the_launcher(monkeypatch):
     assert processes_of("auto", 1) == ("auto", 1)
     with pytest.raises(ConfigError, match=r"SLURM has started process number 3 .*devices=1 and num_nodes=1"):
         processes_of(1, 1)
+
+
+@pytest.mark.slow
+def test_processes_that_score_differently_keep_what_the_first_thinks_best(tmp_path):
+    line = [sys.executable, "-m", "tests.small_runs", "monitored", str(tmp_path)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=variables, cwd=ROOT, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "best.ckpt").resolve() == (tmp_path / "last.ckpt").resolve()
+    assert (tmp_path / "last.ckpt").resolve().name == "step_00000010.ckpt"

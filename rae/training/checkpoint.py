@@ -160,18 +160,19 @@ class RunCheckpoint(Checkpoint):
         return next(found, None) if (self.monitor or "").startswith(Evaluation.prefix) else None
 
     def _is_best(self, trainer: L.Trainer, logged: Mapping[str, Any]) -> bool:
-        """Whether the value of ``monitor`` is among the best, which it then joins.
+        """Whether the value of ``monitor`` is among the best, which it then joins; the first process's value counts for all.
 
         Raises:
             ValueError: It is not logged.
         """
         if self.monitor is None:
             return False
-        found = logged.get(self.monitor)
+        own = logged.get(self.monitor)
+        found = trainer.strategy.broadcast(None if own is None else float(own))
         if found is None:
             names = ", ".join(sorted(map(str, logged))) or "nothing"
             raise ValueError(f"callbacks.checkpoint.monitor={self.monitor!r} is not logged; logged are {names}")
-        value, step = float(found), trainer.global_step
+        value, step = found, trainer.global_step
         if math.isnan(value) or any(step == known for _, known in self.best):
             return False
         ranked = sorted([*self.best, (value, step)], reverse=self.mode == "max")[: self.keep_best]
@@ -223,7 +224,7 @@ class RunCheckpoint(Checkpoint):
             self._point("best.ckpt", self._path(self.best[0][1]))
         kept = {path, *(self._path(step) for _, step in self.best)}
         others = [old for old in sorted(self.folder.glob("step_*.ckpt")) if old not in kept]
-        for old in others[: len(others) - self.keep + 1]:
+        for old in others[: max(0, len(others) - self.keep + 1)]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         if first:
             log.info("a checkpoint takes %.1f MB; weights of published networks are not in it", _size(path) / 1e6)
