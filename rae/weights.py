@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,7 +48,7 @@ def read_file(path: str | Path, mapped: bool = False) -> Any:
     try:
         if path.suffix == ".safetensors":
             return _map(path) if mapped else load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"weight file {str(path)!r} cannot be read: {reason}; it may be truncated") from error
@@ -55,6 +57,43 @@ def read_file(path: str | Path, mapped: bool = False) -> Any:
             f"weight file {str(path)!r} is refused: it is no file of tensors ({type(error).__name__}); "
             "weights are read with weights_only=True, which runs no code from the file"
         ) from error
+    check_file(path)
+    return content
+
+
+def check_file(path: str | Path, tensors: Iterable[Tensor] | None = None) -> None:
+    """Compares the checksums in a file of ``torch.save``, which ``torch.load`` does not look at.
+
+    Files without checksums, and of other formats, pass.
+
+    Args:
+        path: The file.
+        tensors: Those that count, read or mapped from the file, beside all that is no tensor; None for everything in the file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if not any(entry.CRC for entry in entries):  # written with torch.serialization.set_crc32_options(False)
+                return
+            if tensors is None:
+                damaged = archive.testzip() is not None
+            else:
+                for entry in entries:
+                    if "/data/" not in entry.filename:
+                        archive.read(entry)  # compares
+                known = {(entry.file_size, entry.CRC) for entry in entries}
+                storages = {tensor.data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.numel()}
+                parts = (torch.empty(0, dtype=torch.uint8).set_(part).numpy() for part in storages.values())
+                damaged = any((part.size, zlib.crc32(part.data)) not in known for part in parts)
+    except Exception as error:  # zipfile has no common base for what it raises
+        raise ValueError(f"{str(path)!r} is damaged: {error}; take another copy of it") from error
+    if damaged:
+        raise ValueError(f"{str(path)!r} is damaged: its content does not fit its checksums; take another copy of it")
 
 
 def _map(path: Path) -> dict[str, Tensor]:

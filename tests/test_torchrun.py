@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rae.checkpoint.run import read_step
 from rae.cli.build import processes_of
 from rae.cli.config import ConfigError
 from tests.digits_runs import run
@@ -26,6 +28,13 @@ def reported(fabric, parts, *folders):
     return mine
 drawing.begin = reported
 from rae.cli.sample import main
+main()
+"""
+
+OWN_FOLDERS = """
+import os, sys
+from rae.cli.train import main
+sys.argv = [sys.argv[0], *sys.argv[2:], f"output_dir={sys.argv[1]}/{os.environ['RANK']}"]
 main()
 """
 
@@ -58,6 +67,22 @@ def test_torchruns_processes_train_one_network(tmp_path):
     done = torchrun(2, "-m", "rae.cli.train", *given, f"output_dir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).count("stage 0 on cpu, 2 process(es)") == 1
+    given[2] = "trainer.max_steps=3"
+    shutil.copytree(tmp_path / "run", tmp_path / "own" / "0", symlinks=True)
+    done = torchrun(2, "-m", "rae.cli.train", *given, f"output_dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert read_step(tmp_path / "run") == 3
+
+    (tmp_path / "own.py").write_text(OWN_FOLDERS)
+    done = torchrun(2, str(tmp_path / "own.py"), str(tmp_path / "own"), *given)
+    assert done.returncode != 0
+    refused = [
+        line for line in done.stderr.splitlines() if "output_dir must be a folder that all machines share" in line
+    ]
+    assert any("process 0 continues from step 2 of" in line for line in refused), done.stderr
+    assert any("process 1 begins a new run, the first one continues from step 2 of" in line for line in refused)
+    assert read_step(tmp_path / "own" / "0") == 2  # nobody went on
+    assert not (tmp_path / "own" / "1" / "checkpoints").exists()
 
 
 def test_numbers_of_processes_are_those_of_the_launcher(monkeypatch):

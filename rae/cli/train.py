@@ -54,16 +54,18 @@ def readable(checkpoint: Path) -> Path:
     Raises:
         ValueError: It is not; names the newest one beside it that is.
     """
-    from rae.checkpoint.run import read_config, read_step  # noqa: PLC0415 (imports torch)
+    from rae.checkpoint.run import check_whole, read_config, read_step  # noqa: PLC0415 (imports torch)
 
     try:
         read_step(checkpoint)
+        check_whole(checkpoint)
         return checkpoint
     except (ValueError, OSError) as error:
         for other in sorted(checkpoint.parent.glob("step_*.ckpt"), reverse=True):
             try:
                 step = read_step(other)
                 read_config(other)
+                check_whole(other)
             except (ValueError, OSError):
                 continue
             raise ValueError(f"{error}. The one before, of step {step}, can be read: resume={other}") from error
@@ -80,9 +82,13 @@ def fit(parts: Parts, checkpoint: str | None) -> None:
         checkpoint: The ``.ckpt`` to continue from; None to begin.
 
     Raises:
+        ValueError: The processes would not continue from the same checkpoint.
         Interrupted: Ctrl-C, or a signal that ends the run.
     """
+    from rae.training.resume import AgreeOnResume  # noqa: PLC0415 (imports torch)
+
     trainer = parts.trainer
+    trainer.callbacks.insert(0, AgreeOnResume(checkpoint))  # type: ignore[attr-defined]
     try:
         trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as stop:  # Lightning's answer to Ctrl-C

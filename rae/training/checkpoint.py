@@ -18,6 +18,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from rae.checkpoint.run import write_checksums
 from rae.training.evaluation import Evaluation
 
 log = logging.getLogger(__name__)
@@ -219,6 +220,8 @@ class RunCheckpoint(Checkpoint):
         trainer.save_checkpoint(path, weights_only=False)
         if not trainer.is_global_zero:
             return
+        if path.is_dir():
+            write_checksums(path)
         self._point("last.ckpt", path)
         if self.best:
             self._point("best.ckpt", self._path(self.best[0][1]))

@@ -17,7 +17,7 @@ from rae.data.latents import LatentsDataModule
 from rae.data.module import ImageDataModule
 from rae.encoder import Encoder
 from rae.training.precision import XLAMixedPrecision, check_precision
-from rae.weights import mismatches
+from rae.weights import check_file, mismatches
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
@@ -222,6 +222,7 @@ class TrainingModule(L.LightningModule):
     def roll_back(self, checkpoint: str) -> None:
         """Puts weights, moving averages and optimisers back to a checkpoint; data, schedules and the count of steps go on."""
         content = self._read(checkpoint)
+        check_file(checkpoint)
         self.load_state_dict(content["state_dict"])
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.trainer.optimizers]
         for optimizer, state, lrs in zip(self.trainer.optimizers, content["optimizer_states"], rates, strict=True):
