@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,6 +18,7 @@ from rae.data.latents import LatentsDataModule
 from rae.data.module import ImageDataModule
 from rae.encoder import Encoder
 from rae.training.precision import XLAMixedPrecision, check_precision
+from rae.training.resume import check_epochs, configure, configured
 from rae.weights import check_file, mismatches
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -62,6 +64,8 @@ class TrainingModule(L.LightningModule):
         self._keys: tuple[Tensor, Tensor] | None = None
         self._clock: tuple[float, int] | None = None
         self._rolled_back: list[int] = []
+        self._asked: dict[str, list[Any]] = {}
+        self._continued: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
         """Refuses cached latents where images are needed, and a precision that cannot be trained in.
@@ -107,11 +111,12 @@ class TrainingModule(L.LightningModule):
         return None if self._encoder is None else self._encoder.record()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the configuration, and what tells the encoder: its weights too where nothing else can give them back."""
+        """Adds configuration, steps of an epoch, and what tells the encoder: its weights too where nothing else gives them back."""
         if self.config is not None:
             checkpoint["config"] = self.config
         if self._encoder_record is not None:
             checkpoint["encoder"] = self._encoder_record
+        checkpoint["steps_per_epoch"] = self._epoch_length
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the run's encoder over.
@@ -122,6 +127,31 @@ class TrainingModule(L.LightningModule):
         if self._encoder is not None:
             self._encoder.take(checkpoint.get("encoder"), "the checkpoint")
             self.__dict__.pop("_encoder_record", None)
+        self._continued = {"steps_per_epoch": checkpoint.get("steps_per_epoch")}
+
+    def on_fit_start(self) -> None:
+        """Notes what the configuration says of optimisers and schedules, before a checkpoint's values take their place."""
+        self._asked = configured(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Lets the configuration's optimisers and schedules apply to a continued run, too.
+
+        Raises:
+            ValueError: Lengths in epochs would mean other steps than before.
+        """
+        if self._continued is None:
+            return
+        check_epochs(self._continued["steps_per_epoch"], self._epoch_length, self)
+        for change in configure(self.trainer, self._asked):
+            self.print(change)
+        self._continued = None
+
+    @property
+    def _epoch_length(self) -> int | None:
+        """Optimiser steps in an epoch; None where data do not end."""
+        batches = self.trainer.num_training_batches
+        accumulate = getattr(self, "accumulate", self.trainer.accumulate_grad_batches)
+        return max(1, -(-int(batches) // accumulate)) if math.isfinite(batches) else None
 
     # --- compilation -------------------------------------------------------------------------------------------
 

@@ -1,9 +1,13 @@
-"""What several processes check when they continue a run together."""
+"""What is checked and set when a run continues: the same checkpoint on all processes, the new configuration's optimiser."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import lightning as L
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from rae.checkpoint.run import content_hash, read_step
 from rae.weights import state_hash
@@ -59,3 +63,81 @@ class AgreeOnResume(L.Callback):
 
 def _words(found: tuple[int, str] | None, place: str | None) -> str:
     return "begins a new run" if found is None else f"continues from step {found[0]} of {place}"
+
+
+# Where and how a step is computed; the optimiser's state fits the values that it was restored with.
+_RESTORED = {"params", "capturable", "foreach", "fused", "differentiable"}
+_PROGRESS = {"last_epoch", "_step_count", "_last_lr", "lr_lambdas"}
+
+
+def configured(trainer: L.Trainer) -> dict[str, list[Any]]:
+    """What the configuration says of optimisers and schedules; to be called before a checkpoint is restored."""
+    groups = [
+        [{key: value for key, value in group.items() if key not in _RESTORED} for group in optimizer.param_groups]
+        for optimizer in trainer.optimizers
+    ]
+    schedules = [
+        {key: value for key, value in config.scheduler.state_dict().items() if key not in _PROGRESS}
+        for config in trainer.lr_scheduler_configs
+    ]
+    return {"groups": groups, "schedules": schedules}
+
+
+def configure(trainer: L.Trainer, asked: Mapping[str, list[Any]]) -> list[str]:
+    """Puts the values of :func:`configured` in the place of a checkpoint's, at the step that schedules have reached.
+
+    Schedules other than a LambdaLR, as ours is, keep their course; their rates are scaled.
+
+    Returns:
+        What has changed, in words.
+    """
+    restored = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+    for optimizer, groups in zip(trainer.optimizers, asked["groups"], strict=True):
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(values)
+    for config, values in zip(trainer.lr_scheduler_configs, asked["schedules"], strict=True):
+        scheduler: Any = config.scheduler
+        number = trainer.optimizers.index(scheduler.optimizer)
+        if isinstance(scheduler, LambdaLR):
+            scheduler.__dict__.update(values)
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        else:
+            scheduler.base_lrs = values.get("base_lrs", scheduler.base_lrs)
+            pairs = zip(restored[number], asked["groups"][number], strict=True)
+            rates = [old["lr"] / old["initial_lr"] * new["initial_lr"] for old, new in pairs]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+    return [
+        f"optimizer {number}: {key} was {old[key]}, is {new[key]}"
+        for number, optimizer in enumerate(trainer.optimizers)
+        for old, new in zip(restored[number], optimizer.param_groups, strict=True)
+        for key in new
+        if key not in _RESTORED and key in old and old[key] != new[key]
+    ]
+
+
+def check_epochs(before: int | None, now: int | None, module: Any) -> None:
+    """Refuses other steps per epoch than before where phases or the schedule are counted in epochs, which would then move.
+
+    Args:
+        before: Optimiser steps per epoch of the checkpoint; None where it does not say.
+        now: Those of this run.
+        module: Has perhaps ``scheduler``, a partial, and ``loss``.
+
+    Raises:
+        ValueError: Names what is counted in epochs.
+    """
+    if before is None or now is None or before == now:
+        return
+    lengths = getattr(getattr(module, "scheduler", None), "keywords", {})
+    counted = [f"scheduler.{name}={value}" for name, value in lengths.items() if name.endswith("_epochs") and value]
+    if getattr(getattr(module, "loss", None), "unit", None) == "epochs":
+        counted.append("loss.unit=epochs")
+    if counted:
+        raise ValueError(
+            f"the checkpoint was trained with {before} steps in an epoch, this run has {now}, so {', '.join(counted)} would mean "
+            "other steps than before: continue with the same data and as many images per step "
+            "(processes x data.batch_size x accumulation), or give these lengths in steps"
+        )
