@@ -224,6 +224,12 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
         Path(temporary).replace(path)
+        if hasattr(os, "O_DIRECTORY"):  # else the new name might not outlast a loss of power
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

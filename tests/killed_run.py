@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from fsspec.implementations.local import LocalFileOpener
 
 from rae.cli.train import main
 from rae.training.stage1 import Stage1Module
@@ -34,15 +33,15 @@ def arm(place: str, step: int) -> None:
 
         Stage1Module._update_discriminator = between
     elif place == "save":
-        commit = LocalFileOpener.commit
+        replace = Path.replace
 
-        def half(self: LocalFileOpener) -> None:
-            if Path(self.path).name == f"step_{step:08d}.ckpt":
-                os.truncate(self.temp, os.path.getsize(self.temp) // 2)
+        def half(self: Path, target: Path) -> Path:
+            if Path(target).name == f"step_{step:08d}.ckpt":
+                os.truncate(self, self.stat().st_size // 2)
                 die()
-            commit(self)
+            return replace(self, target)
 
-        LocalFileOpener.commit = half
+        Path.replace = half
     else:
         begin = L.LightningModule.on_train_batch_start
 

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from rae.cli.build import set_float32
 from rae.cli.config import (
     ConfigError,
+    absolute_paths,
     check_complete,
     check_same_run,
     compose,
@@ -294,3 +295,22 @@ def test_float32_matrices_are_multiplied_as_the_key_says():
             set_float32(compose("train", ["float32=half"]))
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("root", "overrides", "key"),
+    [
+        ("train", ("stage=1",), "discriminator.checkpoint"),
+        ("train", ("stage=1",), "loss.perceptual.vgg_checkpoint"),
+        ("evaluate", ("metric=reconstruction",), "metric.perceptual.vgg_checkpoint"),
+        ("evaluate", ("metric=fd_clip",), "metric.detector.encoder.checkpoint"),
+        ("evaluate", ("metric=adm",), "metric.detector.checkpoint"),
+        ("reference", (), "detector.checkpoint"),
+    ],
+)
+def test_files_are_found_from_any_folder(root, overrides, key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pt").touch()
+    cfg = compose(root, [*overrides, f"{key}=weights.pt"])
+    absolute_paths(cfg)
+    assert OmegaConf.select(cfg, key) == str(tmp_path / "weights.pt")

@@ -100,6 +100,7 @@ def test_a_killed_run_ends_bitwise_where_an_undisturbed_one_does(stage: int, pro
         del checkpoint["config"]  # names the folder
     assert first["global_step"] == STEPS
     assert not differences(first, second)
+    assert not [*(tmp_path / "killed" / "checkpoints").glob(".*")]
     assert logged(tmp_path / "whole").items() <= logged(tmp_path / "killed").items()
     assert "was finished already" in finish(start(killed), killed=False)
 

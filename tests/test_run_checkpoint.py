@@ -295,3 +295,26 @@ def test_a_slurm_job_is_requeued_between_two_steps(tmp_path, monkeypatch):
         "last.ckpt",
         "step_00000007.ckpt",
     ]  # and no file that Lightning would prefer for ever
+
+
+def test_files_are_written_beside_their_place_and_remains_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "there is no such folder"))
+    remains = [".step_00000002.ckpt.abc.tmp", ".last.ckpt.77", "hpc_ckpt_3.ckpt"]
+    for name in remains:
+        (tmp_path / name).write_bytes(b"half")
+    fit(tmp_path, max_steps=3)
+    assert files(tmp_path) == ["last.ckpt", "step_00000003.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_a_file_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch):
+    def full(content, file):
+        file.write(b"x" * 1000)
+        raise OSError(28, "No space left on device")
+
+    fit(tmp_path, max_steps=3)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(tmp_path, resume=tmp_path / "last.ckpt", max_steps=5)
+    assert files(tmp_path) == ["last.ckpt", "step_00000003.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3

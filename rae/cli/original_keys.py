@@ -54,7 +54,7 @@ def _clip(t: Translation, key: str, value: Any) -> None:
 
 
 def _in_steps(ours: str, other: str) -> Rule:
-    """A length in steps; the same length in epochs, which our schedule has too, is switched off."""
+    """A whole length; the same in another unit, which our configuration has too, is switched off."""
 
     def rule(t: Translation, key: str, value: Any) -> None:
         t.put(ours, int(value), key)
@@ -85,9 +85,9 @@ TRAINING = {
     "training.log_interval": put("trainer.log_every_n_steps", int),
     "training.log_every": put("trainer.log_every_n_steps", int),
     "training.checkpoint_interval": _in_steps(
-        "callbacks.checkpoint.every_n_epochs", "callbacks.checkpoint.every_n_steps"
+        "callbacks.checkpoint.every_n_epochs", "callbacks.checkpoint.every_minutes"
     ),
-    "training.ckpt_every": put("callbacks.checkpoint.every_n_steps", int),
+    "training.ckpt_every": _in_steps("callbacks.checkpoint.every_n_steps", "callbacks.checkpoint.every_minutes"),
     "training.sample_every": leave("pictures are made at every validation: trainer.val_check_interval=…"),
     "training.sample_interval": leave("pictures are made at every validation: trainer.val_check_interval=…"),
     "training.global_seed": put("seed", int),

@@ -16,12 +16,37 @@ from types import FrameType
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
 
 from rae.checkpoint.run import write_checksums
 from rae.training.evaluation import Evaluation
+from rae.weights import write_atomically
 
 log = logging.getLogger(__name__)
+
+
+class StreamedCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint straight to the disk that it is for, under a temporary name until it is whole.
+
+    Lightning's own makes it in memory first and then in the system's folder for temporary files.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes a file atomically.
+
+        Args:
+            checkpoint: What it is to hold.
+            path: The file; its folder is made.
+            storage_options: Must be None.
+
+        Raises:
+            TypeError: ``storage_options`` are given.
+        """
+        if storage_options is not None:
+            raise TypeError("storage_options are not supported: checkpoints are written to a folder")
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 class RunCheckpoint(Checkpoint):
@@ -51,10 +76,10 @@ class RunCheckpoint(Checkpoint):
     def __init__(
         self,
         folder: str,
-        every_n_steps: int | None = 1000,
+        every_n_steps: int | None = None,
         keep: int = 2,
         every_n_epochs: int | None = None,
-        every_minutes: float | None = None,
+        every_minutes: float | None = 30,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "max",
         keep_best: int = 1,
@@ -104,6 +129,11 @@ class RunCheckpoint(Checkpoint):
         if state_dict.get("monitor") == self.monitor:
             self.best = [(float(value), int(step)) for value, step in state_dict.get("best", [])]
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Lets files be written where they will be, except where the strategy has a way of its own."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = StreamedCheckpointIO()
+
     # --- when to save ------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -113,6 +143,8 @@ class RunCheckpoint(Checkpoint):
             self.last_model_path = str(self.folder / "last.ckpt")
         self._saved_at = time.monotonic()
         self._stop_asked = None
+        if trainer.is_global_zero:
+            self._tidy(trainer)
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
             requeue = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)
@@ -132,10 +164,13 @@ class RunCheckpoint(Checkpoint):
         epochs = trainer.current_epoch + 1
         at_the_end = 0 < trainer.max_steps <= step or (over and trainer.max_epochs == epochs)
         ends_interval = over and self.every_n_epochs is not None and epochs % self.every_n_epochs == 0
-        stop = self._agree(trainer, self._stop_asked is not None)
+        asked = self._stop_asked is not None
+        late = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        due = self._agree(trainer, asked or late)  # one question a step for both
+        stop = due and self._agree(trainer, asked)
         evaluation = self._evaluation(trainer)
         best = evaluation is not None and evaluation.scored_step == step and self._is_best(trainer, evaluation.scores)
-        wanted = stop or at_the_end or ends_interval or best or self._is_time(trainer, step)
+        wanted = at_the_end or ends_interval or best or due or self._is_time(step)
         if wanted or self.monitor is not None:
             self._loops = _between_steps(trainer)
         if wanted:
@@ -195,12 +230,8 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step != self._saved_step:
             self.save(trainer)
 
-    def _is_time(self, trainer: L.Trainer, step: int) -> bool:
-        if self.every_n_steps is not None and step // self.every_n_steps != self._saved_step // self.every_n_steps:
-            return True
-        if self.every_minutes is None:
-            return False
-        return self._agree(trainer, time.monotonic() - self._saved_at >= 60 * self.every_minutes)
+    def _is_time(self, step: int) -> bool:
+        return self.every_n_steps is not None and step // self.every_n_steps != self._saved_step // self.every_n_steps
 
     @staticmethod
     def _agree(trainer: L.Trainer, wish: bool) -> bool:
@@ -265,11 +296,22 @@ class RunCheckpoint(Checkpoint):
         """
         if self._requeue is not None and self._stop_asked not in (None, signal.SIGINT, signal.SIGTERM):
             self._requeue(self._stop_asked, None)
-            # Lightning prefers its own file of the requeueing for ever after; last.ckpt holds the same state.
             if trainer.is_global_zero:
-                for file in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"):
-                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+                self._tidy(trainer)
         raise KeyboardInterrupt
+
+    def _tidy(self, trainer: L.Trainer) -> None:
+        """Removes what a killed run was writing, and Lightning's own file of a requeueing.
+
+        Lightning would prefer that file for ever after; ``last.ckpt`` holds the same state.
+        """
+        begun = [
+            *self.folder.glob(".step_*.ckpt.*.tmp"),
+            *self.folder.glob(".last.ckpt.*"),
+            *self.folder.glob(".best.ckpt.*"),
+        ]
+        for file in [*begun, *Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")]:
+            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
 
 
 def _between_steps(trainer: L.Trainer) -> dict[str, Any]:
