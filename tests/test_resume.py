@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rae.training.checkpoint import RunCheckpoint
+from rae.training.progress import StepProgress
 from rae.training.schedule import WarmupDecay
 from tests.small_runs import make_module, train
 
@@ -64,3 +65,10 @@ def test_lengths_in_epochs_keep_their_steps(stage, tmp_path):
             train(stage, tmp_path, batch=8, steps=12, module=module, checkpoint=last)
     trainer, _ = train(stage, tmp_path, batch=8, steps=12, checkpoint=last)  # all lengths are in steps
     assert trainer.global_step == 12
+
+
+def test_what_a_module_says_comes_above_the_bar(capsys):
+    module = make_module(2)
+    module.trainer = L.Trainer(accelerator="cpu", callbacks=[StepProgress()], logger=False)
+    module.print("momentum was 0.9, is 0.5")
+    assert capsys.readouterr().err == "momentum was 0.9, is 0.5\n"

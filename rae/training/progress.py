@@ -38,6 +38,11 @@ class StepProgress(ProgressBar):
         """Shows the bar again."""
         self._enabled = True
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether it is shown; Lightning's ``module.print`` asks."""
+        return self._enabled
+
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Writes a line above the bar."""
         if self._enabled:
