@@ -314,7 +314,7 @@ def test_precision_chooses_the_arithmetic():
     [
         (["print=csv"], "print=csv is unknown; choose table or row"),
         (["float32=bf16"], "float32=bf16 is unknown; choose fp32 or tf32"),
-        (["trainer.precision=64-true"], r"trainer\.precision=64-true is unknown here; choose one of 32-true"),
+        (["trainer.precision=64-true"], r"trainer\.precision=64-true cannot be trained in; choose one of 32-true"),
         (["mfu=40"], r"mfu=40 must lie in \(0, 1\]"),
     ],
 )
