@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from rae.checkpoint.run import find_checkpoint, load_trained, read_config, trained_weights
 from rae.cli.train import readable
-from rae.training.checkpoint import RunCheckpoint
+from rae.training.checkpoint import RunCheckpoint, StreamedCheckpointIO
 from rae.training.ema import EMA
 from rae.training.summary import RunSummary
 
@@ -91,7 +93,12 @@ def test_keeps_the_newest_and_the_end(tmp_path):
 
 @pytest.mark.parametrize("best", [False, True])
 def test_as_many_are_kept_as_asked_for(best, tmp_path):
-    trainer = SimpleNamespace(fast_dev_run=False, is_global_zero=True, save_checkpoint=lambda path, **_: path.touch())
+    trainer = SimpleNamespace(
+        fast_dev_run=False,
+        is_global_zero=True,
+        save_checkpoint=lambda path, **_: path.touch(),
+        strategy=SimpleNamespace(checkpoint_io=StreamedCheckpointIO()),
+    )
     for keep in range(1, 11):
         checkpoint = RunCheckpoint(str(tmp_path / str(keep)), keep=keep)
         checkpoint.folder.mkdir()
@@ -318,3 +325,68 @@ def test_a_file_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatc
         fit(tmp_path, resume=tmp_path / "last.ckpt", max_steps=5)
     assert files(tmp_path) == ["last.ckpt", "step_00000003.ckpt"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+class Let(L.Callback):
+    """Lets a file be written from a given step on."""
+
+    def __init__(self, event, step):
+        self.event, self.step = event, step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            self.event.set()
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
+    saver = {"every_n_steps": 4, "keep": 9}
+    fit_with(RunCheckpoint(str(tmp_path / "at_once"), **saver), max_steps=9)
+    save, written = torch.save, threading.Event()
+
+    def later(content, file):
+        assert written.wait(60)
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", later)  # the file of step 4 is not begun before step 7
+    background = RunCheckpoint(str(tmp_path / "background"), **saver, background=True)
+    fit_with(background, Let(written, 7), max_steps=9)
+    assert files(tmp_path / "background") == files(tmp_path / "at_once")
+    for name in ("step_00000004.ckpt", "step_00000008.ckpt", "last.ckpt"):
+        first, second = (torch.load(tmp_path / kind / name, weights_only=True) for kind in ("at_once", "background"))
+        assert first["global_step"] == second["global_step"]
+        torch.testing.assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
+        torch.testing.assert_close(first["optimizer_states"], second["optimizer_states"], rtol=0, atol=0)
+
+
+def test_a_failure_in_the_background_ends_the_run_and_leaves_the_older_file(tmp_path, monkeypatch):
+    fit(tmp_path, max_steps=3)
+
+    def full(content, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    for limits in ({"max_steps": 5}, {"max_steps": 11}):  # the last one, and one on the way
+        with pytest.raises(OSError, match="No space left"):
+            fit_with(
+                RunCheckpoint(str(tmp_path), every_n_steps=4, keep=1, background=True),
+                resume=tmp_path / "last.ckpt",
+                **limits,
+            )
+        assert files(tmp_path) == ["last.ckpt", "step_00000003.ckpt"]
+
+
+def test_a_run_interrupted_while_writing_ends_with_the_file(tmp_path):
+    checkpoint = RunCheckpoint(str(tmp_path), None, background=True)
+    with pytest.raises(SystemExit):
+        fit_with(checkpoint, Signal(6, signal.SIGTERM), max_steps=12)
+    assert files(tmp_path) == ["last.ckpt", "step_00000007.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 7
+
+
+def test_the_background_does_not_go_with_rolling_back(tmp_path):
+    trainer = SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=TorchCheckpointIO()))
+    with pytest.raises(ValueError, match=r"background=true does not go with training.on_nonfinite=rollback"):
+        RunCheckpoint(str(tmp_path), background=True).setup(trainer, SimpleNamespace(on_nonfinite="rollback"), "fit")
+    trainer.strategy.checkpoint_io = object()
+    with pytest.raises(ValueError, match=r"background=true does not go with object; set it to false"):
+        RunCheckpoint(str(tmp_path), background=True).setup(trainer, None, "fit")

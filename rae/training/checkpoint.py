@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -19,6 +20,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
 from rae.checkpoint.run import write_checksums
 from rae.training.evaluation import Evaluation
@@ -31,7 +34,14 @@ class StreamedCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint straight to the disk that it is for, under a temporary name until it is whole.
 
     Lightning's own makes it in memory first and then in the system's folder for temporary files.
+
+    Args:
+        background: Whether training goes on while a copy of the checkpoint in host memory is written.
     """
+
+    def __init__(self, background: bool = False) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._work: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes a file atomically.
@@ -46,7 +56,33 @@ class StreamedCheckpointIO(TorchCheckpointIO):
         """
         if storage_options is not None:
             raise TypeError("storage_options are not supported: checkpoints are written to a folder")
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
+        if self._thread is not None:  # the next step changes the tensors
+            checkpoint = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+        self.then(lambda: write_atomically(path, lambda file: torch.save(checkpoint, file)))
+
+    def then(self, task: Callable[[], object]) -> None:
+        """Does something once all that was asked for before is done; nothing is done after a failure.
+
+        Args:
+            task: Called without arguments, in the background where checkpoints are written there.
+        """
+        if self._thread is None:
+            task()
+            return
+        before = self._work
+
+        def follow() -> None:
+            if before is not None:
+                before.result()
+            task()
+
+        self._work = self._thread.submit(follow)
+
+    def wait(self) -> None:
+        """Waits for what is being written in the background, and raises what went wrong there."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
 
 
 class RunCheckpoint(Checkpoint):
@@ -68,6 +104,8 @@ class RunCheckpoint(Checkpoint):
         monitor: Logged value that tells the best checkpoint, e.g. ``val/psnr`` or, of an evaluation, ``eval/fid``; None for none.
         mode: ``min`` or ``max``: which values of ``monitor`` are better.
         keep_best: How many of the best files to keep, beside the newest.
+        background: Whether training goes on while a copy of the state, in host memory, is written; ``last.ckpt`` moves on when
+            the file is whole. The next checkpoint and the end of the run wait for it.
 
     Raises:
         ValueError: An interval or number below 1, or an unknown mode.
@@ -83,6 +121,7 @@ class RunCheckpoint(Checkpoint):
         monitor: str | None = None,
         mode: Literal["min", "max"] = "max",
         keep_best: int = 1,
+        background: bool = False,
     ) -> None:
         super().__init__()
         counts = {
@@ -107,6 +146,7 @@ class RunCheckpoint(Checkpoint):
         self.monitor = monitor
         self.mode = mode
         self.keep_best = keep_best
+        self.background = background
         self.last_model_path = ""
         self.best: list[tuple[float, int]] = []
         """Values of ``monitor`` and steps of the best checkpoints, the best first."""
@@ -130,9 +170,22 @@ class RunCheckpoint(Checkpoint):
             self.best = [(float(value), int(step)) for value, step in state_dict.get("best", [])]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Lets files be written where they will be, except where the strategy has a way of its own."""
+        """Lets files be written where they will be, except where the strategy has a way of its own.
+
+        Raises:
+            ValueError: ``background`` with another way of writing, or with ``training.on_nonfinite=rollback``.
+        """
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = StreamedCheckpointIO()
+            trainer.strategy.checkpoint_io = StreamedCheckpointIO(self.background)
+        elif self.background and not isinstance(trainer.strategy.checkpoint_io, StreamedCheckpointIO):
+            kind = type(trainer.strategy.checkpoint_io).__name__
+            raise ValueError(f"callbacks.checkpoint.background=true does not go with {kind}; set it to false")
+        if self.background and getattr(pl_module, "on_nonfinite", None) == "rollback":
+            # processes would go back to different files while one is being written
+            raise ValueError(
+                "callbacks.checkpoint.background=true does not go with training.on_nonfinite=rollback; "
+                "set background=false, or on_nonfinite to stop or skip"
+            )
 
     # --- when to save ------------------------------------------------------------------------------------------
 
@@ -229,6 +282,11 @@ class RunCheckpoint(Checkpoint):
         """Saves the final state, unless it is saved already."""
         if trainer.global_step != self._saved_step:
             self.save(trainer)
+        self._wait(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Lets what is being written end."""
+        self._wait(trainer)
 
     def _is_time(self, step: int) -> bool:
         return self.every_n_steps is not None and step // self.every_n_steps != self._saved_step // self.every_n_steps
@@ -244,24 +302,39 @@ class RunCheckpoint(Checkpoint):
         """Writes the present state, moves ``last.ckpt`` and ``best.ckpt`` on and removes what is too old."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        self._wait(trainer)
         first = not self.last_model_path
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
-        path = self._path(self._saved_step)
+        path, best = self._path(self._saved_step), [self._path(step) for _, step in self.best]
         self.last_model_path = str(self.folder / "last.ckpt")
         trainer.save_checkpoint(path, weights_only=False)
         if not trainer.is_global_zero:
             return
+        writer = trainer.strategy.checkpoint_io
+        if isinstance(writer, StreamedCheckpointIO):
+            writer.then(lambda: self._move_on(path, best, first))
+        else:
+            self._move_on(path, best, first)
+
+    def _move_on(self, path: Path, best: list[Path], first: bool) -> None:
+        """What follows once a checkpoint is written."""
         if path.is_dir():
             write_checksums(path)
         self._point("last.ckpt", path)
-        if self.best:
-            self._point("best.ckpt", self._path(self.best[0][1]))
-        kept = {path, *(self._path(step) for _, step in self.best)}
-        others = [old for old in sorted(self.folder.glob("step_*.ckpt")) if old not in kept]
+        if best:
+            self._point("best.ckpt", best[0])
+        others = [old for old in sorted(self.folder.glob("step_*.ckpt")) if old not in {path, *best}]
         for old in others[: max(0, len(others) - self.keep + 1)]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         if first:
             log.info("a checkpoint takes %.1f MB; weights of published networks are not in it", _size(path) / 1e6)
+
+    @staticmethod
+    def _wait(trainer: L.Trainer) -> None:
+        """Waits for what is written in the background."""
+        writer = trainer.strategy.checkpoint_io
+        if isinstance(writer, StreamedCheckpointIO):
+            writer.wait()
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}.ckpt"
@@ -294,6 +367,7 @@ class RunCheckpoint(Checkpoint):
         Raises:
             KeyboardInterrupt: Always.
         """
+        self._wait(trainer)
         if self._requeue is not None and self._stop_asked not in (None, signal.SIGINT, signal.SIGTERM):
             self._requeue(self._stop_asked, None)
             if trainer.is_global_zero:
