@@ -88,13 +88,13 @@ def rebuild(description: Any, **changes: Any) -> Any:
         raise ValueError(f"{description[TARGET]} cannot be made from its description: {error}") from error
 
 
-def check(description: Any, source: str, kinds: tuple[type, ...] = (Described,), level: int = 0) -> None:
+def check(description: Any, source: str, kinds: tuple[Any, ...] = (Described,), level: int = 0) -> None:
     """Refuses a description from elsewhere that would build anything but the classes that may be built.
 
     Args:
         description: A description with others inside it, or plain values.
         source: Where it is from, for the message.
-        kinds: Base classes of what may be built.
+        kinds: Base classes of what may be built, and functions that may be called.
         level: How deep it lies in another one.
 
     Raises:
@@ -140,26 +140,28 @@ def public_name(kind: type) -> str:
     return f"{package if offered else kind.__module__}.{kind.__qualname__}"
 
 
-def find(target: Any, kinds: tuple[type, ...] = (Described,)) -> Any:
-    """The class that a description from elsewhere names.
+def find(target: Any, kinds: tuple[Any, ...] = (Described,)) -> Any:
+    """The class or function that a description from elsewhere names.
 
     Args:
         target: Its dotted name.
-        kinds: Base classes of what may be built.
+        kinds: Base classes of what may be built, and functions that may be called.
 
     Raises:
         ValueError: It is neither a class of this library nor one that the user has imported or named.
     """
-    target = str(target)
+    target, classes = str(target), tuple(kind for kind in kinds if inspect.isclass(kind))
     module, _, name = target.rpartition(".")
     if module.split(".")[0] == "rae" or target in _trusted:
         try:
             found = getattr(importlib.import_module(module), name, None)
         except ImportError:
             found = None
-        if inspect.isclass(found) and (issubclass(found, kinds) or target in _trusted):
+        if found is not None and found in kinds:
             return found
-    for base in kinds:
+        if inspect.isclass(found) and (issubclass(found, classes) or target in _trusted):
+            return found
+    for base in classes:
         for kind in _subclasses(base):
             if public_name(kind) == target:
                 return kind

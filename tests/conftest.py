@@ -35,6 +35,12 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _own_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes named below ``--config-dir`` in one test are not built from files in the next."""
+    monkeypatch.setattr("rae.describe._trusted", set())
+
+
+@pytest.fixture(autouse=True)
 def _own_log() -> Iterator[None]:
     """Commands called within a test log into that test's folder; later tests do not."""
     root = logging.getLogger()

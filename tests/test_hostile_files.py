@@ -11,7 +11,7 @@ import torch
 
 import rae
 from rae.autoencoder import RAE
-from rae.cli.config import compose
+from rae.cli.config import compose, plain
 from rae.cli.models import open_model, usable
 from rae.describe import check, rebuild
 from rae.encoder import tiny_encoder
@@ -104,6 +104,15 @@ def test_targets_elsewhere_in_a_configuration_are_never_built(model, canary, ope
         if number % 8 == 0:
             opened(write_run(model, tmp_path, config))
         assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "recipe", ["digits_stage1", *(f"digits_stage2 flow={flow}" for flow in ("linear", "vp", "gvp"))]
+)
+def test_what_runs_say_of_themselves_is_no_strangers(recipe):
+    config = plain(compose("train", [f"experiment={recipe.split()[0]}", *recipe.split()[1:]]))
+    kept = usable(config, "a.ckpt")
+    assert all(kept[part] == config[part] for part in ("encoder", "decoder", "latent", "flow") if part in config)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def _run(cfg: DictConfig, config: str, task: Task, program: str, complete: bool)
         absolute_paths(cfg)
         task(cfg)
     except KeyboardInterrupt as stop:
-        print(f"{program}: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"{program}: {str(stop) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(getattr(stop, "code", INTERRUPTED)) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_left():

@@ -82,6 +82,7 @@ def usable(config: dict[str, Any], source: str) -> dict[str, Any]:
     """
     from rae.data import ImageDataModule  # noqa: PLC0415 (imports torch)
     from rae.describe import Described, check, holds_targets  # noqa: PLC0415
+    from rae.flow import dimension_shift  # noqa: PLC0415
     from rae.latent import LatentNormalizer  # noqa: PLC0415
 
     kept = {}
@@ -91,7 +92,7 @@ def usable(config: dict[str, Any], source: str) -> dict[str, Any]:
                 check(value, source, (ImageDataModule,))
                 kept[key] = {name: None if name == "index_folder" else inner for name, inner in (value or {}).items()}
         elif key in _PARTS or not holds_targets(value):
-            check(value, source, (Described, LatentNormalizer))
+            check(value, source, (Described, LatentNormalizer, dimension_shift))
             kept[key] = value
     return kept
 
