@@ -29,7 +29,7 @@ test: $(READY)  ## the fast tests: no GPU, no downloads; a minute and a half on 
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not gpu" -n 2 --dist worksteal --durations=5
 
 test-slow: $(READY)  ## the tests that take longer
-	$(PYTEST) -m "slow and not gpu" --durations=10
+	OMP_NUM_THREADS=1 $(PYTEST) -m "slow and not gpu" -n 2 --dist worksteal --durations=10
 
 XLA_VENV ?= .venv-xla
 XLA_READY := $(XLA_VENV)/.installed

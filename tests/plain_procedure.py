@@ -117,7 +117,8 @@ class PlainStage1:
         losses = {"l1": (image - images).abs().mean()}
         total = losses["l1"]
         if phases.perceptual:
-            losses["lpips"] = self.loss.perceptual.network(image, images, normalize=True).mean()
+            target = images.to(image)  # a float32 image would be rounded on its way into the network
+            losses["lpips"] = self.loss.perceptual.network(image, target, normalize=True).mean()
             total = total + self.loss.perceptual_weight * losses["lpips"]
         if phases.gan:
             self.discriminator.eval()

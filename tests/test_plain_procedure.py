@@ -63,12 +63,13 @@ def test_stage_1_takes_the_steps_of_the_plain_procedure(steps: int, lpips: bool,
     assert len(losses) == steps
     assert ({"adaptive_weight", "discriminator"} | ({"lpips"} if lpips else set())) <= losses[-1].keys()  # all was on
     averages = {key[8:]: value for key, value in plain.average.averages.items() if key.startswith("decoder.")}
-    for found, expected in (
-        (parameters(ours.decoder), parameters(plain.decoder)),
-        (parameters(ours.discriminator), parameters(plain.discriminator)),
-        (ema.average.averages, averages),
+    for found, expected, tolerance in (
+        (parameters(ours.decoder), parameters(plain.decoder), 1e-9),
+        # The norms in its heads leave some gradients near AdamW's eps, where the order of a sum shows.
+        (parameters(ours.discriminator), parameters(plain.discriminator), 1e-7),
+        (ema.average.averages, averages, 1e-9),
     ):
-        assert max(distances(found, expected).values()) <= 1e-9
+        assert max(distances(found, expected).values()) <= tolerance
     assert max(distances(start, parameters(plain.decoder)).values()) > 1e-2  # they have moved
 
 
