@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rae.autoencoder import RAE
 from rae.denoiser import Denoiser
-from rae.flow import AutoGuidance, FlowMatching, NoGuidance
+from rae.flow import AutoGuidance, FlowMatching, Guidance, NoGuidance, ODESampler, SDESampler
 from rae.image import to_uint8
 from rae.layers import trusted, unpack_weights
 from rae.rng import normal, sample_seed
@@ -43,8 +43,8 @@ class Generator(nn.Module):
         autoencoder: RAE,
         denoiser: Denoiser,
         flow: FlowMatching,
-        sampler: Any,
-        guidance: Any | None = None,
+        sampler: ODESampler | SDESampler,
+        guidance: Guidance | None = None,
         guide: Denoiser | None = None,
     ) -> None:
         super().__init__()

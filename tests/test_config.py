@@ -28,6 +28,7 @@ from rae.cli.config import (
     save_config,
 )
 from rae.cli.help import GROUPS, help_groups
+from rae.cli.schema import check_values
 
 CONF = conf_dir()
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -112,6 +113,7 @@ def together() -> list:
 def check_composes(setting: tuple[str, ...], choices: tuple[str, ...]) -> None:
     root, *overrides = setting
     cfg = compose(root, [*([] if choices[0].startswith("experiment=") else overrides), *choices])
+    check_values(cfg, root)
     for key in missing_keys(cfg):
         OmegaConf.update(cfg, key, 16)
     if root not in ("train", "stats"):  # the commands put their configuration over that of a trained run

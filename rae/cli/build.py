@@ -51,6 +51,16 @@ def make(node: Any, **objects: Any) -> Any:
         return instantiate(node, _partial_=True, _convert_="all")(**objects)
     except TypeError as error:  # a value of the wrong kind, or an argument that the class does not have
         raise ConfigError(f"{node._get_full_key(None)} does not fit {node['_target_']}: {error}") from error
+    except (
+        ZeroDivisionError,
+        RuntimeError,
+        MemoryError,
+    ) as error:  # of sizes that no network can have, or no machine can hold
+        numbers = ", ".join(f"{name}={value}" for name, value in node.items() if isinstance(value, int | float))
+        why = "need more memory than there is" if "memory" in str(error) else "make no network"
+        raise ConfigError(
+            f"{node._get_full_key(None)}: the sizes {numbers} {why} ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def make_all(nodes: DictConfig | None) -> list[Any]:

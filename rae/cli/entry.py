@@ -112,7 +112,8 @@ def _run(cfg: DictConfig, config: str, task: Task, program: str, complete: bool)
     from hydra.core.hydra_config import HydraConfig  # noqa: PLC0415
     from hydra.types import RunMode  # noqa: PLC0415
 
-    from rae.cli.errors import describe, is_expected  # noqa: PLC0415
+    from rae.cli.errors import blame, describe, is_expected  # noqa: PLC0415
+    from rae.cli.schema import check_values  # noqa: PLC0415
 
     job = HydraConfig.get()
     sweeping = job.mode == RunMode.MULTIRUN
@@ -124,7 +125,8 @@ def _run(cfg: DictConfig, config: str, task: Task, program: str, complete: bool)
         sys.argv = [argument for argument in sys.argv if argument != "hydra.mode=MULTIRUN"]
     try:
         if complete:
-            check_complete(cfg, config)
+            check_complete(cfg, job.job.config_name or config)
+        check_values(cfg, job.job.config_name or config)
         absolute_paths(cfg)
         task(cfg)
     except KeyboardInterrupt as stop:
@@ -135,7 +137,7 @@ def _run(cfg: DictConfig, config: str, task: Task, program: str, complete: bool)
             return error
         if _wants_trace() or not is_expected(error):
             traceback.print_exc()
-        print(f"{program}: error: {describe(error)}", file=sys.stderr)
+        print(f"{program}: error: {blame(describe(error), job.overrides.task)}", file=sys.stderr)
         with contextlib.suppress(OSError):  # they are not empty
             Path(cfg.output_dir).rmdir()
             if Path(cfg.paths.outputs).resolve() == Path(cfg.output_dir).parent:

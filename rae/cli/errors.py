@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,22 @@ def describe(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def blame(text: str, overrides: Iterable[str]) -> str:
+    """A message with the key of the value that it speaks of in front, where it names the value alone.
+
+    Args:
+        text: The message.
+        overrides: As on the command line.
+    """
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        value = value.strip("'\"")
+        named = value in text or ("/" in value and str(Path(value).resolve()) in text)
+        if len(value) > 1 and named and key.rpartition(".")[2] not in text:
+            return f"{key}={value}: {text}"
+    return text
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
@@ -85,7 +101,7 @@ def explain(error: Exception, config: str, overrides: Sequence[str], folders: Se
             values.append(override)
             continue
         choices.append(override)
-        for choice in _choices(override):
+        for choice in _choices(override) or ([] if override.is_delete() else ["null"]):
             if choice not in groups[override.key_or_group]:
                 listed = ", ".join(groups[override.key_or_group])
                 guess = _nearest(choice, groups[override.key_or_group], "")

@@ -54,6 +54,10 @@ class ViTDecoder(Described, nn.Module):
         position_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(
+                f"decoder.mean={list(mean)} and decoder.std={list(std)} must hold 3 numbers each, a colour's one"
+            )
         self.channels = channels
         self.grid = grid
         self.patch = patch

@@ -58,6 +58,11 @@ class Denoiser(Described, nn.Module):
 
     def __init__(self, channels: int, grid: int, patch: int, num_classes: int, width: int, checkpointing: bool) -> None:
         super().__init__()
+        if min(channels, grid, patch, num_classes, width) < 1:
+            raise ValueError(
+                f"denoiser: channels={channels}, grid={grid}, patch={patch}, num_classes={num_classes} and width={width} "
+                "must be at least 1"
+            )
         if grid % patch:
             raise ValueError(f"grid={grid} is not divisible by patch={patch}; the latent must divide into patches")
         self.channels = channels

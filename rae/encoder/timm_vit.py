@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import timm
 import torch
@@ -21,6 +21,22 @@ from rae.layers import resize_position_table
 from rae.weights import load_strict
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
+
+
+class NetworkArguments(TypedDict, total=False):
+    """Sizes of :class:`timm.models.vision_transformer.VisionTransformer`; its options may be given too."""
+
+    img_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int]
+    embed_dim: int
+    depth: int
+    num_heads: int
+    num_classes: int
+    mlp_ratio: float
+    reg_tokens: int
+    global_pool: str
+
+
 _MODEL_ARGS = {
     name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind.__init__).parameters if name != "self"
 }
@@ -74,7 +90,7 @@ class TimmEncoder(Encoder):
         act: str | None = None,
         norm_eps: float | None = None,
         pos_antialias: bool = True,
-        model_args: Mapping[str, Any] | None = None,
+        model_args: NetworkArguments | None = None,
     ) -> None:
         super().__init__(channels, stride, input_size, mean, std, layers, reduce, dtype)
         self.model_name = model
@@ -110,8 +126,11 @@ class TimmEncoder(Encoder):
         arguments |= {"num_classes": 0, "global_pool": "", "img_size": self.input_size}
         try:
             network: Any = timm.create_model(model, pretrained=False, **arguments)
-        except TypeError as error:
-            raise ValueError(f"encoder.model_args={sorted(arguments)} do not suit timm's {model}: {error}") from error
+        except (TypeError, ZeroDivisionError, RuntimeError) as error:
+            given = {
+                name: value for name, value in arguments.items() if isinstance(value, str | int | float | list | dict)
+            }
+            raise ValueError(f"encoder.model_args={given} do not suit timm's {model}: {error}") from error
         for name in ("blocks", "norm", "patch_embed", "embed_dim"):
             if not hasattr(network, name):
                 raise ValueError(f"encoder.model={model!r} is no vision transformer: it has no {name}")

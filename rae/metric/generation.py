@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class GenerationMetrics(MetricGroup):
         reference: Reference | str | Path | None = None,
         metrics: Sequence[str] = ("fid", "sfid", "inception_score", "precision", "recall"),
         reference_kind: str = "training",
-        assume_kind: str | None = None,
+        assume_kind: Literal["training", "validation"] | None = None,
         neighbours: int = 3,
         density_neighbours: int = 5,
         distance_precision: str = "float32",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class ReconstructionMetrics(MetricGroup):
         detector: Detector | None = None,
         perceptual: Perceptual | None = None,
         reference: Reference | str | Path | None = None,
-        assume_kind: str | None = None,
+        assume_kind: Literal["training", "validation"] | None = None,
         structural: bool = True,
     ) -> None:
         super().__init__()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
 
 from rae.describe import describe
+from rae.flow import Guidance, ODESampler, SDESampler
 from rae.generator import PRECISIONS, Generator
 from rae.image import QUANTIZE
 from rae.parts import stretch
@@ -23,6 +24,19 @@ log = logging.getLogger(__name__)
 
 LIVE = "live/"
 """What stands between prefix and score where the weights themselves are scored and not their averages."""
+
+
+class Scores(Protocol):
+    """Metrics that gather what they are given and say numbers by name."""
+
+    update: Callable[..., None]
+
+    def reset(self) -> None:
+        """Forgets what was given."""
+
+    def compute(self) -> dict[str, float]:
+        """Scores by name."""
+        ...
 
 
 class Evaluation(L.Callback):
@@ -51,7 +65,7 @@ class Evaluation(L.Callback):
 
     def __init__(
         self,
-        metric: Any,
+        metric: Scores,
         every_n_steps: int | None = None,
         every_n_epochs: int | None = 1,
         averaged: bool = True,
@@ -72,7 +86,7 @@ class Evaluation(L.Callback):
             raise ValueError(
                 "callbacks.evaluation: averaged=false and live=false leave no weights to score; set one true"
             )
-        self.metric = metric
+        self.metric: Any = metric
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
         self.averaged = averaged
@@ -227,7 +241,7 @@ class ReconstructionMetrics(Evaluation):
         ValueError: A count below 1, or see :class:`Evaluation`.
     """
 
-    def __init__(self, metric: Any, count: int | None = None, **options: Any) -> None:
+    def __init__(self, metric: Scores, count: int | None = None, **options: Any) -> None:
         super().__init__(metric, **options)
         if count is not None and count < 1:
             raise ValueError(f"callbacks.evaluation.count={count} must be at least 1, or null for all images")
@@ -290,9 +304,9 @@ class GenerationMetrics(Evaluation):
 
     def __init__(
         self,
-        metric: Any,
-        sampler: Any,
-        guidance: Any | None = None,
+        metric: Scores,
+        sampler: ODESampler | SDESampler,
+        guidance: Guidance | None = None,
         guide: str | None = None,
         classes: Sequence[int] | None = None,
         samples_per_class: int = 50,

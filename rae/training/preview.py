@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rae.data.transforms import to_float
+from rae.flow import Guidance, ODESampler, SDESampler
 from rae.generator import Generator
 from rae.image import make_grid, save_png, to_pil, to_uint8
 
@@ -130,8 +131,8 @@ class SamplePreview(PicturePreview):
 
     def __init__(
         self,
-        sampler: Any,
-        guidance: Any | None = None,
+        sampler: ODESampler | SDESampler,
+        guidance: Guidance | None = None,
         classes: int | list[int] = 8,
         per_class: int = 8,
         seed: int = 0,

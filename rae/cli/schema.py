@@ -1,0 +1,363 @@
+"""Whether every value of a configuration is of a kind that its key takes.
+
+What a key takes is said in one place: a command's own keys by their default and the choices in its comment, everything else by the
+annotations of the class that the node builds.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, MissingMandatoryValue
+
+from rae.cli.config import ConfigError, conf_dir
+
+_LARGEST, _LARGEST_SEED = 2**31, 2**63
+_KEY = re.compile(r"^(\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$")
+_CHOICES = re.compile(r"^([\w-]+(?: \| [\w-]+)+)(?=[:,;]| \(|$)")
+_UNTYPED = (Any, inspect.Parameter.empty)
+_TYPES: dict[str, Any] = {
+    "name": str | int,
+    "device": str,  # cuda:1 is one too; rae.cli.build.device says which there are
+    "devices": int | Literal["auto"],
+    "labels": str,
+    "classes": str | int | list[int],
+    "samples_per_class": int,
+    "count": int | None,
+    "decoder_checkpoint": str | None,
+    "guide_checkpoint": str | None,
+    "compile": bool | str,
+    "interpolations": int | None,
+    "samples": str | None,
+    "originals": str | None,
+    "checkpoint": str | None,
+    "images": str | None,
+    "neighbours": int | None,
+    "neighbours_of": str | None,
+    "resume": bool | str,
+    "cards": int | None,
+    "synsets": str | None,
+    "resize": int | None,
+    "splits": list[str],
+    "store_encoder": bool | None,
+    "push_to_hub": str | None,
+    "config": str,
+    "kind": Literal["training", "validation"] | None,
+    "source": str | None,
+    "vgg_checkpoint": str | None,
+    "names": list[str],
+    "port": int | None,
+}
+"""What a command's own keys take where their default does not tell."""
+_ELSEWHERE: dict[tuple[str, str], Any] = {
+    ("reference", "images"): bool,
+    ("shard", "images"): str,
+    ("cost", "images"): int,
+    ("cost", "samples"): int,
+    ("convert_config", "name"): str | None,
+    ("download", "guide"): Any,  # the model's, or whether it is fetched
+}
+"""The same of keys that mean something else in one command."""
+_ELSEWHERE_RUN = ("cost", "convert_config")
+"""Commands that speak of other machines."""
+_FROM_ZERO = ("seed", "stage", "num_workers", "kept", "grid_rows", "grid_columns", "grid_pairs")
+"""Integers among them that may be 0."""
+_SETS = ("callbacks", "logger")
+"""Groups of objects by name."""
+_SPECIAL: dict[str, Any] = {"_target_": str, "_partial_": bool, "_recursive_": bool, "_convert_": str, "_args_": list}
+"""Hydra's own keys of a node."""
+_NETWORKS = ("encoder", "decoder", "denoiser", "discriminator", "guide")
+_SIZED = (*_NETWORKS, "detector", "sampler", "metric")
+_MOST_IN_NETWORKS, _MOST_BLOCKS, _MOST_ELSEWHERE = 2**16, 1_000, 1_000_000
+"""Bounds of sizes, far above any in use, below those that a machine would be asked for in vain."""
+
+
+def check_values(cfg: DictConfig, config: str) -> None:
+    """Refuses values of a kind that their key does not take, before anything is built from them.
+
+    Args:
+        cfg: A complete configuration.
+        config: Name of the root config in ``conf/`` that it was composed from.
+
+    Raises:
+        ConfigError: Names the first such key, its value and what it takes.
+    """
+    own = _own_keys(config)
+    for name in cfg:
+        key = str(name)
+        if key != "hydra":
+            value, least = _value(cfg, name), 0 if key in _FROM_ZERO else 1
+            if key not in own and (conf_dir() / key).is_dir() and not isinstance(value, DictConfig | str | None):
+                raise ConfigError(f"{key}={_shown(value)}: must be a choice of its group, or null")
+            _check(key, value, own.get(key, Any))
+            if config not in _ELSEWHERE_RUN:
+                _check_devices(key, value)
+            if key in own and type(value) is int and value < least:
+                raise ConfigError(f"{key}={value}: must be an integer of at least {least}")
+
+
+def _check_devices(key: str, value: Any) -> None:
+    """Refuses to start more processes than any machine has devices, and more than this one has cores."""
+    if key == "trainer" and isinstance(value, DictConfig) and not value._is_none():
+        key, value = "trainer.devices", value.get("devices")
+    most = max(16, os.cpu_count() or 1)
+    if key in ("devices", "trainer.devices") and type(value) is int and value > most:
+        raise ConfigError(
+            f"{key}={value}: must be at most {most} on this machine: each is a process; num_nodes counts machines"
+        )
+
+
+def _own_keys(config: str) -> dict[str, Any]:
+    """The kinds of a command's own keys."""
+    hints: dict[str, Any] = {}
+    roots = [config, "train"] if config == "cost" else [config]
+    files = [conf_dir() / f"{root}.yaml" for root in roots]
+    files += sorted((conf_dir() / "stage").glob("*.yaml")) if "train" in roots else []
+    for line in (line for file in files if file.is_file() for line in file.read_text().splitlines()):
+        if (found := _KEY.match(line)) and found[1] not in ("defaults", "hydra"):
+            key, default, comment = found[1], yaml.safe_load(found[2] or "null"), found[3] or ""
+            if key in hints:
+                continue
+            if (config, key) in _ELSEWHERE:
+                hints[key] = _ELSEWHERE[config, key]
+            elif key in _TYPES:
+                hints[key] = _TYPES[key]
+            elif isinstance(default, str) and (choices := _CHOICES.match(comment)):
+                hints[key] = Literal[tuple(choices[1].split(" | "))]
+            elif default is not None:
+                hints[key] = type(default)
+    return hints
+
+
+def _value(node: Any, name: Any) -> Any:
+    """A value within a node; ``...`` where it is filled in later, such as the flow's path of a run that is sampled from."""
+    try:
+        return node[name]
+    except (InterpolationResolutionError, InterpolationToMissingValueError, MissingMandatoryValue):
+        return ...
+
+
+def _source(node: Any, name: Any, key: str) -> str:
+    """The key that a value is given by: the one that it refers to, else its own."""
+    inner = node._get_node(name)
+    if inner is None or not inner._is_interpolation():
+        return key
+    reference = re.fullmatch(r"\$\{(\w[\w.]*)\}", str(inner._value()))
+    return reference[1] if reference else key
+
+
+def _inner_hint(hint: Any, name: str) -> Any:
+    """What a mapping's value may be."""
+    for one in (hint, *typing.get_args(hint)):
+        if typing.is_typeddict(one):
+            return typing.get_type_hints(one).get(name, Any)
+        if typing.get_origin(one) in (dict, Mapping):
+            return typing.get_args(one)[1]
+    return Any
+
+
+# --- checking ------------------------------------------------------------------------------------------------------
+
+
+def _check(key: str, value: Any, hint: Any) -> None:
+    """Refuses a value, or one within it."""
+    _check_plainly(key, value)
+    if value is ...:
+        return
+    if isinstance(value, DictConfig) and not value._is_none() and "_target_" in value:
+        if isinstance(_check_arguments(key, value), type) and not _takes_objects(
+            hint
+        ):  # functions make plain values too
+            raise ConfigError(f"{key} is a mapping with _target_: must be {_words(hint)}")
+        return
+    if not _fits(value, hint):
+        raise ConfigError(f"{key}={_shown(value)}: must be {_words(hint)}")
+    if isinstance(value, DictConfig) and not value._is_none():
+        for name in value:
+            inner, place = _value(value, name), f"{key}.{name!s}"
+            if key in _SETS and not isinstance(inner, DictConfig | None):
+                raise ConfigError(f"{place}={_shown(inner)}: must be a mapping with _target_, or null")
+            _check(_source(value, name, place), inner, _inner_hint(hint, str(name)))
+    elif isinstance(value, ListConfig):
+        for number in range(len(value)):
+            _check(f"{key}.{number}", _value(value, number), Any)
+
+
+def _check_plainly(key: str, value: Any) -> None:
+    """Refuses what no key takes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value}: must be a finite number")
+    if isinstance(value, str) and not value.strip():
+        raise ConfigError(f"{key}={value!r}: must not be blank; null stands for nothing where the key takes it")
+    most = _largest(key)
+    if isinstance(value, int) and abs(value) > most:
+        raise ConfigError(f"{key}={value}: must be at most {most:,}" if value > 0 else f"{key}={value}: is too small")
+
+
+def _largest(key: str) -> int:
+    """The largest integer that makes sense."""
+    parts = key.split(".")
+    if key.endswith("seed"):
+        most = _LARGEST_SEED - 1
+    elif parts[-1].endswith("depth") and not {*parts}.isdisjoint(_NETWORKS):
+        most = _MOST_BLOCKS
+    elif parts[-1] == "num_classes" or not {*parts}.isdisjoint(_NETWORKS):
+        most = _MOST_IN_NETWORKS
+    elif not {*parts}.isdisjoint(_SIZED):
+        most = _MOST_ELSEWHERE
+    else:
+        most = _LARGEST - 1
+    return most
+
+
+def _check_arguments(key: str, node: DictConfig) -> Any:
+    """Refuses arguments that a node's class, or function, does not take; returns it."""
+    target = _value(node, "_target_")
+    try:
+        if not isinstance(target, str):
+            raise TypeError
+        built = get_object(target)
+    except Exception as error:
+        reason = f" ({str(error).splitlines()[0]})" if isinstance(target, str) and str(error) else ""
+        raise ConfigError(f"{key}._target_={_shown(target)}: must be the dotted name of a class{reason}") from error
+    hints, open_ended = _arguments(built)
+    for name in node:
+        argument = str(name)
+        if argument in _SPECIAL:
+            if not _fits(_value(node, name), _SPECIAL[argument]):
+                raise ConfigError(
+                    f"{key}.{argument}={_shown(_value(node, name))}: must be {_words(_SPECIAL[argument])}"
+                )
+        else:
+            if argument not in hints and not open_ended:
+                raise ConfigError(
+                    f"{key}.{argument} is refused: {target} takes {', '.join(sorted(hints)) or 'nothing'}"
+                )
+            _check(_source(node, name, f"{key}.{argument}"), _value(node, name), hints.get(argument, Any))
+    return built
+
+
+def _arguments(built: Any) -> tuple[dict[str, Any], bool]:
+    """Annotations by name of what a class or function takes, and whether it takes other names too."""
+    found: dict[str, Any] = {}
+    for owner in built.__mro__ if isinstance(built, type) else (built,):
+        function = owner.__dict__.get("__init__") if isinstance(owner, type) else owner
+        if function is None:
+            continue
+        function = inspect.unwrap(function)
+        try:
+            parameters = inspect.signature(function).parameters.values()
+            hints = typing.get_type_hints(function)
+        except (TypeError, ValueError, NameError):  # of a builtin, or of names that only type checkers import
+            return found, True
+        named = [p.name for p in parameters if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        found = {name: hints.get(name, Any) for name in named} | found
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return found, False
+        if not str(getattr(function, "__module__", "")).startswith("rae."):  # who knows what it does with them
+            return found, True
+    return found, True
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a kind."""
+    if isinstance(value, DictConfig) and value._is_none():
+        value = None
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        fits = any(_fits(value, one) for one in arguments)
+    elif origin is Literal:
+        fits = any(value == one and type(value) is type(one) for one in arguments)
+    elif hint in _UNTYPED or isinstance(hint, typing.TypeVar):
+        fits = True
+    elif hint in (None, type(None)):
+        fits = value is None
+    elif hint is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+    elif hint is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    elif hint in (bool, str):
+        fits = isinstance(value, hint)
+    elif isinstance(hint, type) and issubclass(hint, Path):
+        fits = isinstance(value, str)
+    elif _is_mapping(hint):
+        fits = isinstance(value, DictConfig)
+    elif _is_list(hint):
+        fits = isinstance(value, ListConfig) and _items_fit(value, origin, arguments)
+    else:  # an object: a node that builds it, which is looked at on its own
+        fits = isinstance(value, DictConfig) and "_target_" in value
+    return fits
+
+
+def _items_fit(value: ListConfig, origin: Any, arguments: Sequence[Any]) -> bool:
+    items = [_value(value, number) for number in range(len(value))]
+    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+        kinds = list(arguments)
+        return len(items) == len(kinds) and all(map(_fits, items, kinds))
+    return all(item is ... or _fits(item, arguments[0] if arguments else Any) for item in items)
+
+
+def _is_mapping(hint: Any) -> bool:
+    if typing.is_typeddict(hint):
+        return True
+    kind = typing.get_origin(hint) or hint
+    return isinstance(kind, type) and issubclass(kind, Mapping)
+
+
+def _is_list(hint: Any) -> bool:
+    kind = typing.get_origin(hint) or hint
+    return (
+        isinstance(kind, type) and kind is not str and issubclass(kind, Collection | Iterable) and not _is_mapping(hint)
+    )
+
+
+def _takes_objects(hint: Any) -> bool:
+    """Whether anything but plain values is meant."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return any(_takes_objects(one) for one in typing.get_args(hint))
+    plain = (bool, int, float, str, None, type(None))
+    return typing.get_origin(hint) is not Literal and hint not in plain
+
+
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+def _words(hint: Any) -> str:
+    """What a key takes."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    known = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null", None: "null"}
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_words(one) for one in arguments))
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if hint in known:
+        words = known[hint]
+    elif isinstance(hint, type) and issubclass(hint, Path):
+        words = "a path"
+    elif _is_mapping(hint):
+        words = "a mapping"
+    elif _is_list(hint):
+        inner = arguments and arguments[0] not in (Any, ...)
+        words = f"a list, each {_words(arguments[0])}" if inner else "a list"
+    else:
+        name = getattr(hint, "__name__", str(hint))
+        words = f"a choice of its group, or a mapping with _target_ that makes a {name}"
+    return words
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, DictConfig | ListConfig):
+        value = OmegaConf.to_container(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
