@@ -66,11 +66,12 @@ _ELSEWHERE: dict[tuple[str, str], Any] = {
     ("cost", "images"): int,
     ("cost", "samples"): int,
     ("convert_config", "name"): str | None,
-    ("download", "guide"): Any,  # the model's, or whether it is fetched
 }
 """The same of keys that mean something else in one command."""
 _ELSEWHERE_RUN = ("cost", "convert_config")
 """Commands that speak of other machines."""
+_BUILD_NOTHING = ("download", "convert_config")
+"""Commands for which the classes that a configuration names are words alone."""
 _FROM_ZERO = ("seed", "stage", "num_workers", "kept", "grid_rows", "grid_columns", "grid_pairs")
 """Integers among them that may be 0."""
 _SETS = ("callbacks", "logger")
@@ -94,17 +95,18 @@ def check_values(cfg: DictConfig, config: str) -> None:
         ConfigError: Names the first such key, its value and what it takes.
     """
     own = _own_keys(config)
-    for name in cfg:
-        key = str(name)
-        if key != "hydra":
-            value, least = _value(cfg, name), 0 if key in _FROM_ZERO else 1
-            if key not in own and (conf_dir() / key).is_dir() and not isinstance(value, DictConfig | str | None):
-                raise ConfigError(f"{key}={_shown(value)}: must be a choice of its group, or null")
-            _check(key, value, own.get(key, Any))
-            if config not in _ELSEWHERE_RUN:
-                _check_devices(key, value)
-            if key in own and type(value) is int and value < least:
-                raise ConfigError(f"{key}={value}: must be an integer of at least {least}")
+    for name in sorted(cfg, key=lambda name: name not in own):  # the command's own first: classes take time to import
+        key, value = str(name), _value(cfg, name)
+        if key == "hydra" or (config in _BUILD_NOTHING and isinstance(value, DictConfig)):
+            continue
+        if key not in own and (conf_dir() / key).is_dir() and not isinstance(value, DictConfig | str | None):
+            raise ConfigError(f"{key}={_shown(value)}: must be a choice of its group, or null")
+        if config not in _ELSEWHERE_RUN:
+            _check_devices(key, value)
+        _check(key, value, own.get(key, Any))
+        least = 0 if key in _FROM_ZERO else 1
+        if key in own and type(value) is int and value < least:
+            raise ConfigError(f"{key}={value}: must be an integer of at least {least}")
 
 
 def _check_devices(key: str, value: Any) -> None:
