@@ -38,6 +38,44 @@ def test_both_sides_take_turns_and_results_are_compared(beside):
         measure("", "sum", Comparison(side("ours", 3), side("peer", 4), check=same, memory=False), 1, 1)
 
 
+def test_a_batch_that_does_not_fit_leaves_the_following_ones_right(beside):
+    """The count of FLOPs ends with the step that runs out of memory."""
+    import lightning as L
+    import torch
+    from gpu_parts import Clock, Device
+    from torch.utils.data import DataLoader
+
+    class Step(L.LightningModule):
+        def __init__(self, room):
+            super().__init__()
+            self.layer, self.room = torch.nn.Linear(8, 8, bias=False), room
+
+        def training_step(self, batch, batch_idx):
+            if len(batch) > self.room:
+                raise torch.OutOfMemoryError("no room")
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def steps(size):
+        clock = Clock(Device("cpu", tiny=True), count=True)
+        quiet = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        trainer = L.Trainer(accelerator="cpu", max_steps=clock.total, callbacks=[clock], **quiet)
+        trainer.fit(Step(room=4), DataLoader([torch.ones(size, 8)] * clock.total, batch_size=None))
+        return clock
+
+    with pytest.raises(torch.OutOfMemoryError):
+        steps(5)
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert steps(4).flops == 2 * 2 * 4 * 8 * 8  # forward, and the weight's gradient
+
+
 def test_one_table_of_all_files(beside, tmp_path: Path):
     from table import table
 

@@ -8,7 +8,6 @@ Weights are random. A batch that does not fit is halved. Both sides' results are
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from rae.data import SyntheticDataModule
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, EulerSampler, NoGuidance, OfficialGrid
 from rae.generator import Generator
 from rae.training.ema import EMA
+from rae.weights import write_json
 from tests import plain_procedure
 from tests.plain_sampling import PlainDiTDH, plain_sample
 
@@ -57,11 +57,13 @@ class Bench(Device):
         kind: ``cuda`` or ``cpu``.
         tiny: Small networks and few steps.
         match: Only rows whose name holds this text.
+        file: Where the figures go, after every row; None for nowhere.
     """
 
-    def __init__(self, kind: str, tiny: bool, match: str) -> None:
+    def __init__(self, kind: str, tiny: bool, match: str, file: Path | None = None) -> None:
         super().__init__(kind, tiny)
         self.match = match
+        self.file = file
         self.rows: list[dict[str, Any]] = []
         # The plain procedure's draws are to be on the device, as our modules' are.
         plain_procedure.normal = partial(rng.normal, device=self.device)
@@ -85,6 +87,9 @@ class Bench(Device):
         row["ratio"] = None if plain is None else found["images_per_s"] / plain
         self.rows.append(row)
         print(f"| {' | '.join(cells(row))} |", flush=True)
+        if self.file is not None:
+            ceilings = {precision: value / 1e12 for precision, value in self.ceilings.items()}
+            write_json(self.file, {**versions(), "ceilings_tflops": ceilings, "gpu": self.rows})
 
     # --- training ------------------------------------------------------------------------------------------------
 
@@ -307,7 +312,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if options.tiny:
         torch.compile = partial(torch.compile, backend="eager")  # graphs as they are: no minutes of compilation
-    bench = Bench(options.device, options.tiny, options.match)
+    bench = Bench(options.device, options.tiny, options.match, options.json)
     print(markdown(HEAD, []), flush=True)
     stage1 = overrides("imagenet256_dinov2_b_vit_xl", 1, options.tiny)
     stage2 = {size: overrides(f"imagenet256_dit_dh_{size}", 2, options.tiny) for size in ("s", "b", "xl")}
@@ -321,14 +326,9 @@ def main() -> None:
     batches = (1, 2) if options.tiny else (1, 8, 64)
     bench.sample(stage2["xl"], stage2["s"], batches, 4 if options.tiny else 50)
     bench.decode(stage2["xl"], batches)
-    ceilings = {precision: value / 1e12 for precision, value in bench.ceilings.items()}
-    said = ", ".join(f"{value:.1f} TFLOP/s in {precision}" for precision, value in ceilings.items())
+    said = ", ".join(f"{value / 1e12:.1f} TFLOP/s in {precision}" for precision, value in bench.ceilings.items())
     where = versions()
     print(f"\nMatrix products: {said}. {where['device']}, PyTorch {where['torch']}, {where['date']}.")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {**where, "ceilings_tflops": ceilings, "gpu": bench.rows}
-        options.json.write_text(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -162,18 +162,25 @@ class Clock(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts to count."""
-        if batch_idx == 0 and self.counter is not None:
+        if self.counter is not None:
             self.counter.__enter__()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends the count, starts or stops the clock."""
-        if batch_idx == 0 and self.counter is not None:
-            self.counter.__exit__(None, None, None)
-            self.flops = self.counter.flops
+        self._end_count()
         if batch_idx + 1 in (self.warm, self.total):
             self.device.wait()
             now = time.perf_counter()
             self.seconds = (now - self.start) / (self.total - self.warm)
             self.start = now
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        """Ends the count: left open, it would count and slow down all that follows, and keep it from being compiled."""
+        self._end_count()
+
+    def _end_count(self) -> None:
+        if self.counter is not None:
+            self.counter.__exit__(None, None, None)
+            self.flops, self.counter = self.counter.flops, None
