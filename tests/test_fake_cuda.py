@@ -1,0 +1,173 @@
+"""Every forward path and both training steps with their tensors on a CUDA device, on machines without one.
+
+Fake tensors have a shape, a type and a device but no values: an operation on tensors of two devices fails, and so does asking a
+tensor for its value, which on a GPU makes the program wait.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rae import flow
+from rae.cli.build import make
+from rae.cli.config import compose, config_groups
+from rae.data.transforms import to_float
+from rae.discriminator import DiffAugment
+from rae.image import QUANTIZE, to_uint8
+from rae.loss import PerceptualLoss
+from rae.metric import InceptionDetector
+from rae.training.ema import WeightAverage
+from tests.small_models import make_generator
+from tests.small_runs import make_module
+
+CUDA = torch.device("cuda")
+
+
+class Watch(TorchDispatchMode):
+    """Refuses copies from the device to the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if function is torch.ops.aten.copy_.default else args[0]
+            assert not (source.device.type == "cuda" and result.device.type == "cpu"), "a copy to the host"
+        return result
+
+
+def known(function):
+    """A function whose tensors, on the CPU, have values."""
+
+    def call(*arguments, **options):
+        with unset_fake_temporarily():
+            return function(*arguments, **options)
+
+    return call
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Gives the context in which tensors are fake ones; draws have no values either."""
+
+    def rows(draw, seeds, shape, device):
+        return torch.empty((len(seeds), *shape), device=device)
+
+    monkeypatch.setattr("rae.rng._rows", rows)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    for kind in (flow.OfficialGrid, flow.FullGrid):  # the host knows the times
+        monkeypatch.setattr(kind, "times", known(kind.times))
+
+    @contextmanager
+    def context():
+        with FakeTensorMode(allow_non_fake_inputs=True), Watch():
+            yield
+
+    return context
+
+
+def moved(module: nn.Module) -> nn.Module:
+    """A module whose weights are fake ones on the device; called within the context."""
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                fake = torch.empty(weight.shape, dtype=weight.dtype, device=CUDA)
+                part._parameters[name] = nn.Parameter(fake, weight.requires_grad)
+        for name, value in part._buffers.items():
+            if value is not None:
+                part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
+    return module
+
+
+def images(count: int = 2, side: int = 32) -> torch.Tensor:
+    return torch.empty(count, 3, side, side, device=CUDA)
+
+
+def test_tensors_of_the_cpu_and_questions_are_found(cuda):
+    class Careless(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + torch.ones(2)
+
+    with cuda():
+        with pytest.raises(RuntimeError, match="device"):
+            moved(Careless(2, 2))(torch.empty(2, 2, device=CUDA))
+        with pytest.raises(DataDependentOutputException):
+            torch.empty(2, device=CUDA).sum().item()
+        with pytest.raises(DataDependentOutputException):
+            bool(torch.empty(2, device=CUDA).isfinite().all())
+        with pytest.raises(AssertionError, match="a copy to the host"):
+            torch.empty(2, device=CUDA).cpu()
+
+
+GUIDANCES = {
+    "none": flow.NoGuidance(),
+    "cfg": flow.ClassifierFreeGuidance(1.5, (0.0, 0.85)),
+    "autoguidance": flow.AutoGuidance(1.4, (0.1, 1.0)),
+}
+
+
+def test_all_guidances_are_tried():
+    assert set(GUIDANCES) == set(config_groups()["guidance"])
+
+
+SAMPLERS = [
+    name for name in config_groups()["sampler"] if name != "dopri5"
+]  # which asks for its error before every step
+
+
+@pytest.mark.parametrize(
+    ("sampler", "guidance"), [*(("euler", rule) for rule in GUIDANCES), *((name, "cfg") for name in SAMPLERS[1:])]
+)
+def test_samplers_and_guidances(cuda, sampler, guidance):
+    model = make_generator()
+    node = compose("train", ["stage=2", f"sampler={sampler}"]).sampler
+    model.sampler, model.guidance = make(node), GUIDANCES[guidance]
+    model.sampler.grid = flow.OfficialGrid(4)
+    labels = torch.tensor([1, 7])  # which the host knows too
+    with cuda():
+        moved(model)
+        latents = model.latents(labels, seed=0, indices=[3, 4])
+        drawn = model.autoencoder.decode(latents)
+    assert drawn.device.type == "cuda"
+    assert drawn.shape == (2, 3, 32, 32)
+
+
+def test_autoencoder(cuda):
+    model = make_generator().autoencoder
+    with cuda(), torch.no_grad():
+        moved(model)
+        latents = model.encode(images())
+        assert latents.device.type == model.decode(latents).device.type == "cuda"
+        assert model(images()).shape == (2, 3, 32, 32)
+        for rule in QUANTIZE:
+            assert to_float(to_uint8(images(), rule)).device.type == "cuda"
+
+
+def test_losses_and_detectors(cuda):
+    """Forward: PyTorch's backward pass asks for a real device, where there are fake ones alone."""
+    lpips, inception = PerceptualLoss(pretrained=False), InceptionDetector(pretrained=False)
+    discriminator = make_module(1).discriminator
+    with cuda(), torch.no_grad():
+        for network in (lpips, inception, discriminator):
+            moved(network)
+        assert lpips(images(), images()).device.type == "cuda"
+        assert inception(torch.empty(2, 3, 32, 32, dtype=torch.uint8, device=CUDA))[0].device.type == "cuda"
+        augmented = DiffAugment()(images(side=16), [1, 2])
+        assert discriminator(augmented).device.type == "cuda"
+
+
+def test_losses_of_stage_2_and_averages(cuda):
+    module = make_module(2)
+    known_to_the_host = {"epoch": torch.zeros(4, dtype=torch.long), "index": torch.arange(4)}
+    with cuda(), torch.no_grad():
+        moved(module)
+        batch = {"image": torch.empty(4, 3, 16, 16, dtype=torch.uint8, device=CUDA), **known_to_the_host}
+        batch["label"] = torch.empty(4, dtype=torch.long, device=CUDA)
+        assert module.losses(batch, "train", 0.1).device.type == "cuda"
+        average = WeightAverage(module.denoiser, 0.9)
+        average.update(module.denoiser)
+        assert {value.device.type for value in average.averages.values()} == {"cuda"}
