@@ -61,6 +61,24 @@ def read_file(path: str | Path, mapped: bool = False) -> Any:
     return content
 
 
+def map_file(path: Path) -> Any:
+    """Opens a file of ``torch.save``; tensors are mapped from it and not compared with their checksums, all else is.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated or damaged, or holds objects other than tensors and containers.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        content = read_file(path)  # says what is wrong, or can do without mapping
+    check_file(path, ())
+    return content
+
+
 def check_file(path: str | Path, tensors: Iterable[Tensor] | None = None) -> None:
     """Compares the checksums in a file of ``torch.save``, which ``torch.load`` does not look at.
 

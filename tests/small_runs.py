@@ -1,7 +1,7 @@
 """Small training runs that tests compare; also a script, so that several processes can make one.
 
 ``python -m tests.small_runs STAGE DEVICES BATCH ACCUMULATE STEPS OUT [PRECISION] [COMPILE]``
-``python -m tests.small_runs sharded FOLDER STEPS full|sharded [CHECKPOINT]`` makes a fully sharded run of two processes
+``python -m tests.small_runs sharded FOLDER`` makes fully sharded runs of two processes, see :func:`sharded`
 ``python -m tests.small_runs monitored FOLDER`` makes a run of two processes that score it differently
 """
 
@@ -14,19 +14,24 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
+from rae import metric
 from rae.autoencoder import RAE
 from rae.data import SyntheticDataModule
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH
 from rae.discriminator import DiffAugment, DinoDiscriminator
 from rae.encoder import tiny_encoder
-from rae.flow import FlowMatching
+from rae.flow import EulerSampler, FlowMatching, FullGrid
 from rae.loss import Stage1Loss
+from rae.metric import CallableDetector
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.ema import EMA
+from rae.training.evaluation import GenerationMetrics
+from rae.training.preview import SamplePreview
 from rae.training.schedule import WarmupDecay
 from rae.training.stage1 import Stage1Module
 from rae.training.stage2 import Stage2Module
@@ -125,13 +130,85 @@ def weights(module: L.LightningModule) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in module.state_dict().items()}
 
 
+def detector() -> CallableDetector:
+    return CallableDetector(lambda images: torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1), 12, "pooled")
+
+
+class NotFinite(L.Callback):
+    """Makes the gradients of the fifth step infinite, once."""
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 4 and not pl_module._rolled_back:
+            for parameter in pl_module.denoiser.parameters():
+                parameter.grad.mul_(float("inf"))
+
+
+class Losses(L.Callback):
+    """Keeps the losses of all validations in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.found = file, []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.found.append(float(trainer.callback_metrics["val/loss"]))
+        if trainer.is_global_zero:
+            torch.save(self.found, self.file)
+
+
+def watched(
+    folder: Path,
+    processes: int = 1,
+    sharded: bool | None = None,
+    checkpoint: Path | None = None,
+    rollback: bool = False,
+) -> None:
+    """Trains for three epochs of two steps, validated, drawn and scored at their ends.
+
+    Args:
+        folder: For everything.
+        processes: How many share the work.
+        sharded: Whether checkpoints are sharded; None where weights are not shared out.
+        checkpoint: The one to continue from.
+        rollback: Whether gradients are once not finite, and the run goes back.
+    """
+    folder.mkdir(exist_ok=True)
+    reference = folder / f"reference_{os.environ.get('LOCAL_RANK', 0)}.npz"
+    np.savez(reference, arr_0=np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8))
+    sampler = EulerSampler(FullGrid(3))
+    scores = metric.GenerationMetrics(detector(), reference, ["fid", "kid"], assume_kind="training")
+    callbacks = [
+        ema_of(2),
+        SamplePreview(sampler, classes=2, per_class=3, folder=str(folder / "previews")),
+        # Three batches, of which two processes have unequal numbers.
+        GenerationMetrics(
+            scores, sampler, samples_per_class=6, batch_size=8, live=True, folder=str(folder / "evaluation")
+        ),
+        Losses(folder / "losses.pt"),
+        RunCheckpoint(str(folder), every_n_steps=3, keep=9),
+    ]
+    module = make_module(2)
+    if rollback:
+        module.on_nonfinite = "rollback"
+        callbacks.insert(0, NotFinite())
+    strategy = None if sharded is None else FullyShardedStrategy(sharded, process_group_backend="gloo")
+    checkpoint = None if checkpoint is None else str(checkpoint)
+    options = {"max_epochs": 3, "steps": -1, "checkpoint": checkpoint, "callbacks": tuple(callbacks)}
+    train(2, folder, processes, 20 // processes, 1, module=module, strategy=strategy, **options)
+
+
 def sharded() -> None:
-    folder, steps, kind = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    """Runs with both kinds of checkpoints, continued ones, and ones that go back, in one start of two processes.
+
+    The folder holds a plain run, ``one``, already.
+    """
+    folder = Path(sys.argv[2])
     torch.set_num_threads(1)
-    strategy = FullyShardedStrategy(kind == "sharded", process_group_backend="gloo")
-    callbacks = (ema_of(2), RunCheckpoint(str(folder), every_n_steps=3, keep=9))
-    checkpoint = sys.argv[5] if len(sys.argv) > 5 else None
-    train(2, folder, 2, 2, 1, steps, checkpoint=checkpoint, callbacks=callbacks, strategy=strategy)
+    for name, shares in (("full", False), ("shares", True)):
+        watched(folder / name, 2, shares)
+        watched(folder / f"{name}_rest", 2, shares, folder / name / "step_00000003.ckpt")
+        watched(folder / f"{name}_back", 2, shares, rollback=True)
+    for name in ("one", "shares"):
+        watched(folder / f"full_from_{name}", 2, False, folder / name / "step_00000003.ckpt")
 
 
 class OwnScore(L.Callback):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rae.checkpoint.run import check_whole, content_hash, read_config, trained_weights, write_checksums
+from rae.checkpoint.run import check_whole, content_hash, read_config, trained_weights
 from rae.cli.train import readable
 from rae.training.module import TrainingModule
 from rae.weights import read_file
@@ -58,7 +58,7 @@ def test_one_flipped_bit_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"step_00000004.ckpt' is damaged"):
             read_file(file)
         with pytest.raises(ValueError, match=r"step_00000004.ckpt' is damaged"):
-            TrainingModule.roll_back(SimpleNamespace(_read=TrainingModule._read), str(file))
+            TrainingModule.roll_back(SimpleNamespace(), str(file))
         for averaged, name in ((True, "average"), (False, "live")):
             if tensor == name:
                 with pytest.raises(ValueError, match=r"last.ckpt' is damaged"):
@@ -92,21 +92,3 @@ def test_a_file_without_checksums_is_read(tmp_path):
 def test_the_hash_tells_contents(tmp_path):
     first, same, other = write(tmp_path / "a.ckpt"), write(tmp_path / "b.ckpt"), write(tmp_path / "c.ckpt", value=1.0)
     assert content_hash(first) == content_hash(same) != content_hash(other)
-
-
-def test_a_damaged_share_is_refused(tmp_path):
-    folder = tmp_path / "step_00000004.ckpt"
-    write(folder / "meta.pt")
-    (folder / "__0_0.distcp").write_bytes(random.Random(1).randbytes(5_000_000))
-    check_whole(folder)  # made before there were checksums
-    write_checksums(folder)
-    check_whole(folder)
-    flip(folder / "__0_0.distcp", 4_321_987, 3)
-    with pytest.raises(ValueError, match=r"step_00000004.ckpt' is damaged: __0_0.distcp does not fit"):
-        trained_weights(folder, "network")
-    with pytest.raises(ValueError, match=r"is damaged: __0_0.distcp.*There is no other one"):
-        readable(folder)
-    flip(folder / "__0_0.distcp", 4_321_987, 3)
-    (folder / "__1_0.distcp").touch()
-    with pytest.raises(ValueError, match=r"is damaged: __1_0.distcp"):
-        check_whole(folder)

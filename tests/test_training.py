@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rae.checkpoint.run import trained_weights
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.ema import EMA, WeightAverage
 from rae.training.module import NonFiniteError
@@ -76,28 +75,6 @@ def test_two_processes_are_one_with_twice_the_batch(stage: int, tmp_path: Path):
         assert_same({key: one[key] for key in heads}, {key: two.pop(key) for key in heads}, atol=2e-4)
         one = {key: value for key, value in one.items() if key not in heads}
     assert_same(one, two, atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "sharded"])
-def test_a_fully_sharded_run_is_the_plain_one_and_continues_exactly(kind: str, tmp_path: Path):
-    def run(folder: str, *checkpoint: str) -> dict[str, Tensor]:
-        command = [sys.executable, "-m", "tests.small_runs", "sharded", str(tmp_path / folder), "6", kind, *checkpoint]
-        subprocess.run(command, check=True, cwd=Path(__file__).parents[1], timeout=120)
-        last = tmp_path / folder / "last.ckpt"
-        assert last.is_dir() == (kind == "sharded")
-        live = trained_weights(last, "denoiser", averaged=False)
-        averages = trained_weights(last, "denoiser")
-        return {f"denoiser.{key}": value for key, value in live.items()} | {f"ema.{k}": averages[k] for k in averages}
-
-    plain = run_script(2, 2, 2, 1, 6, tmp_path / "plain.pt")
-    whole = run("whole")
-    parameters = {key for key in plain if key.startswith("denoiser.") or key in whole}
-    assert len(parameters) > 50
-    assert_same({key: plain[key] for key in parameters}, {key: whole[key] for key in parameters}, atol=2e-6, rtol=1e-5)
-    rest = run("rest", str(tmp_path / "whole" / "step_00000003.ckpt"))
-    assert rest.keys() == whole.keys()
-    assert not [(key, (rest[key] - whole[key]).abs().max()) for key in whole if not torch.equal(rest[key], whole[key])]
 
 
 @pytest.mark.slow

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import zipfile
-import zlib
-from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from rae.weights import check_file, load_strict, parse_json, read_file, write_json
+from rae.checkpoint.shares import REST, Shared, read_shares, share_files
+from rae.weights import check_file, load_strict, map_file
 
 LAST = Path("checkpoints") / "last.ckpt"
 """Where a run keeps its newest checkpoint, below its folder."""
-SHARDED = "meta.pt"
-"""What a checkpoint that is a folder, with a share of the weights from every process, holds beside the shares."""
-
-CHECKSUMS = "checksums.json"
-"""CRC-32 of every other file of such a folder, by name."""
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -34,7 +26,7 @@ def find_checkpoint(path: str | Path) -> Path:
         FileNotFoundError: Neither exists.
     """
     path = Path(path).expanduser()
-    if path.is_file() or (path / SHARDED).is_file():
+    if path.is_file() or (path / REST).is_file():
         return path
     if path.is_dir():
         if (path / LAST).exists():
@@ -43,19 +35,17 @@ def find_checkpoint(path: str | Path) -> Path:
     raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist: give a trained run's folder or a .ckpt file")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_checkpoint(file: Path) -> dict[str, Any]:
     """Opens a checkpoint without reading its tensors, which are mapped from the file and not compared with their checksums.
+
+    Args:
+        file: From :func:`find_checkpoint`; of a folder, the tensors that are shared out are
+            :class:`~rae.checkpoint.shares.Shared`.
 
     Raises:
         ValueError: The file is truncated or damaged, holds objects other than tensors and containers, or is no checkpoint.
     """
-    if file.is_dir():
-        file = file / SHARDED
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        checkpoint = read_file(file)  # says what is wrong, or can do without mapping
-    check_file(file, ())
+    checkpoint = read_shares(file) if file.is_dir() else map_file(file)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{str(file)!r} is no checkpoint of a training run: it holds a {type(checkpoint).__name__}")
     return checkpoint
@@ -69,7 +59,7 @@ def read_step(path: str | Path) -> int:
         ValueError: The file is no checkpoint of a training run.
     """
     file = find_checkpoint(path)
-    step = _read(file).get("global_step")
+    step = read_checkpoint(file).get("global_step")
     if step is None:
         raise ValueError(f"{str(file)!r} is no checkpoint of a training run: it does not hold the run's step")
     return int(step)
@@ -83,14 +73,21 @@ def content_hash(path: str | Path) -> str:
         ValueError: The file is no checkpoint.
     """
     file = find_checkpoint(path)
-    file = file / SHARDED if file.is_dir() else file
     try:
-        with zipfile.ZipFile(file) as archive:
-            # Names begin with that of the file.
-            records = [(entry.filename.partition("/")[2], entry.CRC, entry.file_size) for entry in archive.infolist()]
+        records = []
+        for part in _files(file):
+            with zipfile.ZipFile(part) as archive:
+                # Names begin with that of the file.
+                records += [
+                    (entry.filename.partition("/")[2], entry.CRC, entry.file_size) for entry in archive.infolist()
+                ]
     except zipfile.BadZipFile as error:
         raise ValueError(f"{str(file)!r} is no checkpoint of a training run: {error}") from error
     return hashlib.sha256(repr(records).encode()).hexdigest()
+
+
+def _files(file: Path) -> list[Path]:
+    return [file / REST, *share_files(file)] if file.is_dir() else [file]
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -101,7 +98,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ValueError: The file holds no configuration.
     """
     file = find_checkpoint(path)
-    config = _read(file).get("config")
+    config = read_checkpoint(file).get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{str(file)!r} is no checkpoint of a training run: it does not hold the run's configuration")
     return config
@@ -115,14 +112,14 @@ def read_encoder(path: str | Path) -> dict[str, Any] | None:
         ValueError: The file is no checkpoint of a training run.
     """
     file = find_checkpoint(path)
-    record = _read(file).get("encoder")
+    record = read_checkpoint(file).get("encoder")
     parts = record if isinstance(record, dict) else {}
     weights = parts.get("weights", {})
     whole = isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())
     if record is not None and not (whole and isinstance(parts.get("fingerprint"), dict)):
         raise ValueError(f"{str(file)!r} is no checkpoint of a training run: its 'encoder' says nothing of an encoder")
-    if weights and file.is_file():
-        check_file(file, weights.values())
+    if weights:
+        check_file(_files(file)[0], weights.values())
     return record
 
 
@@ -139,8 +136,8 @@ def trained_weights(path: str | Path, network: str, averaged: bool = True) -> di
         ValueError: The run did not train this part, or the file is damaged.
     """
     file = find_checkpoint(path)
-    checkpoint = _read(file)
-    state = _join_shares(file) if file.is_dir() else checkpoint.get("state_dict", {})
+    checkpoint = read_checkpoint(file)
+    state = checkpoint.get("state_dict", {})
     prefix = f"{network}."
     weights = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     if not weights:
@@ -152,9 +149,11 @@ def trained_weights(path: str | Path, network: str, averaged: bool = True) -> di
     average = checkpoint.get("callbacks", {}).get("EMA", {})
     if averaged and average.get("network") == network:
         weights.update(average["averages"])
-    if file.is_file():  # shares have been compared
-        check_file(file, weights.values())
-    return weights
+    shared = [value for value in weights.values() if isinstance(value, Shared)]
+    check_file(_files(file)[0], [value for value in weights.values() if not isinstance(value, Shared)])
+    for part, pieces in zip(share_files(file), zip(*(value.pieces for value in shared), strict=True), strict=False):
+        check_file(part, pieces)
+    return {key: value.join() if isinstance(value, Shared) else value for key, value in weights.items()}
 
 
 def check_whole(path: str | Path) -> None:
@@ -165,42 +164,9 @@ def check_whole(path: str | Path) -> None:
         ValueError: It is damaged.
     """
     file = find_checkpoint(path)
-    if file.is_file():
-        return check_file(file)
-    if (file / CHECKSUMS).is_file():
-        known, found = parse_json((file / CHECKSUMS).read_bytes(), str(file / CHECKSUMS)), _checksums(file)
-        if known != found:
-            wrong = sorted(name for name in {*known, *found} if known.get(name) != found.get(name))
-            raise ValueError(
-                f"{str(file)!r} is damaged: {', '.join(wrong)} does not fit its checksum; take another copy of it"
-            )
-
-
-def write_checksums(folder: Path) -> None:
-    """Adds to a checkpoint that is a folder what :func:`check_whole` compares."""
-    write_json(folder / CHECKSUMS, _checksums(folder))
-
-
-def _checksums(folder: Path) -> dict[str, int]:
-    sums: dict[str, int] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != CHECKSUMS:
-            with path.open("rb") as file:
-                sums[path.name] = reduce(
-                    lambda crc, block: zlib.crc32(block, crc), iter(partial(file.read, 1 << 22), b""), 0
-                )
-    return sums
-
-
-def _join_shares(folder: Path) -> dict[str, Tensor]:
-    """The module's weights from a folder of shares, which are compared with their checksums."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: PLC0415 (slow to import)
-
-    check_whole(folder)
-    with tempfile.TemporaryDirectory() as temporary:
-        dcp_to_torch_save(folder, Path(temporary) / "joined.pt")
-        state: dict[str, Tensor] = read_file(Path(temporary) / "joined.pt")["state_dict"]
-    return state
+    read_checkpoint(file)
+    for part in _files(file):
+        check_file(part)
 
 
 def load_trained(module: nn.Module, path: str | Path, network: str, averaged: bool = True) -> None:

@@ -11,6 +11,7 @@ from rae.checkpoint import pretrained
 from rae.checkpoint.diffusers import is_diffusers, load_diffusers, load_diffusers_decoder
 from rae.checkpoint.original import load_original_decoder, load_original_denoiser
 from rae.checkpoint.run import LAST, find_checkpoint, load_trained, read_encoder
+from rae.checkpoint.shares import REST
 from rae.decoder import ViTDecoder
 from rae.denoiser import Denoiser
 from rae.encoder import AbsentEncoder, Encoder, differences
@@ -35,7 +36,7 @@ def kind_of(source: str | Path) -> tuple[str, Path]:
     path = Path(source).expanduser()
     if path.is_file():
         return ("file" if path.suffix in _FILES else "run"), path
-    if path.is_dir() and (path / LAST).exists():
+    if (path / LAST).exists() or (path / REST).is_file():
         return "run", path
     if not path.is_dir() and ("/" not in str(source) or path.is_absolute()):
         return "run", find_checkpoint(path)  # says that it does not exist

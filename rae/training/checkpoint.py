@@ -23,7 +23,8 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from rae.checkpoint.run import write_checksums
+from rae.checkpoint.run import find_checkpoint, read_checkpoint
+from rae.checkpoint.shares import Shared, changed
 from rae.training.evaluation import Evaluation
 from rae.weights import write_atomically
 
@@ -59,6 +60,18 @@ class StreamedCheckpointIO(TorchCheckpointIO):
         if self._thread is not None:  # the next step changes the tensors
             checkpoint = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
         self.then(lambda: write_atomically(path, lambda file: torch.save(checkpoint, file)))
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Reads a file, or a folder of shares, which are joined.
+
+        Args:
+            path: The checkpoint.
+            arguments: As Lightning's own takes them.
+            options: The same.
+        """
+        if Path(path).is_file():
+            return super().load_checkpoint(path, *arguments, **options)
+        return changed(read_checkpoint(find_checkpoint(path)), Shared, Shared.join)
 
     def then(self, task: Callable[[], object]) -> None:
         """Does something once all that was asked for before is done; nothing is done after a failure.
@@ -175,6 +188,10 @@ class RunCheckpoint(Checkpoint):
         Raises:
             ValueError: ``background`` with another way of writing, or with ``training.on_nonfinite=rollback``.
         """
+        if self.background and getattr(trainer.strategy, "sharded_checkpoints", False):
+            raise ValueError(
+                "callbacks.checkpoint.background=true does not go with strategy.sharded_checkpoints=true; set one of them to false"
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = StreamedCheckpointIO(self.background)
         elif self.background and not isinstance(trainer.strategy.checkpoint_io, StreamedCheckpointIO):
@@ -318,8 +335,6 @@ class RunCheckpoint(Checkpoint):
 
     def _move_on(self, path: Path, best: list[Path], first: bool) -> None:
         """What follows once a checkpoint is written."""
-        if path.is_dir():
-            write_checksums(path)
         self._point("last.ckpt", path)
         if best:
             self._point("best.ckpt", best[0])

@@ -10,7 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from rae.training.strategy import like_shares, whole
+from rae.checkpoint.shares import Shared
+from rae.training.strategy import FullyShardedStrategy, like_shares, reshard
 
 STATE_KEY = "EMA"
 
@@ -52,6 +53,7 @@ class WeightAverage:
             average.copy_(live)
 
     def _parameters(self, network: nn.Module) -> list[nn.Parameter]:
+        reshard(network)
         own = dict(network.named_parameters())
         return [own[name] for name in self.averages]
 
@@ -77,7 +79,7 @@ class EMA(L.Callback):
         self.device = device
         self.validate = validate
         self.average: WeightAverage | None = None
-        self._restored: dict[str, Tensor] | None = None
+        self._restored: dict[str, Tensor | Shared] | None = None
         self._step = 0
         self._swapped = False
 
@@ -86,6 +88,18 @@ class EMA(L.Callback):
         """One name whatever the arguments, so that a checkpoint is read by runs with another decay."""
         return STATE_KEY
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses averages elsewhere than the weights that processes share out.
+
+        Raises:
+            ValueError: ``device`` with fully sharded training.
+        """
+        if self.device is not None and isinstance(trainer.strategy, FullyShardedStrategy):
+            raise ValueError(
+                f"callbacks.ema.device={self.device} does not go with trainer=fsdp, where every process keeps its share of the "
+                "averages beside its share of the weights: set callbacks.ema.device=null"
+            )
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copies the weights, or takes the averages of the checkpoint."""
         network = pl_module.get_submodule(self.network)
@@ -93,7 +107,7 @@ class EMA(L.Callback):
         if self._restored is not None:
             self.restore(self._restored)
 
-    def restore(self, averages: dict[str, Tensor]) -> None:
+    def restore(self, averages: dict[str, Tensor | Shared]) -> None:
         """Takes over the averages of a checkpoint.
 
         Raises:
@@ -152,8 +166,7 @@ class EMA(L.Callback):
         """The averages by parameter name, whatever is swapped in at the moment."""
         if self.average is None:
             return {}
-        averages = {name: whole(average) for name, average in self.average.averages.items()}
-        return {"network": self.network, "decay": self.decay, "averages": averages}
+        return {"network": self.network, "decay": self.decay, "averages": dict(self.average.averages)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the averages until the fit starts; strategies that share weights out restore after that."""

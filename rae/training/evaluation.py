@@ -18,6 +18,7 @@ from rae.image import QUANTIZE
 from rae.parts import stretch
 from rae.training.ema import EMA
 from rae.training.reconstructions import reconstructions
+from rae.training.strategy import FullyShardedStrategy
 from rae.weights import write_json
 
 log = logging.getLogger(__name__)
@@ -337,6 +338,19 @@ class GenerationMetrics(Evaluation):
             "samples_per_class": self.samples_per_class,
             "seed": self.seed,
         }
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """See :meth:`Evaluation.on_fit_start`.
+
+        Raises:
+            ValueError: Processes that share weights out would take unequal numbers of steps, and wait for each other for ever.
+        """
+        if isinstance(trainer.strategy, FullyShardedStrategy) and getattr(self.sampler, "evaluations", 0) is None:
+            raise ValueError(
+                f"callbacks.evaluation.sampler={type(self.sampler).__name__} takes as many steps as the samples call for, which "
+                "does not go with trainer=fsdp: choose a sampler with a fixed number, e.g. sampler=euler, or trainer=ddp"
+            )
+        super().on_fit_start(trainer, pl_module)
 
     def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
         """See :meth:`Evaluation.plan`."""

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rae.checkpoint.run import check_whole, read_step
 from rae.data.latents import LatentsDataModule
 from rae.data.module import ImageDataModule
 from rae.encoder import Encoder
 from rae.training.precision import XLAMixedPrecision, check_precision
 from rae.training.resume import check_epochs, configure, configured
-from rae.weights import check_file, mismatches
+from rae.weights import mismatches
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
@@ -241,22 +242,17 @@ class TrainingModule(L.LightningModule):
         """Whether there is a checkpoint, and it was not gone back to too often."""
         if not checkpoint:
             return False
-        step = self._read(checkpoint)["global_step"]
-        return self._rolled_back.count(step) < _MOST_ROLLBACKS
-
-    @staticmethod
-    def _read(checkpoint: str) -> dict[str, Any]:
-        content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        return content
+        return self._rolled_back.count(read_step(checkpoint)) < _MOST_ROLLBACKS
 
     def roll_back(self, checkpoint: str) -> None:
         """Puts weights, moving averages and optimisers back to a checkpoint; data, schedules and the count of steps go on."""
-        content = self._read(checkpoint)
-        check_file(checkpoint)
-        self.load_state_dict(content["state_dict"])
+        check_whole(checkpoint)
+        strategy: Any = self.trainer.strategy
+        content = strategy.load_checkpoint(checkpoint, weights_only=True)
+        strategy.load_model_state_dict(content)
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.trainer.optimizers]
-        for optimizer, state, lrs in zip(self.trainer.optimizers, content["optimizer_states"], rates, strict=True):
-            optimizer.load_state_dict(state)
+        strategy.load_optimizer_state_dict(content)
+        for optimizer, lrs in zip(self.trainer.optimizers, rates, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

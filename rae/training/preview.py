@@ -56,10 +56,10 @@ class PicturePreview(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draws, writes the picture and hands it to the loggers that take pictures."""
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking:
             return
-        drawn = self.draw(trainer, pl_module)
-        if drawn is None:
+        drawn = self.draw(trainer, pl_module)  # by all: they may share the weights out
+        if drawn is None or not trainer.is_global_zero:
             return
         images, columns = drawn
         picture = make_grid(images, columns, scale=self.scale)

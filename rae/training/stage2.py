@@ -106,9 +106,6 @@ class Stage2Module(TrainingModule):
         if mesh is not None and not self._sharded:
             shard(self.denoiser, mesh["data_parallel"])
             self._sharded = True
-            self.strict_loading = (
-                False  # Lightning's reader of shares would miss the frozen networks, which are never stored
-            )
 
     def configure_optimizers(self) -> Any:
         """One optimiser over the denoiser, its schedule stepped after every optimiser step."""

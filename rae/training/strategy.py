@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
 
+from rae.checkpoint.run import find_checkpoint, read_checkpoint
+from rae.checkpoint.shares import Shared, changed, write_rest, write_share
 from rae.layers import adaptive_blocks
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for PyTorch's ``fully_shard`` (FSDP2), with all processes sharing the data.
 
+    Checkpoints are read by any number of processes, with this strategy or without.
+
     Args:
         sharded_checkpoints: Whether every process writes its share, into a folder; else one file as from one process.
         options: For Lightning's strategy, e.g. ``process_group_backend``.
     """
+
+    lightning_restore_optimizer = True  # by load_optimizer_state_dict
 
     def __init__(self, sharded_checkpoints: bool = False, **options: Any) -> None:
         super().__init__(save_distributed_checkpoint=sharded_checkpoints, **options)
@@ -28,6 +41,118 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+
+    # --- writing -----------------------------------------------------------------------------------------------
+
+    @property
+    def sharded_checkpoints(self) -> bool:
+        """Whether every process writes its share."""
+        return self._save_distributed_checkpoint
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state, shared out as it is."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimiser's state, shared out as it is."""
+        return (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Writes a checkpoint with all that is shared out, atomically; all processes must call this.
+
+        Args:
+            checkpoint: What it is to hold.
+            filepath: The file, or the folder where shares are written; the first process's counts.
+            storage_options: For the writer of a single file.
+
+        Raises:
+            OSError: It could not be written, on this process or another one.
+        """
+        path = Path(self.broadcast(str(filepath)))
+        if self.sharded_checkpoints:
+            return self._save_shares(checkpoint, path)
+        first = self.is_global_zero
+
+        def gathered(value: DTensor) -> Tensor | None:
+            whole = value.full_tensor()
+            return whole.cpu() if first else None
+
+        checkpoint = changed(checkpoint, DTensor, gathered)
+        if first:
+            if path.is_dir():  # of a run that wrote shares
+                shutil.rmtree(path)
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+
+    def _save_shares(self, checkpoint: dict[str, Any], path: Path) -> None:
+        pieces: list[Tensor] = []
+
+        def place(value: DTensor) -> Tensor:
+            if tuple(value.placements) != (Shard(0),):
+                return value.full_tensor().cpu()
+            pieces.append(value.to_local().detach().to("cpu", copy=True))
+            return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+        rest = changed(checkpoint, DTensor, place)
+        begun = path.with_name(f".{path.name}.shares.tmp")
+        if self.is_global_zero:
+            shutil.rmtree(begun, ignore_errors=True)
+        self.barrier()
+        failure = None
+        try:
+            write_share(begun, self.global_rank, pieces)
+            if self.is_global_zero:
+                write_rest(begun, rest, self.world_size)
+        except OSError as error:
+            failure = error
+        if not self.reduce_boolean_decision(failure is None, all=True):
+            raise failure or OSError(f"{str(path)!r} is not written: another process could not write its share")
+        if self.is_global_zero:
+            if path.is_dir():
+                shutil.rmtree(path)
+            path.unlink(missing_ok=True)
+            begun.rename(path)
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Opens a checkpoint, a file or a folder of shares; each process reads its own rows when the state is loaded.
+
+        Args:
+            checkpoint_path: The checkpoint; the first process's counts.
+            weights_only: Has no effect: no code is ever run from a checkpoint.
+        """
+        return read_checkpoint(find_checkpoint(self.broadcast(str(checkpoint_path))))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Loads the weights of a checkpoint, each process its rows.
+
+        Args:
+            checkpoint: From :meth:`load_checkpoint`.
+            strict: Whether the names must be exactly the module's.
+        """
+        module = self.lightning_module
+        assert module is not None
+        own = module.state_dict()
+        state = checkpoint["state_dict"]
+        state = {name: like_shares(value, own[name]) if name in own else value for name, value in state.items()}
+        module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Loads the optimisers' state of a checkpoint, each process its rows.
+
+        Args:
+            checkpoint: From :meth:`load_checkpoint`.
+        """
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            state = {
+                number: changed(saved["state"][number], (Tensor, Shared), partial(like_shares, shares=parameter))
+                for number, parameter in zip(numbers, own, strict=True)
+                if number in saved["state"]
+            }
+            optimizer.load_state_dict({**saved, "state": state})
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
@@ -44,22 +169,39 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(network, mesh=mesh)
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor that processes share, put together on each of them; all must call this. Others are returned as they are."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def like_shares(value: Tensor, shares: Tensor) -> Tensor:
-    """A whole tensor shared out as another is; returned as it is where the other is not shared.
+def reshard(network: nn.Module) -> None:
+    """Lets the parameters of a network be its shares; without gradients, its forward pass leaves the outermost ones gathered.
 
     Args:
-        value: The whole tensor, on any device.
-        shares: A tensor of the same shape.
+        network: Any network; nothing is done to one that is not shared out.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415 (only where it is used)
+    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 (only where it is used)
 
-    if not isinstance(shares, DTensor):
-        return value
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
-    with torch.no_grad():
-        return distribute_tensor(value.to(shares.device), shares.device_mesh, shares.placements)
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor that processes share, put together on each of them; all must call this. Others are returned as they are."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def like_shares(value: Tensor | Shared, shares: Tensor) -> Tensor:
+    """A tensor shared out as another of its shape is; whole where the other is not shared, or has another shape.
+
+    Args:
+        value: A whole tensor, or the pieces of one; the same on all processes, each of which reads its own rows.
+        shares: The other tensor.
+    """
+    if not isinstance(shares, DTensor) or value.shape != shares.shape:
+        return value.join() if isinstance(value, Shared) else value
+    assert tuple(shares.placements) == (Shard(0),), "networks are shared out by rows, see shard"
+    mesh, total = shares.device_mesh, len(shares)
+    count = -(-total // mesh.size())  # the last processes have fewer
+    begin, end = (min(total, count * number) for number in (mesh.get_local_rank(), mesh.get_local_rank() + 1))
+    rows = value.rows(begin, end) if isinstance(value, Shared) else value[begin:end]
+    rows = rows.detach().to(shares.device, copy=True)
+    return DTensor.from_local(
+        rows, mesh, shares.placements, run_check=False, shape=shares.shape, stride=shares.stride()
+    )
