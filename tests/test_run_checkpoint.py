@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 import os
 import signal
@@ -11,10 +13,11 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
-from rae.checkpoint.run import find_checkpoint, load_trained, read_config, trained_weights
+from rae.checkpoint.run import find_checkpoint, load_trained, read_config, read_step, trained_weights
 from rae.cli.train import readable
 from rae.training.checkpoint import RunCheckpoint, StreamedCheckpointIO
 from rae.training.ema import EMA
@@ -127,6 +130,43 @@ def test_interrupted_run_continues_as_if_nothing_had_happened(tmp_path, accumula
     assert torch.equal(rest.network.weight, whole.network.weight)
     first, second = (trained_weights(tmp_path / run / "last.ckpt", "network") for run in ("whole", "cut"))
     assert torch.equal(first["weight"], second["weight"])
+
+
+@pytest.mark.parametrize("step", [2, 3, 8])
+def test_all_values_of_an_interrupted_run_are_logged(tmp_path, step):
+    """Those of the step under way, and of the validation that is due after it."""
+
+    class Validated(Line):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", (self.network(batch) - 1).square().mean())
+
+    def logged(name, *callbacks, resume=None):
+        torch.manual_seed(0)
+        options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+        trainer = L.Trainer(
+            logger=CSVLogger(tmp_path / name, "", flush_logs_every_n_steps=1),
+            callbacks=[RunCheckpoint(str(tmp_path / name)), *callbacks],
+            max_steps=9,
+            val_check_interval=4,
+            **options,
+        )
+        data = DataLoader(torch.ones(20, 1), batch_size=1)
+        with pytest.raises(SystemExit) if callbacks else contextlib.nullcontext():
+            trainer.fit(Validated(), data, data, ckpt_path=resume, weights_only=True)
+        values = {}
+        for table in sorted((tmp_path / name).glob("version_*/metrics.csv")):
+            with table.open() as lines:
+                for row in csv.DictReader(lines):
+                    values.update({(row["step"], key): value for key, value in row.items() if value})
+        return values, torch.load(tmp_path / name / "last.ckpt", weights_only=True)
+
+    (values, whole), last = logged("whole"), tmp_path / "cut" / "last.ckpt"
+    logged("cut", Interrupt(step))
+    assert read_step(last) == step + 1
+    found, cut = logged("cut", resume=str(last))
+    assert found == values
+    assert len([key for key in values if "val/loss" in key]) == 2
+    assert cut["loops"] == whole["loops"]
 
 
 def test_ctrl_c_works_as_before_afterwards(tmp_path):

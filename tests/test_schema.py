@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -11,8 +16,9 @@ from omegaconf import OmegaConf
 from rae.cli.config import ConfigError, compose, config_groups
 from rae.cli.errors import blame
 from rae.cli.schema import check_values
-from tests.attacks.overrides import PYTHONS_WORDS, attack
+from tests.attacks.overrides import PYTHONS_WORDS
 
+ROOT = Path(__file__).parents[1]
 TRAIN = ("stage=2", "latent.stats=none", "denoiser=dit_dh_s", "evaluation=generation")
 REFUSED = [
     ("train data.batch_size=banana", "data.batch_size='banana': must be an integer"),
@@ -112,9 +118,10 @@ def test_a_message_that_names_the_value_alone_is_given_its_key():
 
 
 @pytest.mark.slow
-def test_overrides_drawn_at_random_are_answered_in_words(tmp_path):
-    """A share of ``python -m tests.attacks.overrides``, which draws 1,000."""
-    said = []
-    counts = attack(60, 7, tmp_path, said.append)
-    assert not [line for line in said if " fell " in line]
-    assert sum(found["refused"] for found in counts.values()) >= 40
+def test_overrides_drawn_at_random_are_answered_in_words():
+    """A share of ``python -m tests.attacks.overrides``, which draws 1,000; it forks, so not in a process that has computed."""
+    attack = [sys.executable, "-m", "tests.attacks.overrides", "--draws=60", "--seed=7"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(attack, cwd=ROOT, env=variables, text=True, capture_output=True, timeout=900, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert sum(map(int, re.findall(r"(\d+) refused", ended.stdout))) >= 40

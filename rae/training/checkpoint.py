@@ -106,7 +106,7 @@ class RunCheckpoint(Checkpoint):
     is killed at any moment leaves a usable ``last.ckpt``.
 
     On Ctrl-C, SIGTERM, and Lightning's signal for requeueing SLURM jobs, the step under way is finished and saved before the
-    run stops, on all processes together; a second Ctrl-C stops at once.
+    run stops, on all processes together, after the validation that is due; a second Ctrl-C stops at once.
 
     Args:
         folder: Where the files go.
@@ -169,6 +169,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = -1
         self._saved_at = 0.0
         self._stop_asked: int | None = None
+        self._stopping = False
         self._loops: dict[str, Any] | None = None
         self._process = 0
         self._requeue: Callable[[int, FrameType | None], Any] | None = None
@@ -213,6 +214,7 @@ class RunCheckpoint(Checkpoint):
             self.last_model_path = str(self.folder / "last.ckpt")
         self._saved_at = time.monotonic()
         self._stop_asked = None
+        self._stopping = False
         if trainer.is_global_zero:
             self._tidy(trainer)
         if threading.current_thread() is threading.main_thread():
@@ -245,7 +247,11 @@ class RunCheckpoint(Checkpoint):
             self._loops = _between_steps(trainer)
         if wanted:
             self.save(trainer)
-        if stop:
+        self._stopping = stop
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Ends a run that is asked to stop: now the values of its last step are logged, and the validation due then is done."""
+        if self._stopping:
             self._stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -300,6 +306,8 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step != self._saved_step:
             self.save(trainer)
         self._wait(trainer)
+        if self._stopping:  # in the last step; what would follow this run is to stop too
+            self._stop(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Lets what is being written end."""
@@ -407,9 +415,13 @@ def _between_steps(trainer: L.Trainer) -> dict[str, Any]:
     """State of Lightning's loops at the end of a step.
 
     The epochs begun are put right: Lightning counts one too few once it has continued from the end of an epoch, and then does not
-    recognise the next such end.
+    recognise the next such end. No batch of a validation is under way.
     """
     state = copy.deepcopy(trainer.fit_loop.state_dict())
+    for counts in state["epoch_loop.val_loop.batch_progress"].values():
+        if isinstance(counts, dict):
+            counts.update(dict.fromkeys(counts, 0))
+    state["epoch_loop.val_loop.batch_progress"]["is_last_batch"] = False
     for counts in state["epoch_progress"].values():
         counts["ready"] = counts["started"] = counts["processed"] + 1
     return state
