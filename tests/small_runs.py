@@ -3,15 +3,19 @@
 ``python -m tests.small_runs STAGE DEVICES BATCH ACCUMULATE STEPS OUT [PRECISION] [COMPILE]``
 ``python -m tests.small_runs sharded FOLDER`` makes fully sharded runs of two processes, see :func:`sharded`
 ``python -m tests.small_runs monitored FOLDER`` makes a run of two processes that score it differently
+``python -m tests.small_runs stopped FOLDER`` makes a run of two that begin with other weights, and of which one is interrupted
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -33,7 +37,7 @@ from rae.training.ema import EMA
 from rae.training.evaluation import GenerationMetrics
 from rae.training.preview import SamplePreview
 from rae.training.schedule import WarmupDecay
-from rae.training.stage1 import Stage1Module
+from rae.training.stage1 import Stage1Module, average_gradients
 from rae.training.stage2 import Stage2Module
 from rae.training.strategy import FullyShardedStrategy
 
@@ -226,7 +230,40 @@ def monitored() -> None:
     train(2, folder, 2, 4, 1, max_epochs=2, steps=-1, callbacks=(ema_of(2), OwnScore(), saver))
 
 
+class StopOne(L.Callback):
+    """Interrupts the second process in its fourth step; each keeps what the test asks for in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.steps = folder, []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.steps.append(trainer.global_step)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        gradients = [torch.full((size,), float(trainer.global_rank + size)) for size in (3, 5, 1, 2)]
+        average_gradients(gradients, most=6)
+        held = sum(parameter.requires_grad for parameter in trainer.model._module_parameters)
+        found = {"steps": self.steps, "held": held, "weights": weights(pl_module), "gradients": gradients}
+        torch.save(found, self.folder / f"{trainer.global_rank}.pt")
+        trainer.strategy.barrier()
+
+
+def stopped() -> None:
+    torch.set_num_threads(1)
+    folder, module = Path(sys.argv[2]), make_module(1)
+    if os.environ.get("LOCAL_RANK") == "1":
+        torch.nn.init.ones_(module.decoder.last_layer.weight)
+    with contextlib.suppress(SystemExit):
+        train(1, folder, 2, 2, 1, 20, callbacks=(StopOne(folder), RunCheckpoint(str(folder))), module=module)
+
+
 def main() -> None:
+    if sys.argv[1] == "stopped":
+        return stopped()
     if sys.argv[1] == "sharded":
         return sharded()
     if sys.argv[1] == "monitored":

@@ -142,7 +142,12 @@ def test_all_values_of_an_interrupted_run_are_logged(tmp_path, step):
 
     def logged(name, *callbacks, resume=None):
         torch.manual_seed(0)
-        options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+        options = {
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+        }
         trainer = L.Trainer(
             logger=CSVLogger(tmp_path / name, "", flush_logs_every_n_steps=1),
             callbacks=[RunCheckpoint(str(tmp_path / name)), *callbacks],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rae.checkpoint.run import read_step
 from rae.cli.build import processes_of
@@ -118,3 +119,19 @@ def test_processes_that_score_differently_keep_what_the_first_thinks_best(tmp_pa
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "best.ckpt").resolve() == (tmp_path / "last.ckpt").resolve()
     assert (tmp_path / "last.ckpt").resolve().name == "step_00000010.ckpt"
+
+
+@pytest.mark.slow
+def test_processes_that_begin_apart_train_one_model_and_stop_together(tmp_path: Path):
+    """DistributedDataParallel keeps no room for stage 1's gradients, which are averaged in messages of bounded size."""
+    line = [sys.executable, "-m", "tests.small_runs", "stopped", str(tmp_path)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=variables, cwd=ROOT, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["steps"] == second["steps"] == [1, 2, 3, 4, 5]  # interrupted in the fourth, known to all in the fifth
+    assert first["held"] == 1
+    trained = [name for name in first["weights"] if not name.endswith((".u", ".v"))]
+    assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in trained)
+    for size, one, two in zip((3, 5, 1, 2), first["gradients"], second["gradients"], strict=True):
+        assert one.tolist() == two.tolist() == [size + 0.5] * size

@@ -200,6 +200,30 @@ def test_a_non_finite_gradient_stops_before_the_weights_are_touched(stage: int, 
     assert len(finite) >= len(before) - 1  # all but the one that was spoilt from outside
 
 
+@pytest.mark.parametrize("last", [4, 9])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_norm_that_is_read_late_stops_before_anything_is_saved(stage: int, last: int, tmp_path: Path):
+    """As on a GPU, which nobody waits for."""
+
+    class Spoil(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            steps.append(trainer.global_step)
+            if trainer.global_step == 3:
+                next((pl_module.decoder if stage == 1 else pl_module.denoiser).parameters()).data.fill_(float("nan"))
+
+    for every_n_steps, expected in ((None, [0, 1, 2, 3, 4][:last]), (1, [0, 1, 2, 3])):
+        module, steps = make_module(stage), []
+        module.late_devices = ("cpu",)
+        checkpoint = RunCheckpoint(str(tmp_path / f"run{every_n_steps}"), every_n_steps=every_n_steps)
+        with pytest.raises(NonFiniteError, match=r"step 3 \(batch: epoch 0, samples \["):
+            train(stage, tmp_path, steps=last, callbacks=(Spoil(), checkpoint), module=module)
+        assert steps == expected
+        assert Path(checkpoint.last_model_path or tmp_path).exists()
+    saved = torch.load(tmp_path / "run1" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_non_finite_gradient_rolls_back_to_the_last_checkpoint(stage: int, tmp_path: Path):
     class SpoilOnce(L.Callback):

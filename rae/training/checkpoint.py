@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -26,9 +28,12 @@ from torch import Tensor
 from rae.checkpoint.run import find_checkpoint, read_checkpoint
 from rae.checkpoint.shares import Shared, changed
 from rae.training.evaluation import Evaluation
+from rae.training.late import Late
 from rae.weights import write_atomically
 
 log = logging.getLogger(__name__)
+_SAVE, _STOP = 1, 2
+"""What a process may wish after a step."""
 
 
 class StreamedCheckpointIO(TorchCheckpointIO):
@@ -105,8 +110,8 @@ class RunCheckpoint(Checkpoint):
     next step. A file appears under its name when it is whole, and ``last.ckpt`` is moved on afterwards, so a run that
     is killed at any moment leaves a usable ``last.ckpt``.
 
-    On Ctrl-C, SIGTERM, and Lightning's signal for requeueing SLURM jobs, the step under way is finished and saved before the
-    run stops, on all processes together, after the validation that is due; a second Ctrl-C stops at once.
+    On Ctrl-C, SIGTERM, and Lightning's signal for requeueing SLURM jobs, the step under way (of several processes, the next one) is
+    finished and saved before the run stops, on all together, after the validation that is due; a second Ctrl-C stops at once.
 
     Args:
         folder: Where the files go.
@@ -170,6 +175,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_at = 0.0
         self._stop_asked: int | None = None
         self._stopping = False
+        self._wish: Late | None = None
         self._loops: dict[str, Any] | None = None
         self._process = 0
         self._requeue: Callable[[int, FrameType | None], Any] | None = None
@@ -213,8 +219,7 @@ class RunCheckpoint(Checkpoint):
         if (self.folder / "last.ckpt").exists():
             self.last_model_path = str(self.folder / "last.ckpt")
         self._saved_at = time.monotonic()
-        self._stop_asked = None
-        self._stopping = False
+        self._stop_asked, self._stopping, self._wish = None, False, None
         if trainer.is_global_zero:
             self._tidy(trainer)
         if threading.current_thread() is threading.main_thread():
@@ -236,18 +241,16 @@ class RunCheckpoint(Checkpoint):
         epochs = trainer.current_epoch + 1
         at_the_end = 0 < trainer.max_steps <= step or (over and trainer.max_epochs == epochs)
         ends_interval = over and self.every_n_epochs is not None and epochs % self.every_n_epochs == 0
-        asked = self._stop_asked is not None
         late = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
-        due = self._agree(trainer, asked or late)  # one question a step for both
-        stop = due and self._agree(trainer, asked)
+        wish = self._agree(trainer, _STOP if self._stop_asked is not None else _SAVE if late else 0)
         evaluation = self._evaluation(trainer)
         best = evaluation is not None and evaluation.scored_step == step and self._is_best(trainer, evaluation.scores)
-        wanted = at_the_end or ends_interval or best or due or self._is_time(step)
+        wanted = at_the_end or ends_interval or best or wish > 0 or self._is_time(step)
         if wanted or self.monitor is not None:
             self._loops = _between_steps(trainer)
         if wanted:
             self.save(trainer)
-        self._stopping = stop
+        self._stopping = wish == _STOP
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Ends a run that is asked to stop: now the values of its last step are logged, and the validation due then is done."""
@@ -306,7 +309,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step != self._saved_step:
             self.save(trainer)
         self._wait(trainer)
-        if self._stopping:  # in the last step; what would follow this run is to stop too
+        if self._stop_asked is not None:  # in the last steps; what would follow this run is to stop too
             self._stop(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -316,10 +319,18 @@ class RunCheckpoint(Checkpoint):
     def _is_time(self, step: int) -> bool:
         return self.every_n_steps is not None and step // self.every_n_steps != self._saved_step // self.every_n_steps
 
-    @staticmethod
-    def _agree(trainer: L.Trainer, wish: bool) -> bool:
-        """Whether any process wishes it; all learn the same."""
-        return wish if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(wish, all=False)
+    def _agree(self, trainer: L.Trainer, wish: int) -> int:
+        """The largest wish of any process, the same on all; with several, that of the step before, so that no GPU waits for it."""
+        if trainer.world_size == 1:
+            return wish
+        if not (dist.is_available() and dist.is_initialized()):  # TPUs
+            decide = partial(trainer.strategy.reduce_boolean_decision, all=False)
+            return 0 if not decide(wish > 0) else _STOP if decide(wish == _STOP) else _SAVE
+        before = self._wish
+        largest = torch.full((), wish, device=trainer.strategy.root_device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        self._wish = Late(largest)
+        return 0 if before is None else int(before.read())
 
     # --- saving ------------------------------------------------------------------------------------------------
 
@@ -331,8 +342,8 @@ class RunCheckpoint(Checkpoint):
         first = not self.last_model_path
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         path, best = self._path(self._saved_step), [self._path(step) for _, step in self.best]
-        self.last_model_path = str(self.folder / "last.ckpt")
         trainer.save_checkpoint(path, weights_only=False)
+        self.last_model_path = str(self.folder / "last.ckpt")
         if not trainer.is_global_zero:
             return
         writer = trainer.strategy.checkpoint_io

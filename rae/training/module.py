@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import lightning as L
 import torch
@@ -18,6 +18,7 @@ from rae.checkpoint.run import check_whole, read_step
 from rae.data.latents import LatentsDataModule
 from rae.data.module import ImageDataModule
 from rae.encoder import Encoder
+from rae.training.late import Late
 from rae.training.precision import XLAMixedPrecision, check_precision
 from rae.training.resume import check_epochs, configure, configured
 from rae.weights import mismatches
@@ -25,6 +26,7 @@ from rae.weights import mismatches
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
 Batch = dict[str, Tensor]
+Keys = tuple[Tensor, Tensor]
 OnNonfinite = Literal["stop", "skip", "rollback"]
 _MOST_ROLLBACKS = 3  # from one checkpoint
 
@@ -38,9 +40,10 @@ class TrainingModule(L.LightningModule):
 
     Args:
         seed: Seed of every draw made for a training sample.
-        on_nonfinite: ``stop`` raises :class:`NonFiniteError` before the weights are touched; ``skip`` leaves the step out;
-            ``rollback`` does too and puts weights, averages and optimisers back to the last checkpoint, while data and schedule
-            go on; it stops after the third time from one checkpoint.
+        on_nonfinite: ``stop`` raises :class:`NonFiniteError` before a checkpoint, a validation or the next step; on a GPU the
+            weights in memory are lost by then. ``skip`` leaves the step out; ``rollback`` does too and puts weights, averages and
+            optimisers back to the last checkpoint, while data and schedule go on; it stops after the third time from one
+            checkpoint. Both wait for the GPU in every step, some per cent of the time.
         config: The run's resolved configuration, kept in every checkpoint so that the file describes itself.
 
     Raises:
@@ -49,6 +52,9 @@ class TrainingModule(L.LightningModule):
 
     frozen: tuple[str, ...] = ()
     """Names of submodules, or prefixes of names, whose weights are not in checkpoints."""
+
+    late_devices: tuple[str, ...] = ("cuda",)
+    """Kinds of devices whose gradient norms are read a step later; where reading makes nobody wait, it is done at once."""
 
     takes_latents: bool = False
     """Whether batches may hold cached latents in place of images."""
@@ -62,7 +68,8 @@ class TrainingModule(L.LightningModule):
         self.seed = seed
         self.on_nonfinite = on_nonfinite
         self.config = config
-        self._keys: tuple[Tensor, Tensor] | None = None
+        self._keys: Keys | None = None
+        self._norms: list[tuple[Late, int, Keys | None]] = []
         self._clock: tuple[float, int] | None = None
         self._rolled_back: list[int] = []
         self._asked: dict[str, list[Any]] = {}
@@ -112,7 +119,12 @@ class TrainingModule(L.LightningModule):
         return None if self._encoder is None else self._encoder.record()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds configuration, steps of an epoch, and what tells the encoder: its weights too where nothing else gives them back."""
+        """Adds configuration, steps of an epoch, and what tells the encoder: its weights too where nothing else gives them back.
+
+        Raises:
+            NonFiniteError: The weights are not finite.
+        """
+        self.check_norms()
         if self.config is not None:
             checkpoint["config"] = self.config
         if self._encoder_record is not None:
@@ -208,25 +220,22 @@ class TrainingModule(L.LightningModule):
         """Decides on the averaged gradient's norm, which is the same on all processes.
 
         Returns:
-            Whether the step is to be taken; where it is not, all gradients are removed.
+            Whether the step is to be taken; where it is not, all gradients are removed. On a GPU, ``stop`` lets it be taken:
+            the norm is read in the next step, or before anything is saved or validated.
 
         Raises:
             NonFiniteError: The norm is not finite and ``on_nonfinite`` is ``stop``, or there is nothing to roll back to.
         """
-        if torch.isfinite(norm).item():
+        if self.on_nonfinite == "stop" and norm.device.type in self.late_devices:
+            self.check_norms(of_this_step=False)
+            self._norms.append((Late(norm), self.trainer.global_step, self._keys))
             return True
-        keys = "unknown"
-        if self._keys is not None:
-            epochs, indices = (key.tolist() for key in self._keys)
-            keys = f"epoch {epochs[0]}, samples {indices[:16]}{' …' if len(indices) > 16 else ''}"
-        text = f"gradient norm is {norm.item()} at step {self.trainer.global_step} (batch: {keys})"
-        callback = self.trainer.checkpoint_callback
-        last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        value = norm.item()
+        if math.isfinite(value):
+            return True
+        text, last = _told(value, self.trainer.global_step, self._keys), self._last_checkpoint()
         if self.on_nonfinite == "stop" or (self.on_nonfinite == "rollback" and not self._may_roll_back(last)):
-            raise NonFiniteError(
-                f"{text}; the weights are untouched. Last checkpoint: {last or 'none yet'}. "
-                "Continue from it with a lower optimizer.lr or trainer.precision=32, or set training.on_nonfinite=skip"
-            )
+            self._stop(text, last)
         if self.on_nonfinite == "rollback":
             self.roll_back(last)
             self.print(f"{text}; weights, averages and optimisers are back at step {self._rolled_back[-1]}, {last}")
@@ -237,6 +246,40 @@ class TrainingModule(L.LightningModule):
         for parameter in parameters:
             parameter.grad = None
         return False
+
+    def check_norms(self, of_this_step: bool = True) -> None:
+        """Reads the norms that were left for later.
+
+        Args:
+            of_this_step: Whether those of the step under way are waited for.
+
+        Raises:
+            NonFiniteError: One of them is not finite.
+        """
+        due = [entry for entry in self._norms if of_this_step or entry[2] is not self._keys]
+        del self._norms[: len(due)]
+        for norm, step, keys in due:
+            if not math.isfinite(value := norm.read()):
+                self._stop(_told(value, step, keys), self._last_checkpoint())
+
+    def on_validation_start(self) -> None:
+        """Refuses to validate weights that are not finite."""
+        self.check_norms()
+
+    def on_train_end(self) -> None:
+        """Refuses to end with weights that are not finite."""
+        self.check_norms()
+
+    def _last_checkpoint(self) -> str:
+        callback = self.trainer.checkpoint_callback
+        return getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+
+    @staticmethod
+    def _stop(text: str, last: str) -> NoReturn:
+        raise NonFiniteError(
+            f"{text}. Last checkpoint, from before: {last or 'none yet'}. "
+            "Continue from it with a lower optimizer.lr or trainer.precision=32, or set training.on_nonfinite=skip"
+        )
 
     def _may_roll_back(self, checkpoint: str) -> bool:
         """Whether there is a checkpoint, and it was not gone back to too often."""
@@ -289,3 +332,12 @@ class TrainingModule(L.LightningModule):
             rate = (step - self._clock[1]) * images * self.trainer.world_size / (now - self._clock[0])
             self._clock = (now, step)
             self.log("train/images_per_second", rate, prog_bar=False)
+
+
+def _told(norm: float, step: int, keys: Keys | None) -> str:
+    """What is said of a norm: its step, and the samples in it."""
+    where = "unknown"
+    if keys is not None:
+        epochs, indices = (key.tolist() for key in keys)
+        where = f"epoch {epochs[0]}, samples {indices[:16]}{' …' if len(indices) > 16 else ''}"
+    return f"gradient norm is {norm} at step {step} (batch: {where})"

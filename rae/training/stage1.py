@@ -116,6 +116,19 @@ class Stage1Module(TrainingModule):
         steps = self.steps_per_epoch(self.accumulate)
         return optimizers, [self.scheduler(optimizer, steps_per_epoch=steps) for optimizer in optimizers]
 
+    def setup(self, stage: str) -> None:
+        """Leaves DistributedDataParallel one weight, without which it does not go: it would keep room for all gradients."""
+        super().setup(stage)
+        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, trained[1:])
+
+    def on_fit_start(self) -> None:
+        """Gives all processes the first one's weights, as DistributedDataParallel would."""
+        super().on_fit_start()
+        for parameter in self.parameters() if _several() else ():
+            if parameter.requires_grad:
+                dist.broadcast(parameter.data, 0)
+
     # --- one step ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -289,21 +302,35 @@ def gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:
     return gradients  # type: ignore[return-value]
 
 
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def average_over_processes(values: Tensor) -> Tensor:
-    """Mean over all processes; the tensor itself where there is one."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        values = values.clone()
+    """Averages numbers over all processes in place; returns them."""
+    if _several():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
 
 
-def average_gradients(gradients: list[Tensor]) -> None:
-    """Averages gradients over all processes in place, in one message a data type."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+def average_gradients(gradients: list[Tensor], most: int = 2**26) -> None:
+    """Averages gradients over all processes in place.
+
+    Args:
+        gradients: Tensors of one device.
+        most: Numbers that are copied into one message, unless one gradient alone has more; 64 M are 256 MB of float32.
+    """
+    if not _several():
         return
-    for dtype in {gradient.dtype for gradient in gradients}:
-        same = [gradient for gradient in gradients if gradient.dtype == dtype]
-        flat = average_over_processes(torch.cat([gradient.flatten() for gradient in same]))
-        pieces = flat.split([gradient.numel() for gradient in same])
-        torch._foreach_copy_(same, [piece.view_as(g) for piece, g in zip(pieces, same, strict=True)])
+    groups: list[list[Tensor]] = []
+    for gradient in gradients:
+        group = groups[-1] if groups else []
+        if group and gradient.dtype == group[0].dtype and sum(map(Tensor.numel, group)) + gradient.numel() <= most:
+            group.append(gradient)
+        else:
+            groups.append([gradient])
+    for group in groups:
+        flat = average_over_processes(torch.cat([gradient.flatten() for gradient in group]))
+        pieces = flat.split([gradient.numel() for gradient in group])
+        torch._foreach_copy_(group, [piece.view_as(g) for piece, g in zip(pieces, group, strict=True)])
