@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from rae.checkpoint.run import read_step
 from rae.cli.build import processes_of
 from rae.cli.config import ConfigError
+from rae.cli.processes import first
 from tests.digits_runs import run
 from tests.small_models import make_generator
 
@@ -119,6 +121,16 @@ def test_processes_that_score_differently_keep_what_the_first_thinks_best(tmp_pa
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "best.ckpt").resolve() == (tmp_path / "last.ckpt").resolve()
     assert (tmp_path / "last.ckpt").resolve().name == "step_00000010.ckpt"
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
+def test_nobody_waits_for_a_first_process_that_fails_or_is_stopped(kind):
+    told = []
+    with pytest.raises(kind), first(SimpleNamespace(is_global_zero=True, broadcast=lambda fact: told.append(fact))):
+        raise kind
+    assert told == [True]
+    with pytest.raises(SystemExit), first(SimpleNamespace(is_global_zero=False, broadcast=lambda fact: told[0])) as own:
+        assert not own
 
 
 @pytest.mark.slow

@@ -222,16 +222,15 @@ def evaluate(cfg: DictConfig) -> None:
     identity = {**source.identity, "metric": getattr(metric, "identity", None), "versions": versions()}
     fabric.barrier()
     with first(fabric) as is_first:
-        if not is_first:
-            return
-        save_config(source.described, folder)
-        write_scores(folder, scores, identity)
-        if source.parts is not None:
-            _keep_or_remove(cfg, source, folder)
-        if cfg.neighbours:
-            _write_neighbours(cfg, source, metric, shown, folder)
-        print(table(scores))
-        log.info("scores.json and scores.csv are in %s", folder)
+        if is_first:
+            save_config(source.described, folder)
+            write_scores(folder, scores, identity)
+            if source.parts is not None:
+                _keep_or_remove(cfg, source, folder)
+            print(table(scores))
+            log.info("scores.json and scores.csv are in %s", folder)
+    if is_first and cfg.neighbours:  # the others end: they would not wait for long
+        _write_neighbours(cfg, source, metric, shown, folder)
 
 
 def _write_neighbours(cfg: DictConfig, source: Source, metric: Any, samples: Sequence[Tensor], folder: Path) -> None:

@@ -86,12 +86,12 @@ def begin(fabric: Fabric, parts: Parts, *folders: Path | None) -> list[int]:
 
 @contextmanager
 def first(fabric: Fabric) -> Iterator[bool]:
-    """What the first process does while the others wait; if it fails, they end too, without a word."""
-    error: Exception | None = None
+    """What the first process does while the others wait; if it fails or is stopped, they end too, without a word."""
+    error: BaseException | None = None
     if fabric.is_global_zero:
         try:
             yield True
-        except Exception as caught:
+        except (Exception, KeyboardInterrupt, SystemExit) as caught:
             error = caught
     else:
         yield False
