@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-xla coverage bench lint format clean
+.PHONY: help install demo test test-slow test-xla gpu coverage bench lint format clean
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
@@ -45,6 +45,9 @@ $(XLA_READY): pyproject.toml
 
 test-xla: $(XLA_READY)  ## training, sampling and decoding on an XLA device (its CPU) against the CPU; 6 GB of packages
 	PJRT_DEVICE=CPU XLA_FLAGS="$(XLA_QUICK)" $(XLA_VENV)/bin/python -m pytest -q tests/xla
+
+gpu: $(READY)  ## on one GPU, in 8 minutes: the tests that need it and the benchmark; without one, tests with fake CUDA tensors
+	$(BIN)/python -m tests.on_gpu
 
 coverage: $(READY)  ## the fast and the slow tests; prints the files of which they reach less than 90 %, and the total
 	$(BIN)/coverage erase

@@ -98,11 +98,12 @@ def train(
     module: L.LightningModule | None = None,
     max_epochs: int = -1,
     strategy: L.pytorch.strategies.Strategy | None = None,
+    device: str = "cpu",
 ) -> tuple[L.Trainer, L.LightningModule]:
-    """Trains for a number of optimiser steps on one or several CPU processes."""
+    """Trains for a number of optimiser steps on one or several CPU processes, or on one ``device``."""
     module = module if module is not None else make_module(stage, accumulate, compile_network=compile_network)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=device,
         devices=devices,
         strategy=strategy or ("ddp" if devices > 1 else "auto"),
         max_steps=steps,
@@ -119,7 +120,7 @@ def train(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         limit_val_batches=1,
-        deterministic=True,
+        deterministic=device == "cpu",
     )
     data = SyntheticDataModule(batch, image_size=16, num_classes=4, train_images=40, val_images=8)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
+from tests import on_gpu
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "tests" / "benchmarks"
 
 
 @pytest.fixture
@@ -113,10 +116,63 @@ def test_the_gpu_script_runs_whole_on_a_cpu(tmp_path: Path):
         assert row["images_per_s"] > 0
         assert row["flops_per_image"] > 0
         assert row["ratio"] == pytest.approx(row["images_per_s"] / row["plain_images_per_s"])
+        measured = row["name"].startswith("training") and (row["precision"], row["variant"]) == ("bf16", "eager")
+        assert ("checkpoint_s" in row) == measured
     assert found["ceilings_tflops"].keys() == {"bf16", "tf32"}
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert len(table) == 2 + len(wanted)  # its head and the rule below it
     assert "Matrix products: " in done.stdout
+
+
+def test_rows_are_begun_in_time_and_one_that_does_not_fit_leaves_the_others(beside, capsys):
+    import torch
+    from gpu import Bench
+
+    def large():
+        raise torch.OutOfMemoryError("no room")
+
+    found = []
+    rows = [("large", large), ("small", lambda: found.append("small"))]
+    bench = Bench("cpu", tiny=True)
+    bench.run(rows, seconds=60)
+    assert found == ["small"]
+    bench.run(rows, seconds=-1)
+    assert found == ["small"]
+    assert capsys.readouterr().out.splitlines() == [
+        "| large | out of memory |",
+        "The time is over; 2 rows are left out, from 'large' on.",
+    ]
+    first = [name for name, _ in bench.order()][:4]
+    assert first == ["training DiT-DH-XL", "training ViT-XL", "sampling, 4 points, cfg", "sampling, 4 points, cfg"]
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_without_a_gpu_the_tests_with_fake_tensors_are_run(code, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(on_gpu, "run", lambda arguments, seconds: started.append(arguments[-1]) or code)
+    monkeypatch.setattr(on_gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["on_gpu"])
+    with pytest.raises(SystemExit) as ended:
+        on_gpu.main()
+    assert ended.value.code == code
+    assert started == ["tests/test_fake_cuda.py"]
+    assert capsys.readouterr().out.startswith("There is no CUDA device: ")
+
+
+@pytest.mark.slow
+def test_the_tests_for_a_gpu_run_on_a_cpu():
+    """All but those that compile."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py"]
+    variables = {**os.environ, "TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-k", "not compiled and not cpus"],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.slow

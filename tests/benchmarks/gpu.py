@@ -1,17 +1,25 @@
 """Speed and memory on a GPU in one call: training, sampling and decoding, each beside the plain procedure, and the ceiling.
 
-Run with ``python tests/benchmarks/gpu.py [--json FILE] [--match TEXT]``; with ``--device cpu --tiny`` the same code runs on small
-networks. MFU is the share of the ceiling, the speed of a large matrix product measured first; FLOPs are counted in a real step.
-Weights are random. A batch that does not fit is halved. Both sides' results are compared in float32 before anything is timed.
+Run with ``python tests/benchmarks/gpu.py [--json FILE] [--match TEXT] [--minutes M]``; with ``--device cpu --tiny`` the same code
+runs on small networks. Rows come in order of value, and none is begun once the minutes are over. MFU is the share of the ceiling,
+the speed of a large matrix product measured first; FLOPs are counted in a real step. Weights are random. A batch that does not fit
+is halved. Both sides' results are compared in float32 before anything is timed.
+
+Of training, a row also tells how often a step makes the host wait for the GPU, and how long writing a checkpoint takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
+import tempfile
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +39,38 @@ from rae.cli.config import compose
 from rae.data import SyntheticDataModule
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, EulerSampler, NoGuidance, OfficialGrid
 from rae.generator import Generator
+from rae.training.checkpoint import StreamedCheckpointIO
 from rae.training.ema import EMA
 from rae.weights import write_json
 from tests import plain_procedure
 from tests.plain_sampling import PlainDiTDH, plain_sample
 
-HEAD = ("what", "precision", "variant", "batch", "images/s", "MFU", "memory", "plain, images/s", "ratio")
+HEAD = (
+    *("what", "precision", "variant", "batch", "images/s", "MFU", "memory", "plain, images/s", "ratio"),
+    *("waits per step", "checkpoint"),
+)
+VARIANTS = {"eager": None, "compiled": None, "CUDA graphs": "reduce-overhead"}
+"""How networks are run, and the mode of ``torch.compile``."""
 GUIDANCE = {"none": (1.0, (0.0, 1.0)), "cfg": (1.5, (0.0, 0.85)), "autoguidance": (1.42, (0.0, 1.0))}
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network whose training is timed."""
+
+    name: str
+    overrides: tuple[str, ...]
+    batch: int
+    average: tuple[str, float]
+    """The averaged network's name within the module, and the decay."""
+    peer: type
+    """The plain procedure."""
+
+
 @cache
-def _config(overrides: tuple[str, ...]) -> DictConfig:
-    return compose("train", overrides)
-
-
-def config(overrides: list[str]) -> DictConfig:
+def config(overrides: tuple[str, ...]) -> DictConfig:
     """The configuration of some overrides."""
-    return _config(tuple(overrides))
+    return compose("train", overrides)
 
 
 class Bench(Device):
@@ -56,18 +79,81 @@ class Bench(Device):
     Args:
         kind: ``cuda`` or ``cpu``.
         tiny: Small networks and few steps.
-        match: Only rows whose name holds this text.
         file: Where the figures go, after every row; None for nowhere.
     """
 
-    def __init__(self, kind: str, tiny: bool, match: str, file: Path | None = None) -> None:
+    def __init__(self, kind: str, tiny: bool, file: Path | None = None) -> None:
         super().__init__(kind, tiny)
-        self.match = match
         self.file = file
         self.rows: list[dict[str, Any]] = []
+        self.agreed: set[str] = set()
+        self.plain: dict[tuple[Any, ...], float] = {}
+        """Images per second of the plain procedures."""
+        self.flops: dict[tuple[Any, ...], float] = {}
+        """FLOPs per image, counted where nothing is compiled."""
+        self.points = 4 if tiny else 50
+        self.xl, self.s = (tuple(overrides(f"imagenet256_dit_dh_{size}", 2, tiny)) for size in ("xl", "s"))
         # The plain procedure's draws are to be on the device, as our modules' are.
         plain_procedure.normal = partial(rng.normal, device=self.device)
         plain_procedure.uniform = lambda *arguments: rng.uniform(*arguments).to(self.device)
+
+    def order(self) -> list[tuple[str, Callable[[], None]]]:
+        """All rows by name, the most valuable first."""
+        networks = {}
+        for size, batch in (("S", 256), ("B", 128), ("XL", 64)):
+            given = tuple(overrides(f"imagenet256_dit_dh_{size.lower()}", 2, self.tiny))
+            name, batch = f"training DiT-DH-{size}", 2 if self.tiny else batch
+            networks[size] = Network(name, given, batch, ("denoiser", 0.9995), plain_procedure.PlainStage2)
+        given = tuple(overrides("imagenet256_dinov2_b_vit_xl", 1, self.tiny))
+        average = ("autoencoder.decoder", 0.9978)
+        networks["ViT"] = Network(
+            "training ViT-XL", given, 2 if self.tiny else 32, average, plain_procedure.PlainStage1
+        )
+        rows: list[tuple[str, Callable[[], None]]] = []
+
+        def train(sizes: Sequence[str], precision: str, variant: str) -> None:
+            for size in sizes:
+                rows.append((networks[size].name, partial(self.train, networks[size], precision, variant)))
+
+        def sample(methods: Sequence[str], variants: Sequence[str]) -> None:
+            for method, variant, batch in product(methods, variants, (1, 2) if self.tiny else (8, 64, 1)):
+                name = f"sampling, {self.points} points, {method}"
+                rows.append((name, partial(self.sample, name, method, variant, batch)))
+
+        def decode(variant: str) -> None:
+            for batch in (1, 2) if self.tiny else (8, 64, 1):
+                rows.append(("decoding", partial(self.decode, variant, batch)))
+
+        train(("XL", "ViT"), "bf16", "eager")
+        sample(("cfg",), ("eager",))
+        decode("eager")
+        train(("S",), "bf16", "eager")
+        train(("XL", "ViT", "S"), "tf32", "eager")
+        train(("XL", "ViT", "S"), "bf16", "compiled")
+        sample(("cfg",), ("compiled", "CUDA graphs"))
+        decode("compiled")
+        sample(("none", "autoguidance"), VARIANTS)
+        for precision, variant in product(("bf16", "tf32"), ("eager", "compiled")):
+            train(("B",), precision, variant)
+        train(("XL", "ViT", "S"), "tf32", "compiled")
+        return rows
+
+    def run(self, rows: Sequence[tuple[str, Callable[[], None]]], seconds: float) -> None:
+        """Finds rows until the time is over; one that fails leaves the others.
+
+        Args:
+            rows: From :meth:`order`.
+            seconds: None is begun later.
+        """
+        begin = time.monotonic()
+        for number, (name, row) in enumerate(rows):
+            if time.monotonic() - begin > seconds:
+                print(f"The time is over; {len(rows) - number} rows are left out, from {name!r} on.", flush=True)
+                return
+            try:
+                row()
+            except torch.OutOfMemoryError:
+                print(f"| {name} | out of memory |", flush=True)
 
     def fitting(self, batch: int, run: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
         """What ``run`` finds with the largest batch that fits."""
@@ -80,11 +166,11 @@ class Bench(Device):
                     raise
                 batch //= 2
 
-    def add(self, name: str, precision: str, variant: str, found: dict[str, Any], plain: float | None) -> None:
+    def add(self, name: str, precision: str, variant: str, found: dict[str, Any], plain: float) -> None:
         """Keeps and prints a row."""
         row = {"name": name, "precision": precision, "variant": variant, **found, "plain_images_per_s": plain}
         row["mfu"] = found["flops_per_image"] * found["images_per_s"] / self.ceiling(precision)
-        row["ratio"] = None if plain is None else found["images_per_s"] / plain
+        row["ratio"] = found["images_per_s"] / plain
         self.rows.append(row)
         print(f"| {' | '.join(cells(row))} |", flush=True)
         if self.file is not None:
@@ -93,39 +179,51 @@ class Bench(Device):
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def train(self, name: str, overrides: list[str], batch: int, average: tuple[str, float], peer: type) -> None:
-        """Rows of one network's training: bf16 and tf32, compiled and not, beside the plain procedure."""
-        if self.match not in name:
-            return
-        self.agree_on_training(overrides, average, peer)
-        for precision in ("bf16", "tf32"):
-            plain = self.fitting(batch, partial(self.plain_steps, overrides, peer, precision))
-            flops = None
-            for compiled in (False, True):
-                found = self.fitting(batch, partial(self.steps, overrides, average, precision, compiled))
-                flops = found["flops_per_image"] = found["flops_per_image"] or flops
-                self.add(name, precision, "compiled" if compiled else "eager", found, plain["images_per_s"])
+    def train(self, network: Network, precision: str, variant: str) -> None:
+        """The row of one network's training, beside the plain procedure."""
+        key = (network.name, precision)
+        if network.name not in self.agreed:
+            self.forget()
+            self.agree_on_training(network)
+            self.agreed.add(network.name)
+        if key not in self.plain:
+            found = self.fitting(network.batch, partial(self.plain_steps, network, precision))
+            self.plain[key] = found["images_per_s"]
+        found = self.fitting(network.batch, partial(self.steps, network, precision, variant))
+        self.flops[key] = found["flops_per_image"] = found["flops_per_image"] or self.flops[key]
+        self.add(network.name, precision, variant, found, self.plain[key])
 
-    def module(self, overrides: list[str]) -> L.LightningModule:
-        """The training module of a configuration, the same weights at every call."""
+    def module(self, overrides: tuple[str, ...]) -> L.LightningModule:
+        """The training module of a configuration on the device, the same weights at every call."""
         torch.manual_seed(0)
-        return build_module(config(overrides))
+        with self.device:
+            return build_module(config(overrides))
 
-    def batch(self, overrides: list[str], size: int) -> dict[str, Tensor]:
+    def batch(self, overrides: tuple[str, ...], size: int) -> dict[str, Tensor]:
         """A batch of random images."""
         cfg = config(overrides)
         data = SyntheticDataModule(size, image_size=cfg.image_size, train_images=size, val_images=0)
         return next(iter(data.train_dataloader()))
 
-    def steps(
-        self, overrides: list[str], average: tuple[str, float], precision: str, compiled: bool, batch: int
-    ) -> dict[str, Any]:
+    def steps(self, network: Network, precision: str, variant: str, batch: int) -> dict[str, Any]:
         """Images per second of our training, by Lightning's loop with the average of the weights."""
-        module = self.module([*overrides, f"training.compile={str(compiled).lower()}"])
-        clock = Clock(self, count=not compiled)
-        self.fit(module, self.batch(overrides, batch), clock.total, precision, [EMA(average[1], average[0]), clock])
-        flops = clock.flops / batch if clock.flops else None
-        return {"images_per_s": batch / clock.seconds, "memory_gb": self.memory(), "flops_per_image": flops}
+        compiled = variant == "compiled"
+        module = self.module((*network.overrides, f"training.compile={str(compiled).lower()}"))
+        clock, average = Clock(self, count=not compiled), EMA(network.average[1], network.average[0])
+        trainer = self.fit(module, self.batch(network.overrides, batch), clock.total, precision, [average, clock])
+        found = {"images_per_s": batch / clock.seconds, "memory_gb": self.memory(), "waits_per_step": clock.waits}
+        if (precision, variant) == ("bf16", "eager"):
+            found |= self.write(trainer)
+        return found | {"flops_per_image": clock.flops / batch if clock.flops else None}
+
+    def write(self, trainer: L.Trainer) -> dict[str, float]:
+        """Seconds and gigabytes of a checkpoint of all that is trained."""
+        trainer.strategy.checkpoint_io = StreamedCheckpointIO()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "run.ckpt"
+            begin = time.perf_counter()
+            trainer.save_checkpoint(file)
+            return {"checkpoint_s": time.perf_counter() - begin, "checkpoint_gb": file.stat().st_size / 1e9}
 
     def fit(
         self,
@@ -134,8 +232,8 @@ class Bench(Device):
         steps: int,
         precision: str,
         callbacks: list[L.Callback],
-    ) -> dict[str, Tensor]:
-        """Trains on one batch over and over; what was logged last."""
+    ) -> L.Trainer:
+        """Trains on one batch over and over."""
         self.autocast(precision)
         trainer = L.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
@@ -150,29 +248,30 @@ class Bench(Device):
             enable_model_summary=False,
         )
         trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
-        return dict(trainer.callback_metrics)
+        return trainer
 
-    def agree_on_training(self, overrides: list[str], average: tuple[str, float], peer: type) -> None:
+    def agree_on_training(self, network: Network) -> None:
         """Compares the losses of the second step in float32, with which the first update has agreed too.
 
         Raises:
             AssertionError: They differ.
         """
-        batch = self.batch(overrides, 2)
-        plain = peer(self.module(overrides).to(self.device))
+        batch = self.batch(network.overrides, 2)
+        plain = network.peer(self.module(network.overrides))
         with self.autocast("fp32"):
             expected = [plain.step({key: value.to(self.device) for key, value in batch.items()}) for _ in range(2)][-1]
-        ours = self.fit(self.module(overrides), batch, 2, "fp32", [EMA(average[1], average[0])])
+        average = EMA(network.average[1], network.average[0])
+        ours = self.fit(self.module(network.overrides), batch, 2, "fp32", [average]).callback_metrics
         shared = [name for name in expected if f"train/{name}" in ours]
         assert shared, f"nothing to compare in {sorted(ours)} and {sorted(expected)}"
         for name in shared:
             there = expected[name].to(ours[f"train/{name}"])
             torch.testing.assert_close(ours[f"train/{name}"], there, rtol=2e-2, atol=1e-4)
 
-    def plain_steps(self, overrides: list[str], peer: type, precision: str, batch: int) -> dict[str, Any]:
+    def plain_steps(self, network: Network, precision: str, batch: int) -> dict[str, Any]:
         """Images per second of the plain procedure."""
-        procedure = peer(self.module(overrides).to(self.device))
-        given = {key: value.to(self.device) for key, value in self.batch(overrides, batch).items()}
+        procedure = network.peer(self.module(network.overrides))
+        given = {key: value.to(self.device) for key, value in self.batch(network.overrides, batch).items()}
 
         def step() -> None:
             with self.autocast(precision):
@@ -182,19 +281,20 @@ class Bench(Device):
 
     # --- sampling and decoding -----------------------------------------------------------------------------------
 
-    def generator(self, overrides: list[str], guide: list[str], method: str, points: int) -> Generator:
+    def generator(self, method: str, points: int) -> Generator:
         """A generator of random weights; modulations that begin at zero are drawn."""
         torch.manual_seed(0)
-        cfg = config(overrides)
-        denoiser = make(cfg.denoiser)
-        weak = make(config(guide).denoiser) if method == "autoguidance" else None
-        for network in (denoiser, weak):
-            for parameter in network.parameters() if network is not None else ():
-                nn.init.normal_(parameter, std=0.02)
+        cfg = config(self.xl)
+        with self.device:
+            denoiser = make(cfg.denoiser)
+            weak = make(config(self.s).denoiser) if method == "autoguidance" else None
+            for network in (denoiser, weak):
+                for parameter in network.parameters() if network is not None else ():
+                    nn.init.normal_(parameter, std=0.02)
+            autoencoder = build_autoencoder(cfg, encode=False)
         scale, interval = GUIDANCE[method]
         rules = {"none": NoGuidance, "cfg": ClassifierFreeGuidance, "autoguidance": AutoGuidance}
         rule = rules[method]() if method == "none" else rules[method](scale, interval)
-        autoencoder = build_autoencoder(cfg, encode=False)
         made = Generator(autoencoder, denoiser, make(cfg.flow), EulerSampler(OfficialGrid(points)), rule, weak)
         return made.to(self.device).eval()
 
@@ -207,71 +307,62 @@ class Bench(Device):
         scale, interval = GUIDANCE[method]
         return lambda: plain_sample(model, noise, labels, times, method, scale, interval, guide)
 
-    def sample(self, overrides: list[str], guide: list[str], batches: tuple[int, ...], points: int) -> None:
-        """Rows of sampling latents in bf16: each guidance, each batch, compiled and not."""
-        name = f"sampling, {points} points"
-        for method in GUIDANCE:
-            title = f"{name}, {method}"
-            if self.match not in title:
-                continue
-            self.agree_on_sampling(overrides, guide, method)
-            for batch in batches:
-                plain = None
-                for variant in ("eager", "compiled", "CUDA graphs"):
-                    self.forget()
-                    generator = self.generator(overrides, guide, method, points)
-                    labels = torch.arange(batch, device=self.device) % 1000
-                    with self.autocast("bf16"):
-                        if plain is None:
-                            plain = batch / self.median(self.plain_sampling(generator, method, labels), 2)
-                            with Operations() as counter:
-                                generator.latents(labels)
-                        self.forget()
-                        if variant != "eager":
-                            generator.compile(mode="reduce-overhead" if variant == "CUDA graphs" else None)
-                        speed = batch / self.median(partial(generator.latents, labels))
-                    found = {"images_per_s": speed, "memory_gb": self.memory(), "batch": batch}
-                    found["flops_per_image"] = counter.flops / batch
-                    self.add(title, "bf16", variant, found, plain)
+    def sample(self, name: str, method: str, variant: str, batch: int) -> None:
+        """The row of sampling latents in bf16 with one guidance and batch."""
+        if name not in self.agreed:
+            self.forget()
+            self.agree_on_sampling(method)
+            self.agreed.add(name)
+        self.forget()
+        key, labels = (name, batch), torch.arange(batch, device=self.device) % 1000
+        generator = self.generator(method, self.points)
+        with self.autocast("bf16"):
+            if key not in self.plain:
+                self.plain[key] = batch / self.median(self.plain_sampling(generator, method, labels), 2)
+                with Operations() as counter:
+                    generator.latents(labels)
+                self.flops[key] = counter.flops / batch
+            self.forget()
+            if variant != "eager":
+                generator.compile(mode=VARIANTS[variant])
+            speed = batch / self.median(partial(generator.latents, labels))
+        found = {"images_per_s": speed, "memory_gb": self.memory(), "batch": batch, "flops_per_image": self.flops[key]}
+        self.add(name, "bf16", variant, found, self.plain[key])
 
-    def agree_on_sampling(self, overrides: list[str], guide: list[str], method: str) -> None:
+    def agree_on_sampling(self, method: str) -> None:
         """Compares latents in float32, few steps.
 
         Raises:
             AssertionError: They differ.
         """
-        generator = self.generator(overrides, guide, method, points=4)
+        generator = self.generator(method, points=4)
         labels = torch.tensor([1, 7], device=self.device)
         with self.autocast("fp32"):
             ours, plain = generator.latents(labels), self.plain_sampling(generator, method, labels)()
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
 
-    def decode(self, overrides: list[str], batches: tuple[int, ...]) -> None:
-        """Rows of decoding in bf16, beside the same decoder with attention spelt out."""
-        if self.match not in "decoding":
-            return
+    def decode(self, variant: str, batch: int) -> None:
+        """The row of decoding in bf16, beside the same decoder with attention spelt out."""
+        self.forget()
         torch.manual_seed(0)
-        model = build_autoencoder(config(overrides), encode=False).to(self.device).eval()
-        for batch in batches:
-            latents = torch.randn(batch, *model.latent_shape, device=self.device)
-            with torch.inference_mode(), Operations() as counter:
+        with self.device:
+            model = build_autoencoder(config(self.xl), encode=False).to(self.device).eval()
+        latents = torch.randn(batch, *model.latent_shape, device=self.device)
+        work, key = partial(decoded, model, latents), ("decoding", batch)
+        if key not in self.flops:
+            with torch.no_grad(), Operations() as counter:
                 model.decode(latents)
-            work = partial(decoded, model, latents)
-            plain = None
-            for variant in ("eager", "compiled"):
-                self.forget()
-                with self.autocast("bf16"):
-                    if plain is None:
-                        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                            plain = batch / self.median(work)
-                        self.forget()
-                    else:
-                        model.decoder.compile(dynamic=False)
-                    speed = batch / self.median(work)
-                found = {"images_per_s": speed, "memory_gb": self.memory(), "batch": batch}
-                found["flops_per_image"] = counter.flops / batch
-                self.add("decoding", "bf16", variant, found, plain)
-            model.decoder._compiled_call_impl = None
+            self.flops[key] = counter.flops / batch
+        with self.autocast("bf16"):
+            if key not in self.plain:
+                with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                    self.plain[key] = batch / self.median(work)
+            self.forget()
+            if variant == "compiled":
+                model.decoder.compile(dynamic=False)
+            speed = batch / self.median(work)
+        found = {"images_per_s": speed, "memory_gb": self.memory(), "batch": batch, "flops_per_image": self.flops[key]}
+        self.add("decoding", "bf16", variant, found, self.plain[key])
 
 
 @torch.inference_mode()
@@ -282,7 +373,7 @@ def decoded(model: RAE, latents: Tensor) -> Tensor:
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
-    memory, plain, ratio = row["memory_gb"], row["plain_images_per_s"], row["ratio"]
+    memory, waits, seconds = (row.get(name) for name in ("memory_gb", "waits_per_step", "checkpoint_s"))
     return (
         row["name"],
         row["precision"],
@@ -291,8 +382,10 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['images_per_s']:.1f}",
         f"{row['mfu']:.0%}",
         "" if memory is None else f"{memory:.1f} GB",
-        "" if plain is None else f"{plain:.1f}",
-        "" if ratio is None else f"× {ratio:.2f}",
+        f"{row['plain_images_per_s']:.1f}",
+        f"× {row['ratio']:.2f}",
+        "" if waits is None else f"{waits:g}",
+        "" if seconds is None else f"{seconds:.1f} s, {row['checkpoint_gb']:.1f} GB",
     )
 
 
@@ -304,6 +397,7 @@ def main() -> None:
         "--tiny", action="store_true", help="small networks and few steps: the same code on any machine"
     )
     parser.add_argument("--match", default="", help="only rows whose name holds this text")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no row is begun after them")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -312,20 +406,9 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if options.tiny:
         torch.compile = partial(torch.compile, backend="eager")  # graphs as they are: no minutes of compilation
-    bench = Bench(options.device, options.tiny, options.match, options.json)
+    bench = Bench(options.device, options.tiny, options.json)
     print(markdown(HEAD, []), flush=True)
-    stage1 = overrides("imagenet256_dinov2_b_vit_xl", 1, options.tiny)
-    stage2 = {size: overrides(f"imagenet256_dit_dh_{size}", 2, options.tiny) for size in ("s", "b", "xl")}
-    for size, batch in (("s", 256), ("b", 128), ("xl", 64)):
-        batch = 2 if options.tiny else batch
-        bench.train(
-            f"training DiT-DH-{size.upper()}", stage2[size], batch, ("denoiser", 0.9995), plain_procedure.PlainStage2
-        )
-    average = ("autoencoder.decoder", 0.9978)
-    bench.train("training ViT-XL", stage1, 2 if options.tiny else 32, average, plain_procedure.PlainStage1)
-    batches = (1, 2) if options.tiny else (1, 8, 64)
-    bench.sample(stage2["xl"], stage2["s"], batches, 4 if options.tiny else 50)
-    bench.decode(stage2["xl"], batches)
+    bench.run([row for row in bench.order() if options.match in row[0]], 60 * options.minutes)
     said = ", ".join(f"{value / 1e12:.1f} TFLOP/s in {precision}" for precision, value in bench.ceilings.items())
     where = versions()
     print(f"\nMatrix products: {said}. {where['device']}, PyTorch {where['torch']}, {where['date']}.")

@@ -69,6 +69,9 @@ def overrides(experiment: str, stage: int, tiny: bool) -> list[str]:
     return [f"experiment={experiment}", *(f"{key}={value}" for key, value in chosen.items())]
 
 
+_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy")
+
+
 class Device:
     """A device, and how to measure on it.
 
@@ -146,7 +149,7 @@ class Operations(TorchDispatchMode):
 
 
 class Clock(L.Callback):
-    """Seconds of a training step after the first ones, and the FLOPs of the very first.
+    """Seconds of a training step after the first ones, the FLOPs of the very first, and how often the last ones wait.
 
     Args:
         device: Where it runs.
@@ -155,10 +158,13 @@ class Clock(L.Callback):
 
     def __init__(self, device: Device, count: bool) -> None:
         self.device = device
-        self.warm, self.total = (1, 2) if device.tiny else (4, 14)
+        self.warm, self.end, self.total = (1, 2, 4) if device.tiny else (4, 14, 17)
         self.counter = Operations() if count else None
         self.flops = 0
         self.start = self.seconds = math.nan
+        self.profiler: torch.profiler.profile | None = None
+        self.waits: float | None = None
+        """How often a step makes the host wait for the GPU; None on a CPU."""
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts to count."""
@@ -170,11 +176,18 @@ class Clock(L.Callback):
     ) -> None:
         """Ends the count, starts or stops the clock."""
         self._end_count()
-        if batch_idx + 1 in (self.warm, self.total):
+        if batch_idx + 1 in (self.warm, self.end):
             self.device.wait()
             now = time.perf_counter()
-            self.seconds = (now - self.start) / (self.total - self.warm)
+            self.seconds = (now - self.start) / (self.end - self.warm)
             self.start = now
+        if batch_idx + 1 == self.end and self.device.device.type == "cuda":
+            self.profiler = torch.profiler.profile(activities=list(torch.profiler.supported_activities()))
+            self.profiler.start()
+        elif batch_idx + 2 == self.total and self.profiler is not None:  # of whole steps: the run's end waits
+            self.profiler.stop()
+            waits = [event.count for event in self.profiler.key_averages() if event.key in _WAITS]
+            self.waits = sum(waits) / (self.total - self.end - 1)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """Ends the count: left open, it would count and slow down all that follows, and keep it from being compiled."""
