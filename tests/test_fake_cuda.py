@@ -6,7 +6,8 @@ tensor for its value, which on a GPU makes the program wait.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from rae.data.transforms import to_float
 from rae.discriminator import DiffAugment
 from rae.image import QUANTIZE, to_uint8
 from rae.loss import PerceptualLoss
-from rae.metric import InceptionDetector
+from rae.metric import InceptionDetector, ReconstructionMetrics
+from rae.metric.frechet import FeatureMoments
 from rae.training.ema import WeightAverage
+from rae.training.preview import ReconstructionPreview, SamplePreview
 from tests.small_models import make_generator
 from tests.small_runs import make_module
 
@@ -171,3 +174,100 @@ def test_losses_of_stage_2_and_averages(cuda):
         average = WeightAverage(module.denoiser, 0.9)
         average.update(module.denoiser)
         assert {value.device.type for value in average.averages.values()} == {"cuda"}
+
+
+@pytest.fixture
+def no_autocast_on_meta(monkeypatch):
+    """Autocast does not know that device."""
+    autocast = torch.autocast
+
+    def known_devices(kind, *arguments, **options):
+        return nullcontext() if kind == "meta" else autocast(kind, *arguments, **options)
+
+    monkeypatch.setattr(torch, "autocast", known_devices)
+
+
+def train_on_meta(stage: int, accumulate: int) -> tuple[list[nn.Parameter], dict[str, torch.Tensor]]:
+    """One optimiser step with its backward passes on the meta device; the trained weights, and what was logged."""
+    module, logged = make_module(stage, accumulate), {}
+    module.to("meta")
+    module.late_devices = ("meta",)  # whose numbers nobody can read, as those of a GPU nobody should
+    module.log = lambda name, value, **_: logged.update({name: value})
+    module._trainer = SimpleNamespace(
+        global_step=5, num_training_batches=8, accumulate_grad_batches=accumulate, world_size=1, model=None
+    )
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    networks = [module.decoder, module.discriminator] if stage == 1 else [module.denoiser]
+    optimizers = [torch.optim.AdamW([p for p in net.parameters() if p.requires_grad]) for net in networks]
+    module.optimizers, module.lr_schedulers = lambda use_pl_optimizer=True: optimizers, lambda: None
+    for number in range(accumulate):
+        keys = {"epoch": torch.zeros(4, dtype=torch.long), "index": torch.arange(4) + 4 * number}
+        batch = {"image": torch.empty(4, 3, 16, 16, dtype=torch.uint8), "label": torch.empty(4, dtype=torch.long)}
+        batch = {name: value.to("meta") for name, value in batch.items()} | keys
+        loss = module.training_step(batch, number)
+        if stage == 2:
+            loss.backward()
+    if stage == 2:
+        assert all(parameter.grad.device.type == "meta" for parameter in trained)
+        module.configure_gradient_clipping(optimizers[0], 1.0, "norm")
+        optimizers[0].step()
+    assert all(len(optimizer.state) for optimizer in optimizers)
+    average = WeightAverage(networks[0], 0.9)
+    average.update(networks[0])
+    return trained, logged
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.usefixtures("no_autocast_on_meta")
+def test_training_steps_with_backward(stage, accumulate):
+    trained, logged = train_on_meta(stage, accumulate)
+    assert {parameter.device.type for parameter in trained} == {"meta"}
+    tensors = {name for name, value in logged.items() if isinstance(value, torch.Tensor) and value.is_meta}
+    both = {"train/gan", "train/adaptive_weight", "train/discriminator", "train/discriminator_grad_norm"}
+    assert tensors >= {"train/grad_norm"} | (both if stage == 1 else {"train/loss"})
+
+
+@pytest.mark.usefixtures("no_autocast_on_meta")
+def test_a_step_that_uses_the_cpu_is_found(monkeypatch):
+    with pytest.raises(RuntimeError, match="device"):
+        torch.ones(2, device="meta") + torch.ones(2)
+    monkeypatch.setattr(flow.FlowMatching, "sample_time", lambda self, u: u)
+    monkeypatch.setattr("rae.training.stage2.to_device", lambda values, device: values)
+    with pytest.raises(RuntimeError, match="device"):
+        train_on_meta(2, 1)
+
+
+def test_clip_encoder(cuda):
+    node = compose("train", ["stage=2", "latent.stats=none", "encoder=clip_l14", "encoder.pretrained=false"]).encoder
+    with torch.device("meta"):
+        encoder = make(node).eval()
+    with cuda(), torch.no_grad():
+        moved(encoder)
+        side = encoder.input_size
+        assert encoder(images(side=side)).device.type == "cuda"
+
+
+def test_states_of_metrics(cuda):
+    """Of those that keep sums; others hand their features to the host."""
+    moments, pairs = FeatureMoments(6), ReconstructionMetrics()
+    with cuda(), torch.no_grad():
+        moments.to(CUDA)
+        pairs.to(CUDA)
+        features, pixels = torch.empty(4, 6, device=CUDA), torch.empty(4, 3, 16, 16, dtype=torch.uint8, device=CUDA)
+        moments.update(features)
+        pairs.update(pixels, pixels)
+    assert {value.device.type for value in (moments.total, moments.outer, moments.count)} == {"cuda"}
+
+
+def test_previews(cuda, monkeypatch):
+    monkeypatch.setattr(torch, "as_tensor", known(torch.as_tensor))  # the host knows the labels
+    model = make_generator()
+    model.sampler.grid = flow.OfficialGrid(3)
+    preview, pairs = SamplePreview(model.sampler, GUIDANCES["cfg"], [1, 7], 2), ReconstructionPreview(2)
+    with cuda(), torch.no_grad():
+        moved(model)
+        drawn, columns = preview.draw(None, model)
+        assert (drawn.device.type, tuple(drawn.shape), columns) == ("cuda", (4, 3, 32, 32), 2)
+        with pytest.raises(AssertionError, match="a copy to the host"):  # the pictures, and nothing before them
+            pairs.on_validation_batch_end(SimpleNamespace(is_global_zero=True), model, None, {"image": images()}, 0)
