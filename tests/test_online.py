@@ -128,6 +128,10 @@ def test_evaluations_that_cannot_be_are_refused(tmp_path, reference):
     with pytest.raises(ValueError, match="must stand behind EMA"):
         train(2, tmp_path, steps=1, callbacks=(generation(reference), ema_of(2)))
     many = ReconstructionMetrics(ReconstructionScores(), count=9, every_n_steps=1)
+    with pytest.raises(ValueError, match=r"metric=GenerationMetrics does not compare .*metric=reconstruction or psnr"):
+        ReconstructionMetrics(generation(reference).metric)
+    with pytest.raises(ValueError, match=r"metric=ReconstructionMetrics does not score samples.*metric=generation"):
+        GenerationMetrics(ReconstructionScores(), EulerSampler(FullGrid(3)))
     with pytest.raises(ValueError, match="count=9, but the data has 8 validation images"):
         train(1, tmp_path, steps=1, callbacks=(ema_of(1), many))
 

@@ -30,6 +30,8 @@ class DigitsScores:
         image_size: Side of the samples, in pixels, a multiple of 8.
     """
 
+    takes_originals = False
+
     def __init__(self, hidden: int = 64, seed: int = 0, image_size: int = 32) -> None:
         from sklearn.neural_network import MLPClassifier  # noqa: PLC0415 (an extra: needed by the demo only)
 

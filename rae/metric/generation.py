@@ -34,6 +34,8 @@ class MetricGroup(WrapperMetric):
     """
 
     full_state_update = False
+    takes_originals = False
+    """Whether ``update`` takes images and their originals."""
     detector: Detector
 
     def __init__(self) -> None:

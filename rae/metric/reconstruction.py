@@ -91,7 +91,6 @@ class ReconstructionMetrics(MetricGroup):
     """
 
     takes_originals = True
-    """``update`` takes images and their originals."""
 
     def __init__(
         self,

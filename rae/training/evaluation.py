@@ -58,11 +58,13 @@ class Evaluation(L.Callback):
         folder: Where ``step_N.json`` goes; None for ``evaluation`` in the trainer's root folder.
 
     Raises:
-        ValueError: An interval below 1, an unknown precision or rule, or nothing to score.
+        ValueError: An interval below 1, an unknown precision or rule, nothing to score, or a metric of other images.
     """
 
     prefix = "eval/"
     """How the logged names begin."""
+    takes_originals = False
+    """Whether the metric is to take reconstructions with their originals, else samples alone."""
 
     def __init__(
         self,
@@ -86,6 +88,12 @@ class Evaluation(L.Callback):
         if not (averaged or live):
             raise ValueError(
                 "callbacks.evaluation: averaged=false and live=false leave no weights to score; set one true"
+            )
+        if getattr(metric, "takes_originals", self.takes_originals) != self.takes_originals:
+            wanted = "compare reconstructions with originals" if self.takes_originals else "score samples"
+            raise ValueError(
+                f"callbacks.evaluation: metric={type(metric).__name__} does not {wanted}; "
+                f"choose metric@callbacks.evaluation.metric={'reconstruction or psnr' if self.takes_originals else 'generation'}"
             )
         self.metric: Any = metric
         self.every_n_steps = every_n_steps
@@ -241,6 +249,8 @@ class ReconstructionMetrics(Evaluation):
     Raises:
         ValueError: A count below 1, or see :class:`Evaluation`.
     """
+
+    takes_originals = True
 
     def __init__(self, metric: Scores, count: int | None = None, **options: Any) -> None:
         super().__init__(metric, **options)
