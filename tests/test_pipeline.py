@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import yaml
 
 from rae.checkpoint.run import read_config, read_step
 from rae.cli.config import ConfigError
-from tests.digits_runs import run
+from tests.digits_runs import run, stage1_options, stage2_options
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +31,39 @@ def test_every_run_describes_itself(trained):
         assert json.loads((trained / name / "summary.json").read_text())["steps"] == 8 == read_step(trained / name)
     assert list((trained / "stage1" / "previews").glob("*.png"))
     assert list((trained / "stage2" / "previews").glob("*.png"))
+
+
+def test_every_command_refuses_weights_with_a_flipped_bit(trained, tmp_path):
+    for name in ("stage1", "stage2"):
+        (tmp_path / name).mkdir()
+        shutil.copy(trained / name / "config.yaml", tmp_path / name)
+        content = (trained / name / "checkpoints" / "last.ckpt").read_bytes()
+        weights = torch.load(trained / name / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["EMA"][
+            "averages"
+        ]
+        largest = max(weights.values(), key=torch.Tensor.numel)
+        place = content.index(largest.contiguous().numpy().tobytes()) + 2 * largest.numel()
+        damaged = content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
+        (tmp_path / name / "checkpoints").mkdir()
+        (tmp_path / name / "checkpoints" / "last.ckpt").write_bytes(damaged)
+    one, two = f"{tmp_path}/stage1", f"{tmp_path}/stage2"
+    given = ["samples_per_class=1", "sampler.grid.points=3", "device=cpu"]
+    for number, (command, *options) in enumerate(
+        [
+            ["sample", f"checkpoint={two}", f"decoder_checkpoint={trained}/stage1", *given],
+            ["sample", f"checkpoint={trained}/stage2", f"decoder_checkpoint={one}", *given],
+            ["evaluate", f"checkpoint={two}", "metric=digits", *given],
+            ["evaluate", f"checkpoint={one}", "metric=psnr", "device=cpu"],
+            ["reconstruct", f"checkpoint={one}", "count=2", "device=cpu"],
+            ["convert", f"checkpoint={one}"],
+            ["convert", f"checkpoint={two}"],
+            ["app", f"checkpoint={two}"],
+            ["train", *stage2_options(trained), f"decoder_checkpoint={one}", "trainer.max_steps=1"],
+            ["train", *stage1_options(trained), f"resume={one}", "trainer.max_steps=9"],
+        ]
+    ):
+        with pytest.raises(ValueError, match=r"last\.ckpt' is damaged"):
+            run(command, *options, f"output_dir={tmp_path}/{number}")
 
 
 def test_statistics_do_not_depend_on_the_batch_size(trained, tmp_path):
