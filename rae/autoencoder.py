@@ -83,8 +83,8 @@ class RAE(nn.Module):
             FileNotFoundError: There is no such folder or repository.
             ValueError: The files are not what their description says.
         """
-        from rae.checkpoint.pretrained import resolve  # noqa: PLC0415 (it builds on this module)
-        from rae.checkpoint.source import load_autoencoder  # noqa: PLC0415
+        from rae.formats.export import resolve  # noqa: PLC0415 (it builds on this module)
+        from rae.formats.open import load_autoencoder  # noqa: PLC0415
 
         return load_autoencoder(resolve(source, revision), encoder)
 
@@ -98,12 +98,12 @@ class RAE(nn.Module):
         Raises:
             FileExistsError: The folder holds an export.
         """
-        from rae.checkpoint.pretrained import save  # noqa: PLC0415 (it builds on this module)
+        from rae.formats.export import save  # noqa: PLC0415 (it builds on this module)
 
         return save(self, folder, store_encoder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what :meth:`save_pretrained` writes; see :func:`rae.checkpoint.pretrained.push`."""
-        from rae.checkpoint.pretrained import push  # noqa: PLC0415 (it builds on this module)
+        """Uploads what :meth:`save_pretrained` writes; see :func:`rae.formats.export.push`."""
+        from rae.formats.export import push  # noqa: PLC0415 (it builds on this module)
 
         return push(self, repo_id, **options)

@@ -238,18 +238,18 @@ class Generator(nn.Module):
             FileNotFoundError: There is no such folder or repository.
             ValueError: The files are not what their description says, or hold no denoiser.
         """
-        from rae.checkpoint.pretrained import load_generator  # noqa: PLC0415 (it builds on this module)
+        from rae.formats.export import load_generator  # noqa: PLC0415 (it builds on this module)
 
         return load_generator(source, revision, encoder)
 
     def save_pretrained(self, folder: str | Path, store_encoder: bool | None = None) -> Path:
         """Writes everything that :meth:`from_pretrained` needs; see :meth:`rae.autoencoder.RAE.save_pretrained`."""
-        from rae.checkpoint.pretrained import save  # noqa: PLC0415 (it builds on this module)
+        from rae.formats.export import save  # noqa: PLC0415 (it builds on this module)
 
         return save(self, folder, store_encoder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what :meth:`save_pretrained` writes; see :func:`rae.checkpoint.pretrained.push`."""
-        from rae.checkpoint.pretrained import push  # noqa: PLC0415 (it builds on this module)
+        """Uploads what :meth:`save_pretrained` writes; see :func:`rae.formats.export.push`."""
+        from rae.formats.export import push  # noqa: PLC0415 (it builds on this module)
 
         return push(self, repo_id, **options)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from rae.weights import write_atomically
+from rae.io.files import write_atomically
 
 QUANTIZE = ("floor", "round")
 """How grey levels between two bytes become one: the lower one, of which all published scores are, or the nearer one."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rae.weights import parse_json, read_file
+from rae.io.files import parse_json
+from rae.io.tensors import read_file
 
 FORMS = ("variance", "deviation")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands do, see rae.cli.entry
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands do, see rae.cli.main
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make no downloads
@@ -37,7 +37,7 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _own_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Classes named below ``--config-dir`` in one test are not built from files in the next."""
-    monkeypatch.setattr("rae.describe._trusted", set())
+    monkeypatch.setattr("rae.io.describe._trusted", set())
 
 
 @pytest.fixture(autouse=True)

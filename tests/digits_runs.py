@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from rae.cli.config import absolute_paths, check_complete, compose
+from rae.cli.config import absolute_paths, check_complete
+from rae.cli.errors import compose
 
 SHORT = [
     "data.batch_size=32",
@@ -20,7 +22,7 @@ SHORT = [
 
 def run(command: str, *overrides: str, replaced: Mapping[str, Any] | None = None) -> None:
     """What the console command does with a composed configuration, some nodes of which are replaced whole."""
-    module = __import__(f"rae.cli.{command}", fromlist=[command])
+    module = import_module("rae.app.command" if command == "app" else f"rae.commands.{command}")
     cfg = compose("train" if command == "train" else command, overrides)
     for key, value in (replaced or {}).items():
         parent, _, name = key.rpartition(".")

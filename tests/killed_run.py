@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 
-from rae.cli.train import main
+from rae.cli.main import train
 from rae.training.stage1 import Stage1Module
 
 
@@ -57,4 +57,4 @@ if __name__ == "__main__":
     if os.environ.get("KILL"):
         place, _, step = os.environ["KILL"].partition(":")
         arm(place, int(step))
-    main()
+    train()

@@ -6,10 +6,11 @@ the command goes through.
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import stat
+
+from rae.cli import main
 
 if __name__ == "__main__":
     command = os.environ["COMMAND"]  # not an argument: further processes are started with the same ones
@@ -24,4 +25,4 @@ if __name__ == "__main__":
             sync(handle)
 
         os.fsync = count
-    importlib.import_module(f"rae.cli.{command}").main()
+    getattr(main, command)()

@@ -29,7 +29,7 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
         CellExecutionError: A cell raises.
     """
     notebook = nbformat.read(path, as_version=4)
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands do, see rae.cli.entry
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands do, see rae.cli.main
     known = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([known] if known else [])])  # the kernel inherits it
     try:

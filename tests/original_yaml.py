@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from rae.cli.config import conf_dir
+from rae.cli.groups import conf_dir
 
 COLLECTION = Path("models")
 ENCODERS = {

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from rae.cli.build import make, seed
-from rae.cli.cache_latents import cache_latents
-from rae.cli.config import check_complete, compose
-from rae.cli.stats import stats
+from rae.cli.config import check_complete
+from rae.cli.errors import compose
+from rae.commands.cache_latents import cache_latents
+from rae.commands.stats import stats
 from rae.data.transforms import to_float
 from rae.metric import ReferenceBuilder
 from rae.metric.features import Detector

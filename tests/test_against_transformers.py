@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from rae.cli.build import make
-from rae.cli.config import compose, conf_dir
+from rae.cli.errors import compose
+from rae.cli.groups import conf_dir
 
 pytestmark = pytest.mark.slow
 

@@ -11,15 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from rae.cli.app import app, class_names, open_perceptual, open_viewer
-from rae.cli.config import ConfigError, absolute_paths, compose
+from rae.app.command import app, class_names, open_perceptual, open_viewer
+from rae.app.viewer import Viewer, calls, with_steps
+from rae.cli.config import absolute_paths
+from rae.cli.errors import compose
 from rae.cli.models import open_generator
-from rae.cli.viewer import Viewer, calls, with_steps
 from rae.data.transforms import center_crop
 from rae.denoiser import DiTDH
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, EulerMaruyamaSampler, EulerSampler, FullGrid, OfficialGrid
 from rae.generator import Generator
 from rae.image import to_uint8
+from rae.io.errors import ConfigError
 from rae.loss import PerceptualLoss
 from tests.small_runs import make_module
 
@@ -214,7 +216,7 @@ def test_autoguidance_is_offered_where_there_is_a_guide(exports, tmp_path):
 
 
 def test_absent_gradio_is_named(monkeypatch, exports):
-    monkeypatch.setattr("rae.cli.app.find_spec", lambda name: None)
+    monkeypatch.setattr("rae.app.command.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "rae\[app\]"'):
         app(configuration(exports / "generator"))
 
@@ -224,7 +226,7 @@ def test_absent_gradio_is_named(monkeypatch, exports):
 
 @pytest.mark.slow
 def test_an_autoencoder_has_one_tab_and_the_page_says_why(exports):
-    from rae.cli.page import build_page, in_words, score_table
+    from rae.app.page import build_page, in_words, score_table
 
     for name, tabs, reason in (("generator", ["Reconstruction", "Samples"], 0), ("autoencoder", ["Reconstruction"], 1)):
         viewer, about = open_viewer(configuration(exports / name))
@@ -252,7 +254,7 @@ def test_only_uploaded_files_are_read(exports, tmp_path, monkeypatch):
     """A forged request cannot have other files of the machine shown."""
     from gradio import Error
 
-    from rae.cli.page import build_page
+    from rae.app.page import build_page
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     (tmp_path / "uploads").mkdir()
@@ -308,7 +310,7 @@ def test_images_that_would_fill_the_memory_are_refused_undecoded(tmp_path, monke
 def test_the_page_enforces_what_its_sliders_allow():
     from gradio import Error
 
-    from rae.cli.page import Limits, build_page
+    from rae.app.page import Limits, build_page
 
     made = build_page(Viewer(generator()), "", Limits(max_count=3, max_steps=9, max_scale=2)).fns.values()
     (sample,) = [each.fn for each in made if each.name == "sample"]

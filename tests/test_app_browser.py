@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae.cli.app import open_viewer
+from rae.app.command import open_viewer
 from rae.flow import ClassifierFreeGuidance, EulerSampler, OfficialGrid
 from rae.generator import Generator
 from rae.image import to_uint8
@@ -50,7 +50,8 @@ def served(folder: Path, *arguments: str, environment: dict[str, str]):
     command = [
         sys.executable,
         "-m",
-        "rae.cli.app",
+        "rae",
+        "app",
         *arguments,
         f"port={port}",
         f"output_dir={folder}/out",

@@ -9,13 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import rae.checkpoint.pretrained as pretrained
 import rae.encoder.timm_vit as timm_vit
+import rae.formats.export as pretrained
 from rae.autoencoder import RAE
-from rae.checkpoint import kind_of, load_decoder_from, load_denoiser_from, save_original
-from rae.checkpoint.denoiser import ours_to_original
 from rae.denoiser import DiT
-from rae.describe import Described, describe, rebuild
 from rae.encoder import TimmEncoder, tiny_encoder
 from rae.flow import (
     ClassifierFreeGuidance,
@@ -26,9 +23,12 @@ from rae.flow import (
     UniformTime,
     VPPath,
 )
+from rae.formats import kind_of, load_decoder_from, load_denoiser_from, save_original
+from rae.formats.denoiser import ours_to_original
 from rae.generator import Generator
+from rae.io.describe import Described, describe, rebuild
+from rae.io.tensors import state_hash
 from rae.latent import LatentNormalizer
-from rae.weights import state_hash
 from tests.small_models import make_autoencoder, make_diffusers, make_generator, randomise
 
 # --- descriptions ------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def test_descriptions_make_the_same_objects_again():
     assert describe(made[1])["path"] == {"_target_": "rae.flow.VPPath", "beta_min": 0.2, "beta_max": 11.0}
 
 
-@pytest.mark.parametrize("target", ["os.system", "rae.cli.build.Path", "rae.weights.read_file", "rae.no.Such"])
+@pytest.mark.parametrize("target", ["os.system", "rae.cli.build.Path", "rae.io.tensors.read_file", "rae.no.Such"])
 def test_descriptions_run_nothing_but_models(target: str):
     with pytest.raises(ValueError, match="no known class of a model"):
         rebuild({"_target_": target, "command": "true"})

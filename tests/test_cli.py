@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from rae.cli.entry import _flags_first, _without_fixed_keys
+from rae.cli.main import _flags_first, _without_fixed_keys
 
 COMMANDS = ["train", "stats", "reconstruct", "sample", "evaluate", "app"]
 
 
 def run(command: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", f"rae.cli.{command}", *arguments],
+        [sys.executable, "-m", "rae", command.replace("_", "-"), *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
@@ -64,7 +64,7 @@ def test_missing_data_path_is_answered_in_one_line(tmp_path):
 def test_a_reader_who_goes_away_is_no_error(tmp_path):
     """As with ``rae-convert config --help | head``."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "rae.cli.convert", "config", "--help"],
+        [sys.executable, "-m", "rae", "convert", "config", "--help"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE,
@@ -92,7 +92,7 @@ def test_freed_memory_is_kept_where_it_is_asked_for(kept: bool):
     """64 MB that were freed and are taken again cost no new pages."""
     script = f"""
 import resource
-from rae.cli.train import keep_freed_memory
+from rae.commands.train import keep_freed_memory
 if {kept}:
     assert keep_freed_memory()
 def faults():

@@ -13,22 +13,13 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from rae.cli.build import set_float32
-from rae.cli.config import (
-    ConfigError,
-    absolute_paths,
-    check_complete,
-    check_same_run,
-    compose,
-    conf_dir,
-    config_groups,
-    missing_keys,
-    normalise,
-    plain,
-    save_config,
-)
+from rae.cli.config import absolute_paths, check_complete, check_same_run, missing_keys, plain, save_config
+from rae.cli.errors import compose
+from rae.cli.groups import conf_dir, config_groups, normalise
 from rae.cli.help import GROUPS, help_groups
 from rae.cli.schema import check_values
+from rae.io.errors import ConfigError
+from rae.jobs.processes import set_float32
 
 CONF = conf_dir()
 FILES = sorted(CONF.rglob("*.yaml"))

@@ -12,16 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rae.checkpoint import denoiser_from_original, save_original
-from rae.cli.config import ConfigError, compose
-from rae.cli.convert import convert
-from rae.cli.download import download, files_of
-from rae.cli.reconstruct import reconstruct
-from rae.cli.sample import sample
+from rae.cli.errors import compose
+from rae.commands.convert import convert
+from rae.commands.download import download, files_of
+from rae.commands.reconstruct import reconstruct
+from rae.commands.sample import sample
 from rae.denoiser import DiTDH
 from rae.flow import ClassifierFreeGuidance, EulerSampler, OfficialGrid
+from rae.formats import denoiser_from_original, save_original
 from rae.generator import Generator
-from rae.weights import state_hash
+from rae.io.errors import ConfigError
+from rae.io.tensors import state_hash
 from tests.small_models import make_autoencoder, make_diffusers, make_generator, randomise
 
 TINY = [
@@ -121,7 +122,7 @@ def test_download_puts_files_where_the_model_looks_for_them(tmp_path: Path, monk
         fetched.append((repo, name, revision))
         return str(Path(local_dir) / name)
 
-    monkeypatch.setattr("rae.hub.hf_hub_download", hub)
+    monkeypatch.setattr("rae.io.hub.hf_hub_download", hub)
     download(
         compose("download", ["model=mae_b_256", f"collection={tmp_path}", "encoder_weights=false", "revision=abc"])
     )
@@ -166,7 +167,8 @@ def test_convert_is_a_command(tmp_path: Path):
     command = [
         sys.executable,
         "-m",
-        "rae.cli.convert",
+        "rae",
+        "convert",
         f"checkpoint={folder}",
         "to=original",
         f"output_dir={tmp_path}/out",

@@ -15,9 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rae.cli.config import ConfigError, compose
-from rae.cli.cost import reckon
-from rae.cli.cost_table import heading, row, text
+from rae.cli.errors import compose
+from rae.commands.cost import reckon
 from rae.cost import Card, Memory, Plan, evaluations, on_paper, optimizer_ratio, shares, stage1_step, static_memory
 from rae.cost.meter import FORMULAS
 from rae.cost.steps import denoising, stage2_step
@@ -33,7 +32,9 @@ from rae.flow import (
     NoGuidance,
     OfficialGrid,
 )
+from rae.io.errors import ConfigError
 from rae.loss import Phases, Stage1Loss
+from rae.report.cost import heading, row, text
 from tests.small_runs import train
 
 # --- the steps that training takes -------------------------------------------------------------------------------
@@ -332,7 +333,7 @@ def test_unknown_card():
 
 @pytest.mark.slow
 def test_command_needs_neither_data_nor_weights(tmp_path):
-    command = [sys.executable, "-m", "rae.cli.cost", "-m", "experiment=digits_stage1,digits_stage2", "print=row"]
+    command = [sys.executable, "-m", "rae", "cost", "-m", "experiment=digits_stage1,digits_stage2", "print=row"]
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,8 +7,8 @@ import torch
 
 from rae.autoencoder import RAE
 from rae.cli.build import make
-from rae.cli.config import compose
-from rae.cli.cost import without_weights
+from rae.cli.errors import compose
+from rae.commands.cost import without_weights
 from rae.cost import measure, on_paper, parameters, shares
 from rae.cost.steps import denoiser_forward, denoising, encoding
 from rae.discriminator import DinoDiscriminator

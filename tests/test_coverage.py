@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rae.cli.build import build
-from rae.cli.config import compose
+from rae.cli.errors import compose
 from rae.data import ImageFolderDataModule, LatentsDataModule, ShardsDataModule
-from rae.data.packing import ShardPlan, pack
-from rae.weights import write_json
+from rae.data.packing.pack import ShardPlan, pack
+from rae.io.files import write_json
 
 COUNT, GLOBAL = 26, 6
 KINDS = ["folder", "shards", "latents"]

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rae.checkpoint.run import check_whole, content_hash, read_config, trained_weights
-from rae.cli.train import readable
+from rae.commands.train import readable
+from rae.formats.run import check_whole, content_hash, read_config, trained_weights
+from rae.io.tensors import read_file
 from rae.training.module import TrainingModule
-from rae.weights import read_file
 
 
 def write(file: Path, value: float = 0.0) -> Path:

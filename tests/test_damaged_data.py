@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rae.cli.entry import entry
+from rae.cli import main
 from rae.data import LatentsDataModule
 from rae.data.latents import INDEX, checksums
 from rae.data.loader import BrokenFiles, BrokenFilesError, Names
-from rae.data.packing import ShardPlan, pack
+from rae.data.packing.origin import find_sources
+from rae.data.packing.pack import ShardPlan, pack
 from rae.data.shards import ShardsDataModule, TarShards, read_index
-from rae.data.sources import find_sources
 from rae.data.transforms import ImageTransform
 from tests.small_images import COUNT, overrides, run, write_images
 
@@ -356,7 +356,6 @@ def test_names_are_a_list_in_little_memory():
 @pytest.mark.slow
 def test_commands_answer_damaged_data_in_one_line(images, packed, tmp_path, monkeypatch, capfd):
     """Random damage to shards through rae-stats: the right number of images, or one line that names the shard."""
-    from rae.cli.stats import stats
 
     draws = random.Random(2)
     without_indices(packed)
@@ -374,7 +373,7 @@ def test_commands_answer_damaged_data_in_one_line(images, packed, tmp_path, monk
         output = tmp_path / f"out{number}"
         given = overrides(images, output, "data=shards", f"data.train_path={packed}", "data.val_path=null")
         monkeypatch.setattr("sys.argv", ["rae-stats", *given])
-        code = exit_code(entry("stats", stats))
+        code = exit_code(main.stats)
         errors = capfd.readouterr().err
         if code == 0:
             assert json.loads((output / "stat.json").read_text())["images"] == COUNT

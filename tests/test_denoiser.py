@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rae.checkpoint.denoiser import denoiser_from_config, original_to_ours, ours_to_original
 from rae.denoiser import DiT, DiTDH
+from rae.formats.denoiser import denoiser_from_config, original_to_ours, ours_to_original
+from rae.io.tensors import load_strict
 from rae.layers import (
     Attention,
     LabelEmbedding,
@@ -21,7 +22,6 @@ from rae.layers import (
     tokens_to_grid,
     unpatchify,
 )
-from rae.weights import load_strict
 
 SIZES = {"s": (384, 12, 6, 196), "b": (768, 12, 12, 294), "l": (1024, 24, 16, 621), "xl": (1152, 28, 16, 839)}
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rae.autoencoder import RAE
-from rae.checkpoint import load_diffusers, save_diffusers
+from rae.formats import load_diffusers, save_diffusers
 from rae.latent import LatentNormalizer
 from tests.small_models import KINDS, make_autoencoder, make_diffusers
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rae.data.digits import DigitsDataset
-from rae.data.digits_scores import DigitsScores
+from rae.demo.scores import DigitsScores
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rae.cli import drawing
-from rae.cli.config import ConfigError
+from rae.commands import evaluate, sample
 from rae.flow import EulerSampler, FullGrid
 from rae.generator import Generator
+from rae.io.errors import ConfigError
 from rae.metric import CallableDetector, MetricSet, ReferenceBuilder, write_reference
 from rae.metric import GenerationMetrics as GenerationScores
 from rae.metric import ReconstructionMetrics as ReconstructionScores
@@ -51,7 +51,8 @@ def _nothing_is_drawn(monkeypatch):
 
     for name in ("draw", "forward"):
         monkeypatch.setattr(Generator, name, draws)
-    monkeypatch.setattr(drawing, "draw", draws)
+    for command in (evaluate, sample):
+        monkeypatch.setattr(command, "draw", draws)
     monkeypatch.setattr("rae.autoencoder.RAE.forward", draws)
 
 

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from rae.autoencoder import RAE
-from rae.cli.config import ConfigError
-from rae.cli.drawing import label_list
-from rae.cli.sources import open_images, open_pairs
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH
 from rae.encoder import tiny_encoder
 from rae.flow import EulerSampler, FlowMatching, OfficialGrid
 from rae.generator import Generator
+from rae.io.errors import ConfigError
+from rae.jobs.images import open_images, open_pairs
+from rae.jobs.samples import label_list
 from rae.metric import read_reference
 from tests.digits_runs import run
 
@@ -143,7 +143,7 @@ def test_samples_that_are_there_are_kept_and_others_refused(exported, samples, t
 
 
 def test_labels_may_be_random_or_listed(tmp_path):
-    from rae.cli.config import compose
+    from rae.cli.errors import compose
 
     cfg = compose("sample", ["checkpoint=unused", "labels=random", "count=2000"])
     labels = label_list(cfg, 10)

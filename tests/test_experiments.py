@@ -9,7 +9,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from rae.cli.build import make
-from rae.cli.config import compose, conf_dir
+from rae.cli.errors import compose
+from rae.cli.groups import conf_dir
 
 FILES = sorted(path for path in (conf_dir() / "experiment").glob("imagenet*.yaml"))
 STAGE1 = [path.stem for path in FILES if "vit" in path.stem]

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rae import flow
 from rae.cli.build import make
-from rae.cli.config import compose, config_groups
+from rae.cli.errors import compose
+from rae.cli.groups import config_groups
 from rae.data.transforms import to_float
 from rae.discriminator import DiffAugment
 from rae.image import QUANTIZE, to_uint8

@@ -13,7 +13,7 @@ from PIL import Image
 from rae.data import DigitsDataModule, ImageFolder, ImageFolderDataModule, ImageTransform, SyntheticDataModule
 from rae.data.digits import load_split
 from rae.data.loader import BrokenFilesError
-from rae.data.sources import find_sources
+from rae.data.packing.origin import find_sources
 from rae.metric.images import folder_files
 from tests.test_data import Recorder, by_key, trainer
 

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from rae import flow, metric, rng
 from rae.cli.build import make
-from rae.cli.config import compose, config_groups
+from rae.cli.errors import compose
+from rae.cli.groups import config_groups
 from rae.generator import Generator
 from rae.metric import CallableDetector, InceptionDetector
 from rae.training.checkpoint import RunCheckpoint

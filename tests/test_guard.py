@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from rae.cli.guard import Guard
+from rae.app.guard import Guard
 
 
 def answer(names=(), method="POST", path="/", headers=None, pieces=(b"{}",)):

@@ -11,11 +11,13 @@ import torch
 
 import rae
 from rae.autoencoder import RAE
-from rae.cli.config import compose, plain
+from rae.cli import main
+from rae.cli.config import plain
+from rae.cli.errors import compose
 from rae.cli.models import open_model, usable
-from rae.describe import check, rebuild
 from rae.encoder import tiny_encoder
 from rae.generator import Generator
+from rae.io.describe import check, rebuild
 from tests.attacks.files import SECRET, blobs, places, replaced, run_config, targets, write_run
 from tests.small_models import make_generator
 
@@ -167,12 +169,12 @@ def test_own_classes_are_built_where_the_user_names_them(model, tmp_path, monkey
     module = tmp_path / "my_sampler_of_a_test.py"
     module.write_text("from rae.flow import EulerSampler\n\n\nclass Mine(EulerSampler):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    node = {**rae.describe.describe(model.sampler), "_target_": "my_sampler_of_a_test.Mine"}
+    node = {**rae.io.describe.describe(model.sampler), "_target_": "my_sampler_of_a_test.Mine"}
     with pytest.raises(ValueError, match=r"'my_sampler_of_a_test\.Mine' .* name it in a YAML file below --config-dir"):
         check(node, "a.ckpt")
-    monkeypatch.setattr("rae.describe._trusted", {"my_sampler_of_a_test.Mine"})
+    monkeypatch.setattr("rae.io.describe._trusted", {"my_sampler_of_a_test.Mine"})
     check(node, "a.ckpt")
-    monkeypatch.setattr("rae.describe._trusted", set())
+    monkeypatch.setattr("rae.io.describe._trusted", set())
     import my_sampler_of_a_test
 
     check(node, "a.ckpt")
@@ -300,8 +302,6 @@ OPTIONS = {
 
 @pytest.mark.slow
 def test_no_file_runs_or_leaks_on_any_option(model, canary, tmp_path, monkeypatch, capfd):
-    import importlib
-
     from PIL import Image
 
     files = blobs(tmp_path / "files", canary)
@@ -312,7 +312,7 @@ def test_no_file_runs_or_leaks_on_any_option(model, canary, tmp_path, monkeypatc
         Image.new("RGB", (32, 32)).save(images / "a" / f"{number}.png")
     draws, answers = random.Random(0), {"refused": 0, "right": 0}
     for command, options in OPTIONS.items():
-        task = importlib.import_module(f"rae.cli.{command}").main
+        task = getattr(main, command)
         for option in options:
             for file in draws.sample(files, 4):
                 given = option.replace("{good}", str(good)).replace("{first}", str(good.with_name("stage1.ckpt")))

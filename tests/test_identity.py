@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 import rae
 from rae.autoencoder import RAE
-from rae.checkpoint import find_checkpoint, settle_encoder
-from rae.checkpoint.run import read_encoder
 from rae.cli.build import Parts, build
-from rae.cli.config import compose
+from rae.cli.errors import compose
 from rae.data.transforms import to_float
 from rae.encoder import AbsentEncoder, TimmEncoder, timm_vit
-from rae.weights import state_hash
+from rae.formats import find_checkpoint, settle_encoder
+from rae.formats.run import read_encoder
+from rae.io.tensors import state_hash
 from tests.digits_runs import run
 
 ROOT = Path(__file__).parents[1]
@@ -237,7 +237,7 @@ def test_commands_reconstruct_alike_whatever_their_seed(random_run, tmp_path: Pa
 def test_the_hash_is_the_same_with_every_cpu_kernel(tmp_path: Path):
     path = weight_file(tmp_path / "a.safetensors", 0)
     script = (
-        "from rae.encoder import TimmEncoder; from rae.weights import state_hash; "
+        "from rae.encoder import TimmEncoder; from rae.io.tensors import state_hash; "
         f"e = TimmEncoder(**{FACTS}, input_size=56, checkpoint={str(path)!r}); "
         "print(state_hash(e.state_dict()), e.weights_hash())"
     )

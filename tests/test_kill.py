@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from rae.checkpoint.run import read_step
+from rae.formats.run import read_step
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from rae.cli.build import build, check_paths, make, seed
-from rae.cli.cache_latents import required_bytes
-from rae.cli.config import ConfigError, compose
+from rae.cli.errors import compose
+from rae.commands.cache_latents import required_bytes
 from rae.data import CachedLatents, LatentsDataModule
 from rae.data.transforms import to_float
+from rae.io.errors import ConfigError
 from tests.small_images import COUNT, ENCODER, PARTS, direct, overrides, run, write_images
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +195,7 @@ def test_unfit_folders_and_arguments_are_named(folder, cached, tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
-    from rae.cli import cache_latents as command
+    from rae.commands import cache_latents as command
 
     usage = command.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(command.shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rae.encoder import tiny_encoder
+from rae.io.tensors import state_hash
 from rae.layers import GELUMlp, Linear, linear, pack_weights, unpack_weights
 from rae.layers.linear import PackedLinear
-from rae.weights import state_hash
 
 
 class Calls(TorchDispatchMode):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rae.cli.neighbours import Nearest
-from rae.cli.sweep import Job, markdown, plot, summarise, swept
 from rae.image import make_grid
+from rae.report.neighbours import Nearest
+from rae.report.sweep import Job, markdown, plot, summarise, swept
 
 
 def test_the_end_of_a_sweep(tmp_path):

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from rae.autoencoder import RAE
-from rae.checkpoint.decoder import load_decoder, state_from_ours
 from rae.decoder import ViTDecoder
 from rae.encoder import ClipEncoder, TimmEncoder, tiny_encoder
-from rae.hub import HUB_FILES, fetch_weights
+from rae.formats.decoder import load_decoder, state_from_ours
+from rae.io.hub import HUB_FILES, fetch_weights
 from rae.latent import LatentNormalizer, RunningMoments, add_noise
 from rae.layers import resize_position_table
 
@@ -115,7 +115,7 @@ def test_without_a_connection_the_other_names_are_looked_up_in_the_cache_alone(m
             "outgoing traffic is off" if local_files_only else "no connection " + 40 * "word "
         )
 
-    monkeypatch.setattr("rae.hub.hf_hub_download", hub)
+    monkeypatch.setattr("rae.io.hub.hf_hub_download", hub)
     cached = HUB_FILES[-1]
     assert fetch_weights("owner/name", None, "encoder.checkpoint") == tmp_path / cached
     assert asked == [(name, name != HUB_FILES[0]) for name in HUB_FILES]

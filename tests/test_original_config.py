@@ -12,10 +12,13 @@ import pytest
 import yaml
 
 from rae.cli.build import make
-from rae.cli.config import ConfigError, compose, compose_plainly, plain
-from rae.cli.convert import convert_config
-from rae.cli.original_config import commands, overrides, read_original, render, translate
-from rae.parts import flat
+from rae.cli.compose import compose_plainly
+from rae.cli.config import plain
+from rae.cli.errors import compose
+from rae.commands.convert import convert_config
+from rae.commands.original_yaml.config import commands, overrides, read_original, render, translate
+from rae.io.errors import ConfigError
+from rae.io.files import flat
 from tests.original_yaml import (
     OPTIMIZER,
     autoencoder,
@@ -288,7 +291,7 @@ def test_other_files_are_refused(tmp_path):
 def test_the_command_takes_a_bare_path_and_writes_once(tmp_path):
     origin = tmp_path / "DiTDH-XL_DINOv2-B.yaml"
     origin.write_text(yaml.safe_dump(sampling()))
-    command = [sys.executable, "-m", "rae.cli.convert", "config", origin.name, "output_dir=ours"]
+    command = [sys.executable, "-m", "rae", "convert", "config", origin.name, "output_dir=ours"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,8 +13,8 @@ import webdataset
 from PIL import Image
 
 from rae.data import ImageFolder, ImageTransform, TarShards
-from rae.data.packing import ShardPlan, pack, verify
-from rae.data.sources import find_sources
+from rae.data.packing.origin import find_sources
+from rae.data.packing.pack import ShardPlan, pack, verify
 
 TRANSFORM = ImageTransform(16, "center_crop", exact=True)
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 
-from rae.checkpoint.run import read_config, read_step
-from rae.cli.config import ConfigError
+from rae.formats.run import read_config, read_step
+from rae.io.errors import ConfigError
 from tests.digits_runs import run, stage1_options, stage2_options
 
 pytestmark = pytest.mark.slow
@@ -152,7 +152,7 @@ def test_an_export_draws_and_reconstructs_as_its_run_does(trained, tmp_path):
 
 def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_continues_from(tmp_path):
     arguments = ["experiment=digits_encoder", "data.batch_size=8", "scheduler=constant", f"output_dir={tmp_path}"]
-    command = [sys.executable, "-m", "rae.cli.train", *arguments]
+    command = [sys.executable, "-m", "rae", "train", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen(
         [*command, "trainer.max_steps=100000"], env=environment, stderr=subprocess.PIPE, text=True

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import rae
-from rae.cli.config import ConfigError
 from rae.flow import ClassifierFreeGuidance, HeunSampler, NoGuidance
 from rae.generator import Generator
 from rae.image import latent_colours
+from rae.io.errors import ConfigError
 from rae.training.preview import ReconstructionPreview
 from tests.small_models import make_generator
 

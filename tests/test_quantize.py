@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from rae.cli.config import ConfigError
 from rae.cli.models import load
 from rae.image import save_png, to_uint8
+from rae.io.errors import ConfigError
 from rae.metric import ReconstructionMetrics as ReconstructionScores
 from rae.training.evaluation import ReconstructionMetrics
 from tests.digits_runs import run

@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
-from rae.checkpoint.run import find_checkpoint, load_trained, read_config, read_step, trained_weights
-from rae.cli.train import readable
+from rae.commands.train import readable
+from rae.formats.run import find_checkpoint, load_trained, read_config, read_step, trained_weights
 from rae.training.checkpoint import RunCheckpoint, StreamedCheckpointIO
 from rae.training.ema import EMA
 from rae.training.summary import RunSummary

@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounter
 
 from rae import flow
 from rae.autoencoder import RAE
-from rae.cli.config import compose
-from rae.cli.sample import sample
+from rae.cli.errors import compose
+from rae.commands.sample import sample
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH
 from rae.encoder import tiny_encoder

@@ -13,9 +13,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rae.cli.config import ConfigError, compose, config_groups
-from rae.cli.errors import blame
+from rae.cli.errors import blame, compose
+from rae.cli.groups import config_groups
 from rae.cli.schema import check_values
+from rae.io.errors import ConfigError
 from tests.attacks.overrides import PYTHONS_WORDS
 
 ROOT = Path(__file__).parents[1]

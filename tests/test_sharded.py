@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 import rae
-from rae.checkpoint.run import check_whole, content_hash, read_checkpoint, trained_weights
-from rae.checkpoint.shares import Shared, changed, read_shares, write_rest, write_share
-from rae.cli.config import compose
+from rae.cli.errors import compose
 from rae.cli.models import open_model
-from rae.cli.train import readable
+from rae.commands.train import readable
 from rae.flow import AdaptiveSampler
+from rae.formats.run import check_whole, content_hash, read_checkpoint, trained_weights
+from rae.formats.shares import Shared, changed, read_shares, write_rest, write_share
 from rae.training.checkpoint import RunCheckpoint, StreamedCheckpointIO
 from rae.training.ema import EMA
 from rae.training.evaluation import GenerationMetrics

@@ -14,7 +14,7 @@ import webdataset
 from PIL import Image
 
 from rae.data import ImageFolder, ImageTransform, ShardsDataModule, TarShards, storage
-from rae.data.packing import ShardPlan, pack
+from rae.data.packing.pack import ShardPlan, pack
 
 TRANSFORM = ImageTransform(16, "center_crop")
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from rae.cli.build import build, make, seed
-from rae.cli.config import ConfigError, check_complete, compose, conf_dir
-from rae.cli.cost import without_weights
-from rae.cli.stats import statistics_file, stats
+from rae.cli.config import check_complete
+from rae.cli.errors import compose
+from rae.cli.groups import conf_dir
+from rae.commands.cost import without_weights
+from rae.commands.stats import statistics_file, stats
+from rae.io.errors import ConfigError
+from rae.io.parts import Parts, share, stretch
 from rae.latent import LatentNormalizer, RunningMoments
-from rae.parts import Parts, share, stretch
 from tests.small_images import COUNT, direct, overrides, run, write_images
 
 

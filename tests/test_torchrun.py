@@ -14,31 +14,30 @@ import numpy as np
 import pytest
 import torch
 
-from rae.checkpoint.run import read_step
-from rae.cli.build import processes_of
-from rae.cli.config import ConfigError
-from rae.cli.processes import first
+from rae.formats.run import read_step
+from rae.io.errors import ConfigError
+from rae.jobs.processes import first, processes_of
 from tests.digits_runs import run
 from tests.small_models import make_generator
 
 ROOT = Path(__file__).parents[1]
 REPORTED = """
-from rae.cli import drawing
-begin = drawing.begin
+from rae.jobs import samples
+begin = samples.begin
 def reported(fabric, parts, *folders):
     mine = begin(fabric, parts, *folders)
     print(f"process {fabric.global_rank} of {fabric.world_size} draws {mine}", flush=True)
     return mine
-drawing.begin = reported
-from rae.cli.sample import main
-main()
+samples.begin = reported
+from rae.cli.main import sample
+sample()
 """
 
 OWN_FOLDERS = """
 import os, sys
-from rae.cli.train import main
+from rae.cli.main import train
 sys.argv = [sys.argv[0], *sys.argv[2:], f"output_dir={sys.argv[1]}/{os.environ['RANK']}"]
-main()
+train()
 """
 
 
@@ -67,12 +66,12 @@ def test_torchruns_processes_share_the_samples(tmp_path):
 @pytest.mark.slow
 def test_torchruns_processes_train_one_network(tmp_path):
     given = ["experiment=digits_encoder", "trainer=cpu", "trainer.max_steps=2", "data.batch_size=16"]
-    done = torchrun(2, "-m", "rae.cli.train", *given, f"output_dir={tmp_path}/run")
+    done = torchrun(2, "-m", "rae", "train", *given, f"output_dir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).count("stage 0 on cpu, 2 process(es)") == 1
     given[2] = "trainer.max_steps=3"
     shutil.copytree(tmp_path / "run", tmp_path / "own" / "0", symlinks=True)
-    done = torchrun(2, "-m", "rae.cli.train", *given, f"output_dir={tmp_path}/run")
+    done = torchrun(2, "-m", "rae", "train", *given, f"output_dir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     assert read_step(tmp_path / "run") == 3
 

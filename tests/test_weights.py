@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rae.weights import load_strict, read_file
+from rae.io.tensors import load_strict, read_file
 
 
 def write(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -1,7 +1,1 @@
-"""Command-line programs, and the composition and instantiation of configurations that they share with notebooks."""
-
-from rae.cli.build import Parts, build
-from rae.cli.config import ConfigError, compose
-from rae.cli.models import load
-
-__all__ = ["ConfigError", "Parts", "build", "compose", "load"]
+"""The door: from a command line to a configuration, and from a configuration to objects."""

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import lightning
 from hydra.utils import get_class, instantiate
+from lightning import seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
+from rae.autoencoder import RAE
 from rae.cli.checks import check_metric
-from rae.cli.config import ConfigError, check_complete, plain
-
-if TYPE_CHECKING:
-    import lightning
-    import torch
-
-    from rae.autoencoder import RAE
-    from rae.denoiser import Denoiser
-    from rae.encoder import Encoder
-    from rae.generator import Generator
+from rae.cli.config import check_complete, plain
+from rae.denoiser import Denoiser
+from rae.encoder import AbsentEncoder, Encoder
+from rae.formats import load_decoder_from, settle_encoder
+from rae.generator import Generator
+from rae.io.errors import ConfigError
+from rae.jobs.processes import processes_of, set_float32
+from rae.training.precision import XLAMixedPrecision, check_precision
 
 log = logging.getLogger(__name__)
 
@@ -73,23 +74,7 @@ def make_all(nodes: DictConfig | None) -> list[Any]:
 
 def seed(cfg: DictConfig) -> None:
     """Seeds Python, NumPy, torch and the loaders' workers; network weights are drawn from these."""
-    from lightning import seed_everything  # noqa: PLC0415 (slow to import)
-
     seed_everything(int(cfg.seed), workers=True, verbose=False)
-
-
-def set_float32(cfg: DictConfig) -> None:
-    """Sets how GPUs multiply float32 matrices from here on, as ``float32`` says; those of scores stay exact in any case.
-
-    Raises:
-        ConfigError: An unknown choice.
-    """
-    import torch  # noqa: PLC0415 (slow to import)
-
-    choices = {"fp32": "highest", "tf32": "high"}
-    if cfg.get("float32", "fp32") not in choices:
-        raise ConfigError(f"float32={cfg.float32} is unknown; choose {' or '.join(choices)}")
-    torch.set_float32_matmul_precision(choices[cfg.get("float32", "fp32")])
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -166,9 +151,6 @@ def build_autoencoder(
     Raises:
         ValueError: The decoder, the run or the statistics were made with another encoder.
     """
-    from rae.autoencoder import RAE  # noqa: PLC0415
-    from rae.checkpoint import load_decoder_from, settle_encoder  # noqa: PLC0415
-
     encoder = make(cfg.encoder) if encode else absent_encoder(cfg.encoder)
     autoencoder = RAE(encoder, make(cfg.decoder), make(cfg.get("latent")))
     decoder = cfg.get("decoder_checkpoint")
@@ -182,8 +164,6 @@ def build_autoencoder(
 
 def absent_encoder(node: DictConfig) -> Encoder:
     """An encoder without weights that knows the latent's shape; a whole one where the configuration does not say enough."""
-    from rae.encoder import AbsentEncoder  # noqa: PLC0415
-
     facts = inspect.signature(AbsentEncoder).parameters
     return AbsentEncoder(**{name: node[name] for name in facts}) if all(name in node for name in facts) else make(node)
 
@@ -194,8 +174,6 @@ def _precision(trainer: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: A precision that cannot be trained in.
     """
-    from rae.training.precision import XLAMixedPrecision, check_precision  # noqa: PLC0415 (slow to import)
-
     check_precision(trainer.get("precision", "32-true"))
     if trainer.get("accelerator") != "tpu" or trainer.get("precision") != "bf16-mixed":
         return {}
@@ -239,42 +217,8 @@ def build_module(cfg: DictConfig) -> lightning.LightningModule:
     return make(cfg.training, **parts)
 
 
-def processes_of(devices: Any, num_nodes: int, prefix: str = "") -> tuple[Any, int]:
-    """Devices of a machine, each with a process, and machines: as configured, or as many as torchrun has started.
-
-    Args:
-        devices: The value of the key ``devices``; 1 and ``auto`` leave the number to torchrun.
-        num_nodes: The value of the key ``num_nodes``; 1 leaves the number to torchrun.
-        prefix: What stands before the names of both keys in messages.
-
-    Raises:
-        ConfigError: torchrun or SLURM has started another number of processes than configured.
-    """
-    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment  # noqa: PLC0415
-
-    if TorchElasticEnvironment.detect():
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        machines = int(os.environ["WORLD_SIZE"]) // local
-        count = len(devices) if OmegaConf.is_list(devices) else devices
-        if count not in ("auto", -1, 1, local) or num_nodes not in (1, machines):
-            raise ConfigError(
-                f"torchrun has started {local} process(es) on each of {machines} machine(s), but {prefix}devices={devices} and "
-                f"{prefix}num_nodes={num_nodes}: leave these two out or give these numbers"
-            )
-        return (local if count is devices else devices), machines
-    rank = int(os.environ["SLURM_PROCID"]) if SLURMEnvironment.detect() else 0
-    if isinstance(devices, int) and rank >= max(devices, 1) * num_nodes:
-        raise ConfigError(
-            f"SLURM has started process number {rank} (the first is 0), but {prefix}devices={devices} and "
-            f"{prefix}num_nodes={num_nodes}: give these two the numbers that srun was given"
-        )
-    return devices, num_nodes
-
-
 def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     """The Lightning Trainer with its callbacks, loggers and strategy."""
-    from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar  # noqa: PLC0415 (slow to import)
-
     loggers = make_all(cfg.get("logger"))
     # Lightning refuses a monitor that has no logger to write to, and a bar where none is wanted.
     useless = (() if loggers else (LearningRateMonitor,)) + (() if cfg.trainer.enable_progress_bar else (ProgressBar,))
@@ -304,26 +248,7 @@ def build_generator(cfg: DictConfig, autoencoder: RAE, denoiser: Denoiser, guide
     Raises:
         ValueError: See :class:`~rae.generator.Generator`.
     """
-    from rae.generator import Generator  # noqa: PLC0415
-
     return Generator(autoencoder, denoiser, make(cfg.flow), make(cfg.sampler), make(cfg.guidance), guide)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is the best there is.
-
-    Raises:
-        ValueError: The device is unknown or absent.
-    """
-    import torch  # noqa: PLC0415 (slow to import)
-
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in present.items() if there)
-    if not present.get(name.split(":")[0], False):
-        listed = ", ".join(kind for kind, there in present.items() if there)
-        raise ValueError(f"device={name!r} is not at hand; choose auto or one of {listed}")
-    return torch.device(name)
 
 
 # --- everything at once ------------------------------------------------------------------------------------------

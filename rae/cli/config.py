@@ -1,17 +1,18 @@
-"""Configurations: where they live, how they are composed, completed and written."""
+"""Configurations completed, compared and written."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-VERSION_BASE = "1.3"
-_NUMBERS = re.compile(r"\d+(,\d+)*")
-_LONGEST_NAME = 150  # characters of a folder's name
+from rae.cli.groups import conf_dir
+from rae.io.errors import ConfigError
+from rae.io.files import write_atomically
+
 _PATHS = (
     "checkpoint",
     "guide_checkpoint",
@@ -44,129 +45,6 @@ _PATHS = (
 )
 _NETWORKS = ("stage", "encoder", "latent", "decoder", "discriminator", "denoiser")
 _LISTED = 3  # differences that an error spells out
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be composed; the message names the override and the nearest right one."""
-
-
-def conf_dir() -> Path:
-    """Folder of the YAML files: inside the package where it was installed, beside it in the repository."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
-
-
-def config_groups(folders: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Every config group and its choices, alphabetically.
-
-    Args:
-        folders: More config folders beside the project's own.
-    """
-    found: dict[str, set[str]] = {}
-    for root in (conf_dir(), *folders):
-        for file in root.rglob("*.yaml"):
-            group = file.parent.relative_to(root).as_posix()
-            if group != ".":
-                found.setdefault(group, set()).add(file.stem)
-    return {group: sorted(choices) for group, choices in sorted(found.items())}
-
-
-# --- resolvers ---------------------------------------------------------------------------------------------------
-
-
-def _divide(numerator: int, denominator: int) -> int:
-    if denominator == 0 or numerator % denominator:
-        raise ValueError(f"{numerator} is not divisible by {denominator}")
-    return numerator // denominator
-
-
-def _folder_name(overrides: str) -> str:
-    """Turns the swept keys and values into the name of one folder, with signs that need no quotes."""
-    name = re.sub(r"[^\w.+-]+", "-", re.sub("[\"']", "", overrides)).strip("-")
-    return name[:_LONGEST_NAME]
-
-
-def register_resolvers() -> None:
-    """Makes ``${div:a,b}``, ``${mul:a,b}``, ``${min:a,b}``, ``${folder_name:…}`` and ``${help_groups:…}`` known to OmegaConf."""
-    from rae.cli.help import help_groups  # noqa: PLC0415 (help imports this module)
-
-    resolvers: dict[str, Callable[..., Any]] = {
-        "div": _divide,
-        "mul": lambda a, b: a * b,
-        "min": min,
-        "folder_name": _folder_name,
-        "help_groups": help_groups,
-    }
-    for name, resolver in resolvers.items():
-        OmegaConf.register_new_resolver(name, resolver, replace=True)
-
-
-# --- composing ---------------------------------------------------------------------------------------------------
-
-
-def normalise(overrides: Iterable[str]) -> list[str]:
-    """Quotes choices that are numbers (``stage=2``), which Hydra would not take for names of files."""
-    groups = config_groups()
-    out = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key.lstrip("+").split("@")[0] in groups and _NUMBERS.fullmatch(value):
-            value = ",".join(f"'{number}'" for number in value.split(","))
-            override = f"{key}={value}"
-        out.append(override)
-    return out
-
-
-def compose(config: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
-    """Composes a configuration as the command line does.
-
-    Args:
-        config: Name of a root config (``train``, ``stats``, ``sample``, …), or directly an override of ``train`` such
-            as ``"experiment=digits_stage2"``.
-        overrides: Overrides as on the command line, e.g. ``["optimizer.lr=1e-4", "guidance=cfg"]``.
-
-    Returns:
-        The configuration, closed to unknown keys.
-
-    Raises:
-        ConfigError: An unknown config, group, choice or key; the message names the nearest right one.
-    """
-    from rae.cli.errors import explain  # noqa: PLC0415 (errors imports this module)
-
-    overrides = [overrides] if isinstance(overrides, str) else list(overrides)
-    if "=" in config:
-        config, overrides = "train", [config, *overrides]
-    try:
-        return compose_plainly(config, overrides)
-    except Exception as error:
-        raise ConfigError(explain(error, config, overrides)) from error
-
-
-def compose_plainly(config: str, overrides: Iterable[str], folders: Sequence[Path] = ()) -> DictConfig:
-    """Composes through Hydra's Python interface, whatever Hydra is doing otherwise; errors are Hydra's own.
-
-    Args:
-        config: Name of a root config in ``conf/``.
-        overrides: As on the command line.
-        folders: Config folders beside the project's own.
-    """
-    import hydra  # noqa: PLC0415 (slow to import)
-    from hydra.core.global_hydra import GlobalHydra  # noqa: PLC0415
-
-    register_resolvers()
-    state = GlobalHydra.instance()
-    running = state.hydra
-    state.clear()
-    search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
-    try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
-            return hydra.compose(config, normalise([*search, *overrides]))
-    finally:
-        GlobalHydra.instance().hydra = running
-
-
-# --- completing and writing --------------------------------------------------------------------------------------
 
 
 def check_complete(cfg: DictConfig, config: str = "train") -> None:
@@ -267,7 +145,5 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def save_config(cfg: DictConfig, folder: str | Path) -> Path:
     """Writes ``config.yaml``, resolved, into a run's folder; atomically."""
-    from rae.weights import write_atomically  # noqa: PLC0415 (imports torch)
-
     text = OmegaConf.to_yaml(cfg, resolve=True)
     return write_atomically(Path(folder) / "config.yaml", lambda file: file.write(text.encode()))

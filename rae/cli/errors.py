@@ -14,8 +14,10 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rae.cli.config import compose_plainly, conf_dir, config_groups, normalise
+from rae.cli.compose import compose_plainly
+from rae.cli.groups import conf_dir, config_groups, normalise
 from rae.cli.help import stages_with
+from rae.io.errors import ConfigError
 
 _FOREIGN = (
     "MisconfigurationException",
@@ -23,6 +25,29 @@ _FOREIGN = (
 )  # of Lightning and torch, known by name to spare the import
 
 _RESOLVING = re.compile(r"^\w+ (raised )?while resolving interpolation: ")
+
+
+def compose(config: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
+    """Composes a configuration as the command line does.
+
+    Args:
+        config: Name of a root config (``train``, ``stats``, ``sample``, …), or directly an override of ``train`` such
+            as ``"experiment=digits_stage2"``.
+        overrides: Overrides as on the command line, e.g. ``["optimizer.lr=1e-4", "guidance=cfg"]``.
+
+    Returns:
+        The configuration, closed to unknown keys.
+
+    Raises:
+        ConfigError: An unknown config, group, choice or key; the message names the nearest right one.
+    """
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides)
+    if "=" in config:
+        config, overrides = "train", [config, *overrides]
+    try:
+        return compose_plainly(config, overrides)
+    except Exception as error:
+        raise ConfigError(explain(error, config, overrides)) from error
 
 
 def is_expected(error: BaseException) -> bool:

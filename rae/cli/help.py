@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from omegaconf import OmegaConf
 
-from rae.cli.config import conf_dir, config_groups
+from rae.cli.groups import conf_dir, config_groups
 
 GROUPS = {
     "stage": "what is trained: 0 an encoder of your own, 1 the decoder, 2 the diffusion transformer",

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rae.autoencoder import RAE
 from rae.cli.build import build_autoencoder, build_generator, make
-from rae.cli.config import ConfigError, compose
-
-if TYPE_CHECKING:
-    from rae.autoencoder import RAE
-    from rae.denoiser import Denoiser
-    from rae.generator import Generator
+from rae.cli.errors import compose
+from rae.data import ImageDataModule
+from rae.denoiser import Denoiser
+from rae.flow import dimension_shift
+from rae.formats import kind_of, load_autoencoder, load_decoder_from, load_denoiser_from, read_config, settle_encoder
+from rae.formats.export import load_generator, read_description
+from rae.generator import Generator
+from rae.io.describe import Described, check, holds_targets
+from rae.io.errors import ConfigError
+from rae.latent import LatentNormalizer
+from rae.layers import pack_weights
 
 
 def load(source: str | Path, overrides: Sequence[str] = (), encode: bool = True) -> RAE | Generator:
@@ -54,8 +60,6 @@ def load_run(checkpoint: str | Path, cfg: DictConfig) -> DictConfig:
         FileNotFoundError: There is no checkpoint.
         ValueError: The checkpoint does not say what it was trained with.
     """
-    from rae.checkpoint import read_config  # noqa: PLC0415
-
     merged = OmegaConf.create(usable(read_config(checkpoint), str(checkpoint)))
     for key in cfg:
         if cfg[key] is not None or key not in merged:
@@ -80,11 +84,6 @@ def usable(config: dict[str, Any], source: str) -> dict[str, Any]:
     Raises:
         ValueError: A part names anything else, or there are interpolations.
     """
-    from rae.data import ImageDataModule  # noqa: PLC0415 (imports torch)
-    from rae.describe import Described, check, holds_targets  # noqa: PLC0415
-    from rae.flow import dimension_shift  # noqa: PLC0415
-    from rae.latent import LatentNormalizer  # noqa: PLC0415
-
     kept = {}
     for key, value in config.items():
         if key == "data":
@@ -115,8 +114,6 @@ def open_model(cfg: DictConfig, encode: bool = True, keep_guide: bool = False) -
         ConfigError: Something else must be given too.
         ValueError: The weights do not fit.
     """
-    from rae.checkpoint import kind_of  # noqa: PLC0415
-
     if cfg.get("decoder") is not None:  # a composition: original files
         _check_files(cfg)
         return _compose_model(cfg, cfg.checkpoint, encode, cfg.get("decoder_checkpoint")), cfg
@@ -137,9 +134,6 @@ def open_generator(cfg: DictConfig) -> tuple[Generator, DictConfig]:
     Raises:
         ConfigError: The model has no denoiser.
     """
-    from rae.generator import Generator  # noqa: PLC0415
-    from rae.layers import pack_weights  # noqa: PLC0415
-
     model, run = open_model(cfg, encode=False)
     if not isinstance(model, Generator):
         raise ConfigError(f"checkpoint={cfg.checkpoint} has no denoiser; samples are drawn by a model of stage 2")
@@ -148,16 +142,11 @@ def open_generator(cfg: DictConfig) -> tuple[Generator, DictConfig]:
 
 def open_autoencoder(cfg: DictConfig) -> tuple[RAE, DictConfig]:
     """As :func:`open_model`, for encoding and decoding; weights are packed where that is quicker."""
-    from rae.generator import Generator  # noqa: PLC0415
-    from rae.layers import pack_weights  # noqa: PLC0415
-
     model, run = open_model(cfg)
     return pack_weights(model.autoencoder if isinstance(model, Generator) else model), run
 
 
 def _compose_model(run: DictConfig, checkpoint: str | Path, encode: bool, decoder: str | None) -> RAE | Generator:
-    from rae.checkpoint import load_denoiser_from  # noqa: PLC0415
-
     if run.get("decoder") is None:
         raise ConfigError(
             f"checkpoint={checkpoint} is a run of stage {run.stage}, without a decoder; give one of stage 1 or 2"
@@ -185,9 +174,6 @@ def _open_guide(run: DictConfig) -> Denoiser | None:
     Raises:
         ConfigError: It is needed and not given.
     """
-    from rae.checkpoint import kind_of, load_denoiser_from, read_config  # noqa: PLC0415
-    from rae.checkpoint.pretrained import load_generator  # noqa: PLC0415
-
     if not _wants_guide(run):
         return None
     if run.get("guide_checkpoint") is None:
@@ -214,9 +200,6 @@ def _open_guide(run: DictConfig) -> Denoiser | None:
 
 def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool, keep_guide: bool) -> RAE | Generator:
     """An exported model with the command's decoder, sampler, guidance and guide."""
-    from rae.checkpoint import load_autoencoder, load_decoder_from, settle_encoder  # noqa: PLC0415
-    from rae.checkpoint.pretrained import load_generator, read_description  # noqa: PLC0415
-
     generator = None
     if kind == "export" and read_description(path)["kind"] == "generator":
         generator = load_generator(path, encoder=encode)

@@ -21,7 +21,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, MissingMandatoryValue
 
-from rae.cli.config import ConfigError, conf_dir
+from rae.cli.groups import conf_dir
+from rae.io.errors import ConfigError
 
 _LARGEST, _LARGEST_SEED = 2**31, 2**63
 _KEY = re.compile(r"^(\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$")

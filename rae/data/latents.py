@@ -15,7 +15,7 @@ from torch import Tensor
 from rae.data.loader import Sample, SeededDataset
 from rae.data.module import ImageDataModule, given_train_path
 from rae.data.transforms import flip_of
-from rae.weights import parse_json
+from rae.io.files import parse_json
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from rae.data.folder import ImageFolderDataModule
 from rae.data.loader import BrokenFilesError, ImageFiles, Names, Sample, log, too_many_broken
 from rae.data.storage import check_tar_end, find_tars, is_remote, open_file, read_json, read_ranges, size_of
 from rae.data.transforms import ImageTransform
-from rae.weights import parse_json, write_json
+from rae.io.files import parse_json, write_json
 
 INDEX = "index.json"
 """Name of the index of a whole folder, which ``rae-shard`` writes."""

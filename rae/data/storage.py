@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from webdataset.shardlists import expand_urls
 
-from rae.weights import parse_json
+from rae.io.files import parse_json
 
 _ATTEMPTS = 10
 _FIRST_WAIT = 0.5  # seconds; doubled after each attempt, up to

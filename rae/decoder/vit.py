@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rae.describe import Described
+from rae.io.describe import Described
 from rae.layers import Block, Linear, grid_to_tokens, sincos_table, tokens_to_grid, unpatchify
 
 

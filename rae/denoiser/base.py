@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rae.describe import Described
+from rae.io.describe import Described
 from rae.layers import (
     AdaptiveBlock,
     LabelEmbedding,

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from timm.layers import GELUTanh
 from torch import Tensor, nn
 
-from rae.hub import read_weights
+from rae.io.hub import read_weights
+from rae.io.tensors import load_strict
 from rae.layers import resize_position_table, take_quick_kernels
-from rae.weights import load_strict
 
 _UNUSED = ("head.", "fc_norm.", "x_scale", "x_shift")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

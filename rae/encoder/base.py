@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.describe import Described
+from rae.io.describe import Described
+from rae.io.tensors import load_strict, state_hash
 from rae.layers import at_least_float, take_quick_kernels, tokens_to_grid
-from rae.weights import load_strict, state_hash
 
 REDUCTIONS = ("sum", "mean")
 _PUBLISHED = "published:"
@@ -192,7 +192,7 @@ class Encoder(Described, nn.Module, ABC):
         Args:
             state: The weights.
             source: Where they come from, for messages.
-            adopt: See :func:`rae.weights.load_strict`.
+            adopt: See :func:`rae.io.tensors.load_strict`.
 
         Raises:
             ValueError: Keys or shapes that do not fit, all listed.

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import open_clip
 import torch
 from torch import Tensor, nn
 
 from rae.encoder.base import Encoder, check_layers
 from rae.encoder.convert import to_open_clip
-from rae.hub import read_weights
+from rae.io.hub import read_weights
+from rae.io.tensors import load_strict
 from rae.layers import resize_position_table
-from rae.weights import load_strict
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -61,7 +62,6 @@ class ClipEncoder(Encoder):
         pos_antialias: bool = True,
     ) -> None:
         super().__init__(channels, stride, input_size, mean, std, layers, reduce, dtype)
-        import open_clip  # noqa: PLC0415 (it brings transformers along: seconds and 150 MB that other encoders do without)
 
         if model not in open_clip.list_models():
             raise ValueError(f"encoder.model={model!r} is unknown to open_clip; see open_clip.list_models()")
@@ -98,7 +98,7 @@ class ClipEncoder(Encoder):
         Args:
             state: The weights.
             source: Where they come from, for messages.
-            adopt: See :func:`rae.weights.load_strict`.
+            adopt: See :func:`rae.io.tensors.load_strict`.
 
         Raises:
             ValueError: Keys or shapes that do not fit, all listed.

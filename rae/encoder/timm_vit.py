@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from rae.encoder.base import Encoder, check_layers
 from rae.encoder.convert import to_timm
-from rae.hub import read_weights
+from rae.io.hub import read_weights
+from rae.io.tensors import load_strict
 from rae.layers import resize_position_table
-from rae.weights import load_strict
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
 
@@ -154,7 +154,7 @@ class TimmEncoder(Encoder):
         Args:
             state: The weights.
             source: Where they come from, for messages.
-            adopt: See :func:`rae.weights.load_strict`.
+            adopt: See :func:`rae.io.tensors.load_strict`.
 
         Raises:
             ValueError: Keys or shapes that do not fit, all listed.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rae.describe import Described
+from rae.io.describe import Described
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 Velocity = Callable[[Tensor, "float | Tensor"], Tensor]

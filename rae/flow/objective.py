@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rae.describe import Described
 from rae.flow.path import LinearPath, Path, like
 from rae.flow.time import LogitNormalTime, TimeDistribution, check_shift, shift_time
+from rae.io.describe import Described
 from rae.layers import at_least_float
 
 PREDICTIONS = ("velocity", "noise", "score", "data")

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rae.describe import Described
 from rae.flow.time import FullGrid, OfficialGrid
+from rae.io.describe import Described
 from rae.layers import trusted
 
 Velocity = Callable[..., Tensor]

@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from rae.describe import Described
 from rae.flow.ode import OnStep, StepNoise, Velocity
 from rae.flow.path import DIFFUSION_FORMS, LinearPath, Path, VPPath
 from rae.flow.time import FullGrid, OfficialGrid
+from rae.io.describe import Described
 
 LAST_STEPS = ("mean", "tweedie", "euler", "none")
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from rae.describe import Described
+from rae.io.describe import Described
 
 
 def dimension_shift(channels: int, height: int, width: int, base: int = 4096) -> float:

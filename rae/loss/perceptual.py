@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.error import URLError
 
+import lpips
 import torch
 from torch import Tensor, nn
 
-from rae.weights import load_strict, read_file
+from rae.io.tensors import load_strict, read_file
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
@@ -32,7 +33,6 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, vgg_checkpoint: str | None = None, pretrained: bool = True) -> None:
         super().__init__()
-        import lpips  # noqa: PLC0415 (slow to import)
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips calls torchvision by an old signature

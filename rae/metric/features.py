@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rae.io.tensors import state_hash
 from rae.metric.functional.exact import exact_float32
-from rae.weights import state_hash
 
 
 class Features(NamedTuple):

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rae.io.files import file_hash
+from rae.io.tensors import load_strict, read_file
 from rae.metric.features import Detector, Features
-from rae.weights import file_hash, load_strict, read_file
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
+from rae.io.files import file_hash, parse_json, write_atomically
+from rae.io.tensors import state_hash
 from rae.metric.features import Detector
 from rae.metric.frechet import FeatureMoments
 from rae.metric.functional.frechet import Moments
 from rae.metric.images import BROKEN, iterate_npz, npz_shape, open_npz
-from rae.weights import file_hash, parse_json, state_hash, write_atomically
 
 KINDS = {
     "training": "the training set, which generated samples are compared with (gFID)",

@@ -25,11 +25,11 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from rae.checkpoint.run import find_checkpoint, read_checkpoint
-from rae.checkpoint.shares import Shared, changed
+from rae.formats.run import find_checkpoint, read_checkpoint
+from rae.formats.shares import Shared, changed
+from rae.io.files import write_atomically
 from rae.training.evaluation import Evaluation
 from rae.training.late import Late
-from rae.weights import write_atomically
 
 log = logging.getLogger(__name__)
 _SAVE, _STOP = 1, 2

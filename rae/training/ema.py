@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from rae.checkpoint.shares import Shared
+from rae.formats.shares import Shared
 from rae.training.strategy import FullyShardedStrategy, like_shares, reshard
 
 STATE_KEY = "EMA"

@@ -11,15 +11,15 @@ from typing import Any, Protocol
 import lightning as L
 import torch
 
-from rae.describe import describe
 from rae.flow import Guidance, ODESampler, SDESampler
 from rae.generator import PRECISIONS, Generator
 from rae.image import QUANTIZE
-from rae.parts import stretch
+from rae.io.describe import describe
+from rae.io.files import write_json
+from rae.io.parts import stretch
 from rae.training.ema import EMA
 from rae.training.reconstructions import reconstructions
 from rae.training.strategy import FullyShardedStrategy
-from rae.weights import write_json
 
 log = logging.getLogger(__name__)
 

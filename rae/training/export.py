@@ -6,8 +6,8 @@ from pathlib import Path
 
 import lightning as L
 
+from rae.io.tensors import save_state
 from rae.training.ema import EMA
-from rae.weights import save_state
 
 
 class WriteWeights(L.Callback):

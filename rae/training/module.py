@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rae.checkpoint.run import check_whole, read_step
 from rae.data.latents import LatentsDataModule
 from rae.data.module import ImageDataModule
 from rae.encoder import Encoder
+from rae.formats.run import check_whole, read_step
+from rae.io.tensors import mismatches
 from rae.training.late import Late
 from rae.training.precision import XLAMixedPrecision, check_precision
 from rae.training.resume import check_epochs, configure, configured
-from rae.weights import mismatches
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]

@@ -9,8 +9,8 @@ import lightning as L
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from rae.checkpoint.run import content_hash, read_step
-from rae.weights import state_hash
+from rae.formats.run import content_hash, read_step
+from rae.io.tensors import state_hash
 
 
 class AgreeOnResume(L.Callback):

@@ -13,11 +13,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from rae.checkpoint.run import find_checkpoint, read_checkpoint
-from rae.checkpoint.shares import Shared, changed, write_rest, write_share
+from rae.formats.run import find_checkpoint, read_checkpoint
+from rae.formats.shares import Shared, changed, write_rest, write_share
 from rae.layers import adaptive_blocks
 
 
@@ -162,8 +163,6 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
         network: The network; its blocks become units of their own.
         mesh: The devices.
     """
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 (only where it is used)
-
     for block in adaptive_blocks(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
@@ -175,8 +174,6 @@ def reshard(network: nn.Module) -> None:
     Args:
         network: Any network; nothing is done to one that is not shared out.
     """
-    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 (only where it is used)
-
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

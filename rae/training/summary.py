@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from rae.weights import write_atomically
+from rae.io.files import write_atomically
 
 _RECENT = 2000  # intervals that the time per step is taken from
 

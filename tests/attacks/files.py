@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rae.describe import describe
 from rae.generator import Generator
+from rae.io.describe import describe
 
 SECRET = "RAE_TEST_SECRET"
 """Environment variable whose value must appear nowhere."""
@@ -55,10 +55,10 @@ def targets(canary: Path) -> list[dict[str, Any]]:
         {"_target_": "hydra.utils.instantiate", "config": {"_target_": "os.system", "command": command}},
         {"_target_": "torch.hub.load", "repo_or_dir": str(canary.parent), "model": "any", "source": "local"},
         {"_target_": "functools.partial", "_args_": [{"_target_": "os.system"}, command]},
-        {"_target_": "rae.weights.os.system", "command": command},
-        {"_target_": "rae.cli.train.main"},
-        {"_target_": "rae.weights.write_json", "path": str(canary), "values": {}},
-        {"_target_": "rae.describe.rebuild", "description": {"_target_": "os.system", "command": command}},
+        {"_target_": "rae.io.tensors.os.system", "command": command},
+        {"_target_": "rae.commands.train.main"},
+        {"_target_": "rae.io.files.write_json", "path": str(canary), "values": {}},
+        {"_target_": "rae.io.describe.rebuild", "description": {"_target_": "os.system", "command": command}},
         {"_target_": "timm.create_model", "model_name": "vit_tiny_patch16_224", "checkpoint_path": str(pickled)},
         {"_target_": ["os.system"], "command": command},
         {"_target_": 7},

@@ -24,7 +24,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rae.cli.config import compose
+from rae.cli import main as door
+from rae.cli.errors import compose
 from tests.small_images import ENCODER, write_images
 from tests.test_kill import STAGES
 
@@ -140,7 +141,7 @@ def run(command: str, overrides: list[str], said: Path) -> int:
             os.setsid()
             os.chdir(said.parent)
             sys.argv = [f"rae-{command}", *overrides]
-            importlib.import_module(f"rae.cli.{command}").main()
+            getattr(door, command)()
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -189,7 +190,7 @@ def attack(draws: int, seed: int, work: Path, tell: Callable[[str], None]) -> di
         "lightning",
         "timm",
         "torchmetrics.functional",
-        *(f"rae.cli.{name.strip()}" for name in commands(work)),
+        *(f"rae.commands.{name.strip()}" for name in commands(work)),
     ):
         importlib.import_module(module)  # once, not in every child
     write_images(work / "images")

@@ -73,7 +73,7 @@ class Trial:
         """Starts the command in a process group of its own."""
         name, *overrides = self.arguments
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-        line = [sys.executable, "-m", f"rae.cli.{name}", *overrides, f"output_dir={self.folder}"]
+        line = [sys.executable, "-m", "rae", name.replace("_", "-"), *overrides, f"output_dir={self.folder}"]
         return subprocess.Popen(
             line,
             cwd=ROOT,

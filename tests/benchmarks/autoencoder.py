@@ -67,7 +67,7 @@ def latents(batch: int) -> torch.Tensor:
 
 def ours(what: str, decoder: str, batch: int) -> Work:
     """Our autoencoder's call."""
-    from rae.checkpoint import load_diffusers
+    from rae.formats import load_diffusers
     from rae.layers import pack_weights
 
     model = pack_weights(load_diffusers(weights(decoder)))  # as the commands do

@@ -35,13 +35,13 @@ from torch.utils.data import DataLoader
 from rae import rng
 from rae.autoencoder import RAE
 from rae.cli.build import build_autoencoder, build_module, make
-from rae.cli.config import compose
+from rae.cli.errors import compose
 from rae.data import SyntheticDataModule
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, EulerSampler, NoGuidance, OfficialGrid
 from rae.generator import Generator
+from rae.io.files import write_json
 from rae.training.checkpoint import StreamedCheckpointIO
 from rae.training.ema import EMA
-from rae.weights import write_json
 from tests import plain_procedure
 from tests.plain_sampling import PlainDiTDH, plain_sample
 

@@ -24,7 +24,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from rae.data import ImageFolderDataModule, ImageTransform, ShardsDataModule
-from rae.data.packing import ShardPlan, pack
+from rae.data.packing.pack import ShardPlan, pack
 from rae.data.transforms import center_crop
 
 BATCH = 64

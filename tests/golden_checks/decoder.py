@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rae.checkpoint.decoder import decoder_from_original
-from rae.checkpoint.discriminator import load_original_heads, rename_heads
 from rae.decoder import ViTDecoder
 from rae.discriminator import DinoDiscriminator
+from rae.formats.decoder import decoder_from_original
+from rae.formats.discriminator import load_original_heads, rename_heads
 from rae.layers import patchify, tokens_to_grid
 from rae.loss import adaptive_weight, discriminator_loss, generator_loss, gradient_at, last_layer_gradient
 from tests.golden_checks import Case

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rae.checkpoint.denoiser import denoiser_from_original
 from rae.denoiser import Denoiser
 from rae.flow import AutoGuidance, ClassifierFreeGuidance
+from rae.formats.denoiser import denoiser_from_original
 from tests.golden_checks import Case
 
 

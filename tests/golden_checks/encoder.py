@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rae.autoencoder import RAE
-from rae.checkpoint.decoder import decoder_from_original
 from rae.encoder import TimmEncoder
+from rae.formats.decoder import decoder_from_original
 from rae.latent import LatentNormalizer, RunningMoments, add_noise
 from tests.golden_checks import Case
 

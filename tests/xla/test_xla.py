@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from rae.cli.build import _precision
-from rae.cli.config import compose
+from rae.cli.errors import compose
 from rae.data import SyntheticDataModule
 from rae.flow import ClassifierFreeGuidance, EulerSampler, FlowMatching, OfficialGrid
 from rae.generator import Generator

@@ -1,0 +1,130 @@
+"""rae-app: a web page on this machine that reconstructs uploaded images and draws samples."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from starlette.middleware import Middleware
+
+from rae.app.guard import UPLOAD, Guard
+from rae.app.page import Limits, build_page, look
+from rae.app.viewer import Viewer
+from rae.autoencoder import RAE
+from rae.cli.models import open_model
+from rae.data.folder import class_folders
+from rae.io.errors import ConfigError
+from rae.jobs.processes import pick_device, set_float32
+from rae.layers import pack_weights
+from rae.loss.perceptual import PerceptualLoss, cached_vgg
+
+log = logging.getLogger(__name__)
+
+
+def app(cfg: DictConfig) -> None:
+    """Opens the model and serves the page until Ctrl-C.
+
+    Raises:
+        ConfigError: Gradio is not installed, or see :func:`open_viewer` and :func:`serve`.
+    """
+    if find_spec("gradio") is None:
+        raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
+
+    viewer, about = open_viewer(cfg)
+    start = Limits(cfg.count, cfg.max_count, cfg.max_steps, cfg.max_scale, cfg.seed)
+    with tempfile.TemporaryDirectory(prefix="rae-app-") as folder:
+        serve(cfg, viewer, about, start, folder)
+
+
+def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
+    """The model behind the page, and a line that says what it is.
+
+    Raises:
+        ConfigError: There would be nothing to show.
+    """
+    device = pick_device(cfg.device)
+    set_float32(cfg)
+    model, run = open_model(cfg, cfg.encode, keep_guide=True)  # so that the page can offer autoguidance
+    if isinstance(model, RAE) and not cfg.encode:
+        raise ConfigError(
+            f"checkpoint={cfg.checkpoint} is an autoencoder, which only reconstructs: leave out encode=false"
+        )
+    perceptual = open_perceptual(cfg.vgg_checkpoint) if cfg.encode else None
+    names = class_names(run, getattr(model, "num_classes", 0))
+    viewer = Viewer(pack_weights(model.to(device)), perceptual, cfg.precision, cfg.batch_size, names)
+    path = Path(cfg.checkpoint)
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else cfg.checkpoint
+    return viewer, f"{shown} on {device}"
+
+
+def open_perceptual(vgg_checkpoint: str | None) -> PerceptualLoss | None:
+    """LPIPS where the weights of its VGG-16 are at hand; nothing is downloaded.
+
+    Args:
+        vgg_checkpoint: Their file; None for torch's hub cache.
+    """
+    if vgg_checkpoint is None and not cached_vgg().is_file():
+        log.info("no LPIPS: VGG-16 is not in %s; vgg_checkpoint=… names another file", cached_vgg())
+        return None
+    return PerceptualLoss(vgg_checkpoint)
+
+
+def class_names(run: DictConfig, num_classes: int) -> list[str]:
+    """The subfolders of the folder of images that a run was trained on; none where it is not here or has other classes.
+
+    Args:
+        run: The run's configuration, or the command's alone.
+        num_classes: Classes of the model.
+    """
+    path = OmegaConf.select(run, "data.train_path", throw_on_missing=False)
+    folder = Path(path).expanduser() if isinstance(path, str) else None
+    if folder is None or not folder.is_dir():
+        return []
+    names = class_folders(folder)
+    return names if len(names) == num_classes else []
+
+
+def serve(cfg: DictConfig, viewer: Viewer, about: str, limits: Limits, folder: str) -> None:
+    """Serves the page until Ctrl-C or SIGTERM.
+
+    Args:
+        cfg: The command's configuration.
+        viewer: The model behind the page.
+        about: A line that says what the model is.
+        limits: What the page first offers and at most allows.
+        folder: Where uploaded and drawn images are kept meanwhile.
+
+    Raises:
+        ConfigError: The address or port cannot be listened on.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is up
+    page = build_page(viewer, about, limits)
+    names = [*cfg.names, ".gradio.live"] if cfg.share else list(cfg.names)
+    try:
+        _, url, public = page.launch(
+            server_name=cfg.host,
+            server_port=cfg.port,
+            share=bool(cfg.share),
+            max_file_size=UPLOAD,
+            app_kwargs={"middleware": [Middleware(Guard, names=names)]},
+            prevent_thread_lock=True,
+            **look(viewer),
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"host={cfg.host} port={cfg.port} cannot be listened on; choose another port, or port=null for the first free one"
+        ) from error
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    print(f"The page is at {public or url} until Ctrl-C.", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        page.close(verbose=False)

@@ -1,0 +1,246 @@
+"""What the web page shows: one image through the autoencoder with its scores, and samples of one class step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rae.autoencoder import RAE
+from rae.data.transforms import ImageTransform, open_rgb, to_float
+from rae.encoder import AbsentEncoder
+from rae.flow import AutoGuidance, ClassifierFreeGuidance, NoGuidance, OfficialGrid
+from rae.generator import Generator
+from rae.image import to_uint8
+from rae.io.describe import describe, rebuild
+from rae.metric import ReconstructionMetrics
+
+GUIDANCES = {"none": NoGuidance, "cfg": ClassifierFreeGuidance, "autoguidance": AutoGuidance}
+"""Kinds of guidance by the names that they have in ``conf/guidance``."""
+
+_SMALLEST_FOR_SSIM = 11  # pixels: the side of its window
+OnProgress = Callable[[int, int, str], None]
+"""Called with the steps done, all steps, and what is being done."""
+
+
+class Reconstruction(NamedTuple):
+    """An image as the model receives it and as it gives it back, uint8 3×H×W, and the scores by name."""
+
+    original: Tensor
+    picture: Tensor
+    scores: dict[str, float]
+
+
+class Viewer:
+    """A trained model with what people do to it on the page; it knows nothing of web servers.
+
+    Args:
+        model: A generator, or an autoencoder, which only reconstructs.
+        perceptual: Perceptual distance of images in [0, 1] for LPIPS; None leaves it out.
+        precision: ``float32`` or ``bfloat16``: arithmetic of the networks.
+        batch_size: Samples at once.
+        class_names: Names of the classes 0, 1, …; empty where they are not known.
+
+    Raises:
+        ValueError: An unknown precision, or a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        model: RAE | Generator,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        precision: str = "float32",
+        batch_size: int = 16,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision={precision} is unknown; choose one of float32, bfloat16")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        self.generator = model if isinstance(model, Generator) else None
+        self.autoencoder = model.autoencoder if isinstance(model, Generator) else model
+        self.perceptual = perceptual
+        self.precision = precision
+        self.batch_size = batch_size
+        self.class_names = list(class_names)
+        self.transform = ImageTransform(self.autoencoder.image_size, "center_crop", exact=True)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the encoder's weights are there, so that images can be reconstructed."""
+        return not isinstance(self.autoencoder.encoder, AbsentEncoder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder's weights are."""
+        return next(self.autoencoder.decoder.parameters()).device
+
+    # --- reconstruction ----------------------------------------------------------------------------------------------
+
+    def reconstruct(self, file: str | Path | IO[bytes], name: str | None = None) -> Reconstruction:
+        """One image file, cropped to a square as in validation, through encoder and decoder.
+
+        Args:
+            file: The image file, of any size and of any format that Pillow reads.
+            name: Its name, for messages; None for the path.
+
+        Returns:
+            Both pictures; ``psnr`` in dB, ``ssim`` from images of 11×11 pixels on, and ``lpips`` where there is a perceptual
+            distance.
+
+        Raises:
+            ValueError: The file is no image, a damaged one, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        """
+        try:
+            image = open_rgb(file, most=Image.MAX_IMAGE_PIXELS)
+        except (OSError, SyntaxError, ValueError) as error:
+            # Pillow's message ends with the path, which for an upload is that of a copy.
+            reason = "" if "cannot identify" in str(error) else f" ({error})"
+            raise ValueError(
+                f"{str(name or file)!r} is no readable image{reason}; give a PNG, JPEG, WebP or similar file"
+            ) from error
+        original = self.transform(image, 0)
+        images = to_float(original[None].to(self.device))
+        with torch.no_grad(), self._arithmetic():
+            drawn = self.autoencoder(images).float().clamp(0, 1)
+        structural = self.autoencoder.image_size >= _SMALLEST_FOR_SSIM
+        metric = ReconstructionMetrics(perceptual=self.perceptual, structural=structural).to(self.device)
+        metric.update(drawn, images)
+        scores = metric.compute()
+        scores.pop("images")
+        return Reconstruction(original, to_uint8(drawn)[0].cpu(), scores)
+
+    # --- samples -----------------------------------------------------------------------------------------------------
+
+    @property
+    def guidances(self) -> list[str]:
+        """The kinds of guidance that this model can do: autoguidance only with a guide."""
+        has_guide = self.generator is not None and self.generator.guide is not None
+        return [name for name in GUIDANCES if name != "autoguidance" or has_guide]
+
+    def sample(
+        self,
+        label: int,
+        guidance: str = "none",
+        scale: float = 1.0,
+        steps: int | None = None,
+        seed: int = 0,
+        count: int = 8,
+        on_progress: OnProgress | None = None,
+    ) -> Tensor:
+        """Samples of one class: sample i is that of :class:`~rae.generator.Generator` with the same seed and number.
+
+        Args:
+            label: The class, in [0, num_classes).
+            guidance: One of ``guidances``; the interval is that of the model's own guidance.
+            scale: Strength of the guidance; 1 is none.
+            steps: Steps of the sampler, at least 1; None for the sampler's own number.
+            seed: Seed of the set of samples.
+            count: Samples, at least 1.
+            on_progress: Told of every step.
+
+        Returns:
+            Images uint8 count×3×H×W.
+
+        Raises:
+            ValueError: The model has no denoiser, or one of the arguments is outside its range.
+        """
+        generator = self._set(guidance, scale, steps)
+        label = whole("class", label, 0, generator.num_classes - 1)
+        seed = whole("seed", seed, 0)
+        count = whole("count", count, 1)
+        length = calls(generator.sampler)
+        starts = range(0, count, self.batch_size)
+        images = []
+        for turn, start in enumerate(starts):
+            numbers = range(start, min(count, start + self.batch_size))
+            doing = f"samples {numbers[0] + 1} to {numbers[-1] + 1} of {count}"
+
+            def on_step(number: int, t: float, x: Tensor, turn: int = turn, doing: str = doing) -> None:
+                if on_progress is not None:
+                    on_progress(turn * length + number + 1, len(starts) * length, doing)
+
+            with torch.no_grad(), self._arithmetic():
+                latents = generator.latents([label] * len(numbers), seed, numbers, on_step)
+                images.append(to_uint8(self.autoencoder.decode(latents).float()).cpu())
+        return torch.cat(images)
+
+    def _set(self, guidance: str, scale: float, steps: int | None) -> Generator:
+        """The model with another guidance and number of steps; the networks are shared."""
+        own = self.generator
+        if own is None:
+            raise ValueError("the model has no denoiser: samples are drawn by a model of stage 2")
+        if guidance not in self.guidances:
+            raise ValueError(f"guidance={guidance!r} must be one of {', '.join(self.guidances)} with this model")
+        within("guidance scale", scale)
+        kind = GUIDANCES[guidance]
+        chosen = NoGuidance() if kind is NoGuidance else kind(float(scale), own.guidance.interval)
+        sampler = own.sampler if steps is None else with_steps(own.sampler, whole("steps", steps, 1))
+        return Generator(own.autoencoder, own.denoiser, own.flow, sampler, chosen, own.guide).eval()
+
+    def title_of(self, label: int) -> str:
+        """A class as its number, with its name where that is known."""
+        return f"{label} ({self.class_names[label]})" if label < len(self.class_names) else str(label)
+
+    def _arithmetic(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A whole number within a range.
+
+    Args:
+        name: What it is, for the message.
+        value: Whatever was given; 3.0 counts as whole.
+        low: Smallest that is allowed.
+        high: Largest that is allowed; None for no such limit.
+
+    Raises:
+        ValueError: Another value, named with what is allowed.
+    """
+    is_whole = not isinstance(value, bool) and isinstance(value, int | float) and float(value).is_integer()
+    if not is_whole or value < low or (high is not None and value > high):
+        allowed = f"in {low} … {high}" if high is not None else f"of at least {low}"
+        raise ValueError(f"{name} must be a whole number {allowed}, got {'nothing' if value is None else value}")
+    return int(value)
+
+
+def within(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number within a range.
+
+    Args:
+        name: What it is, for the message.
+        value: Whatever was given.
+        low: Smallest that is allowed.
+        high: Largest that is allowed.
+
+    Raises:
+        ValueError: Another value, named with what is allowed.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not low <= value <= high:
+        allowed = f" in {low:g} … {high:g}" if math.isfinite(high) else ", e.g. 1.5"
+        raise ValueError(f"{name} must be a number{allowed}; 1 is none, got {value!r}")
+    return float(value)
+
+
+def with_steps(sampler: Any, steps: int) -> Any:
+    """The same sampler on a grid of the same kind with another number of steps.
+
+    Args:
+        sampler: A sampler of :mod:`rae.flow`.
+        steps: Steps, at least 1.
+    """
+    described = describe(sampler.grid)
+    key, value = ("points", steps + 1) if isinstance(sampler.grid, OfficialGrid) else ("steps", steps)
+    return rebuild(describe(sampler), grid=rebuild(described, **{key: value}))
+
+
+def calls(sampler: Any) -> int:
+    """How often a sampler calls ``on_step`` in one run: for every step of the grid and a last, deterministic one."""
+    return sampler.grid.steps + (getattr(sampler, "last_step", "none") != "none")

@@ -1,0 +1,62 @@
+"""Composing configurations through Hydra's Python interface."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from rae.cli.groups import VERSION_BASE, conf_dir, normalise
+from rae.cli.help import help_groups
+
+_LONGEST_NAME = 150  # characters of a folder's name
+
+
+def _divide(numerator: int, denominator: int) -> int:
+    if denominator == 0 or numerator % denominator:
+        raise ValueError(f"{numerator} is not divisible by {denominator}")
+    return numerator // denominator
+
+
+def _folder_name(overrides: str) -> str:
+    """Turns the swept keys and values into the name of one folder, with signs that need no quotes."""
+    name = re.sub(r"[^\w.+-]+", "-", re.sub("[\"']", "", overrides)).strip("-")
+    return name[:_LONGEST_NAME]
+
+
+def register_resolvers() -> None:
+    """Makes ``${div:a,b}``, ``${mul:a,b}``, ``${min:a,b}``, ``${folder_name:…}`` and ``${help_groups:…}`` known to OmegaConf."""
+    resolvers: dict[str, Callable[..., Any]] = {
+        "div": _divide,
+        "mul": lambda a, b: a * b,
+        "min": min,
+        "folder_name": _folder_name,
+        "help_groups": help_groups,
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def compose_plainly(config: str, overrides: Iterable[str], folders: Sequence[Path] = ()) -> DictConfig:
+    """Composes through Hydra's Python interface, whatever Hydra is doing otherwise; errors are Hydra's own.
+
+    Args:
+        config: Name of a root config in ``conf/``.
+        overrides: As on the command line.
+        folders: Config folders beside the project's own.
+    """
+    register_resolvers()
+    state = GlobalHydra.instance()
+    running = state.hydra
+    state.clear()
+    search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
+            return hydra.compose(config, normalise([*search, *overrides]))
+    finally:
+        GlobalHydra.instance().hydra = running

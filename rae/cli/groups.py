@@ -1,0 +1,45 @@
+"""The config groups: where they live, and what they offer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+VERSION_BASE = "1.3"
+_NUMBERS = re.compile(r"\d+(,\d+)*")
+
+
+def conf_dir() -> Path:
+    """Folder of the YAML files: inside the package where it was installed, beside it in the repository."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def config_groups(folders: Sequence[Path] = ()) -> dict[str, list[str]]:
+    """Every config group and its choices, alphabetically.
+
+    Args:
+        folders: More config folders beside the project's own.
+    """
+    found: dict[str, set[str]] = {}
+    for root in (conf_dir(), *folders):
+        for file in root.rglob("*.yaml"):
+            group = file.parent.relative_to(root).as_posix()
+            if group != ".":
+                found.setdefault(group, set()).add(file.stem)
+    return {group: sorted(choices) for group, choices in sorted(found.items())}
+
+
+def normalise(overrides: Iterable[str]) -> list[str]:
+    """Quotes choices that are numbers (``stage=2``), which Hydra would not take for names of files."""
+    groups = config_groups()
+    out = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+").split("@")[0] in groups and _NUMBERS.fullmatch(value):
+            value = ",".join(f"'{number}'" for number in value.split(","))
+            override = f"{key}={value}"
+        out.append(override)
+    return out

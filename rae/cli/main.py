@@ -1,0 +1,317 @@
+"""Console scripts: Hydra's command line with errors in one line, folders of our own and Ctrl-C.
+
+A command is named by text and imported once its configuration is composed and checked, so that ``--help`` and errors come at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib
+import os
+import re
+import select
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from rae.cli.compose import register_resolvers
+from rae.cli.config import absolute_paths, check_complete
+from rae.cli.errors import blame, describe, explain, is_expected
+from rae.cli.groups import VERSION_BASE, conf_dir, normalise
+from rae.cli.schema import check_values
+from rae.io.describe import trust
+from rae.report.job import Job
+
+# Idle OpenMP threads are to spin but briefly: on a CPU that other work shares, the default made a training step up to 40 times
+# slower; not spinning at all makes it half as fast on an idle one.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+_command: list[str] = []
+"""The command's name where it is an argument, as in ``rae train``."""
+USER_ERROR, TASK_ERROR, INTERRUPTED = 2, 1, 130
+_FLAGS_WITH_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"),
+    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or another signal, with a message that says where the work stands.
+
+    Args:
+        text: The message.
+        code: The exit code.
+    """
+
+    def __init__(self, text: str, code: int = INTERRUPTED) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def entry(config: str, target: str, after_sweep: str = "", complete: bool = True) -> Callable[[], None]:
+    """Makes a console script.
+
+    The exit code is 0, 1 (the task failed; one line says why), 2 (the command line is wrong; one line names the nearest
+    right one) or 130 (Ctrl-C). ``RAE_TRACEBACK=1`` or ``hydra.verbose=true`` shows full traces.
+
+    Args:
+        config: Name of the root config in ``conf/``.
+        target: ``module:function``; the function receives the composed configuration, whose ``output_dir`` is absolute and exists.
+        after_sweep: Likewise; called with all jobs once a sweep is over.
+        complete: Whether a configuration with values still to be given is refused.
+    """
+    return functools.partial(_main, config, target, after_sweep, complete)
+
+
+def _function(target: str) -> Callable[..., None]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _main(config: str, target: str, after_sweep: str, complete: bool) -> None:
+    program = f"rae-{config.replace('_', '-')}"
+    register_resolvers()
+    given = sys.argv[1:]
+    _trust_own_classes(given)
+    sys.argv[1:] = _without_fixed_keys(normalise(_flags_first(given)))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, which are put in words below
+    jobs: list[Job] = []
+
+    def guarded(cfg: DictConfig) -> None:
+        error = _run(cfg, config, target, program, complete)
+        jobs.append(Job(list(HydraConfig.get().overrides.task), Path(cfg.output_dir), error is not None))
+
+    command = hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config)(guarded)
+    try:
+        command()
+        if after_sweep and _is_sweep(sys.argv):
+            _function(after_sweep)(jobs)
+        _reader_left()
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            raise SystemExit(TASK_ERROR) from None  # as other programs do, without a word
+        if _wants_trace():
+            raise
+        arguments = get_args_parser().parse_known_args(_flags_first(given))[0]
+        folders = [Path(arguments.config_dir).resolve()] if arguments.config_dir else []
+        text = explain(error, arguments.config_name or config, arguments.overrides, folders)
+        print(f"{program}: error: {text}", file=sys.stderr)
+        raise SystemExit(USER_ERROR) from None
+    if any(job.failed for job in jobs):
+        raise SystemExit(TASK_ERROR)
+
+
+def _run(cfg: DictConfig, config: str, target: str, program: str, complete: bool) -> BaseException | None:
+    """Runs one job; returns its error, already reported, so that the other jobs of a sweep still run."""
+    job = HydraConfig.get()
+    sweeping = job.mode == RunMode.MULTIRUN
+    cfg.output_dir = job.runtime.output_dir if sweeping else str(Path(cfg.output_dir).expanduser().resolve())
+    arguments, environment = sys.argv, dict(os.environ)
+    # Processes that a strategy starts repeat the command line: in a sweep, for them it is this one job's.
+    repeated = arguments[1:]
+    if sweeping:
+        repeated = [*job.overrides.hydra, *job.overrides.task, f"output_dir='{cfg.output_dir}'"]
+        repeated = [argument for argument in repeated if argument != "hydra.mode=MULTIRUN"]
+    sys.argv = [arguments[0], *_command, *repeated]
+    try:
+        if complete:
+            check_complete(cfg, job.job.config_name or config)
+        check_values(cfg, job.job.config_name or config)
+        absolute_paths(cfg)
+        _function(target)(cfg)
+    except KeyboardInterrupt as stop:
+        print(f"{program}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(getattr(stop, "code", INTERRUPTED)) from None
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return error
+        if _wants_trace() or not is_expected(error):
+            traceback.print_exc()
+        print(f"{program}: error: {blame(describe(error), job.overrides.task)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # they are not empty
+            Path(cfg.output_dir).rmdir()
+            if Path(cfg.paths.outputs).resolve() == Path(cfg.output_dir).parent:
+                Path(cfg.paths.outputs).rmdir()
+        return error
+    finally:
+        sys.argv = arguments
+        if sweeping:
+            _leave_process_group(environment)
+    return None
+
+
+def _trust_own_classes(arguments: list[str]) -> None:
+    """Lets files build the classes that the user's own YAML files, below ``--config-dir``, name."""
+    folder = get_args_parser().parse_known_args(_flags_first(arguments))[0].config_dir
+    if folder is None:
+        return
+    for file in Path(folder).rglob("*.yaml"):
+        trust(re.findall(r"^\s*_target_:\s*[\"']?([\w.]+)", file.read_text(errors="replace"), re.MULTILINE))
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads the standard output any more, as after ``| head``; what is still to be written goes nowhere then."""
+    gone = False
+    try:
+        sys.stdout.flush()
+        # A write that failed leaves nothing behind that flushing would tell. Windows has no poll.
+        if hasattr(select, "poll"):
+            watch = select.poll()
+            watch.register(sys.stdout.fileno(), 0)
+            gone = any(event & select.POLLERR for _, event in watch.poll(0))
+    except BrokenPipeError:
+        gone = True
+    except (OSError, ValueError):  # no file, as in a notebook
+        return False
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
+def _leave_process_group(environment: dict[str, str]) -> None:
+    """Lets the next job of a sweep start its processes anew."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _wants_trace() -> bool:
+    return os.environ.get("RAE_TRACEBACK") == "1" or "hydra.verbose=true" in sys.argv[1:]
+
+
+def _is_sweep(arguments: list[str]) -> bool:
+    return bool({"-m", "--multirun"} & set(arguments))
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Flags may stand anywhere among the overrides, which argparse by itself does not allow."""
+    flags, overrides, takes_value = [], [], False
+    for argument in arguments:
+        is_flag = argument.startswith("-")
+        if is_flag or (takes_value and "=" not in argument):
+            flags.append(argument)
+        else:
+            overrides.append(argument)
+        takes_value = is_flag and argument in _FLAGS_WITH_VALUE
+    return flags + overrides
+
+
+def _without_fixed_keys(arguments: list[str]) -> list[str]:
+    """In a sweep, leaves the overrides that all jobs share out of the names of the jobs' folders."""
+    if not _is_sweep(arguments):
+        return arguments
+    parser = OverridesParser.create()
+    fixed = []
+    for argument in arguments:
+        if "=" not in argument or argument.startswith("-"):
+            continue
+        try:
+            override = parser.parse_override(argument)
+        except HydraException:
+            return arguments  # Hydra says what is wrong
+        if not override.is_sweep_override() and not override.is_hydra_override():
+            fixed.append(override.get_key_element())
+    keys = ",".join(f"'{key}'" for key in fixed)
+    return [*arguments, f"hydra.job.config.override_dirname.exclude_keys=[{keys}]"]
+
+
+# --- the commands ------------------------------------------------------------------------------------------------
+
+
+def _verify_flag() -> None:
+    """``rae-shard --verify`` stands for ``verify=true images=null``."""
+    if "--verify" in sys.argv:
+        sys.argv = [argument for argument in sys.argv if argument != "--verify"] + ["verify=true", "images=null"]
+
+
+def _config_file() -> bool:
+    """``rae-convert config FILE`` stands for ``config=FILE``; whether a configuration is to be converted."""
+    arguments = sys.argv[1:]
+    if "config" in arguments:
+        at = arguments.index("config")
+        file = arguments[at + 1 : at + 2]
+        given = [f"config='{file[0]}'"] if file and not file[0].startswith("-") and "=" not in file[0] else []
+        sys.argv[1:] = [*arguments[:at], *given, *arguments[at + 1 + len(given) :]]
+    return "config" in arguments or any(argument.startswith("config=") for argument in arguments)
+
+
+def shard() -> None:
+    """Images to tar shards."""
+    _verify_flag()
+    entry("shard", "rae.commands.shard:shard")()
+
+
+def convert() -> None:
+    """Models to other formats; with ``config=FILE``, a configuration of the authors' code to ours."""
+    name = "convert_config" if _config_file() else "convert"
+    entry(name, f"rae.commands.convert:{name}")()
+
+
+def demo() -> None:
+    """Both stages on handwritten digits."""
+    _function("rae.demo.digits:main")()
+
+
+train = entry("train", "rae.commands.train:train")
+stats = entry("stats", "rae.commands.stats:stats")
+cache_latents = entry("cache_latents", "rae.commands.cache_latents:cache_latents")
+reconstruct = entry("reconstruct", "rae.commands.reconstruct:reconstruct")
+sample = entry("sample", "rae.commands.sample:sample")
+app = entry("app", "rae.app.command:app")
+reference = entry("reference", "rae.commands.reference:reference")
+evaluate = entry("evaluate", "rae.commands.evaluate:evaluate", "rae.report.sweep:summarise")
+download = entry("download", "rae.commands.download:download")
+cost = entry("cost", "rae.commands.cost:cost", complete=False)
+
+COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
+    "demo": (demo, "both stages on handwritten digits, from nothing to a picture and scores, on a CPU within minutes"),
+    "download": (download, "fetches the files of a published model"),
+    "shard": (shard, "packs images into tar shards"),
+    "train": (train, "trains an encoder of your own, a decoder (stage 1) or a diffusion transformer (stage 2)"),
+    "stats": (stats, "mean and variance of the latents over a data set"),
+    "cache-latents": (cache_latents, "encodes a data set once, for stage 2"),
+    "reconstruct": (reconstruct, "images through encoder and decoder, and how far they are from the originals"),
+    "sample": (sample, "draws images"),
+    "reference": (reference, "statistics of real images that scores compare with"),
+    "evaluate": (evaluate, "scores of samples or reconstructions, from files or from a model"),
+    "convert": (convert, "models to other formats, configurations of the authors' code to ours"),
+    "cost": (cost, "operations, memory and hours of a training, before it is begun"),
+    "app": (app, "a web page that reconstructs uploaded images and draws samples"),
+}
+"""Every command, in the order in which they are used, and what it does."""
+
+
+def rae() -> None:
+    """``rae COMMAND …`` is ``rae-COMMAND …``; without a command it lists them all."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        lines = [f"  rae-{command:<14} {about}" for command, (_, about) in COMMANDS.items()]
+        print("\n".join(["Each of these commands explains itself with --help:", "", *lines]))
+    elif name in COMMANDS:
+        _command.append(name)
+        sys.argv[1:] = arguments
+        COMMANDS[name][0]()
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        print(
+            f"rae: error: there is no command {name!r}; "
+            + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"),
+            file=sys.stderr,
+        )
+        raise SystemExit(USER_ERROR)

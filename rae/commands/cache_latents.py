@@ -1,0 +1,167 @@
+"""rae-cache-latents: encodes a data set once, for stage 2 to train from."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Fabric
+from omegaconf import DictConfig
+
+from rae.cli.build import check_images, check_paths, keep_still, make, seed
+from rae.cli.config import save_config
+from rae.commands.stats import describe_data
+from rae.data import ImageDataModule
+from rae.data.latents import DTYPES, INDEX, checksums
+from rae.data.transforms import to_float
+from rae.encoder import Encoder
+from rae.io.errors import ConfigError
+from rae.io.files import write_json
+from rae.io.parts import Parts
+from rae.io.tensors import save_state
+from rae.jobs.processes import batches_of, begin, first, start
+from rae.layers import pack_weights
+
+log = logging.getLogger(__name__)
+
+_FLIPS = ("none", "both")
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses what cannot be cached, and switches the flips off, of which both sides are encoded.
+
+    Raises:
+        ConfigError: Names the key.
+    """
+    check_images(cfg, "latents")
+    if cfg.dtype not in DTYPES:
+        raise ConfigError(f"dtype={cfg.dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    if cfg.flips not in _FLIPS:
+        raise ConfigError(f"flips={cfg.flips} is unknown; choose one of {', '.join(_FLIPS)}")
+    if any(split not in ("train", "val") for split in cfg.splits):
+        raise ConfigError(f"splits={list(cfg.splits)} may hold train and val")
+    keep_still(cfg.data)
+
+
+def required_bytes(cfg: DictConfig, shape: tuple[int, ...], images: int) -> int:
+    """Bytes of all latents of a number of images.
+
+    Args:
+        cfg: Configuration with ``dtype`` and ``flips``.
+        shape: C×h×w of a latent.
+        images: Number of images.
+    """
+    size = DTYPES[cfg.dtype].itemsize * (2 if cfg.flips == "both" else 1)
+    for side in shape:
+        size *= side
+    return size * images
+
+
+def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDataModule, split: str) -> None:
+    """Writes the latents of ``train`` or ``val`` that are not there yet, and their description once all are.
+
+    Args:
+        cfg: The command's configuration.
+        fabric: The processes; each encodes its share of the parts.
+        encoder: On the device.
+        data: The data module, set up.
+        split: Which of the two.
+
+    Raises:
+        ValueError: The folder holds latents of another encoder or of other images.
+        OSError: The disk is too small.
+    """
+    folder = Path(cfg.output_dir) / split
+    images = data.samples(split)
+    plan = {
+        "split": split,
+        "encoder": encoder.fingerprint(),
+        "data": describe_data(cfg, data, split),
+        "image_size": data.image_size,
+        "num_classes": data.num_classes,
+        "dtype": cfg.dtype,
+        "float32": cfg.float32,
+        "flips": cfg.flips,
+        "checksums": "crc32",
+        "normalised": False,
+        "shape": list(encoder.latent_shape),
+    }
+    parts = Parts(folder, plan, images, cfg.part_size, ".safetensors", "latents")
+    mine = begin(fabric, parts)
+    with first(fabric) as is_first:
+        if is_first:
+            _announce(cfg, folder, encoder.latent_shape, images, len(parts))
+    dtype = DTYPES[cfg.dtype]
+    with torch.no_grad():
+        for part, batches in batches_of(data, split, parts, mine, fabric, f"encoding {split}"):
+            columns: dict[str, list[Any]] = {"latent": [], "label": []}
+            for batch in batches:
+                pixels = to_float(batch["image"].to(fabric.device))
+                columns["latent"].append(encoder(pixels).to(dtype).cpu())
+                if cfg.flips == "both":
+                    columns.setdefault("mirrored", []).append(encoder(pixels.flip(-1)).to(dtype).cpu())
+                columns["label"].append(batch["label"])
+            part_of = {name: torch.cat(rows) for name, rows in columns.items()}
+            for name in [name for name in part_of if name != "label"]:
+                part_of[f"{name}_crc"] = checksums(part_of[name], part_of["label"])
+            save_state(part_of, parts.path(part))
+    fabric.barrier()
+    with first(fabric) as is_first:
+        if is_first:
+            files = [parts.path(part) for part in range(len(parts))]
+            listed = [{"file": file.name, "bytes": file.stat().st_size} for file in files]
+            described = {**plan, "latents": images, "part": cfg.part_size, "files": listed}
+            write_json(folder / INDEX, described)
+            log.info("%d latents are in %s", images, folder)
+
+
+def _announce(cfg: DictConfig, folder: Path, shape: tuple[int, ...], images: int, parts: int) -> None:
+    """Says how much is about to be written, and refuses to begin what does not fit.
+
+    Raises:
+        OSError: The disk is too small.
+    """
+    needed = required_bytes(cfg, shape, images)
+    there = sum(file.stat().st_size for file in folder.glob("latents-*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    sides = "×".join(map(str, shape))
+    log.info(
+        "%d latents of %s in %s%s: %.1f GB in %d files, %.1f GB of them there; %.1f GB are free",
+        *(images, sides, cfg.dtype, " (each with its mirrored copy)" if cfg.flips == "both" else ""),
+        *(needed / 1e9, parts, there / 1e9, free / 1e9),
+    )
+    if needed - there > free:
+        raise OSError(
+            f"{folder} has {free / 1e9:.1f} GB free, but {(needed - there) / 1e9:.1f} GB are still to be written; "
+            "flips=none or dtype=bfloat16 halve it, output_dir=… writes elsewhere"
+        )
+
+
+def cache_latents(cfg: DictConfig) -> None:
+    """Encodes training and validation images, each once.
+
+    Raises:
+        ConfigError: See :func:`check`; or none of the splits has images.
+    """
+    check(cfg)
+
+    fabric = start(cfg)
+    seed(cfg)
+    check_paths(cfg.data)
+    encoder = pack_weights(make(cfg.encoder).to(fabric.device))
+    data = make(cfg.data)
+    data.setup("fit" if "train" in cfg.splits else "validate")
+    if not any(data.samples(split) for split in cfg.splits):
+        raise ConfigError(f"splits={list(cfg.splits)}: there are no such images; add data.val_path=…, or choose train")
+    for split in cfg.splits:
+        if data.samples(split):
+            cache_split(cfg, fabric, encoder, data, split)
+    data.teardown("fit")
+    with first(fabric) as is_first:
+        if is_first:
+            save_config(cfg, cfg.output_dir)
+            paths = [f"data.{split}_path={cfg.output_dir}/{split}" for split in cfg.splits if data.samples(split)]
+            log.info("rae-train stage=2 data=latents %s trains from them", " ".join(paths))

@@ -1,0 +1,78 @@
+"""rae-convert: a trained model from one format to another; and a configuration of the original project to one of ours."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from rae.cli.models import open_model
+from rae.commands.original_yaml.config import commands, read_original, render, translate
+from rae.formats import save_diffusers, save_original
+from rae.generator import Generator
+from rae.io.errors import ConfigError
+from rae.io.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("rae", "diffusers", "original")
+
+
+def convert(cfg: DictConfig) -> None:
+    """Opens the model, whatever it is stored as, and writes it in the wanted format.
+
+    Raises:
+        ConfigError: An unknown format, or an upload of another one than ours.
+    """
+    if cfg.to not in FORMATS:
+        raise ConfigError(f"to={cfg.to!r} is unknown; choose one of {', '.join(FORMATS)}")
+    if cfg.push_to_hub is not None and cfg.to != "rae":
+        raise ConfigError(f"push_to_hub={cfg.push_to_hub} goes with to=rae, not with to={cfg.to}")
+
+    folder = Path(cfg.output_dir)
+    model, _ = open_model(cfg, encode=cfg.to != "original")
+    denoiser = model.denoiser if isinstance(model, Generator) else None
+    autoencoder = model.autoencoder if isinstance(model, Generator) else model
+    if cfg.to == "rae":
+        model.save_pretrained(folder, cfg.store_encoder)
+    elif cfg.to == "diffusers":
+        save_diffusers(autoencoder, folder)
+        if denoiser is not None:
+            log.info("diffusers has a class for the autoencoder alone; the denoiser is left out")
+    else:
+        save_original(autoencoder, folder, denoiser)
+    log.info(
+        "written to %s: %s", folder, ", ".join(sorted(file.name for file in folder.iterdir() if file.suffix != ".log"))
+    )
+    if cfg.push_to_hub is not None:
+        address = model.push_to_hub(cfg.push_to_hub, private=cfg.private, store_encoder=cfg.store_encoder)
+        log.info("uploaded: %s", address)
+
+
+def convert_config(cfg: DictConfig) -> None:
+    """Translates a YAML file of the original project and says what has no counterpart.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        FileExistsError: The file to be written is there already.
+        ConfigError: It is no file of the original, or asks for what cannot be had.
+    """
+    origin = Path(cfg.config)
+    name = cfg.name or re.sub(r"\W+", "_", origin.stem).strip("_").lower()
+    translation, _ = translate(read_original(origin), cfg.devices)
+    group = "experiment" if translation.kind in ("stage1", "stage2") else "model"
+    file = Path(cfg.output_dir) / group / f"{name}.yaml"
+    if file.exists() and not cfg.force:
+        raise FileExistsError(f"{file} exists: choose another name=… or output_dir=…, or replace it with force=true")
+    text = render(translation, name, origin.name)
+    write_atomically(file, lambda stream: stream.write(text.encode()))
+    print(f"written: {file}")
+    for line in commands(translation, name, cfg.output_dir):
+        print(f"command: {line}")
+    if translation.unchanged():
+        print(f"the same here already: {', '.join(translation.unchanged())}")
+    print("without a counterpart, since")
+    for why, keys in translation.reasons().items():
+        print(f"  {why}:\n    {', '.join(keys)}")

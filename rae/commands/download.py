@@ -1,0 +1,48 @@
+"""rae-download: files of the published collection, where model=… looks for them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from rae.io.errors import ConfigError
+from rae.io.hub import fetch, fetch_all, fetch_weights
+
+log = logging.getLogger(__name__)
+
+_FILES = ("checkpoint", "decoder_checkpoint", "latent.stats")
+
+
+def files_of(cfg: DictConfig) -> list[str]:
+    """Names inside the collection of the files that a model needs.
+
+    Raises:
+        ConfigError: No model is given.
+    """
+    keys = (*_FILES, "guide_checkpoint") if cfg.guide else _FILES
+    root = Path(cfg.collection)
+    names = [
+        Path(value).relative_to(root).as_posix() for key in keys if (value := OmegaConf.select(cfg, key)) is not None
+    ]
+    if not names:
+        raise ConfigError("model=… must be given (see conf/model), or everything=true for the whole collection")
+    return names
+
+
+def download(cfg: DictConfig) -> None:
+    """Fetches the files, those that are there already excepted.
+
+    Raises:
+        FileNotFoundError: The hub cannot be reached or does not have a file.
+    """
+    folder = Path(cfg.collection).expanduser()
+    if cfg.everything:
+        fetch_all(cfg.repository, cfg.revision, folder)
+    else:
+        for name in files_of(cfg):
+            log.info("%s", fetch(cfg.repository, name, cfg.revision, folder))
+    hub_id = cfg.encoder.get("hub_id") if cfg.get("encoder") is not None else None
+    if cfg.encoder_weights and hub_id is not None:
+        log.info("%s", fetch_weights(hub_id, cfg.encoder.revision, "encoder.checkpoint"))

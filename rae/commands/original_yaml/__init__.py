@@ -1,0 +1,1 @@
+"""The YAML files of the authors' code, key by key."""

@@ -1,0 +1,248 @@
+"""rae-reconstruct: images through encoder and decoder, beside the originals, with scores."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Fabric
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, distributed
+
+from rae.autoencoder import RAE
+from rae.cli.build import make, seed
+from rae.cli.checks import check_metric
+from rae.cli.config import plain, save_config
+from rae.cli.models import open_autoencoder
+from rae.data import ImageDataModule, ImageFolderDataModule, ShardsDataModule
+from rae.data.transforms import to_float
+from rae.image import grid_scale, make_grid, save_png, to_uint8
+from rae.io.errors import ConfigError
+from rae.io.files import write_atomically
+from rae.io.parts import Parts, stretch
+from rae.io.tensors import state_hash
+from rae.jobs.processes import batches_of, begin, first, start
+from rae.jobs.samples import check_interpolations, pick, write_npz
+from rae.metric.functional import psnr
+from rae.report.table import table, versions, write_scores
+from rae.training.reconstructions import reconstructions
+
+log = logging.getLogger(__name__)
+
+
+def open_data(run: DictConfig, image_size: int) -> ImageDataModule:
+    """The folder or shards that ``images`` names, or the run's data, whose held-out images are meant.
+
+    Args:
+        run: The run's configuration, or the command's alone.
+        image_size: Side of the images, in pixels.
+
+    Raises:
+        ConfigError: The run has no held-out images.
+    """
+    data: ImageDataModule
+    if run.images is not None:
+        given = str(run.images)
+        shards = given.endswith(".tar") or (
+            Path(given).expanduser().is_dir() and any(Path(given).expanduser().glob("*.tar"))
+        )
+        options: dict[str, Any] = {"batch_size": run.batch_size, "num_workers": 0, "image_size": image_size}
+        kind = ShardsDataModule if shards else ImageFolderDataModule
+        data = kind(val_path=given, unlabelled=True, **options)
+    elif OmegaConf.select(run, "data._target_") is None:
+        raise ConfigError("the model does not name held-out images: add images=… (a folder or shards)")
+    else:
+        run.data.batch_size = run.batch_size
+        data = make(run.data)
+    data.setup("validate")
+    if not data.samples("val"):
+        raise ConfigError("the run has no held-out images: add images=… (a folder or shards)")
+    return data
+
+
+def checked_count(data: ImageDataModule, count: int | None) -> int:
+    """How many of the held-out images are meant: the first ``count``, or all of them where it is None.
+
+    Args:
+        data: The data module, set up.
+        count: The value of the key ``count``.
+
+    Raises:
+        ConfigError: There are fewer, or ``count`` is below 1.
+    """
+    total = data.samples("val")
+    if count is not None and not 1 <= count <= total:
+        raise ConfigError(f"count={count} must lie in 1 … {total}, the number of images")
+    return total if count is None else count
+
+
+def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[str, Any]:
+    """What tells the reconstructions of this model and these images from others.
+
+    Args:
+        cfg: The command's configuration.
+        run: The run's configuration, which names the images.
+        autoencoder: The model.
+    """
+    images = str(run.images) if run.images is not None else plain(run)["data"]
+    weights = state_hash(
+        {**autoencoder.decoder.state_dict(), "mean": autoencoder.latent.mean, "var": autoencoder.latent.var}
+    )
+    return {
+        "checkpoint": str(cfg.checkpoint),
+        "decoder": weights,
+        "encoder": autoencoder.encoder.fingerprint(),
+        "images": images,
+        "count": cfg.count,
+        "precision": cfg.precision,
+        "float32": cfg.float32,
+        "quantize": cfg.quantize,
+    }
+
+
+def reconstruct(cfg: DictConfig) -> None:
+    """Rebuilds the run's autoencoder, reconstructs the images in parts on disk, and writes scores, a grid and what is asked for.
+
+    Raises:
+        ConfigError: There are no such images, fewer than ``count``, or too few for ``interpolations``.
+    """
+    check_interpolations(cfg)
+    check_metric(cfg.metric)
+    folder = Path(cfg.output_dir)
+    fabric = start(cfg)
+    seed(cfg)
+    autoencoder, run = open_autoencoder(cfg)
+    autoencoder = autoencoder.to(fabric.device)
+    metric = make(run.metric).to(fabric.device)  # before the images: what does not fit is to be said at once
+    data = open_data(run, autoencoder.image_size)
+    count = checked_count(data, cfg.count)
+    if hasattr(metric, "prepare"):
+        metric.prepare(autoencoder.image_size, count)
+    identity = model_identity(cfg, run, autoencoder)
+    parts = Parts(folder / "parts", {**identity, "png": cfg.png}, count, cfg.part_size, ".npy")
+    draw_parts(cfg, fabric, autoencoder, data, parts, folder / "images" if cfg.png else None)
+    originals, found = score_parts(cfg, fabric, metric, data, parts)
+    labels = found if run.images is None else None  # images of a folder are read without their classes
+    scores = metric.compute()
+    fabric.barrier()
+    with first(fabric) as is_first:
+        if not is_first:
+            return
+        save_config(run, folder)
+        if cfg.npz:
+            write_npz(folder / "reconstructions.npz", parts, labels)
+        write_grid(originals, parts, labels, folder)
+        if cfg.interpolations:
+            write_interpolations(cfg, autoencoder, originals, fabric.device, folder)
+        write_scores(folder, scores, {"samples": identity, "metric": metric.identity, "versions": versions()})
+        parts.remove()
+        print(table(scores))
+        log.info("grid.png (originals left, reconstructions right), scores.json and scores.csv are in %s", folder)
+
+
+def draw_parts(
+    cfg: DictConfig, fabric: Fabric, autoencoder: RAE, data: ImageDataModule, parts: Parts, png: Path | None
+) -> None:
+    """Reconstructs what is not there yet: .npy files uint8 n×H×W×3 and, where there is a folder for them, PNG files.
+
+    Args:
+        cfg: Configuration with ``precision`` and ``quantize``.
+        fabric: The processes; each takes its share of the parts.
+        autoencoder: In evaluation mode, on the device.
+        data: Its held-out images.
+        parts: The work.
+        png: The folder for PNG files; None for none.
+    """
+
+    def save(images: Tensor, path: Path) -> None:
+        content = images.permute(0, 2, 3, 1).numpy()
+        write_atomically(path, lambda file: np.save(file, content))
+
+    for part, batches in batches_of(data, "val", parts, begin(fabric, parts, png), fabric, "reconstructing"):
+        pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
+        images = torch.cat([drawn.cpu() for drawn, _ in pairs])
+        for number, image in zip(parts.items(part), images if png is not None else (), strict=png is not None):
+            assert png is not None
+            save_png(image, png / f"{number:06d}.png")
+        save(images, parts.path(part))  # last: it says that the part is done
+    fabric.barrier()
+
+
+def score_parts(
+    cfg: DictConfig, fabric: Fabric, metric: Any, data: ImageDataModule, parts: Parts
+) -> tuple[Tensor, list[int]]:
+    """Gives this process's share of the pairs to the metric.
+
+    Args:
+        cfg: Configuration with ``grid_pairs``.
+        fabric: The processes; each takes a stretch of the images.
+        metric: Takes reconstructions and originals.
+        data: Its held-out images.
+        parts: Their reconstructions, all done.
+
+    Returns:
+        The originals of the grid, uint8 n×3×H×W, on the first process, and the labels of all images.
+    """
+    mine = stretch(parts.count, fabric.global_rank, fabric.world_size)
+    shown: list[Tensor] = []
+    labels: list[int] = []
+    for batch in data.range_dataloader("val", [mine]):
+        metric.update(pick(parts, batch["index"].tolist()), batch["image"])
+        if len(labels) < cfg.grid_pairs:
+            shown.append(batch["image"])
+        labels += batch["label"].tolist()
+    if fabric.world_size > 1:
+        shares: list[Any] = [None] * fabric.world_size
+        distributed.all_gather_object(shares, labels)
+        labels = [label for share in shares for label in share]
+    return torch.cat(shown)[: cfg.grid_pairs], labels
+
+
+def write_grid(originals: Tensor, parts: Parts, labels: list[int] | None, folder: Path) -> None:
+    """``grid.png``: pairs of original and reconstruction, with class and PSNR.
+
+    Args:
+        originals: The first images, uint8 n×3×H×W.
+        parts: The reconstructions of all images.
+        labels: Classes of all images; None where they are not known: their numbers stand there then.
+        folder: Where the picture goes.
+    """
+    numbers = range(len(originals))
+    copies = pick(parts, numbers)
+    names = [f"{number}" if labels is None else f"class {labels[number]}" for number in numbers]
+    ratios = [f"{ratio:.1f} dB" for ratio in psnr(to_float(copies), to_float(originals)).tolist()]
+    captions = [text for pair in zip(names, ratios, strict=True) for text in pair]
+    pairs = torch.stack([originals, copies], 1).flatten(0, 1)
+    save_png(make_grid(pairs, 8, scale=grid_scale(pairs.shape[-1]), captions=captions), folder / "grid.png")
+
+
+def write_interpolations(
+    cfg: DictConfig, autoencoder: RAE, originals: Tensor, device: torch.device, folder: Path
+) -> None:
+    """``interpolations.png``: rows from one image to the next, decoded from points on the line between their latents.
+
+    Args:
+        cfg: Configuration with ``interpolations``: pictures in a row, both ends counted; and ``quantize``.
+        autoencoder: The model, on the device.
+        originals: Images uint8 n×3×H×W; each row is between two of them.
+        device: Where the model is.
+        folder: Where the picture goes.
+
+    Raises:
+        ConfigError: There are fewer than two images.
+    """
+    count = cfg.interpolations
+    if len(originals) < 2:
+        raise ConfigError(f"interpolations={count} are between two images; raise grid_pairs={cfg.grid_pairs} or count")
+    with torch.no_grad():
+        latents = autoencoder.encode(to_float(originals.to(device)))
+        steps = torch.linspace(0, 1, count, device=device).reshape(-1, 1, 1, 1)
+        rows = [
+            autoencoder.decode(torch.lerp(latents[i].expand(count, -1, -1, -1), latents[i + 1], steps)).cpu()
+            for i in range(0, len(latents) - 1, 2)
+        ]
+    pictures = to_uint8(torch.cat(rows), cfg.quantize)
+    save_png(make_grid(pictures, count, scale=grid_scale(originals.shape[-1])), folder / "interpolations.png")

@@ -1,0 +1,117 @@
+"""rae-sample: images of given classes from a trained model, as PNG files, .npz or shards, with a labelled grid."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from rae.cli.config import save_config
+from rae.cli.models import open_generator
+from rae.generator import Generator
+from rae.image import grid_scale, label_rows, make_grid, save_png, to_uint8
+from rae.io.files import write_json
+from rae.io.parts import Parts
+from rae.jobs.processes import first, start
+from rae.jobs.samples import check_interpolations, draw, finished, label_list, pick, plan_of, write_npz
+
+log = logging.getLogger(__name__)
+
+
+def sample(cfg: DictConfig) -> None:
+    """Rebuilds the model, draws what is not there yet and writes the results.
+
+    Raises:
+        ConfigError: The model has no denoiser, the labels are not right, or the folder holds other samples.
+    """
+    check_interpolations(cfg)
+    folder = Path(cfg.output_dir)
+    fabric = start(cfg)
+    generator, run = open_generator(cfg)
+    generator = generator.to(fabric.device)
+    if cfg.compile:
+        generator.compile(mode=None if cfg.compile is True else str(cfg.compile))
+    labels = label_list(cfg, generator.num_classes)
+    plan = plan_of(cfg, generator, labels)
+    description = folder / "samples.json"
+    wanted = {"samples.npz": cfg.npz, "images": cfg.png, "shards": cfg.shards, "sheets": cfg.sheets}
+    with first(fabric) as is_first:
+        if is_first and cfg.force:
+            for name in ("samples.json", *wanted, "parts"):
+                _remove(folder / name)
+    there = fabric.broadcast(finished(description, plan) if fabric.is_global_zero else None)
+    if there and all((folder / name).exists() for name, asked in wanted.items() if asked):
+        log.info("these %d samples are in %s already", len(labels), folder)
+        return
+
+    png, shards = (folder / name if wanted[name] else None for name in ("images", "shards"))
+    parts = draw(cfg, fabric, generator, labels, folder / "parts", plan, png, shards)
+    with first(fabric) as is_first:
+        if not is_first:
+            return
+        save_config(run, folder)
+        if cfg.npz:
+            write_npz(folder / "samples.npz", parts, labels)
+        write_sheets(cfg, parts, labels, folder)
+        if cfg.interpolations:
+            write_interpolations(cfg, generator, labels, folder)
+        write_json(description, plan)
+        parts.remove()
+        made = (
+            ["grid.png"]
+            + [name for name, asked in wanted.items() if asked]
+            + ["interpolations.png"] * bool(cfg.interpolations)
+        )
+        log.info("%d images: %s are in %s", len(labels), ", ".join(made), folder)
+
+
+def write_sheets(cfg: DictConfig, parts: Parts, labels: Sequence[int], folder: Path) -> None:
+    """``grid.png``, one class a row, and with ``sheets`` a picture of every class with all its samples.
+
+    Args:
+        cfg: Configuration with ``grid_columns``, ``grid_rows`` and ``sheets``.
+        parts: Samples that are drawn.
+        labels: Label of every sample.
+        folder: Where the pictures go.
+    """
+    by_class: dict[int, list[int]] = {}
+    for number, label in enumerate(labels):
+        by_class.setdefault(label, []).append(number)
+    columns = min(cfg.grid_columns, max(map(len, by_class.values())))
+    rows = [(label, numbers[:columns]) for label, numbers in list(by_class.items())[: cfg.grid_rows]]
+    pictures = [pick(parts, numbers) for _, numbers in rows]
+    scale = grid_scale(pictures[0].shape[-1])
+    save_png(label_rows(pictures, [str(label) for label, _ in rows], columns, scale), folder / "grid.png")
+    for label, numbers in by_class.items() if cfg.sheets else ():
+        width = max(1, round(len(numbers) ** 0.5))
+        save_png(make_grid(pick(parts, numbers), width, scale=scale), folder / "sheets" / f"class{label:04d}.png")
+
+
+def write_interpolations(cfg: DictConfig, generator: Generator, labels: Sequence[int], folder: Path) -> None:
+    """``interpolations.png``: for each class two samples and, between them, what is drawn from noise between theirs.
+
+    Args:
+        cfg: Configuration with ``interpolations``, ``grid_rows``, ``seed`` and ``quantize``.
+        generator: The model, on the device.
+        labels: Their first classes get a row each.
+        folder: Where the picture goes.
+    """
+    classes = list(dict.fromkeys(labels))[: cfg.grid_rows]
+    rows = []
+    for row, label in enumerate(classes):
+        images = generator.interpolate(label, (2 * row, 2 * row + 1), cfg.interpolations, cfg.seed)
+        rows.append(to_uint8(images, cfg.quantize).cpu())
+    scale = grid_scale(rows[0].shape[-1])
+    save_png(
+        label_rows(rows, [str(label) for label in classes], cfg.interpolations, scale), folder / "interpolations.png"
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

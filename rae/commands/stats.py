@@ -1,0 +1,138 @@
+"""rae-stats: exact mean and variance of an encoder's latents, whatever the batch size, order or number of processes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from rae.cli.build import check_images, check_paths, make, seed
+from rae.cli.config import plain, save_config
+from rae.data import ImageDataModule
+from rae.data.transforms import to_float
+from rae.io.errors import ConfigError
+from rae.io.files import write_json
+from rae.io.parts import Parts
+from rae.io.tensors import read_file, save_state
+from rae.jobs.processes import batches_of, begin, first, start
+from rae.latent import RunningMoments
+from rae.layers import pack_weights
+
+log = logging.getLogger(__name__)
+
+_HOW = (
+    "batch_size",
+    "num_workers",
+    "pin_memory",
+    "index_folder",
+    "max_bad_share",
+)  # of data; results do not depend on them
+
+
+def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[str, Any]:
+    """The data's configuration, less what the images of a split do not depend on, and a hash of their names and labels.
+
+    Args:
+        cfg: A configuration with ``data``.
+        data: The data module made of it, set up.
+        split: ``train`` or ``val``.
+    """
+    other = "val_path" if split == "train" else "train_path"
+    described = {key: value for key, value in plain(cfg)["data"].items() if key not in (*_HOW, other)}
+    return {**described, "names": data.names_hash(split)}
+
+
+def merged(parts: Parts, shape: tuple[int, ...]) -> RunningMoments:
+    """The moments of all parts together, joined in their order.
+
+    Args:
+        parts: The work, all done.
+        shape: C×h×w of a latent.
+    """
+    total = RunningMoments(shape)
+    for part in range(len(parts)):
+        moments = RunningMoments(shape)
+        moments.load_state_dict(read_file(parts.path(part)))
+        total.merge(moments)
+    return total
+
+
+def statistics_file(moments: RunningMoments, per_channel: bool) -> dict[str, Tensor]:
+    """Mean and variance as the original's file holds them, float32 C×H×W.
+
+    Args:
+        moments: Moments of the latents at every position.
+        per_channel: Whether all positions of a channel get the same mean and variance.
+    """
+    mean, var = moments.mean, moments.var
+    if per_channel:
+        # The variance over all positions is the mean of theirs and the spread of their means.
+        channel = mean.mean((1, 2), keepdim=True)
+        var = (var + (mean - channel).square()).mean((1, 2), keepdim=True).expand_as(mean)
+        mean = channel.expand_as(mean)
+    return {"mean": mean.float().contiguous(), "var": var.float().contiguous()}
+
+
+def stats(cfg: DictConfig) -> None:
+    """Encodes the data set once, in parts, and writes ``stat.pt`` (mean and var) with a description beside it.
+
+    Raises:
+        ConfigError: ``stat.pt`` exists and ``force`` is false, or the data are no images or random crops.
+    """
+    target = Path(cfg.output_dir) / "stat.pt"
+    if target.exists() and not cfg.force:
+        raise ConfigError(f"{str(target)!r} exists: force=true replaces it, output_dir=… writes elsewhere")
+
+    check_images(cfg, "statistics")
+
+    fabric = start(cfg)
+    seed(cfg)
+    check_paths(cfg.data)
+    encoder = pack_weights(make(cfg.encoder).to(fabric.device))
+    data = make(cfg.data)
+    data.setup("fit")
+    plan = {
+        "encoder": encoder.fingerprint(),
+        "data": describe_data(cfg, data, "train"),
+        "image_size": cfg.image_size,
+        "seed": cfg.seed,
+        "float32": cfg.float32,
+    }
+    parts = Parts(target.with_name("parts"), plan, data.samples("train"), cfg.part_size, ".safetensors")
+    mine = begin(fabric, parts)
+    with torch.no_grad():
+        for part, batches in batches_of(data, "train", parts, mine, fabric, "encoding", replace=False):
+            moments = RunningMoments(encoder.latent_shape)
+            for batch in batches:
+                if len(batch["index"]):  # else none of its images can be read
+                    moments.update(encoder(to_float(batch["image"].to(fabric.device))).cpu())
+            save_state(_tensors(moments), parts.path(part))
+    data.teardown("fit")
+    fabric.barrier()
+    with first(fabric) as is_first:
+        if not is_first:
+            return
+        save_config(cfg, cfg.output_dir)
+        moments = merged(parts, encoder.latent_shape)
+        description = {
+            "images": int(moments.count),
+            "left_out": parts.count - int(moments.count),
+            "latent_shape": list(encoder.latent_shape),
+            "per_channel": cfg.per_channel,
+            **plan,
+        }
+        # In this order a stop in between never leaves statistics whose description is missing or of others.
+        target.unlink(missing_ok=True)
+        write_json(target.with_suffix(".json"), description)
+        save_state(statistics_file(moments, cfg.per_channel), target)
+        parts.remove()
+        log.info("mean and variance over %d images are in %s", moments.count, target)
+
+
+def _tensors(moments: RunningMoments) -> dict[str, torch.Tensor]:
+    state = moments.state_dict()
+    return {**state, "count": torch.tensor(state["count"])}

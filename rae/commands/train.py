@@ -1,0 +1,144 @@
+"""rae-train: trains an encoder, a decoder or a denoiser, whichever the stage says."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import signal
+import warnings
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+
+from rae.cli.build import Parts, build
+from rae.cli.config import check_same_run, save_config
+from rae.cli.main import Interrupted
+from rae.formats.run import LAST, check_whole, find_checkpoint, read_config, read_step
+from rae.training.resume import AgreeOnResume
+
+log = logging.getLogger(__name__)
+
+_KNOWN_WARNINGS = (
+    ".*LeafSpec.* is deprecated",  # Lightning's own business
+    ".*module\\(s\\) in eval mode",  # the frozen networks
+    ".*smaller than the logging interval",  # steps are counted over epochs
+    ".*overridden `(on_before_batch_transfer|transfer_batch_to_device)`",  # labels are looked at, keys stay on the CPU
+    ".*Total length of .* across ranks is zero",  # a run without validation images
+)
+
+
+def resume_from(cfg: DictConfig) -> str | None:
+    """The checkpoint that the run continues from; None to start anew.
+
+    Raises:
+        FileNotFoundError: ``resume`` names a file that does not exist.
+        ValueError: The folder holds a run of another configuration, or holds a run although ``resume`` is false.
+    """
+    if isinstance(cfg.resume, str):
+        return str(readable(find_checkpoint(cfg.resume)))
+    last = Path(cfg.output_dir) / LAST
+    if not last.exists() and not last.is_symlink():
+        return None
+    if not cfg.resume:
+        raise ValueError(f"resume=false, but {str(last)!r} exists: choose another name=… or output_dir=…, or remove it")
+    check_same_run(cfg, read_config(readable(last)), cfg.output_dir)
+    return str(last)
+
+
+def readable(checkpoint: Path) -> Path:
+    """The checkpoint, which must be whole and of a training run.
+
+    Raises:
+        ValueError: It is not; names the newest one beside it that is.
+    """
+    try:
+        read_step(checkpoint)
+        check_whole(checkpoint)
+        return checkpoint
+    except (ValueError, OSError) as error:
+        for other in sorted(checkpoint.parent.glob("step_*.ckpt"), reverse=True):
+            try:
+                step = read_step(other)
+                read_config(other)
+                check_whole(other)
+            except (ValueError, OSError):
+                continue
+            raise ValueError(f"{error}. The one before, of step {step}, can be read: resume={other}") from error
+        raise ValueError(
+            f"{error}. There is no other one to continue from: choose another name=… or output_dir=…"
+        ) from error
+
+
+def fit(parts: Parts, checkpoint: str | None) -> None:
+    """Trains; Ctrl-C becomes :class:`~rae.cli.main.Interrupted` with a word on the last checkpoint.
+
+    Args:
+        parts: Data, module and trainer.
+        checkpoint: The ``.ckpt`` to continue from; None to begin.
+
+    Raises:
+        ValueError: The processes would not continue from the same checkpoint.
+        Interrupted: Ctrl-C, or a signal that ends the run.
+    """
+    trainer = parts.trainer
+    trainer.callbacks.insert(0, AgreeOnResume(checkpoint))  # type: ignore[attr-defined]
+    try:
+        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stop:  # Lightning's answer to Ctrl-C
+        if not trainer.interrupted:
+            raise
+        last = getattr(trainer.checkpoint_callback, "last_model_path", "") or checkpoint
+        where = f"the same command continues from {last}" if last else "there is no checkpoint yet"
+        number = getattr(trainer.checkpoint_callback, "stopped_by", None) or signal.SIGINT
+        word = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        raise Interrupted(f"{word} at step {trainer.global_step}; {where}", 128 + number) from stop
+
+
+def quieten_lightning() -> None:
+    """Leaves Lightning's warnings on the screen; what else it has to say is said below, or is advertising."""
+    logging.getLogger("lightning").handlers.clear()  # else every line comes twice
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for known in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=known)
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep memory that it frees, where the C library is glibc.
+
+    Every step on a CPU needs the same buffers again. By default those above 32 MB, as LPIPS's first feature maps are, come from the
+    system anew each time, page by page: a stage-1 step took 5 % longer.
+
+    Returns:
+        Whether it could be set.
+    """
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, or another system
+        return False
+    return bool(mallopt(mmap_threshold, 2**30) and mallopt(trim_threshold, most))
+
+
+def train(cfg: DictConfig) -> None:
+    """Builds data, module and trainer from the configuration, and trains."""
+    checkpoint = resume_from(cfg)
+    quieten_lightning()
+    parts = build(cfg)
+    trainer = parts.trainer
+    say = rank_zero_only(log.info)
+    rank_zero_only(save_config)(cfg, cfg.output_dir)
+    device, precision = trainer.strategy.root_device.type, trainer.precision
+    if device == "cpu":
+        keep_freed_memory()
+    say("stage %s on %s, %d process(es), %s", cfg.stage, device, trainer.world_size, precision)
+    begin = -1
+    if checkpoint is not None:
+        begin = read_step(checkpoint)
+        say("continuing from step %d, %s", begin, checkpoint)
+    fit(parts, checkpoint)
+    if trainer.global_step == begin:
+        say("the run was finished already; to go on, raise trainer.max_steps or trainer.max_epochs")
+    else:
+        say("finished at step %d; everything is in %s", trainer.global_step, cfg.output_dir)

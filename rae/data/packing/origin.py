@@ -1,0 +1,176 @@
+"""Where images come from before they are packed: folders, ImageNet's tar files, flat folders with a list of labels."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy.io import loadmat
+
+from rae.data.folder import SUFFIXES, class_folders, image_files
+from rae.data.storage import check_tar_end
+
+_LISTS = ("ILSVRC2012_validation_ground_truth.txt", "imagenet_2012_validation_synset_labels.txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image's bytes: a file, or a stretch of a tar file.
+
+    Args:
+        name: Path relative to the folder or within the tar file.
+        label: Its class; -1 for none.
+        file: The file that holds it.
+        first: First byte within the file.
+        size: Number of bytes; None for the whole file.
+    """
+
+    name: str
+    label: int
+    file: str
+    first: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """The image file's content."""
+        with open(self.file, "rb") as file:
+            file.seek(self.first)
+            return file.read(-1 if self.size is None else self.size)
+
+
+def find_sources(path: str | Path, synsets: str | Path | None = None) -> tuple[list[Source], list[str]]:
+    """All images of a folder or tar file, with their classes.
+
+    Args:
+        path: A folder with one subfolder a class; a flat folder; a tar file of images; or a tar file that holds one tar file
+            a class, such as ``ILSVRC2012_img_train.tar``.
+        synsets: Labels of a flat folder or tar file, in the order of the images' names: a text file with one class name an
+            image, or the folder of ImageNet's devkit.
+
+    Returns:
+        The images, sorted by class and name, and the names of the classes; these are empty and all labels -1 where a flat
+        folder has no list.
+
+    Raises:
+        FileNotFoundError: There is no such folder or file.
+        ValueError: There is no image, an empty class, or another number of labels than of images.
+    """
+    root = Path(path).expanduser()
+    if root.is_dir():
+        named = _in_folder(root)
+    elif root.is_file():
+        named = _in_tar(root)
+    else:
+        raise FileNotFoundError(
+            f"images={str(path)!r} does not exist; give a folder of images or one of ImageNet's tar files"
+        )
+    if not named:
+        raise ValueError(f"{str(root)!r} holds no image; known endings are {', '.join(sorted(SUFFIXES))}")
+    flat = all(name is None for name, _ in named)
+    if synsets is not None:
+        if not flat:
+            raise ValueError(
+                f"synsets={str(synsets)!r} is for images without class folders, but {str(root)!r} has some"
+            )
+        named = _labelled([source for _, source in named], Path(synsets).expanduser())
+        flat = False
+    classes = [] if flat else sorted({str(name) for name, _ in named})
+    number = {name: label for label, name in enumerate(classes)}
+    found = [Source(s.name, -1 if flat else number[str(name)], s.file, s.first, s.size) for name, s in named]
+    return sorted(found, key=lambda source: (source.label, source.name)), classes
+
+
+Named = list[tuple[str | None, Source]]
+"""Images with the names of their classes."""
+
+
+def _in_folder(root: Path) -> Named:
+    found: Named = []
+    names: list[str | None] = [*class_folders(root)] or [None]
+    for name in names:
+        files = image_files(root, name or "")
+        if not files:
+            where = root if name is None else root / name
+            raise ValueError(
+                f"{str(where)!r} holds no image; remove it or fill it: classes are counted by their folders"
+            )
+        found += [(name, Source(file, -1, str(root / file))) for file in files]
+    return found
+
+
+def _in_tar(path: Path) -> Named:
+    """Images of a tar file, and of the tar files in it, whose names are those of their classes."""
+    found: Named = []
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
+            for member in outer:
+                if not member.isfile():
+                    continue
+                if not member.name.lower().endswith(".tar"):
+                    found += [(_folder_of(member.name), source) for source in _images([member], path, 0)]
+                    continue
+                inner = outer.extractfile(member)
+                assert inner is not None
+                with tarfile.open(fileobj=inner, mode="r:") as tar:
+                    sources = list(_images(tar, path, member.offset_data))
+                    check_tar_end(inner, tar.offset)
+                if not sources:
+                    raise ValueError(f"{member.name} within {str(path)!r} holds no image")
+                found += [(Path(member.name).stem, source) for source in sources]
+            check_tar_end(file, outer.offset)
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read: {error}; it must be an uncompressed tar file, complete"
+        ) from error
+    return found
+
+
+def _images(members: tarfile.TarFile | list[tarfile.TarInfo], path: Path, offset: int) -> Iterator[Source]:
+    for member in members:
+        if member.isfile() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
+            yield Source(os.path.normpath(member.name), -1, str(path), offset + member.offset_data, member.size)
+
+
+def _folder_of(name: str) -> str | None:
+    folder = Path(os.path.normpath(name)).parent.as_posix()
+    return None if folder in (".", "val") else folder
+
+
+def _labelled(sources: Sequence[Source], synsets: Path) -> Named:
+    """Images with the classes of a list, which is in the order of their names."""
+    file = (
+        next((synsets / name for name in _LISTS if (synsets / name).is_file()), None) if synsets.is_dir() else synsets
+    )
+    if synsets.is_dir() and file is None and (synsets / "data").is_dir():
+        return _labelled(sources, synsets / "data")
+    if file is None or not file.is_file():
+        raise FileNotFoundError(
+            f"synsets={str(synsets)!r} holds no list; give a text file or the devkit's folder ({_LISTS[0]})"
+        )
+    try:
+        names = file.read_text().split()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"synsets={str(file)!r} is no text file; give the list of class names, or the devkit's folder, unpacked"
+        ) from error
+    if len(names) != len(sources):
+        raise ValueError(f"{str(file)!r} lists {len(names)} labels, but there are {len(sources)} images")
+    if all(name.isdigit() for name in names):
+        names = [_devkit_names(file)[int(name)] for name in names]
+    in_order = sorted(sources, key=lambda source: source.name)
+    return list(zip(names, in_order, strict=True))
+
+
+def _devkit_names(file: Path) -> dict[int, str]:
+    """WordNet ids by the devkit's own class numbers, which are not in the order of the ids."""
+    meta = file.parent / "meta.mat"
+    if not meta.is_file():
+        raise FileNotFoundError(
+            f"{str(file)!r} holds class numbers; the devkit's meta.mat, which says their names, must stand beside it"
+        )
+
+    rows = loadmat(str(meta), squeeze_me=True)["synsets"]
+    return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}

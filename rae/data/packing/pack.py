@@ -1,0 +1,326 @@
+"""Packs images into tar shards of webdataset's layout, in parallel, resumably, with checksums and an index."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from rae.data.loader import BrokenFilesError, too_many_broken
+from rae.data.packing.origin import Source, find_sources
+from rae.data.shards import INDEX, index_name, read_index
+from rae.data.transforms import open_rgb, resize_shorter
+from rae.io.files import file_hash, parse_json, write_atomically, write_json
+from rae.io.parts import PLAN, claim
+from rae.rng import sample_seed
+
+log = logging.getLogger(__name__)
+
+_KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}  # the others are stored as PNG
+_LISTED = 100  # broken files that are named at the end
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which image goes into which shard, and how.
+
+    Args:
+        sources: The images, in the order of the shards.
+        classes: Names of the classes; empty for none.
+        images_per_shard: Images of a shard, the last one excepted.
+        resize: Images whose shorter side is longer are reduced to it (bicubic) and stored anew; None stores the files as they
+            are, to the last byte.
+        quality: JPEG quality of images that are stored anew.
+        check: Whether every image is decoded, so that broken ones are left out.
+        seed: Seed of the order that the sources are in, where they were shuffled.
+
+    Raises:
+        ValueError: A number that is out of range.
+    """
+
+    sources: Sequence[Source]
+    classes: Sequence[str]
+    images_per_shard: int = 1000
+    resize: int | None = None
+    quality: int = 95
+    check: bool = True
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _whole(self.images_per_shard) or self.images_per_shard < 1:
+            raise ValueError(f"images_per_shard={self.images_per_shard} must be a whole number of at least 1")
+        if self.resize is not None and (not _whole(self.resize) or self.resize < 1):
+            raise ValueError(f"resize={self.resize} must be a whole number of at least 1, in pixels, or null")
+        if not _whole(self.quality) or not 1 <= self.quality <= 100:
+            raise ValueError(f"quality={self.quality} must lie in 1..100; 95 is usual")
+
+    @classmethod
+    def of(
+        cls, images: str | Path, synsets: str | Path | None = None, shuffle: bool = True, seed: int = 42, **options: Any
+    ) -> ShardPlan:
+        """The plan for a folder or tar file.
+
+        Args:
+            images: See :func:`~rae.data.packing.origin.find_sources`.
+            synsets: See :func:`~rae.data.packing.origin.find_sources`.
+            shuffle: Whether every shard holds images of all classes: for readers that read shard after shard. Ours draws
+                single images and does not need it.
+            seed: Of the shuffling.
+            options: The other arguments of the class.
+        """
+        sources, classes = find_sources(images, synsets)
+        if shuffle:
+            generator = torch.Generator().manual_seed(sample_seed(seed, "shards"))
+            sources = [sources[position] for position in torch.randperm(len(sources), generator=generator).tolist()]
+        return cls(sources, classes, seed=seed if shuffle else None, **options)
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-len(self.sources) // self.images_per_shard)
+
+    def part(self, shard: int) -> Sequence[Source]:
+        """The images of a shard."""
+        return self.sources[shard * self.images_per_shard : (shard + 1) * self.images_per_shard]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the shards depend on, in a few words: options, and the hash of all names and labels in their order."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            digest.update(f"{source.name}|{source.label}\n".encode())
+        options = {key: getattr(self, key) for key in ("images_per_shard", "resize", "quality", "check", "seed")}
+        return {"files": len(self.sources), "names": digest.hexdigest(), "classes": list(self.classes), **options}
+
+
+@dataclass
+class Packed:
+    """What became of one shard."""
+
+    file: str
+    images: int
+    bytes: int
+    sha256: str
+    labels: dict[str, int]
+    broken: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _whole(number: object) -> bool:
+    """Whether it is a whole number; values from a command line may be anything."""
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def pack(
+    plan: ShardPlan, folder: str | Path, prefix: str = "shard", num_workers: int = 0, max_bad_share: float = 0.01
+) -> dict[str, Any]:
+    """Writes all shards that are not there yet, and the index once all are.
+
+    A shard is complete once its own index stands beside it; a run that was interrupted goes on with the others. The same plan
+    makes the same bytes.
+
+    Args:
+        plan: What to write.
+        folder: Where; made if missing.
+        prefix: Beginning of the shards' names.
+        num_workers: Processes that write; 0 writes in this one.
+        max_bad_share: Largest share of images that cannot be read.
+
+    Returns:
+        The index: counts, classes, sizes and checksums.
+
+    Raises:
+        ValueError: The folder holds shards of another plan, or a number is out of range.
+        BrokenFilesError: Too many images cannot be read.
+        OSError: A shard cannot be written.
+    """
+    if not 0 <= max_bad_share < 1:
+        raise ValueError(f"max_bad_share={max_bad_share} must lie in [0, 1)")
+    if num_workers < 0:
+        raise ValueError(f"num_workers={num_workers} must be at least 0; 0 writes in this process")
+    folder = Path(folder).expanduser()
+    if not (folder / PLAN).is_file() and any(folder.glob("*.tar")):
+        raise ValueError(f"{str(folder)!r} holds tar files that rae-shard did not write; give another output_dir")
+    facts = {**plan.facts, "prefix": prefix}
+    claim(folder, facts)
+    for stale in folder.glob(f".{prefix}-*.tmp"):
+        stale.unlink()  # of a run that was killed
+    names = [f"{prefix}-{shard:06d}.tar" for shard in range(plan.shards)]
+    packed = {name: kept for name in names if (kept := _kept(folder, name)) is not None}
+    if packed:
+        log.info("%d of %d shards are there already", len(packed), len(names))
+    writer = _Writer(plan, folder, [(shard, name) for shard, name in enumerate(names) if name not in packed])
+    done = sum(shard.images + len(shard.broken) for shard in packed.values())
+    # A DataLoader is a pool of processes that report errors and end with their parent.
+    pool = DataLoader(writer, batch_size=None, num_workers=num_workers, collate_fn=_unchanged, in_order=False)
+    with tqdm(total=len(plan.sources), initial=done, desc="packing", unit=" image") as bar:
+        for result in pool if len(writer) else ():
+            if isinstance(result, str):
+                raise OSError(f"{result}; what is written is kept: the same command goes on from there")
+            packed[result.file] = result
+            for name, reason in result.broken:
+                log.warning("%s cannot be read (%s); it is left out", name, reason)
+            bar.update(result.images + len(result.broken))
+            _check_share(packed, len(plan.sources), max_bad_share)
+    _check_share(packed, len(plan.sources), max_bad_share)  # also where nothing was left to write
+    index = _index([packed[name] for name in names], plan.classes, facts)
+    write_json(folder / INDEX, index)
+    if index["broken"]:
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in index["broken"][:_LISTED])
+        log.warning("%d of %d files could not be read:%s", len(index["broken"]), len(plan.sources), listed)
+    return index
+
+
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+def _check_share(packed: Mapping[str, Packed], files: int, max_bad_share: float) -> None:
+    broken = [name for shard in packed.values() for name, _ in shard.broken]
+    if len(broken) > max_bad_share * files:
+        raise BrokenFilesError(too_many_broken(len(broken), files, max_bad_share, broken, "max_bad_share"))
+
+
+def _index(shards: Sequence[Packed], classes: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
+    labels: Counter[str] = Counter()
+    for shard in shards:
+        labels.update(shard.labels)
+    return {
+        "images": sum(shard.images for shard in shards),
+        "bytes": sum(shard.bytes for shard in shards),
+        "classes": list(classes),
+        "images_per_class": [labels[str(label)] for label in range(len(classes))],
+        "shards": [{"file": s.file, "images": s.images, "bytes": s.bytes, "sha256": s.sha256} for s in shards],
+        "broken": [entry for shard in shards for entry in shard.broken],
+        "plan": facts,
+    }
+
+
+def verify(folder: str | Path) -> dict[str, Any]:
+    """Compares every shard's size, checksum and content with the index.
+
+    Returns:
+        The index.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no index in it.
+        ValueError: Names every shard that is missing or differs.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"output_dir={str(folder)!r} does not exist; give the folder that rae-shard wrote")
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no {INDEX}: packing was not finished; the same command goes on with it"
+        )
+    index: dict[str, Any] = parse_json((folder / INDEX).read_bytes(), str(folder / INDEX))
+    faults = []
+    with tqdm(total=index["bytes"], desc="verifying", unit="B", unit_scale=True) as bar:
+        for shard in index["shards"]:
+            path = folder / shard["file"]
+            if not path.is_file():
+                faults.append(f"{path.name} is missing")
+            elif path.stat().st_size != shard["bytes"]:
+                faults.append(f"{path.name} has {path.stat().st_size} bytes instead of {shard['bytes']}")
+            elif file_hash(path) != shard["sha256"]:
+                faults.append(f"{path.name} has other content (SHA-256)")
+            elif len(read_index(path)) != shard["images"]:
+                faults.append(f"{path.name} holds another number of images than {shard['images']}")
+            bar.update(shard["bytes"])
+    if faults:
+        raise ValueError(
+            f"{len(faults)} of {len(index['shards'])} shards in {str(folder)!r} are damaged: {'; '.join(faults)}. Remove these "
+            "and pack again with the same command: only they are written anew"
+        )
+    return index
+
+
+class _Writer(Dataset["Packed | str"]):
+    """Writes a shard when it is asked for; gives what became of it, or the reason why it could not be written."""
+
+    def __init__(self, plan: ShardPlan, folder: Path, shards: list[tuple[int, str]]) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, position: int) -> Packed | str:
+        shard, name = self.shards[position]
+        try:
+            return self._write(shard, self.folder / name)
+        except OSError as error:  # the disk is full, say
+            return f"shard {name} cannot be written: {error}"
+
+    def _write(self, shard: int, path: Path) -> Packed:
+        broken: list[tuple[str, str]] = []
+        names: dict[str, str] = {}
+        first = shard * self.plan.images_per_shard
+
+        def write(file: IO[bytes]) -> None:
+            with TarWriter(file, mtime=0, encoder=False) as tar:
+                for number, source in enumerate(self.plan.part(shard), first):
+                    try:
+                        extension, content = self._content(source)
+                    except Exception as error:  # decoders raise whatever they like on spoiled bytes
+                        broken.append((source.name, f"{type(error).__name__}: {error}".splitlines()[0]))
+                        continue
+                    key = f"{number:08d}"
+                    names[key] = source.name
+                    label = {} if source.label < 0 else {"cls": str(source.label).encode()}
+                    tar.write({"__key__": key, extension: content, **label})
+
+        write_atomically(path, write)
+        entries = [[*entry, names[entry[0]]] for entry in read_index(path)]
+        labels = Counter(str(entry[3]) for entry in entries)
+        packed = Packed(path.name, len(entries), path.stat().st_size, file_hash(path), dict(labels), broken)
+        write_json(path.with_name(index_name(path.name)), {**asdict(packed), "entries": entries})
+        return packed
+
+    def _content(self, source: Source) -> tuple[str, bytes]:
+        """Extension and bytes under which an image is stored."""
+        content = source.read()
+        suffix = os.path.splitext(source.name)[1].lower()
+        plan = self.plan
+        if not plan.check and plan.resize is None and suffix in _KEPT:
+            return _KEPT[suffix], content
+        image = open_rgb(io.BytesIO(content))
+        smaller = plan.resize is not None and min(image.size) > plan.resize
+        if suffix in _KEPT and not smaller:
+            return _KEPT[suffix], content
+        if smaller:
+            assert plan.resize is not None
+            image = resize_shorter(image, plan.resize)
+        return _encoded(image, "jpg" if _KEPT.get(suffix) == "jpg" else "png", plan.quality)
+
+
+def _encoded(image: Image.Image, extension: str, quality: int) -> tuple[str, bytes]:
+    file = io.BytesIO()
+    if extension == "jpg":
+        image.save(file, format="JPEG", quality=quality, subsampling=0)
+    else:
+        image.save(file, format="PNG")
+    return extension, file.getvalue()
+
+
+def _kept(folder: Path, name: str) -> Packed | None:
+    """What is known of a shard that is there and whole."""
+    file = folder / index_name(name)
+    if not file.is_file() or not (folder / name).is_file():
+        return None
+    content = parse_json(file.read_bytes(), str(file))
+    content.pop("entries")
+    packed = Packed(**{**content, "broken": [tuple(entry) for entry in content["broken"]]})
+    return packed if (folder / name).stat().st_size == packed.bytes else None

@@ -1,0 +1,1 @@
+"""Both stages on handwritten digits, and the judge of the digits drawn."""

@@ -1,0 +1,228 @@
+"""rae-demo: both stages on real handwritten digits, from nothing to a picture and a table of scores, on a CPU."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+from rae.cli.errors import compose
+
+
+def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
+    """The demo as titles and ordinary commands, each of which can be copied and run alone.
+
+    Args:
+        folder: Where all results go.
+        guidance: Scale of the classifier-free guidance.
+    """
+    encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
+    statistics = f"latent.stats={folder}/stats/stat.pt"
+    return [
+        (
+            "0. A representation encoder of our own: a tiny ViT learns to classify digits",
+            ["rae-train", "experiment=digits_encoder", f"output_dir={folder}/encoder"],
+        ),
+        (
+            "1. Stage 1: a ViT decoder learns to draw images from the frozen encoder's tokens",
+            ["rae-train", "experiment=digits_stage1", encoder, f"output_dir={folder}/stage1"],
+        ),
+        (
+            "   Reconstructions of held-out digits",
+            ["rae-reconstruct", f"checkpoint={folder}/stage1", f"output_dir={folder}/reconstructions"],
+        ),
+        (
+            "2. Mean and variance of the latents over the training digits",
+            ["rae-stats", "experiment=digits_stats", encoder, f"output_dir={folder}/stats", "force=true"],
+        ),
+        (
+            "3. Stage 2: a DiT-DH learns to draw latents from noise and a class",
+            [
+                "rae-train",
+                "experiment=digits_stage2",
+                encoder,
+                f"decoder_checkpoint={folder}/stage1",
+                statistics,
+                f"output_dir={folder}/stage2",
+            ],
+        ),
+        (
+            "4. Samples: 36 of each class, the classes as rows of one picture",
+            [
+                "rae-sample",
+                f"checkpoint={folder}/stage2",
+                "samples_per_class=36",
+                f"output_dir={folder}/samples",
+                "force=true",
+            ],
+        ),
+        (
+            "   The same with classifier-free guidance",
+            [
+                "rae-sample",
+                f"checkpoint={folder}/stage2",
+                "samples_per_class=36",
+                "guidance=cfg",
+                f"guidance.scale={guidance}",
+                f"output_dir={folder}/samples_cfg",
+                "force=true",
+            ],
+        ),
+        (
+            "5. Scores, by a classifier that saw real training digits only",
+            ["rae-evaluate", f"samples={folder}/samples/samples.npz", "metric=digits", f"output_dir={folder}/scores"],
+        ),
+        (
+            "   Scores with guidance",
+            [
+                "rae-evaluate",
+                f"samples={folder}/samples_cfg/samples.npz",
+                "metric=digits",
+                f"output_dir={folder}/scores_cfg",
+            ],
+        ),
+    ]
+
+
+def small_model(folder: str | Path = "outputs/small") -> Path:
+    """A small model of digits, trained in this process within about a minute, without a word: for notebooks and first steps.
+
+    What is there already is not made again, so that all notebooks of a folder share one.
+
+    Args:
+        folder: Where encoder, decoder, statistics and denoiser go.
+
+    Returns:
+        The stage-2 run's folder, for ``rae.load``; the stage-1 run is ``stage1`` beside it.
+    """
+    folder = Path(folder).resolve()
+    encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
+    given = [encoder, f"decoder_checkpoint={folder}/stage1", f"latent.stats={folder}/stats/stat.pt"]
+    plan = [
+        ("train", "encoder", [], "summary.json"),
+        ("train", "stage1", [encoder], "summary.json"),
+        ("stats", "stats", [encoder], "stat.pt"),
+        ("train", "stage2", given, "summary.json"),
+    ]
+    for command, name, overrides, result in plan:
+        if (folder / name / result).exists():
+            continue
+        cfg = compose(command, [f"experiment=digits_small_{name}", *overrides, f"output_dir={folder / name}"])
+        task = getattr(import_module(f"rae.commands.{command}"), command)
+        with contextlib.redirect_stderr(io.StringIO()):  # bars; errors are raised
+            task(cfg)
+    return folder / "stage2"
+
+
+def run(title: str, command: list[str]) -> float:
+    """Prints and runs one command in a process of its own; returns its wall-clock seconds.
+
+    Raises:
+        SystemExit: The command failed.
+    """
+    print(f"\n{title}\n$ {shlex.join(command)}", flush=True)
+    start = time.perf_counter()
+    arguments = [command[0].removeprefix("rae-"), *command[1:]]
+    status = subprocess.run([sys.executable, "-m", "rae", *arguments], check=False).returncode  # noqa: S603
+    if status:
+        raise SystemExit(f"rae-demo: {command[0]} failed with exit code {status}; the command above can be run alone")
+    return time.perf_counter() - start
+
+
+def read_json(path: Path) -> dict[str, float]:
+    """Numbers that a command wrote."""
+    content = json.loads(path.read_text())
+    return content.get("scores", content)
+
+
+def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:
+    """Rows (what, measured, yardstick) from the files that the commands wrote.
+
+    Args:
+        folder: Where they wrote.
+        wall: Wall-clock seconds of the whole demo.
+        cpu: CPU seconds of all its commands.
+    """
+    encoder = read_json(folder / "encoder" / "summary.json")
+    stage1 = read_json(folder / "stage1" / "summary.json")
+    stage2 = read_json(folder / "stage2" / "summary.json")
+    plain = read_json(folder / "scores" / "scores.json")
+    guided = read_json(folder / "scores_cfg" / "scores.json")
+    reconstruction = read_json(folder / "reconstructions" / "scores.json")
+
+    def rows_of(name: str, scores: dict[str, float], floor: str) -> list[tuple[str, str, str]]:
+        return [
+            (
+                f"{name}: label accuracy",
+                f"{scores['accuracy']:.1%}",
+                f"{floor}; judge on real {scores['judge_accuracy']:.1%}",
+            ),
+            (f"{name}: worst class", f"{scores['accuracy_worst_class']:.1%}", ""),
+            (
+                f"{name}: Fréchet distance",
+                f"{scores['frechet']:.2f}",
+                f"≤ 3 × {scores['frechet_real']:.2f} (real against real)",
+            ),
+            (
+                f"{name}: nearest training digit",
+                f"{scores['nearest_train_samples']:.1f}",
+                f"held-out digits {scores['nearest_train_held_out']:.1f}",
+            ),
+            (
+                f"{name}: nearer than any held-out digit is",
+                f"{scores['share_nearer_than_any_held_out']:.1%}",
+                "0 % = no copies",
+            ),
+            (f"{name}: spread within a class", f"{scores['spread_samples']:.1f}", f"real {scores['spread_real']:.1f}"),
+        ]
+
+    return [
+        ("encoder: held-out accuracy", f"{encoder['val/accuracy']:.1%}", "≥ 95 %"),
+        ("encoder: time per step", f"{encoder['seconds_per_step'] * 1000:.0f} ms", ""),
+        ("stage 1: held-out PSNR", f"{reconstruction['psnr']:.1f} dB", "≥ 22 dB"),
+        ("stage 1: time per step", f"{stage1['seconds_per_step'] * 1000:.0f} ms", ""),
+        ("stage 2: time per step", f"{stage2['seconds_per_step'] * 1000:.0f} ms", ""),
+        *rows_of("samples", plain, "≥ 90 %"),
+        *rows_of("samples with CFG", guided, "≥ 95 %"),
+        ("whole run", f"{wall / 60:.1f} min", "≤ 10 min on two idle cores"),
+        ("whole run, CPU time", f"{cpu / 60:.1f} min", ""),
+    ]
+
+
+def main() -> None:
+    """Runs the demo and prints the table."""
+    parser = argparse.ArgumentParser(prog="rae-demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything the demo makes")
+    parser.add_argument("--guidance", type=float, default=1.5, help="scale of classifier-free guidance")
+    arguments = parser.parse_args()
+    folder: Path = arguments.output
+    print("LPIPS needs VGG weights, which are a download: the demo trains its decoder without it, with L1 and the GAN.")
+    start = time.perf_counter()
+    for title, command in commands(folder, arguments.guidance):
+        seconds = run(title, command)
+        print(f"  ({seconds:.0f} s)", flush=True)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    rows = table(folder, time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    print(
+        "\n" + "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    )
+    print("\nPictures:")
+    for picture in (
+        folder / "reconstructions" / "grid.png",
+        folder / "samples" / "grid.png",
+        folder / "samples_cfg" / "grid.png",
+    ):
+        print(f"  {picture.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

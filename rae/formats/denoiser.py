@@ -1,0 +1,164 @@
+"""Diffusion transformers in the original project's naming: configuration, weights in, weights out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae.denoiser import Denoiser, DiT, DiTDH
+from rae.io.tensors import load_strict
+
+_COMMON = (
+    (r"^t_embedder\.W$", "time_embedding.frequencies"),
+    (r"^t_embedder\.mlp\.0\.", "time_embedding.fc1."),
+    (r"^t_embedder\.mlp\.2\.", "time_embedding.fc2."),
+    (r"^y_embedder\.embedding_table\.", "label_embedding.table."),
+    (r"^final_layer\.norm_final\.", "final.norm."),
+    (r"^final_layer\.linear\.", "final.linear."),
+    (r"^final_layer\.adaLN_modulation\.1\.", "final.modulation."),
+    (r"\.adaLN_modulation\.1\.", ".modulation."),
+)
+_PLAIN = ((r"^x_embedder\.", "patch_embedding."),)
+_TWO_WIDTHS = (
+    (r"^s_embedder\.", "backbone_embedding."),
+    (r"^x_embedder\.", "head_embedding."),
+    (r"^s_projector\.", "projection."),
+)
+_FIXED = re.compile(r"^(pos_embed|(enc_|dec_)?feat_rope\.freqs_(cos|sin))$")
+
+
+def denoiser_from_original(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Denoiser:
+    """Builds a denoiser from the original's arguments and weights.
+
+    Args:
+        config: Arguments of the original class: ``hidden_size``, ``depth``, ``num_heads`` (pairs for DiT-DH, single numbers
+            for LightningDiT), ``in_channels``, ``input_size``, ``num_classes`` and the options.
+        state: Its state dict.
+
+    Returns:
+        The denoiser in evaluation mode.
+
+    Raises:
+        ValueError: An option that the published models do not use, or weights that do not fit (all keys are listed).
+    """
+    model = denoiser_from_config(config)
+    load_strict(model, original_to_ours(state, model), "the original state dict")
+    return model.eval()
+
+
+def denoiser_from_config(config: Mapping[str, Any]) -> Denoiser:
+    """Builds a denoiser from the original's arguments, with fresh weights.
+
+    Raises:
+        ValueError: An option that the published models do not use.
+    """
+    for key, refused in (("learn_sigma", True), ("wo_shift", True)):
+        if config.get(key, False) is refused:
+            raise ValueError(f"{key}={refused} of the original is not supported: no published model uses it")
+    common: dict[str, Any] = {
+        "channels": config["in_channels"],
+        "grid": config["input_size"],
+        "num_classes": config["num_classes"],
+        "mlp_ratio": config.get("mlp_ratio", 4.0),
+        "qk_norm": config.get("use_qknorm", False),
+        "norm": "rms" if config.get("use_rmsnorm", True) else "layer",
+        "mlp": "swiglu" if config.get("use_swiglu", True) else "gelu",
+        "rope": config.get("use_rope", True),
+    }
+    patch = config.get("patch_size", 1)
+    width, depth, heads = config["hidden_size"], config["depth"], config["num_heads"]
+    if isinstance(width, int):
+        return DiT(width=width, depth=depth, heads=heads, patch=patch, **common)
+    patches = {patch} if isinstance(patch, int) else set(patch)
+    if len(patches) != 1:
+        raise ValueError(f"patch_size={patch} of the original: backbone and head must have the same patch here")
+    heads = (heads, heads) if isinstance(heads, int) else heads
+    return DiTDH(
+        width=width[0],
+        depth=depth[0],
+        heads=heads[0],
+        head_width=width[1],
+        head_depth=depth[1],
+        head_heads=heads[1],
+        patch=patches.pop(),
+        position_table=config.get("use_pos_embed", True),
+        **common,
+    )
+
+
+def original_to_ours(state: Mapping[str, Tensor], model: Denoiser) -> dict[str, Tensor]:
+    """Renames the original's keys; its fixed tables are compared with ours and left out.
+
+    Args:
+        state: State dict in the original's naming.
+        model: The denoiser that it is for.
+
+    Raises:
+        ValueError: A fixed table of the file differs from the one that the architecture implies.
+    """
+    renamed = {}
+    for key, value in state.items():
+        if _FIXED.match(key):
+            _check_table(key, value, model)
+            continue
+        renamed[_rename(key, model)] = value
+    return renamed
+
+
+def ours_to_original(model: Denoiser) -> dict[str, Tensor]:
+    """The model's weights under the original's keys, fixed tables included."""
+    two_widths = isinstance(model, DiTDH)
+    state = model.state_dict()
+    renamed = {}
+    for key, value in state.items():
+        original = key
+        if two_widths and key.startswith("backbone."):
+            original = f"blocks.{key.removeprefix('backbone.')}"
+        elif two_widths and key.startswith("head."):
+            index, rest = key.removeprefix("head.").split(".", 1)
+            original = f"blocks.{int(index) + len(model.backbone)}.{rest}"  # type: ignore[arg-type]
+        for pattern, name in (*_COMMON, *(_TWO_WIDTHS if two_widths else _PLAIN)):
+            if name == ".modulation.":
+                original = re.sub(r"^(blocks\.\d+)\.modulation\.", r"\1.adaLN_modulation.1.", original)
+            elif original.startswith(name):
+                original = re.sub(r"\\|\^|\$", "", pattern) + original[len(name) :]
+        renamed[original] = value
+    renamed.update({key: table for key, table in _tables(model).items() if table is not None})
+    return renamed
+
+
+def _rename(key: str, model: Denoiser) -> str:
+    if isinstance(model, DiTDH) and (match := re.match(r"^blocks\.(\d+)\.(.*)$", key)):
+        index, depth = int(match[1]), len(model.backbone)
+        key = f"backbone.{index}.{match[2]}" if index < depth else f"head.{index - depth}.{match[2]}"
+    for pattern, name in (*_COMMON, *(_TWO_WIDTHS if isinstance(model, DiTDH) else _PLAIN)):
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def _tables(model: Denoiser) -> dict[str, Tensor | None]:
+    """The original's fixed buffers, as ours have them."""
+    tables: dict[str, Tensor | None] = {"pos_embed": getattr(model, "position", None)}
+    if isinstance(model, DiTDH):
+        ropes = {"enc_feat_rope": model.backbone_rope, "dec_feat_rope": model.head_rope}
+    else:
+        ropes = {"feat_rope": getattr(model, "rope", None)}
+    for name, rope in ropes.items():
+        tables[f"{name}.freqs_cos"] = rope.cos if rope is not None else None
+        tables[f"{name}.freqs_sin"] = rope.sin if rope is not None else None
+    return tables
+
+
+def _check_table(key: str, value: Tensor, model: Denoiser) -> None:
+    own = _tables(model).get(key)
+    if own is None:
+        return  # a table that the original stores and does not use
+    if own.shape != value.shape or not torch.allclose(own.cpu(), value.to(own.dtype), atol=1e-4):
+        raise ValueError(
+            f"{key} of the file (shape {tuple(value.shape)}) is not the fixed table of this architecture "
+            f"(shape {tuple(own.shape)}): another grid or head size"
+        )

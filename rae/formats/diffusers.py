@@ -1,0 +1,353 @@
+"""Folders of diffusers' ``AutoencoderRAE``: ``config.json`` and safetensors, read and written.
+
+There the latents are normalised by (z − mean) / (std + 1e-5), so an imported model keeps that form. Three kinds of encoder exist;
+their networks follow from a few numbers, and an export is refused where ours differs from what diffusers would build.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rae.autoencoder import RAE
+from rae.decoder import ViTDecoder
+from rae.encoder import TimmEncoder
+from rae.encoder.convert import from_timm
+from rae.formats.decoder import POSITION, load_decoder, state_from_ours
+from rae.formats.original import refuse_existing
+from rae.io.files import parse_json, write_atomically
+from rae.io.tensors import read_file, save_state
+from rae.latent import LatentNormalizer
+
+CLASS = "AutoencoderRAE"
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_HEAD = 64  # width of an attention head in all encoders that diffusers builds
+_BASE_GRID = 16  # grid on which diffusers' position table has neighbours one apart, as the original has on all
+_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What diffusers fixes about one kind of encoder."""
+
+    model: str  # timm's architecture
+    act: str
+    norm_eps: float
+    pos_antialias: bool
+    table: int  # image side that the position table is for
+    hidden: int | None  # width of the feed-forward layers; None: four times the width
+    prefix: int  # class and register tokens
+
+
+_KINDS = {
+    "dinov2": _Kind("vit_base_patch14_reg4_dinov2.lvd142m", "gelu", 1e-6, True, 518, None, 5),
+    "siglip2": _Kind("vit_base_patch16_siglip_256", "gelu_tanh", 1e-6, False, 256, 3072, 0),
+    "mae": _Kind("vit_base_patch16_224.mae", "gelu", 1e-12, False, 224, 3072, 1),
+}
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Whether a folder holds diffusers' autoencoder."""
+    try:
+        return parse_json((folder / CONFIG).read_bytes(), CONFIG).get("_class_name") == CLASS
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def load_diffusers(folder: str | Path) -> RAE:
+    """The autoencoder in a folder that diffusers' ``AutoencoderRAE.save_pretrained`` wrote.
+
+    Args:
+        folder: The folder, with ``config.json`` and the weights in one file or several.
+
+    Returns:
+        The autoencoder in evaluation mode; encode and decode agree with diffusers'.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: Another class, an option that cannot be followed, or weights that do not fit; all keys are listed.
+    """
+    folder = Path(folder).expanduser()
+    config = _read_config(folder)
+    state = _read_weights(folder)
+    encoder = _make_encoder(config, state, folder)
+    inside = _part(state, "decoder.")
+    # A stored table is the one that the weights were trained with; diffusers itself builds another on grids other than 16×16.
+    decoder = make_decoder(config, position_scale=1.0 if POSITION in inside else _BASE_GRID / encoder.grid)
+    load_decoder(decoder, inside, f"the decoder of {str(folder)!r}", adopt=True)
+    latent = LatentNormalizer(encoder.latent_shape, *_moments(state, encoder.latent_shape), eps=_EPS, form="deviation")
+    expected = ("encoder.", "decoder.", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
+    if unexpected := sorted(key for key in state if not key.startswith(expected)):
+        raise ValueError(f"{str(folder)!r} holds unexpected keys: {', '.join(unexpected[:20])}")
+    return RAE(encoder, decoder, latent).eval()
+
+
+def load_diffusers_decoder(decoder: ViTDecoder, folder: Path) -> None:
+    """Fills a decoder from such a folder, strictly.
+
+    Raises:
+        ValueError: The weights do not fit; all keys are listed.
+    """
+    load_decoder(decoder, _part(_read_weights(folder), "decoder."), f"the decoder of {str(folder)!r}")
+
+
+def make_decoder(config: Mapping[str, Any], position_scale: float) -> ViTDecoder:
+    """The decoder that a configuration of diffusers describes, with fresh weights."""
+    mean, std = _colours(config)
+    with torch.random.fork_rng(devices=[]):
+        return ViTDecoder(
+            channels=config["encoder_hidden_size"],
+            grid=config["encoder_input_size"] // config["encoder_patch_size"],
+            width=config["decoder_hidden_size"],
+            depth=config["decoder_num_hidden_layers"],
+            heads=config["decoder_num_attention_heads"],
+            mlp_width=config["decoder_intermediate_size"],
+            patch=config["patch_size"],
+            mean=mean,
+            std=std,
+            position_scale=position_scale,
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is no folder of diffusers: it holds no {CONFIG}")
+    if not is_diffusers(folder):
+        raise ValueError(f"{str(file)!r} does not describe diffusers' {CLASS}")
+    config: dict[str, Any] = json.loads(file.read_text())
+    fixed = {"num_channels": 3, "reshape_to_2d": True, "scaling_factor": 1.0}
+    wrong = [f"{key}={config[key]!r}" for key, value in fixed.items() if config.get(key, value) != value]
+    if config.get("encoder_type") not in _KINDS:
+        wrong.append(f"encoder_type={config.get('encoder_type')!r}")
+    if wrong:
+        raise ValueError(
+            f"{str(file)!r}: {', '.join(wrong)} is not supported; needed are encoder_type {', '.join(_KINDS)} and "
+            + ", ".join(f"{key}={value}" for key, value in fixed.items())
+        )
+    return config
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        return read_file(folder / WEIGHTS, mapped=True)
+    try:
+        names = sorted(set(parse_json(index.read_bytes(), str(index))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{str(index)!r} has no weight_map of names; download the folder again") from error
+    if outside:
+        raise ValueError(f"{str(index)!r} is refused: {outside[0]!r} must be the name of a file in its own folder")
+    return {key: value for name in names for key, value in read_file(folder / name, mapped=True).items()}
+
+
+def _make_encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path) -> TimmEncoder:
+    kind = _KINDS[config["encoder_type"]]
+    width, depth = config["encoder_hidden_size"], config["encoder_num_hidden_layers"]
+    mean, std = _colours(config)
+    weights = _part(state, "encoder.")
+    hidden = kind.hidden or 4 * width
+    with torch.random.fork_rng(devices=[]):
+        encoder = TimmEncoder(
+            kind.model,
+            channels=width,
+            stride=config["encoder_patch_size"],
+            input_size=config["encoder_input_size"],
+            mean=mean,
+            std=std,
+            pretrained=False,
+            act=kind.act,
+            norm_eps=kind.norm_eps,
+            pos_antialias=kind.pos_antialias,
+            model_args={
+                "patch_size": config["encoder_patch_size"],
+                "embed_dim": width,
+                "depth": depth,
+                "num_heads": width // _HEAD,
+                "mlp_ratio": hidden / width,
+            },
+        )
+    encoder.load_published(weights, f"the encoder of {str(folder)!r}", adopt=True)
+    encoder.freeze()
+    return encoder
+
+
+def _colours(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    mean = config.get("encoder_norm_mean") or [0.485, 0.456, 0.406]
+    return mean, config.get("encoder_norm_std") or [0.229, 0.224, 0.225]
+
+
+def _moments(state: Mapping[str, Tensor], shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every position from the buffers, which may be single numbers or carry a batch dimension."""
+    missing = [key for key in ("_latents_mean", "_latents_std") if key not in state]
+    if missing:
+        raise ValueError(f"the folder's weights lack {', '.join(missing)}")
+    mean, std = (state[key].float() for key in ("_latents_mean", "_latents_std"))
+    full = [
+        value.expand(1, *shape)[0] if value.numel() == 1 else value.reshape(value.shape[-3:]) for value in (mean, std)
+    ]
+    return full[0], full[1].square()
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def save_diffusers(autoencoder: RAE, folder: str | Path, generation: int | None = None) -> Path:
+    """Writes an autoencoder as diffusers' ``AutoencoderRAE.from_pretrained`` reads it.
+
+    Args:
+        autoencoder: With an encoder that diffusers can build: DINOv2 with registers, SigLIP2 or MAE, last layer.
+        folder: Folder to make; it must not hold such files.
+        generation: Encoder names to write: 4, transformers' in the published files, or 5, those of late 5.x versions; None: the
+            names of the installed transformers, else 4.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder holds such files.
+        ValueError: diffusers would build another network; every difference is named.
+    """
+    folder = Path(folder).expanduser()
+    refuse_existing(folder, CONFIG, WEIGHTS)
+    encoder, decoder, latent = autoencoder.encoder, autoencoder.decoder, autoencoder.latent
+    if not isinstance(encoder, TimmEncoder):
+        raise ValueError(f"diffusers has no encoder like {type(encoder).__name__}; it has {', '.join(_KINDS)}")
+    name = _kind_of(encoder)
+    state = encoder.published_state()
+    _check(encoder, decoder, name, state)
+    deviation = latent.var.sqrt() if latent.form == "deviation" and latent.eps == _EPS else latent.scale - _EPS
+    config = {
+        "_class_name": CLASS,
+        "encoder_type": name,
+        "encoder_hidden_size": encoder.channels,
+        "encoder_patch_size": encoder.stride,
+        "encoder_num_hidden_layers": len(encoder.network.blocks),
+        "encoder_input_size": encoder.input_size,
+        "encoder_norm_mean": list(encoder.mean),
+        "encoder_norm_std": list(encoder.std),
+        "decoder_hidden_size": decoder.arguments["width"],
+        "decoder_num_hidden_layers": decoder.arguments["depth"],
+        "decoder_num_attention_heads": decoder.arguments["heads"],
+        "decoder_intermediate_size": decoder.arguments["mlp_width"],
+        "patch_size": decoder.patch,
+        "image_size": decoder.image_size,
+        "num_channels": 3,
+        "latents_mean": latent.mean.tolist(),
+        "latents_std": deviation.tolist(),
+        "noise_tau": 0.0,
+        "reshape_to_2d": True,
+        "scaling_factor": 1.0,
+    }
+    generation = _installed_generation(name) if generation is None else generation
+    named = from_timm(state, name, generation, final_norm=False)
+    if name == "siglip2":
+        named |= _unused_head(encoder.channels, "vision_model." if generation == 4 else "")
+    weights = {f"encoder.{key}": value for key, value in named.items()}
+    weights |= {
+        f"decoder.{key}": value
+        for key, value in state_from_ours(decoder, "diffusers").items()
+        if "pos_embed" not in key
+    }
+    weights |= {
+        "encoder_mean": encoder.image_mean,
+        "encoder_std": encoder.image_std,
+        "_latents_mean": latent.mean,
+        "_latents_std": deviation,
+    }
+    save_state(weights, folder / WEIGHTS, {"format": "pt"})
+    text = json.dumps(config, indent=1)
+    write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
+    return folder
+
+
+def _unused_head(width: int, root: str) -> dict[str, Tensor]:
+    """SigLIP's pooling head, which diffusers builds and never runs; zeros, so that none of its weights is missing."""
+    hidden = _KINDS["siglip2"].hidden or 4 * width
+    shapes = {
+        "probe": (1, 1, width),
+        "attention.in_proj_weight": (3 * width, width),
+        "attention.in_proj_bias": (3 * width,),
+        "attention.out_proj.weight": (width, width),
+        "attention.out_proj.bias": (width,),
+        "layernorm.weight": (width,),
+        "layernorm.bias": (width,),
+        "mlp.fc1.weight": (hidden, width),
+        "mlp.fc1.bias": (hidden,),
+        "mlp.fc2.weight": (width, hidden),
+        "mlp.fc2.bias": (width,),
+    }
+    return {f"{root}head.{key}": torch.zeros(shape) for key, shape in shapes.items()}
+
+
+def _kind_of(encoder: TimmEncoder) -> str:
+    """The kind of encoder, told from its tokens."""
+    prefix = encoder.network.num_prefix_tokens
+    for name, kind in _KINDS.items():
+        if kind.prefix == prefix:
+            return name
+    raise ValueError(f"diffusers has no encoder with {prefix} class and register tokens; it has {', '.join(_KINDS)}")
+
+
+def _check(encoder: TimmEncoder, decoder: ViTDecoder, name: str, state: Mapping[str, Tensor]) -> None:
+    """Refuses what diffusers would build otherwise.
+
+    Raises:
+        ValueError: Names every difference.
+    """
+    kind, network = _KINDS[name], encoder.network
+    block = network.blocks[0]
+    depth, width = len(network.blocks), encoder.channels
+    side = math.isqrt(state["pos_embed"].shape[1] - (1 if name == "mae" else 0)) if "pos_embed" in state else 0
+    exact = nn.GELU if kind.act == "gelu" else None
+    has_exact = type(block.mlp.act) is nn.GELU and block.mlp.act.approximate == "none"
+    facts = {
+        "encoder.layers": (encoder.layers or [depth - 1], [depth - 1]),
+        "encoder.norm_eps": (block.norm1.eps, kind.norm_eps),
+        "encoder.act is the exact GELU": (has_exact, exact is not None),
+        "encoder.pos_antialias": (encoder.pos_antialias, kind.pos_antialias),
+        "side of the published position table": (side, kind.table // encoder.stride),
+        "width of an attention head": (width // block.attn.num_heads, _HEAD),
+        "width of the feed-forward layers": (block.mlp.fc1.out_features, kind.hidden or 4 * width),
+        "decoder.mean": (_rounded(decoder.image_mean), _rounded(encoder.image_mean)),
+        "decoder.std": (_rounded(decoder.image_std), _rounded(encoder.image_std)),
+        "decoder.grid": (decoder.grid, encoder.grid),
+        "decoder.norm_eps": (decoder.norm.eps, 1e-12),
+        "decoder.position_scale": (decoder.position_scale, _BASE_GRID / decoder.grid),
+    }
+    wrong = [f"{fact} is {ours}, diffusers has {theirs}" for fact, (ours, theirs) in facts.items() if ours != theirs]
+    if wrong:
+        raise ValueError(f"diffusers' {CLASS} with encoder_type={name} would be another network: {'; '.join(wrong)}")
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 6) for value in values.flatten().tolist()]
+
+
+def _installed_generation(name: str) -> int:
+    """The generation of names that the installed transformers gives this kind of encoder; 4, the published one, without it."""
+    try:
+        import transformers  # noqa: PLC0415 (slow; only exports need it, and do without)
+    except ImportError:
+        return 4
+    kinds = {"dinov2": "Dinov2WithRegisters", "siglip2": "SiglipVision", "mae": "ViTMAE"}
+    settings = getattr(transformers, f"{kinds[name]}Config")(hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
+    with torch.device("meta"):
+        keys = getattr(transformers, f"{kinds[name]}Model")(settings).state_dict()
+    old = ("vision_model.", "attention.attention.query")
+    return 4 if any(part in key for key in keys for part in old) else 5

@@ -1,0 +1,125 @@
+"""Files of the original project: decoder, latent statistics, denoiser, training checkpoints (``nyu-visionx/RAE-collections``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae.autoencoder import RAE
+from rae.decoder import ViTDecoder
+from rae.denoiser import Denoiser
+from rae.formats.decoder import load_decoder, state_from_ours
+from rae.formats.denoiser import original_to_ours, ours_to_original
+from rae.io.tensors import load_strict, read_file, save_state
+from rae.latent import LatentNormalizer
+
+DECODER, STATISTICS, DENOISER = "model.pt", "stat.pt", "stage2_model.pt"
+"""Names of the files in the published collection."""
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+
+
+def read_original(path: str | Path, averaged: bool = True) -> dict[str, Tensor]:
+    """The state dict in a file of the original project: plain, or inside a training checkpoint.
+
+    Args:
+        path: ``.pt``, ``.pth``, ``.bin`` or ``.safetensors``.
+        averaged: Whether the moving average (``ema``) is taken where the file holds one beside ``model``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds no state dict.
+    """
+    content: Mapping[str, Any] = read_file(path)
+    if isinstance(content, Mapping):
+        order = ("ema", "model", "state_dict") if averaged else ("model", "state_dict", "ema")
+        content = next((content[name] for name in order if isinstance(content.get(name), Mapping)), content)
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{str(path)!r} holds no state dict: named tensors are needed, plain or below ema or model")
+    state = {}
+    for key, value in content.items():
+        for prefix in _PREFIXES:
+            key = key.removeprefix(prefix)
+        state[key] = value
+    return state
+
+
+def load_original_decoder(decoder: ViTDecoder, path: str | Path, averaged: bool = True) -> None:
+    """Fills a decoder from a decoder file or a stage-1 training checkpoint, strictly.
+
+    Args:
+        decoder: The decoder to fill.
+        path: The file.
+        averaged: Whether the moving average is taken where the file holds one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The weights do not fit; all keys are listed.
+    """
+    state = read_original(path, averaged)
+    inside = {key.removeprefix("decoder."): value for key, value in state.items() if key.startswith("decoder.")}
+    load_decoder(decoder, inside or state, str(path))
+
+
+def load_original_denoiser(denoiser: Denoiser, path: str | Path, averaged: bool = True) -> None:
+    """Fills a denoiser from a published model or a stage-2 training checkpoint, strictly.
+
+    Args:
+        denoiser: The denoiser to fill.
+        path: The file.
+        averaged: Whether the moving average is taken where the file holds one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The weights do not fit; all keys are listed.
+    """
+    state = read_original(path, averaged)
+    own = denoiser.state_dict().keys()
+    ours = state if own & state.keys() == own else original_to_ours(state, denoiser)
+    load_strict(denoiser, ours, str(path))
+
+
+def statistics(latent: LatentNormalizer) -> dict[str, Tensor]:
+    """Mean and variance as the original's file holds them, whose readers divide by √(var + 1e-5)."""
+    scale = latent.scale.double()
+    var = latent.var if latent.form == "variance" and latent.eps == 1e-5 else (scale.square() - 1e-5).float()
+    return {"mean": latent.mean.clone(), "var": var.clone()}
+
+
+def save_original(autoencoder: RAE, folder: str | Path, denoiser: Denoiser | None = None) -> Path:
+    """Writes ``model.pt``, ``stat.pt`` and, with a denoiser, ``stage2_model.pt`` as the original project reads them.
+
+    Args:
+        autoencoder: Its decoder and latent statistics are written.
+        folder: Folder to write into.
+        denoiser: Written too, where it is given.
+
+    Raises:
+        FileExistsError: One of the files is there already.
+    """
+    folder = Path(folder).expanduser()
+    files: dict[str, Mapping[str, Tensor]] = {
+        DECODER: state_from_ours(autoencoder.decoder, "original"),
+        STATISTICS: statistics(autoencoder.latent),
+    }
+    if denoiser is not None:
+        files[DENOISER] = ours_to_original(denoiser)
+    refuse_existing(folder, *files)
+    for name, state in files.items():
+        with torch.no_grad():
+            save_state(state, folder / name)
+    return folder
+
+
+def refuse_existing(folder: Path, *names: str) -> None:
+    """Refuses to write over an earlier export.
+
+    Raises:
+        FileExistsError: Names the first file that is there.
+    """
+    for name in names:
+        if (folder / name).exists():
+            raise FileExistsError(f"{str(folder / name)!r} exists: choose another folder, or remove it")

@@ -1,0 +1,118 @@
+"""Files that are whole or not there, JSON, hashes, and what differs between two sets of values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+_LISTED = 6  # differences that an error spells out
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def parse_json(content: bytes, name: str) -> Any:
+    """What JSON says.
+
+    Args:
+        content: The text.
+        name: Where it is from, for the message.
+
+    Raises:
+        ValueError: It is no JSON, or nested beyond any use.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError(f"{name!r} is no usable JSON: it is nested too deeply") from None
+    except ValueError as error:  # also of bytes that are no text
+        raise ValueError(f"{name!r} is no usable JSON: {error}") from error
+
+
+def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
+    """Writes values by name as JSON, atomically.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        values: What JSON does not know is written as text.
+    """
+    text = json.dumps(dict(values), indent=2, default=str)
+    return write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:
+    """Writes a file under a temporary name beside it and renames it, so that no reader ever sees half of it.
+
+    Args:
+        path: The file to make or replace; its folder is made where it is missing.
+        write: Called with the open binary file.
+    """
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        Path(temporary).replace(path)
+        if hasattr(os, "O_DIRECTORY"):  # else the new name might not outlast a loss of power
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Says in words which values differ between two plans, by dotted key, the first six of them; empty where none does.
+
+    Args:
+        before: Values as JSON holds them, nested or not.
+        now: The same of now.
+    """
+    old, new = flat(before), flat(now)
+    found = [
+        f"{key} was {_short(old.get(key))} and is now {_short(new.get(key))}"
+        for key in {**new, **old}
+        if old.get(key) != new.get(key)
+    ]
+    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return ", ".join(found[:_LISTED]) + more
+
+
+def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys; lists, and mappings without a key, are values.
+
+    Args:
+        values: Values by name.
+        prefix: What the dotted keys begin with.
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping) and len(value) > 0
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,115 @@
+"""Where the weights of frozen networks come from: a local file, or the Hugging Face hub and its cache."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import Tensor
+
+from rae.io.tensors import read_file
+
+HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+
+
+def read_weights(
+    checkpoint: str | None, hub_id: str | None, revision: str | None, option: str = "encoder.checkpoint"
+) -> dict[str, Tensor]:
+    """Reads a state dict from the local file, or else from the hub (its cache first).
+
+    Args:
+        checkpoint: Local file.
+        hub_id: Repository on the Hugging Face hub.
+        revision: Branch, tag or commit of the repository.
+        option: Name of the option that gives the local file, for messages.
+
+    Raises:
+        FileNotFoundError: No file and no connection; names the repository, the cache and the option.
+        ValueError: The file is no state dict.
+    """
+    if checkpoint is not None:
+        state = read_file(checkpoint)
+    elif hub_id is None:
+        raise FileNotFoundError(f"no weights are named: give {option}=/path/to/file (.safetensors, .bin, .pt or .pth)")
+    else:
+        state = read_file(fetch_weights(hub_id, revision, option))
+    for wrapper in ("state_dict", "model", "teacher"):
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{checkpoint or hub_id} holds no state dict: {option} needs a file of named tensors")
+    return state
+
+
+def fetch_weights(hub_id: str, revision: str | None, option: str) -> Path:
+    """The weight file of a repository on the hub, from the cache where it is there.
+
+    Args:
+        hub_id: Repository on the Hugging Face hub.
+        revision: Branch, tag or commit of the repository.
+        option: Name of the option that gives a local file, for messages.
+
+    Raises:
+        FileNotFoundError: The file is not in the cache and cannot be downloaded.
+    """
+    problem: Exception | None = None
+    cached_only = False
+    for name in HUB_FILES:
+        try:
+            return Path(hf_hub_download(hub_id, name, revision=revision, local_files_only=cached_only))
+        except LocalEntryNotFoundError as error:  # no connection: the cache may hold another name, without asking again
+            problem = problem if cached_only else error
+            cached_only = True
+        except (RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+            problem = error
+            if not isinstance(error, EntryNotFoundError):
+                break
+    raise _unreachable(
+        f"weights of {hub_id!r}", revision, problem, f"give a local file with {option}=/path/to/file"
+    ) from None
+
+
+def fetch(hub_id: str, name: str, revision: str | None, folder: Path) -> Path:
+    """One file of a repository, put below ``folder`` under its own name; one that is there already is kept.
+
+    Args:
+        hub_id: Repository ``owner/name``.
+        name: Name of the file in it.
+        revision: Branch, tag or commit; None for main.
+        folder: Folder that the file is put below.
+
+    Raises:
+        FileNotFoundError: It cannot be downloaded.
+    """
+    try:
+        return Path(hf_hub_download(hub_id, name, revision=revision, local_dir=folder))
+    except Exception as error:  # the hub's errors have no common base
+        raise _unreachable(f"{name!r} of {hub_id!r}", revision, error, f"put the file at {folder / name}") from None
+
+
+def fetch_all(hub_id: str, revision: str | None, folder: Path | None = None, patterns: list[str] | None = None) -> Path:
+    """A whole repository, put below ``folder``, or into the hub's cache.
+
+    Args:
+        hub_id: Repository ``owner/name``.
+        revision: Branch, tag or commit; None for main.
+        folder: Folder that the files are put below; None for the hub's cache.
+        patterns: Names to fetch, with wildcards; None for all.
+
+    Raises:
+        FileNotFoundError: It cannot be downloaded.
+    """
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_dir=folder, allow_patterns=patterns))
+    except Exception as error:  # the hub's errors have no common base
+        raise _unreachable(f"{hub_id!r}", revision, error, "give a local folder instead") from None
+
+
+def _unreachable(what: str, revision: str | None, problem: Exception | None, remedy: str) -> FileNotFoundError:
+    reason = textwrap.shorten((str(problem).strip().splitlines() or [""])[0], 160, placeholder=" …")
+    return FileNotFoundError(
+        f"no {what} (revision {revision or 'main'}): the cache {constants.HF_HUB_CACHE} does not hold it and the download failed "
+        f"({type(problem).__name__}: {reason}); connect once, or {remedy}"
+    )

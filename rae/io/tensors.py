@@ -1,0 +1,200 @@
+"""Tensors in files: safe reading, strict loading, content hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from rae.io.files import write_atomically
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LISTED = 12  # keys of a mismatch that an error spells out
+_FORMER = {
+    "attn.q_norm.bias": "qk_norm=true with norm=rms used to be LayerNorm on queries and keys and is RMSNorm now, as in the "
+    "original; weights of the former kind cannot be converted: train anew"
+}
+"""What keys that a network no longer has say of their file, by the keys' ending."""
+
+
+def read_file(path: str | Path, mapped: bool = False) -> Any:
+    """Reads a ``.safetensors`` file or a file written by ``torch.save``, never executing code from it.
+
+    Args:
+        path: The file.
+        mapped: Whether a safetensors file's tensors are read where they are used, each through a mapping that ends with it.
+
+    Returns:
+        What the file holds, on the CPU: a dict of tensors for safetensors, any tensors and plain containers otherwise.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated, not a weight file, or holds pickled objects other than tensors and containers.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"weight file {str(path)!r} does not exist; give the path of an existing file")
+    try:
+        if path.suffix == ".safetensors":
+            return _map(path) if mapped else load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"weight file {str(path)!r} cannot be read: {reason}; it may be truncated") from error
+    except Exception as error:  # pickle.UnpicklingError has no common base with the above
+        raise ValueError(
+            f"weight file {str(path)!r} is refused: it is no file of tensors ({type(error).__name__}); "
+            "weights are read with weights_only=True, which runs no code from the file"
+        ) from error
+    check_file(path)
+    return content
+
+
+def map_file(path: Path) -> Any:
+    """Opens a file of ``torch.save``; tensors are mapped from it and not compared with their checksums, all else is.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated or damaged, or holds objects other than tensors and containers.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        content = read_file(path)  # says what is wrong, or can do without mapping
+    check_file(path, ())
+    return content
+
+
+def check_file(path: str | Path, tensors: Iterable[Tensor] | None = None) -> None:
+    """Compares the checksums in a file of ``torch.save``, which ``torch.load`` does not look at.
+
+    Files without checksums, and of other formats, pass.
+
+    Args:
+        path: The file.
+        tensors: Those that count, read or mapped from the file, beside all that is no tensor; None for everything in the file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if not any(entry.CRC for entry in entries):  # written with torch.serialization.set_crc32_options(False)
+                return
+            if tensors is None:
+                damaged = archive.testzip() is not None
+            else:
+                for entry in entries:
+                    if "/data/" not in entry.filename:
+                        archive.read(entry)  # compares
+                known = {(entry.file_size, entry.CRC) for entry in entries}
+                storages = {tensor.data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.numel()}
+                parts = (torch.empty(0, dtype=torch.uint8).set_(part).numpy() for part in storages.values())
+                damaged = any((part.size, zlib.crc32(part.data)) not in known for part in parts)
+    except Exception as error:  # zipfile has no common base for what it raises
+        raise ValueError(f"{str(path)!r} is damaged: {error}; take another copy of it") from error
+    if damaged:
+        raise ValueError(f"{str(path)!r} is damaged: its content does not fit its checksums; take another copy of it")
+
+
+def _map(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, each of its own copy-on-write mapping of its bytes alone."""
+    state: dict[str, Tensor] = {}
+    with safe_open(path, framework="pt") as file:  # also checks the file
+        with path.open("rb") as header:
+            size = int.from_bytes(header.read(8), "little")
+            places = json.loads(header.read(size))
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            dtype, (begin, end) = _DTYPES.get(places[key]["dtype"]), places[key]["data_offsets"]
+            if dtype is None or begin == end:
+                state[key] = file.get_tensor(key)
+                continue
+            raw = np.memmap(path, np.uint8, "c", 8 + size + begin, (end - begin,))
+            state[key] = torch.from_numpy(raw).view(dtype).view(places[key]["shape"])
+    return state
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
+    """Loads a state dict whose keys and shapes must be exactly the module's.
+
+    Args:
+        module: The module to fill.
+        state: Tensors by the module's own names.
+        source: Where the tensors come from, for the message.
+        adopt: Whether the module takes over the tensors themselves instead of their values, which saves memory and time; they must
+            then be nobody else's. Those of another type are converted in any case.
+
+    Raises:
+        ValueError: Lists all missing keys, unexpected keys and differing shapes.
+    """
+    own = module.state_dict()
+    if problems := mismatches(own, state):
+        raise ValueError(f"{source} does not fit {type(module).__name__}: {problems}")
+    if adopt:
+        state = {key: value.to(own[key].device, own[key].dtype) for key, value in state.items()}
+    module.load_state_dict(dict(state), strict=True, assign=adopt)
+
+
+def mismatches(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps a state dict from being loaded strictly, in words; empty where nothing does.
+
+    Args:
+        own: The module's own state dict.
+        state: The one to load.
+    """
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key}: file {tuple(state[key].shape)}, model {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
+    problems = [
+        f"{len(found)} {name}: {', '.join(found[:_LISTED])}{' …' if len(found) > _LISTED else ''}"
+        for name, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if found
+    ]
+    problems += [words for ending, words in _FORMER.items() if any(key.endswith(ending) for key in unexpected)]
+    return "; ".join(problems)
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors, independent of their order and device."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_state(state: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> Path:
+    """Writes tensors atomically: as safetensors where the name ends so, else in PyTorch's own format.
+
+    Args:
+        state: Tensors by name.
+        path: The file; its folder is made.
+        metadata: Texts that a safetensors file carries.
+    """
+    path = Path(path).expanduser()
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    if path.suffix != ".safetensors":
+        return write_atomically(path, lambda file: torch.save(tensors, file))
+    return write_atomically(path, lambda file: file.write(serialize(tensors, metadata)))

@@ -1,0 +1,1 @@
+"""Long work shared out over processes: sampling, reconstructing, reading images."""

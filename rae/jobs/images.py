@@ -1,0 +1,146 @@
+"""Images to be scored, from whatever holds them: an .npz, a folder of files, tar shards."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae.data.shards import read_index
+from rae.data.storage import read_ranges
+from rae.io.errors import ConfigError
+from rae.io.files import parse_json
+from rae.metric import ImageBatch, iterate_folder, iterate_npz
+from rae.metric.images import decode_image, same_size
+
+Batch = tuple[Tensor, Tensor | None, Tensor]
+"""Images uint8 B×3×H×W, their labels B where there are any, and their numbers B."""
+
+
+def iterate_shards(path: Path, batch_size: int) -> Iterator[ImageBatch]:
+    """Batches of the images of a folder of tar shards, in the order of names and keys; all must be of one size.
+
+    Args:
+        path: The folder.
+        batch_size: Images at once.
+
+    Returns:
+        Batches as :func:`rae.metric.iterate_npz` gives them.
+
+    Raises:
+        ValueError: There is no image, they are of several sizes, or one is damaged.
+    """
+    entries = [(str(shard), *entry) for shard in sorted(path.glob("*.tar")) for entry in sorted(read_index(shard))]
+    if not entries:
+        raise ValueError(f"the shards of {str(path)!r} hold no image")
+    labelled = all(entry[-1] >= 0 for entry in entries)
+    shape = None
+    for start in range(0, len(entries), batch_size):
+        chunk = entries[start : start + batch_size]
+        contents = read_ranges([(shard, first, size) for shard, _, first, size, _ in chunk])
+        images = [
+            decode_image(io.BytesIO(content), f"{entry[0]}:{entry[1]}")
+            for content, entry in zip(contents, chunk, strict=True)
+        ]
+        shape = shape or images[0].shape
+        for image, entry in zip(images, chunk, strict=True):
+            same_size(image, shape, f"{entry[0]}:{entry[1]}", str(path))
+        yield ImageBatch(torch.stack(images), torch.tensor([entry[-1] for entry in chunk]) if labelled else None)
+
+
+def checked_path(key: str, given: str) -> Path:
+    """Where the images are that a key of the configuration names.
+
+    Args:
+        key: The key, for messages.
+        given: Its value.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ConfigError: It is a trained run.
+    """
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{key}={given} does not exist: give an .npz file, a folder of images or of tar shards")
+    if path.suffix == ".ckpt" or (path / "checkpoints").is_dir():
+        raise ConfigError(f"{key}={given} is a trained run: give it as checkpoint={given}")
+    return path
+
+
+def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """Batches of the images that a key of the configuration names, each process its share of the batches.
+
+    Args:
+        key: The key, for messages.
+        given: Its value: an .npz, a folder of images, or a folder of tar shards.
+        batch_size: Images at once.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ConfigError: It is a trained run.
+        ValueError: Images of several sizes, of another type, or damaged files.
+    """
+    path = checked_path(key, given)
+    if path.is_file():
+        batches = iterate_npz(path, batch_size)
+    elif any(path.glob("*.tar")):
+        batches = iterate_shards(path, batch_size)
+    else:
+        batches = iterate_folder(path, batch_size)
+    done = 0
+    for number, (images, labels) in enumerate(batches):
+        if number % world_size == rank:
+            yield images, labels, torch.arange(done, done + len(images))
+        done += len(images)
+
+
+def open_pairs(
+    samples: str, originals: str, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Reconstructions uint8 B×3×H×W with their originals, paired in the order in which both are read.
+
+    Args:
+        samples: Where the reconstructions are, see :func:`open_images`.
+        originals: Where the originals are.
+        batch_size: Pairs at once.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: One holds more images than the other.
+    """
+    first, second = (
+        open_images(key, given, batch_size, rank, world_size)
+        for key, given in (("samples", samples), ("originals", originals))
+    )
+    # A batch that is missing or shorter on one side shows which one ends first.
+    for mine, other in zip_longest(first, second):
+        held = [0 if batch is None else len(batch[0]) for batch in (mine, other)]
+        if held[0] != held[1]:
+            word = "fewer" if held[1] < held[0] else "more"
+            raise ValueError(
+                f"originals={originals} holds {word} images than samples={samples}; they are paired one by one, in order"
+            )
+        assert mine is not None
+        assert other is not None
+        yield mine[0], other[0]
+
+
+def describe_samples(given: str) -> dict[str, Any]:
+    """What is known of samples in files: their path, and what ``rae-sample`` wrote of how they were drawn."""
+    path = Path(given).expanduser()
+    described: dict[str, Any] = {"path": str(path)}
+    beside = (
+        path.parent if path.is_file() else path if (path / "samples.json").is_file() else path.parent
+    ) / "samples.json"
+    if beside.is_file():
+        known = parse_json(beside.read_bytes(), str(beside))
+        described |= known if isinstance(known, dict) else {}
+    return described

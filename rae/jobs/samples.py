@@ -1,0 +1,315 @@
+"""Samples of a model in parts on disk: streamed, resumable, shared out among processes, the same however they are divided."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from lightning import Fabric
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from rae.generator import Generator
+from rae.io.describe import describe
+from rae.io.errors import ConfigError
+from rae.io.files import changes, write_atomically
+from rae.io.parts import Parts
+from rae.io.tensors import state_hash
+from rae.jobs.processes import begin
+from rae.rng import sample_seed
+
+_WRITERS = 2  # threads that compress and write while the next images are sampled
+_WAITING = 4  # parts that may wait for them
+
+
+def class_list(classes: object, num_classes: int) -> list[int]:
+    """The classes to draw: ``all``, or the list given.
+
+    Args:
+        classes: The value of the key ``classes``.
+        num_classes: Classes of the model.
+
+    Raises:
+        ConfigError: Neither of the two, or a class outside the range.
+    """
+    if classes == "all":
+        return list(range(num_classes))
+    listed = [classes] if isinstance(classes, int) else classes
+    if not isinstance(listed, list) or not listed or not all(isinstance(item, int) for item in listed):
+        raise ConfigError(f"classes={classes!r} must be all or a list of numbers, e.g. classes=[0,7]")
+    if wrong := [item for item in listed if not 0 <= item < num_classes]:
+        raise ConfigError(f"classes={wrong} lie outside 0 … {num_classes - 1}, the classes of this run")
+    return listed
+
+
+def label_list(cfg: DictConfig, num_classes: int) -> list[int]:
+    """The label of every sample, which depends on the configuration alone.
+
+    ``labels=equal`` draws ``samples_per_class`` of each of the ``classes``, class by class; ``random`` draws ``count`` labels,
+    each from the seed and the sample's number; a file lists them (text, .npy, or an .npz with ``arr_1``).
+
+    Args:
+        cfg: Configuration with ``labels``, ``classes``, ``samples_per_class``, ``count`` and ``seed``.
+        num_classes: Classes of the model.
+
+    Raises:
+        ConfigError: A number below 1, or a label outside the range.
+        FileNotFoundError: There is no such file.
+    """
+    classes = class_list(
+        OmegaConf.to_container(cfg.classes) if OmegaConf.is_list(cfg.classes) else cfg.classes, num_classes
+    )
+    for key in ("samples_per_class", "batch_size", "part_size"):
+        if cfg[key] < 1:
+            raise ConfigError(f"{key}={cfg[key]} must be at least 1")
+    if cfg.labels == "equal":
+        return [label for label in classes for _ in range(cfg.samples_per_class)]
+    if cfg.labels == "random":
+        if not isinstance(cfg.count, int) or cfg.count < 1:
+            raise ConfigError(f"labels=random needs count=… (how many samples), got count={cfg.count}")
+        return [classes[sample_seed(cfg.seed, "label", number) % len(classes)] for number in range(cfg.count)]
+    return _listed_labels(Path(cfg.labels).expanduser(), num_classes)
+
+
+def _listed_labels(path: Path, num_classes: int) -> list[int]:
+    if not path.is_file():
+        raise FileNotFoundError(f"labels={str(path)!r} does not exist; choose equal, random, or give a file of labels")
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path)
+        elif path.suffix == ".npz":
+            values = np.load(path)["arr_1"]
+        else:
+            values = np.array([int(word) for word in path.read_text().split()])
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"labels={str(path)!r} holds no list of labels: {error}") from error
+    labels = [int(value) for value in np.ravel(values)]
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong or not labels:
+        raise ConfigError(f"labels={str(path)!r} must hold labels in 0 … {num_classes - 1}, got {wrong[:8] or 'none'}")
+    return labels
+
+
+def check_interpolations(cfg: DictConfig) -> None:
+    """Refuses rows of pictures without one in the middle, before the work that they come at the end of.
+
+    Raises:
+        ConfigError: ``interpolations`` is below 3.
+    """
+    if cfg.interpolations is not None and cfg.interpolations < 3:
+        raise ConfigError(f"interpolations={cfg.interpolations} must be at least 3, both ends counted, or null")
+
+
+def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dict[str, Any]:
+    """All that the samples depend on: weights, sampler, guidance, labels, seed, precision, rule of the bytes.
+
+    Args:
+        cfg: Configuration with ``seed``, ``precision``, ``float32`` and ``quantize``.
+        generator: The model; the encoder does not count.
+        labels: Label of every sample.
+    """
+    weights = {
+        key: value for key, value in generator.state_dict().items() if not key.startswith("autoencoder.encoder.")
+    }
+    return {
+        "model": state_hash(weights),
+        "sampler": describe(generator.sampler),
+        "guidance": describe(generator.guidance),
+        "shift": float(generator.flow.shift),
+        "seed": cfg.seed,
+        "precision": cfg.precision,
+        "float32": cfg.float32,
+        "quantize": cfg.quantize,
+        "samples": len(labels),
+        "labels": hashlib.sha256(np.asarray(labels, dtype=np.int64).tobytes()).hexdigest(),
+        "image_size": generator.autoencoder.image_size,
+    }
+
+
+def draw(
+    cfg: DictConfig,
+    fabric: Fabric,
+    generator: Generator,
+    labels: Sequence[int],
+    folder: Path,
+    plan: dict[str, Any],
+    png: Path | None = None,
+    shards: Path | None = None,
+) -> Parts:
+    """Draws what is not there yet, part by part, while finished parts are compressed and written by threads.
+
+    Args:
+        cfg: Configuration with ``seed``, ``batch_size``, ``part_size``, ``precision`` and ``quantize``.
+        fabric: The processes; each draws its share of the parts.
+        generator: Draws.
+        labels: Label of every sample.
+        folder: Where the parts are kept: .npy files uint8 n×H×W×3.
+        plan: From :func:`plan_of`.
+        png: Folder for one PNG a sample; None for none.
+        shards: Folder for tar shards of PNGs with labels, one a part; None for none.
+
+    Returns:
+        The parts, all of them done once all processes are.
+    """
+    parts = Parts(
+        folder, {**plan, "png": png is not None, "shards": shards is not None}, len(labels), cfg.part_size, ".npy"
+    )
+    mine = begin(fabric, parts, png, shards)
+    total = sum(len(parts.items(part)) for part in mine)
+    pending: deque[Future[None]] = deque()
+    with (
+        ThreadPoolExecutor(_WRITERS) as pool,
+        tqdm(total=total, desc="sampling", unit=" image", disable=not fabric.is_global_zero) as bar,
+    ):
+        for part in mine:
+            items = parts.items(part)
+            batches = []
+            for start in range(items.start, items.stop, cfg.batch_size):
+                numbers = range(start, min(start + cfg.batch_size, items.stop))
+                wanted = [labels[number] for number in numbers]
+                images = generator.draw(wanted, cfg.seed, numbers, cfg.precision, cfg.quantize)
+                batches.append(_to_host(images))
+                bar.update(len(numbers))
+            pending.append(pool.submit(_write, batches, labels, items, parts.path(part), png, shards))
+            while len(pending) > _WAITING:
+                pending.popleft().result()
+        for written in pending:
+            written.result()
+    fabric.barrier()
+    return parts
+
+
+def _to_host(images: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """The images on their way to host memory, and the event that tells when they are there; None where they are there."""
+    if images.device.type != "cuda":
+        return images.cpu(), None
+    host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+    host.copy_(images, non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record()
+    return host, arrival
+
+
+def _write(
+    batches: Sequence[tuple[torch.Tensor, Any]],
+    labels: Sequence[int],
+    numbers: range,
+    path: Path,
+    png: Path | None,
+    shards: Path | None,
+) -> None:
+    """Writes a part, once its batches have come; its own file, which says that it is done, is written last."""
+    for _, arrival in batches:
+        if arrival is not None:
+            arrival.synchronize()
+    images = torch.cat([batch for batch, _ in batches]).permute(0, 2, 3, 1).numpy()
+    encoded = [_png(image) for image in images] if png is not None or shards is not None else []
+    names = [f"{number:06d}_class{labels[number]:04d}" for number in numbers]
+    if png is not None:
+        for name, content in zip(names, encoded, strict=True):
+            write_atomically(png / f"{name}.png", _writer(content))
+    if shards is not None:
+
+        def write_tar(file: IO[bytes]) -> None:
+            with TarWriter(file, mtime=0, encoder=False) as tar:
+                for number, content in zip(numbers, encoded, strict=True):
+                    tar.write({"__key__": f"{number:06d}", "png": content, "cls": str(labels[number]).encode()})
+
+        write_atomically(shards / f"samples-{path.stem.rpartition('-')[2]}.tar", write_tar)
+    write_atomically(path, lambda file: np.save(file, images))
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _writer(content: bytes) -> Any:
+    return lambda file: file.write(content)
+
+
+def read_parts(
+    parts: Parts, batch_size: int, wanted: Sequence[int] | None = None
+) -> Iterator[tuple[NDArray[np.uint8], range]]:
+    """Images uint8 n×H×W×3 with their numbers, of all parts or of those wanted, without holding more than a batch.
+
+    Args:
+        parts: Samples that are drawn.
+        batch_size: Most images at once; no batch goes over the end of a part.
+        wanted: Numbers of the parts; None for all.
+    """
+    for part in range(len(parts)) if wanted is None else wanted:
+        items = parts.items(part)
+        images = np.load(parts.path(part), mmap_mode="r")
+        for start in range(0, len(items), batch_size):
+            yield np.array(images[start : start + batch_size]), items[start : start + batch_size]
+
+
+def write_npz(path: Path, parts: Parts, labels: Sequence[int] | None) -> Path:
+    """Packs all parts into an .npz as the evaluation suites read it (``arr_0`` uint8 N×H×W×3, ``arr_1`` int64 N), part by part.
+
+    Args:
+        path: The file.
+        parts: Samples that are drawn.
+        labels: Label of every sample; None leaves ``arr_1`` out.
+    """
+    _, height, width, _ = np.load(parts.path(0), mmap_mode="r").shape
+
+    def write(file: IO[bytes]) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (parts.count, height, width, 3)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for images, _ in read_parts(parts, parts.size):
+                    member.write(images.tobytes())
+            if labels is None:
+                return
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
+
+    return write_atomically(path, write)
+
+
+def pick(parts: Parts, numbers: Sequence[int]) -> torch.Tensor:
+    """Some of the samples, uint8 n×3×H×W.
+
+    Args:
+        parts: Samples that are drawn.
+        numbers: Which ones, in this order.
+    """
+    rows = [np.load(parts.path(number // parts.size), mmap_mode="r")[number % parts.size] for number in numbers]
+    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+
+
+def finished(description: Path, plan: dict[str, Any]) -> bool:
+    """Whether a folder holds these very samples already.
+
+    Args:
+        description: The folder's ``samples.json``.
+        plan: What the samples that are wanted depend on, from :func:`plan_of`.
+
+    Raises:
+        ConfigError: It holds other ones.
+    """
+    if not description.is_file():
+        return False
+    before = json.loads(description.read_text())
+    now = json.loads(json.dumps(plan, default=str))
+    if said := changes({key: before.get(key) for key in now}, now):
+        raise ConfigError(
+            f"{str(description.parent)!r} holds other samples ({said}): force=true replaces them, output_dir=… writes elsewhere"
+        )
+    return True

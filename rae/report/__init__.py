@@ -1,0 +1,1 @@
+"""Tables, plots and nearest neighbours of results."""

@@ -1,0 +1,96 @@
+"""Samples beside the training images that are nearest to them: whether a model copies can be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rae.image import grid_scale, label_rows, save_png
+from rae.metric import Detector, MetricSet
+
+COUNT = 5
+"""Neighbours that are shown of every sample."""
+
+
+class Nearest:
+    """The nearest of many images to each of a few, in some features; the many come batch by batch.
+
+    Args:
+        features: Images uint8 B×3×H×W => features B×D, whose Euclidean distance counts.
+        queries: The few images, uint8 Q×3×H×W.
+        count: Neighbours of each to keep.
+    """
+
+    def __init__(self, features: Any, queries: Tensor, count: int = COUNT) -> None:
+        self.features = features
+        self.queries = features(queries).cpu().double()
+        self.distances = torch.full((len(queries), count), float("inf"), dtype=torch.float64)
+        self.images = queries.cpu().new_full((len(queries), count, *queries.shape[1:]), 255)
+
+    def update(self, images: Tensor) -> None:
+        """Looks at further images, uint8 B×3×H×W.
+
+        Raises:
+            ValueError: They are of another size than the queries.
+        """
+        if images.shape[1:] != self.images.shape[2:]:
+            raise ValueError(
+                f"neighbours are sought among images of {tuple(images.shape[2:])}, but the samples are of "
+                f"{tuple(self.images.shape[3:])}: give images of one size"
+            )
+        count = self.distances.shape[1]
+        distances = torch.cat([self.distances, torch.cdist(self.queries, self.features(images).cpu().double())], 1)
+        self.distances, places = distances.topk(count, largest=False)
+        for query, row in enumerate(places.tolist()):
+            known = self.images[query].clone()
+            for rank, place in enumerate(row):
+                self.images[query, rank] = known[place] if place < count else images[place - count].cpu()
+
+
+def feature_function(metric: Any, device: torch.device) -> tuple[Any, str]:
+    """The features in which neighbours are sought, and their name: those of the metric's detector, else the pixels.
+
+    Args:
+        metric: A metric of :mod:`rae.metric`, or anything else.
+        device: Where the detector runs.
+
+    Returns:
+        A function of images uint8 B×3×H×W to features B×D, and the name.
+    """
+    if isinstance(metric, MetricSet):
+        metric = next(iter(metric.metrics.values()))
+    detector = getattr(metric, "detector", None)
+    if isinstance(detector, Detector):
+        detector = detector.to(device)
+        return (lambda images: detector(images.to(device)).pool), f"{detector.name} features"
+    return (lambda images: images.flatten(1).float()), "pixels"
+
+
+def write_sheet(many: Iterable[Tensor], metric: Any, samples: Tensor, path: Path) -> str:
+    """A picture with a sample in front of each row, followed by its nearest training images, the nearest first.
+
+    Args:
+        many: The training images, batches uint8 B×3×H×W.
+        metric: Its detector's features are compared.
+        samples: uint8 n×3×H×W.
+        path: The PNG file.
+
+    Returns:
+        Name of the features.
+    """
+    device = getattr(metric, "device", torch.device("cpu"))
+    features, name = feature_function(metric, device)
+    nearest = Nearest(features, samples)
+    for images in tqdm(many, desc="neighbours", unit=" batch"):
+        nearest.update(images)
+    blank = torch.full_like(samples[:1], 255)
+    rows = [torch.cat([samples[n : n + 1].cpu(), blank.cpu(), nearest.images[n]]) for n in range(len(samples))]
+    distances = nearest.distances[:, 0].tolist()
+    labels = [f"nearest: {value:,.0f}" if value >= 100 else f"nearest: {value:.3g}" for value in distances]
+    save_png(label_rows(rows, labels, COUNT + 2, grid_scale(samples.shape[-1])), path)
+    return name

@@ -1,0 +1,102 @@
+"""The end of a sweep: one table and one plot of the scores of all its jobs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rae.io.files import write_atomically
+from rae.report.job import Job
+from rae.report.table import read_scores, write_csv
+
+log = logging.getLogger(__name__)
+
+
+def summarise(jobs: Sequence[Job]) -> None:
+    """Writes ``sweep.csv`` and ``sweep.png`` beside the jobs' folders, and prints the table.
+
+    Jobs that failed are left out of both and named.
+    """
+    settings = swept(jobs)
+    rows = []
+    for job, setting in zip(jobs, settings, strict=True):
+        if job.failed or not (job.folder / "scores.json").is_file():
+            log.warning("left out of the table, since it failed: %s", job.folder)
+        else:
+            rows.append({**setting, **read_scores(job.folder)[0]})
+    if not rows:
+        return
+    folder = jobs[0].folder.parent
+    keys = list(settings[0])
+    write_csv(folder / "sweep.csv", rows)
+    plot(rows, keys, folder / "sweep.png")
+    print(markdown(rows))
+    log.info("sweep.csv and sweep.png are in %s", folder)
+
+
+def swept(jobs: Sequence[Job]) -> list[dict[str, str | float]]:
+    """What tells each job from the others: keys whose values differ, numbers as numbers."""
+    pairs = [dict(override.lstrip("+").split("=", 1) for override in job.overrides if "=" in override) for job in jobs]
+    keys = list(dict.fromkeys(key for pair in pairs for key in pair))
+    differing = [key for key in keys if len({pair.get(key) for pair in pairs}) > 1] or keys[:1]
+    return [{key: _number(pair.get(key, "")) for key in differing} for pair in pairs]
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip("'\"")
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table in Markdown, numbers with five digits."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names)]
+    for row in rows:
+        values = [row.get(name, "") for name in names]
+        lines.append([f"{value:.5g}" if isinstance(value, float) else str(value) for value in values])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> Path:
+    """A panel for every score that differs, over the swept number of the most values; a line for every choice of the others.
+
+    Args:
+        rows: Settings and scores of every job.
+        keys: Which of their entries are settings.
+        path: The PNG file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 (slow to import)
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    names = [name for name in rows[0] if name not in keys and not name.endswith("_std")]
+    # What is the same everywhere (the number of samples, scores of real images) makes no curve.
+    scores = [name for name in names if len({row[name] for row in rows}) > 1] or names
+    numeric = [key for key in keys if all(isinstance(row[key], float) for row in rows)]
+    axis = max(numeric, key=lambda key: len({row[key] for row in rows})) if numeric else keys[0]
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        name = ", ".join(f"{key}={_short(row[key])}" for key in keys if key != axis)
+        lines.setdefault(name, []).append(row)
+    columns = min(3, len(scores))
+    height = -(-len(scores) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * height), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    for number, score in enumerate(scores):
+        panel = figure.add_subplot(height, columns, number + 1)
+        for name, members in lines.items():
+            ordered = sorted(members, key=lambda row: row[axis]) if axis in numeric else members
+            panel.plot([row[axis] for row in ordered], [row[score] for row in ordered], "o-", label=name)
+        panel.set_title(score)
+        panel.set_xlabel(axis)
+        panel.grid(alpha=0.3)
+        if number == 0 and len(lines) > 1:
+            panel.legend(fontsize="small")
+    return write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _short(value: str | float) -> str:
+    return f"{value:g}" if isinstance(value, float) else value
