@@ -13,7 +13,7 @@ from rae.autoencoder import RAE
 from rae.denoiser import Denoiser
 from rae.flow import AutoGuidance, FlowMatching, Guidance, NoGuidance, ODESampler, SDESampler
 from rae.image import to_uint8
-from rae.layers import trusted, unpack_weights
+from rae.layers import trusted
 from rae.rng import normal, sample_seed
 
 PRECISIONS = ("float32", "bfloat16")
@@ -91,7 +91,6 @@ class Generator(nn.Module):
             raise ValueError(f"compile={mode!r} is unknown; choose true, false or one of {', '.join(COMPILE_MODES)}")
         for network in (self.denoiser, self.guide, self.autoencoder.decoder):
             if network is not None:
-                unpack_weights(network)  # the compiler has layouts of its own
                 network.compile(**{"dynamic": False, "mode": mode, **options})
         self._captured = mode in ("reduce-overhead", "max-autotune")
 

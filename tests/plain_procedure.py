@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from rae.data.transforms import to_float
 from rae.latent import add_noise
-from rae.layers import Attention, GELUMlp, Linear, RotaryEmbedding2D
+from rae.layers import Attention, RotaryEmbedding2D
 from rae.rng import normal, sample_seeds, uniform
 from rae.training.stage1 import Stage1Module
 from rae.training.stage2 import Stage2Module
@@ -41,21 +41,11 @@ def attend(self: Attention, x: Tensor, rope: RotaryEmbedding2D | None = None) ->
     return self.proj(out.transpose(1, 2).reshape(batch, count, width))
 
 
-def feed_forward(self: GELUMlp, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Our feed-forward layer in its separate steps, B×N×D => B×N×D."""
-    x = self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
-    return x if residual is None else residual + x
-
-
 def make_plain(*networks: nn.Module) -> None:
-    """Makes the linear layers PyTorch's own and attention and feed-forward explicit, in our networks and in timm's."""
+    """Makes attention explicit, in our networks and in timm's."""
     for module in (module for network in networks for module in network.modules()):
-        if type(module) is Linear:
-            module.__class__ = nn.Linear
-        elif isinstance(module, Attention):
+        if isinstance(module, Attention):
             module.forward = partial(attend, module)
-        elif isinstance(module, GELUMlp):
-            module.forward = partial(feed_forward, module)
         elif hasattr(module, "fused_attn"):
             module.fused_attn = False  # timm's own explicit attention
 

@@ -21,7 +21,6 @@ from rae.cli.models import open_model
 from rae.data.folder import class_folders
 from rae.io.errors import ConfigError
 from rae.jobs.processes import pick_device, set_float32
-from rae.layers import pack_weights
 from rae.loss.perceptual import PerceptualLoss, cached_vgg
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
         )
     perceptual = open_perceptual(cfg.vgg_checkpoint) if cfg.encode else None
     names = class_names(run, getattr(model, "num_classes", 0))
-    viewer = Viewer(pack_weights(model.to(device)), perceptual, cfg.precision, cfg.batch_size, names)
+    viewer = Viewer(model.to(device), perceptual, cfg.precision, cfg.batch_size, names)
     path = Path(cfg.checkpoint)
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else cfg.checkpoint
     return viewer, f"{shown} on {device}"

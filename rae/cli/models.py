@@ -21,7 +21,6 @@ from rae.generator import Generator
 from rae.io.describe import Described, check, holds_targets
 from rae.io.errors import ConfigError
 from rae.latent import LatentNormalizer
-from rae.layers import pack_weights
 
 
 def load(source: str | Path, overrides: Sequence[str] = (), encode: bool = True) -> RAE | Generator:
@@ -129,7 +128,7 @@ def open_model(cfg: DictConfig, encode: bool = True, keep_guide: bool = False) -
 
 
 def open_generator(cfg: DictConfig) -> tuple[Generator, DictConfig]:
-    """As :func:`open_model`, for sampling; weights are packed where that is quicker.
+    """As :func:`open_model`, for sampling.
 
     Raises:
         ConfigError: The model has no denoiser.
@@ -137,13 +136,13 @@ def open_generator(cfg: DictConfig) -> tuple[Generator, DictConfig]:
     model, run = open_model(cfg, encode=False)
     if not isinstance(model, Generator):
         raise ConfigError(f"checkpoint={cfg.checkpoint} has no denoiser; samples are drawn by a model of stage 2")
-    return pack_weights(model), run
+    return model, run
 
 
 def open_autoencoder(cfg: DictConfig) -> tuple[RAE, DictConfig]:
-    """As :func:`open_model`, for encoding and decoding; weights are packed where that is quicker."""
+    """As :func:`open_model`, for encoding and decoding."""
     model, run = open_model(cfg)
-    return pack_weights(model.autoencoder if isinstance(model, Generator) else model), run
+    return model.autoencoder if isinstance(model, Generator) else model, run
 
 
 def _compose_model(run: DictConfig, checkpoint: str | Path, encode: bool, decoder: str | None) -> RAE | Generator:

@@ -23,7 +23,6 @@ from rae.io.files import write_json
 from rae.io.parts import Parts
 from rae.io.tensors import save_state
 from rae.jobs.processes import batches_of, begin, first, start
-from rae.layers import pack_weights
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ def cache_latents(cfg: DictConfig) -> None:
     fabric = start(cfg)
     seed(cfg)
     check_paths(cfg.data)
-    encoder = pack_weights(make(cfg.encoder).to(fabric.device))
+    encoder = make(cfg.encoder).to(fabric.device)
     data = make(cfg.data)
     data.setup("fit" if "train" in cfg.splits else "validate")
     if not any(data.samples(split) for split in cfg.splits):

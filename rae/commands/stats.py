@@ -20,7 +20,6 @@ from rae.io.parts import Parts
 from rae.io.tensors import read_file, save_state
 from rae.jobs.processes import batches_of, begin, first, start
 from rae.latent import RunningMoments
-from rae.layers import pack_weights
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def stats(cfg: DictConfig) -> None:
     fabric = start(cfg)
     seed(cfg)
     check_paths(cfg.data)
-    encoder = pack_weights(make(cfg.encoder).to(fabric.device))
+    encoder = make(cfg.encoder).to(fabric.device)
     data = make(cfg.data)
     data.setup("fit")
     plan = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rae.io.describe import Described
-from rae.layers import Block, Linear, grid_to_tokens, sincos_table, tokens_to_grid, unpatchify
+from rae.layers import Block, grid_to_tokens, sincos_table, tokens_to_grid, unpatchify
 
 
 class ViTDecoder(Described, nn.Module):
@@ -63,13 +63,13 @@ class ViTDecoder(Described, nn.Module):
         self.patch = patch
         self.checkpointing = checkpointing
         self.position_scale = position_scale
-        self.embedding = Linear(channels, width)
+        self.embedding = nn.Linear(channels, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         table = torch.cat([torch.zeros(1, width), sincos_table(width, grid, position_scale)])[None]
         self.register_buffer("position", table, persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width, norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=norm_eps)
-        self.last_layer = Linear(width, patch * patch * 3)
+        self.last_layer = nn.Linear(width, patch * patch * 3)
         self.register_buffer("image_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.denoiser.base import Denoiser, PatchEmbedding, make_blocks, position_buffer
-from rae.layers import FinalLayer, Linear, RotaryEmbedding2D, unpatchify
+from rae.layers import FinalLayer, RotaryEmbedding2D, unpatchify
 
 
 class DiTDH(Denoiser):
@@ -65,7 +65,7 @@ class DiTDH(Denoiser):
             position_buffer(self, width, side)
         self.position_table = position_table
         self.backbone = make_blocks(depth, width, heads, mlp_ratio, qk_norm, norm, mlp)
-        self.projection = Linear(width, head_width) if width != head_width else nn.Identity()
+        self.projection = nn.Linear(width, head_width) if width != head_width else nn.Identity()
         self.head = make_blocks(head_depth, head_width, head_heads, mlp_ratio, qk_norm, norm, mlp)
         self.backbone_rope = RotaryEmbedding2D(width // heads, side) if rope else None
         self.head_rope = RotaryEmbedding2D(head_width // head_heads, side) if rope else None

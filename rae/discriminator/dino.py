@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rae.io.hub import read_weights
 from rae.io.tensors import load_strict
-from rae.layers import resize_position_table, take_quick_kernels
+from rae.layers import resize_position_table
 
 _UNUSED = ("head.", "fc_norm.", "x_scale", "x_shift")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -167,7 +167,6 @@ class DinoDiscriminator(nn.Module):
             )
         self.backbone.requires_grad_(False)
         self.backbone.eval()
-        take_quick_kernels(self.backbone)
 
     def load_backbone(self, state: Mapping[str, Tensor], source: str) -> None:
         """Loads published weights strictly; the key part of every qkv bias is set to zero.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rae.io.describe import Described
 from rae.io.tensors import load_strict, state_hash
-from rae.layers import at_least_float, take_quick_kernels, tokens_to_grid
+from rae.layers import at_least_float, tokens_to_grid
 
 REDUCTIONS = ("sum", "mean")
 _PUBLISHED = "published:"
@@ -210,7 +210,6 @@ class Encoder(Described, nn.Module, ABC):
         """
         for parameter in self.parameters():
             parameter.data = parameter.data.to(self.dtype)
-        take_quick_kernels(self)
         self.requires_grad_(False)
         self.eval()
 

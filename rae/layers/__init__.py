@@ -4,7 +4,6 @@ from rae.layers.attention import Attention
 from rae.layers.block import AdaptiveBlock, Block, FinalLayer, adaptive_blocks
 from rae.layers.checks import may_look, trusted
 from rae.layers.embedding import LabelEmbedding, TimeEmbedding, drop_labels
-from rae.layers.linear import Linear, linear, pack_weights, take_quick_kernels, unpack_weights
 from rae.layers.mlp import GELUMlp, SwiGLU
 from rae.layers.norm import RMSNorm, at_least_float, modulate
 from rae.layers.patch import grid_to_tokens, patchify, tokens_to_grid, unpatchify
@@ -17,7 +16,6 @@ __all__ = [
     "FinalLayer",
     "GELUMlp",
     "LabelEmbedding",
-    "Linear",
     "RMSNorm",
     "RotaryEmbedding2D",
     "SwiGLU",
@@ -26,16 +24,12 @@ __all__ = [
     "at_least_float",
     "drop_labels",
     "grid_to_tokens",
-    "linear",
     "may_look",
     "modulate",
-    "pack_weights",
     "patchify",
     "resize_position_table",
     "sincos_table",
-    "take_quick_kernels",
     "tokens_to_grid",
     "trusted",
-    "unpack_weights",
     "unpatchify",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.layers.linear import Linear
 from rae.layers.norm import RMSNorm
 from rae.layers.position import RotaryEmbedding2D
 
@@ -28,11 +27,11 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"width={width} is not divisible by heads={heads}")
         self.heads = heads
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)
         kind = RMSNorm if norm == "rms" else nn.LayerNorm
         self.q_norm = kind(width // heads) if qk_norm else nn.Identity()
         self.k_norm = kind(width // heads) if qk_norm else nn.Identity()
-        self.proj = Linear(width, width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2D | None = None) -> Tensor:
         """B×N×D => B×N×D.

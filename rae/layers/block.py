@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from rae.layers.attention import Attention
-from rae.layers.linear import Linear
 from rae.layers.mlp import GELUMlp, make_mlp
 from rae.layers.norm import make_norm, modulate
 from rae.layers.position import RotaryEmbedding2D
@@ -31,7 +30,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """B×N×D => B×N×D."""
         x = x + self.attn(self.norm1(x))
-        return self.mlp(self.norm2(x), x)
+        return x + self.mlp(self.norm2(x))
 
 
 class AdaptiveBlock(nn.Module):
@@ -54,7 +53,7 @@ class AdaptiveBlock(nn.Module):
         self.attn = Attention(width, heads, qk_norm, norm)
         self.norm2 = make_norm(norm, width)
         self.mlp = make_mlp(mlp, width, hidden)
-        self.modulation = Linear(width, 6 * width)
+        self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
@@ -82,8 +81,8 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, out: int, norm: str = "rms") -> None:
         super().__init__()
         self.norm = make_norm(norm, width)
-        self.modulation = Linear(width, 2 * width)
-        self.linear = Linear(width, out)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, out)
         for layer in (self.modulation, self.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.layers.linear import Linear
-
 
 class TimeEmbedding(nn.Module):
     """Gaussian Fourier features of the time, then linear, SiLU, linear.
@@ -26,8 +24,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.randn(frequencies))
-        self.fc1 = Linear(2 * frequencies, width)
-        self.fc2 = Linear(width, width)
+        self.fc1 = nn.Linear(2 * frequencies, width)
+        self.fc2 = nn.Linear(width, width)
         nn.init.normal_(self.fc1.weight, std=0.02)
         nn.init.normal_(self.fc2.weight, std=0.02)
 

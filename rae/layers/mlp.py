@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.layers.linear import Linear
-
 
 class GELUMlp(nn.Module):
     """Linear, GELU, linear.
@@ -19,21 +17,13 @@ class GELUMlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, approximate: str = "none") -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
         self.approximate = approximate
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """B×N×width => B×N×width, added to the residual of that shape where one is given."""
-        # Not so where an adapter has taken a layer's place, or a hook wants a layer's own output.
-        fused = all(isinstance(layer, Linear) and not layer._forward_hooks for layer in (self.fc1, self.fc2))
-        if fused and self.approximate == "none":
-            x = self.fc1(x, gelu=True)
-        else:
-            x = F.gelu(self.fc1(x), approximate=self.approximate)
-        if fused:
-            return self.fc2(x, residual=residual)
-        return self.fc2(x) if residual is None else residual + self.fc2(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """B×N×width => B×N×width."""
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class SwiGLU(nn.Module):
@@ -46,8 +36,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = Linear(width, 2 * hidden)
-        self.w3 = Linear(hidden, width)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """B×N×width => B×N×width."""

@@ -68,9 +68,8 @@ def latents(batch: int) -> torch.Tensor:
 def ours(what: str, decoder: str, batch: int) -> Work:
     """Our autoencoder's call."""
     from rae.formats import load_diffusers
-    from rae.layers import pack_weights
 
-    model = pack_weights(load_diffusers(weights(decoder)))  # as the commands do
+    model = load_diffusers(weights(decoder))
     given = images(batch) if what == "encode" else latents(batch)
     return no_gradients(partial(getattr(model, what), given))
 

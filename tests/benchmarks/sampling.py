@@ -65,9 +65,8 @@ def start() -> tuple[torch.Tensor, torch.Tensor]:
 
 def ours(guidance: str) -> Work:
     """Our sampler."""
-    from rae.layers import pack_weights
 
-    generator = pack_weights(build(guidance).eval())  # as the commands do
+    generator = build(guidance).eval()
     noise, labels = start()
     return lambda: generator.latents(labels, noise=noise)
 
