@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from rae.autoencoder import RAE
 from rae.denoiser import Denoiser
 from rae.flow import AutoGuidance, FlowMatching, Guidance, NoGuidance, ODESampler, SDESampler
 from rae.image import to_uint8
+from rae.io.export import Exportable
 from rae.layers import trusted
 from rae.rng import normal, sample_seed
 
@@ -21,7 +21,7 @@ PRECISIONS = ("float32", "bfloat16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
-class Generator(nn.Module):
+class Generator(Exportable, nn.Module):
     """Draws images of given classes.
 
     Sample ``i`` depends on the seed and on ``i`` alone, so it is the same for any batch size, order or number of processes.
@@ -220,35 +220,3 @@ class Generator(nn.Module):
         # Stochastic samplers draw further noise: one and the same for the whole row, or it would jump.
         latents = self.latents([label] * count, seed, [pair[0]] * count, noise=noise.float())
         return self.autoencoder.decode(latents).clamp(0, 1)
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, revision: str | None = None, encoder: bool = True) -> Generator:
-        """Loads an exported generator, with the sampler, guidance and guide that it was exported with.
-
-        Args:
-            source: Folder, or ``owner/name`` on the Hugging Face hub.
-            revision: Branch, tag or commit on the hub.
-            encoder: Whether the encoder's weights are loaded too; sampling does not need them.
-
-        Returns:
-            The generator in evaluation mode.
-
-        Raises:
-            FileNotFoundError: There is no such folder or repository.
-            ValueError: The files are not what their description says, or hold no denoiser.
-        """
-        from rae.formats.export import load_generator  # noqa: PLC0415 (it builds on this module)
-
-        return load_generator(source, revision, encoder)
-
-    def save_pretrained(self, folder: str | Path, store_encoder: bool | None = None) -> Path:
-        """Writes everything that :meth:`from_pretrained` needs; see :meth:`rae.autoencoder.RAE.save_pretrained`."""
-        from rae.formats.export import save  # noqa: PLC0415 (it builds on this module)
-
-        return save(self, folder, store_encoder)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what :meth:`save_pretrained` writes; see :func:`rae.formats.export.push`."""
-        from rae.formats.export import push  # noqa: PLC0415 (it builds on this module)
-
-        return push(self, repo_id, **options)

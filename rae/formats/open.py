@@ -15,6 +15,7 @@ from rae.formats.diffusers import is_diffusers, load_diffusers, load_diffusers_d
 from rae.formats.original import load_original_decoder, load_original_denoiser
 from rae.formats.run import LAST, find_checkpoint, load_trained, read_encoder
 from rae.formats.shares import REST
+from rae.generator import Generator
 from rae.io.files import parse_json
 from rae.io.tensors import load_strict
 
@@ -155,3 +156,13 @@ def load_autoencoder(source: str | Path, encoder: bool = True) -> RAE:
     if kind == "export":
         return pretrained.load_autoencoder(path, encoder=encoder)
     raise ValueError(f"{str(source)!r} is a {kind}; give an exported folder, diffusers' folder or a hub id")
+
+
+def from_pretrained(kind: type, source: str | Path, revision: str | None, encoder: bool) -> RAE | Generator:
+    """A model of the kind asked for; see :meth:`rae.io.export.Exportable.from_pretrained`."""
+    folder = pretrained.resolve(source, revision)
+    return (
+        pretrained.load_generator(folder, encoder=encoder)
+        if issubclass(kind, Generator)
+        else load_autoencoder(folder, encoder)
+    )
