@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from rae.cli.config import absolute_paths, check_complete, check_same_run, missing_keys, plain, save_config
 from rae.cli.errors import compose
 from rae.cli.groups import conf_dir, config_groups, normalise
-from rae.cli.help import GROUPS, help_groups
+from rae.cli.help import GROUPS, help_groups, help_keys
 from rae.cli.schema import check_values
 from rae.io.errors import ConfigError
 from rae.jobs.processes import set_float32
@@ -185,6 +185,15 @@ def test_every_default_is_explained(path):
             block = indent
         elif re.match(r"\s*(- )?[\w@/]+: \S", line) and not re.match(r"\s*(- )?(_\w+_|app_name):", line):
             assert " # " in line, f"line {number} has no comment: {line.strip()}"
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in conf_dir().glob("*.yaml")))
+def test_the_help_lists_every_key_of_a_command_with_its_comment(config):
+    content = yaml.safe_load((conf_dir() / f"{config}.yaml").read_text())
+    own = [key for key in content if key not in ("defaults", "hydra")]
+    text = help_keys(config)
+    assert [line.split("=")[0].strip() for line in text.splitlines() if re.match(r"  \w+=", line)] == own
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_every_group_is_explained_in_the_help():

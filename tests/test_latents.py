@@ -14,7 +14,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from rae.cli.build import build, check_paths, make, seed
+from rae.cli.build import build, make, seed
+from rae.cli.checks import check_paths
 from rae.cli.errors import compose
 from rae.commands.cache_latents import required_bytes
 from rae.data import CachedLatents, LatentsDataModule

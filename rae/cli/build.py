@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from rae.autoencoder import RAE
-from rae.cli.checks import check_metric
+from rae.cli.checks import check_metric, check_paths
 from rae.cli.config import check_complete, plain
 from rae.denoiser import Denoiser
 from rae.encoder import AbsentEncoder, Encoder
@@ -100,24 +99,6 @@ def check_images(cfg: DictConfig, what: str) -> None:
             f"data.mode=random_crop makes other images in every epoch; {what} are of center_crop (data=imagenet or "
             f"data=shards){meant}"
         )
-
-
-def check_paths(data: DictConfig) -> None:
-    """Refuses data that are not there, before networks are built and their weights looked for.
-
-    Args:
-        data: The configuration of the data set. Addresses and patterns of several files are left to the data set, and so is
-            everything of data sets from elsewhere, whose paths may mean something else.
-
-    Raises:
-        ConfigError: A path does not exist.
-    """
-    if not str(data.get("_target_")).startswith("rae.data."):
-        return
-    for key in ("train_path", "val_path"):
-        path = data.get(key)
-        if isinstance(path, str) and not re.search(r"://|[{*?\[]", path) and not Path(path).expanduser().exists():
-            raise ConfigError(f"data.{key}={path} does not exist; give the path of the images, shards or latents")
 
 
 def keep_still(data: DictConfig, **values: Any) -> None:

@@ -1,11 +1,14 @@
-"""What can be refused before networks are built and weights looked for."""
+"""What can be refused before torch is imported, networks are built and weights looked for."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from hydra.utils import get_object
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+from rae.io.errors import ConfigError
 
 
 def check_metric(node: DictConfig | None) -> bool:
@@ -30,3 +33,95 @@ def check_metric(node: DictConfig | None) -> bool:
     if hasattr(kind, "check_reference") and "metrics" in node:
         kind.check_reference(node["metrics"], reference)
     return bool(getattr(kind, "takes_originals", False)) or any(pairs)
+
+
+_MODELS = ("checkpoint", "decoder_checkpoint", "guide_checkpoint")
+_IMAGES = ("samples", "originals", "neighbours_of")
+_TRAINS_ON = ("train", "stats", "cache_latents")
+"""Commands that read the training split."""
+
+
+def check_files(cfg: DictConfig, config: str) -> None:
+    """Refuses files and folders that are named and not there, and training data that are not named.
+
+    Args:
+        cfg: The complete configuration of a command.
+        config: Name of its root config.
+
+    Raises:
+        ConfigError: Training data are not named or not there, or published files are not there.
+        FileNotFoundError: A model, images or statistics do not exist.
+    """
+    if cfg.get("decoder") is not None and "collection" in cfg:
+        check_published(cfg)
+    for key in _MODELS:
+        value = cfg.get(key)
+        if isinstance(value, str) and not Path(value).expanduser().exists() and not _may_be_on_the_hub(value):
+            raise FileNotFoundError(
+                f"{key}: checkpoint {value!r} does not exist: give a trained run's folder or a .ckpt file"
+            )
+    for key in _IMAGES:
+        value = cfg.get(key)
+        if isinstance(value, str) and not Path(value).expanduser().exists():
+            raise FileNotFoundError(
+                f"{key}={value} does not exist: give an .npz file, a folder of images or of tar shards"
+            )
+    data = cfg.get("data")
+    if config in _TRAINS_ON and isinstance(data, DictConfig) and not data._is_none():
+        if str(data.get("_target_")).startswith("rae.data.") and data.get("train_path", "") is None:
+            wanted = {
+                "LatentsDataModule": "/path/to/latents/train",
+                "ShardsDataModule": "'/path/to/train-{0000..0146}.tar'",
+            }
+            example = wanted.get(str(data["_target_"]).rpartition(".")[2], "/path/to/imagenet/train")
+            raise ConfigError(f"data.train_path is not given; add data.train_path={example}")
+        check_paths(data)
+
+
+def _may_be_on_the_hub(source: str) -> bool:
+    return "/" in source and not Path(source).expanduser().is_absolute()
+
+
+def check_paths(data: DictConfig) -> None:
+    """Refuses data that are not there, before networks are built and their weights looked for.
+
+    Args:
+        data: The configuration of the data set. Addresses and patterns of several files are left to the data set, and so is
+            everything of data sets from elsewhere, whose paths may mean something else.
+
+    Raises:
+        ConfigError: A path does not exist.
+    """
+    if not str(data.get("_target_")).startswith("rae.data."):
+        return
+    for key in ("train_path", "val_path"):
+        path = data.get(key)
+        if isinstance(path, str) and not re.search(r"://|[{*?\[]", path) and not Path(path).expanduser().exists():
+            raise ConfigError(f"data.{key}={path} does not exist; give the path of the images, shards or latents")
+
+
+def wants_guide(cfg: DictConfig) -> bool:
+    """Whether autoguidance is chosen, which needs a guide."""
+    return str(OmegaConf.select(cfg, "guidance._target_")).endswith(".AutoGuidance")
+
+
+def check_published(cfg: DictConfig) -> None:
+    """Refuses a composition whose files are not there.
+
+    Raises:
+        ConfigError: Names them, and the command that fetches them.
+    """
+    wanted = ["checkpoint", "decoder_checkpoint", "latent.stats"]
+    if wants_guide(cfg):
+        wanted.append("guide_checkpoint")
+    found = {key: OmegaConf.select(cfg, key) for key in wanted}
+    absent = [
+        f"{key}={value}"
+        for key, value in found.items()
+        if value not in (None, "none") and not Path(value).expanduser().exists()
+    ]
+    if absent:
+        raise ConfigError(
+            f"{', '.join(absent)} does not exist: rae-download model=… collection={cfg.get('collection')} fetches the files of a "
+            "published model; collection=… says where they are"
+        )

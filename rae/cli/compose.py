@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from rae.cli.groups import VERSION_BASE, conf_dir, normalise
-from rae.cli.help import help_groups
+from rae.cli.help import help_groups, help_keys
 
 _LONGEST_NAME = 150  # characters of a folder's name
 
@@ -30,13 +30,14 @@ def _folder_name(overrides: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Makes ``${div:a,b}``, ``${mul:a,b}``, ``${min:a,b}``, ``${folder_name:…}`` and ``${help_groups:…}`` known to OmegaConf."""
+    """Makes ``${div:a,b}``, ``${mul:a,b}``, ``${min:a,b}``, ``${folder_name:…}`` and those of the help known to OmegaConf."""
     resolvers: dict[str, Callable[..., Any]] = {
         "div": _divide,
         "mul": lambda a, b: a * b,
         "min": min,
         "folder_name": _folder_name,
         "help_groups": help_groups,
+        "help_keys": help_keys,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping
 
@@ -42,6 +43,33 @@ GROUPS = {
 
 _WIDTH = 118
 _INDENT = " " * 17
+_WIDE = 26  # of a key with its default
+
+
+_KEY = re.compile(r"^(\w+): (.*?)\s*#\s*(.+)$")
+
+
+def help_keys(config: str) -> str:
+    """Lists a command's own keys, with their defaults and what their comments say.
+
+    Args:
+        config: Name of its root config in ``conf/``.
+    """
+    lines = []
+    for line in (conf_dir() / f"{config}.yaml").read_text().splitlines():
+        if found := _KEY.match(line):
+            key, value, comment = found.groups()
+            lines += textwrap.wrap(
+                f"{key}={value}".ljust(_WIDE) + f"  {comment}",
+                _WIDTH,
+                initial_indent="  ",
+                subsequent_indent=" " * (_WIDE + 4),
+                break_on_hyphens=False,
+                break_long_words=False,
+                drop_whitespace=True,
+                replace_whitespace=False,
+            )
+    return "\n".join(lines).replace("$", "$$")
 
 
 def help_groups(choices: Mapping[str, object]) -> str:

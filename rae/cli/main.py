@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from rae.cli.checks import check_files
 from rae.cli.compose import register_resolvers
 from rae.cli.config import absolute_paths, check_complete
 from rae.cli.errors import blame, describe, explain, is_expected
@@ -130,6 +131,7 @@ def _run(cfg: DictConfig, config: str, target: str, program: str, complete: bool
     try:
         if complete:
             check_complete(cfg, job.job.config_name or config)
+        check_files(cfg, config)  # before the classes are imported, whose annotations say what a value may be
         check_values(cfg, job.job.config_name or config)
         absolute_paths(cfg)
         _function(target)(cfg)

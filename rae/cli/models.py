@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rae.autoencoder import RAE
 from rae.cli.build import build_autoencoder, build_generator, make
+from rae.cli.checks import check_published, wants_guide
 from rae.cli.errors import compose
 from rae.data import ImageDataModule
 from rae.denoiser import Denoiser
@@ -114,7 +115,7 @@ def open_model(cfg: DictConfig, encode: bool = True, keep_guide: bool = False) -
         ValueError: The weights do not fit.
     """
     if cfg.get("decoder") is not None:  # a composition: original files
-        _check_files(cfg)
+        check_published(cfg)
         return _compose_model(cfg, cfg.checkpoint, encode, cfg.get("decoder_checkpoint")), cfg
     kind, path = kind_of(cfg.checkpoint)
     if kind == "run":
@@ -163,17 +164,13 @@ def _compose_model(run: DictConfig, checkpoint: str | Path, encode: bool, decode
     return build_generator(run, build_autoencoder(run, encode, run=checkpoint), denoiser, _open_guide(run)).eval()
 
 
-def _wants_guide(cfg: DictConfig) -> bool:
-    return str(OmegaConf.select(cfg, "guidance._target_")).endswith(".AutoGuidance")
-
-
 def _open_guide(run: DictConfig) -> Denoiser | None:
     """The denoiser that autoguidance steers away from; None with other guidance.
 
     Raises:
         ConfigError: It is needed and not given.
     """
-    if not _wants_guide(run):
+    if not wants_guide(run):
         return None
     if run.get("guide_checkpoint") is None:
         raise ConfigError("autoguidance needs guide_checkpoint=… (run or export of a smaller, less trained denoiser)")
@@ -212,7 +209,7 @@ def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool, keep_guid
     if cfg.get("sampler") is not None:
         generator.sampler = make(cfg.sampler)
     if cfg.get("guidance") is not None:
-        if _wants_guide(cfg):
+        if wants_guide(cfg):
             if cfg.get("guide_checkpoint") is not None:
                 generator.guide = _open_guide(cfg)
             elif generator.guide is None:
@@ -221,25 +218,3 @@ def _open_export(cfg: DictConfig, kind: str, path: Path, encode: bool, keep_guid
             generator.guide = None
         generator.guidance = make(cfg.guidance)
     return generator.eval()
-
-
-def _check_files(cfg: DictConfig) -> None:
-    """Refuses a composition whose files are not there.
-
-    Raises:
-        ConfigError: Names them, and the command that fetches them.
-    """
-    wanted = ["checkpoint", "decoder_checkpoint", "latent.stats"]
-    if _wants_guide(cfg):
-        wanted.append("guide_checkpoint")
-    found = {key: OmegaConf.select(cfg, key) for key in wanted}
-    absent = [
-        f"{key}={value}"
-        for key, value in found.items()
-        if value not in (None, "none") and not Path(value).expanduser().exists()
-    ]
-    if absent:
-        raise ConfigError(
-            f"{', '.join(absent)} does not exist: rae-download model=… collection={cfg.get('collection')} fetches the files of a "
-            "published model; collection=… says where they are"
-        )

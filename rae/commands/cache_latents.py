@@ -11,7 +11,8 @@ import torch
 from lightning import Fabric
 from omegaconf import DictConfig
 
-from rae.cli.build import check_images, check_paths, keep_still, make, seed
+from rae.cli.build import check_images, keep_still, make, seed
+from rae.cli.checks import check_paths
 from rae.cli.config import save_config
 from rae.commands.stats import describe_data
 from rae.data import ImageDataModule

@@ -10,7 +10,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from rae.cli.build import check_images, check_paths, make, seed
+from rae.cli.build import check_images, make, seed
+from rae.cli.checks import check_paths
 from rae.cli.config import plain, save_config
 from rae.data import ImageDataModule
 from rae.data.transforms import to_float
