@@ -52,7 +52,7 @@ def check_files(cfg: DictConfig, config: str) -> None:
         ConfigError: Training data are not named or not there, or published files are not there.
         FileNotFoundError: A model, images or statistics do not exist.
     """
-    if cfg.get("decoder") is not None and "collection" in cfg:
+    if config != "download" and cfg.get("decoder") is not None and "collection" in cfg:
         check_published(cfg)
     for key in _MODELS:
         value = cfg.get(key)
