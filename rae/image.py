@@ -33,6 +33,19 @@ def to_uint8(images: Tensor, quantize: str = "floor") -> Tensor:
     return (levels.round() if quantize == "round" else levels).to(torch.uint8)
 
 
+def to_float(images: Tensor) -> Tensor:
+    """Bytes to float32 in [0, 1]; floating-point images, which are in [0, 1] already, pass unchanged.
+
+    Raises:
+        TypeError: Any other type.
+    """
+    if images.is_floating_point():
+        return images
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8 in 0..255 or floating-point in [0, 1], got {images.dtype}")
+    return images.float() / 255
+
+
 def latent_colours(latents: Tensor) -> Tensor:
     """Latents as pictures: their first three principal components over all places of the batch as red, green and blue.
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rae.data.transforms import to_float
+from rae.image import to_float
 from rae.latent import add_noise
 from rae.layers import Attention, RotaryEmbedding2D
 from rae.rng import normal, sample_seeds, uniform

@@ -11,7 +11,7 @@ from rae.cli.config import check_complete
 from rae.cli.errors import compose
 from rae.commands.cache_latents import cache_latents
 from rae.commands.stats import stats
-from rae.data.transforms import to_float
+from rae.image import to_float
 from rae.metric import ReferenceBuilder
 from rae.metric.features import Detector
 

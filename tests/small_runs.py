@@ -34,7 +34,7 @@ from rae.loss import Stage1Loss
 from rae.metric import CallableDetector
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.ema import EMA
-from rae.training.evaluation import GenerationMetrics
+from rae.training.evaluation import ScoreSamples
 from rae.training.preview import SamplePreview
 from rae.training.schedule import WarmupDecay
 from rae.training.stage1 import Stage1Module, average_gradients
@@ -185,9 +185,7 @@ def watched(
         ema_of(2),
         SamplePreview(sampler, classes=2, per_class=3, folder=str(folder / "previews")),
         # Three batches, of which two processes have unequal numbers.
-        GenerationMetrics(
-            scores, sampler, samples_per_class=6, batch_size=8, live=True, folder=str(folder / "evaluation")
-        ),
+        ScoreSamples(scores, sampler, samples_per_class=6, batch_size=8, live=True, folder=str(folder / "evaluation")),
         Losses(folder / "losses.pt"),
         RunCheckpoint(str(folder), every_n_steps=3, keep=9),
     ]

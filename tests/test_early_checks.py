@@ -14,7 +14,7 @@ from rae.io.errors import ConfigError
 from rae.metric import CallableDetector, MetricSet, ReferenceBuilder, write_reference
 from rae.metric import GenerationMetrics as GenerationScores
 from rae.metric import ReconstructionMetrics as ReconstructionScores
-from rae.training.evaluation import GenerationMetrics, ReconstructionMetrics
+from rae.training.evaluation import ScoreReconstructions, ScoreSamples
 from tests.digits_runs import run
 from tests.small_models import make_generator
 from tests.small_runs import ema_of, train
@@ -132,7 +132,7 @@ def test_training_does_not_begin_with_an_evaluation_that_must_fail(tmp_path):
         (GenerationScores(pooled(), path, ["fid"], samples=7), "7 samples are claimed, but 8 were given"),
     ]
     for scores, message in cases:
-        callback = GenerationMetrics(scores, EulerSampler(FullGrid(3)), samples_per_class=2, every_n_steps=1)
+        callback = ScoreSamples(scores, EulerSampler(FullGrid(3)), samples_per_class=2, every_n_steps=1)
         with pytest.raises(ValueError, match=message):
             train(2, tmp_path, steps=1, callbacks=(ema_of(2), callback))
     validation = reference_of(tmp_path / "validation.npz", kind="validation", side=24)
@@ -140,6 +140,6 @@ def test_training_does_not_begin_with_an_evaluation_that_must_fail(tmp_path):
         (ReconstructionScores(pooled(), reference=validation), None, "images are 16×16, but reference .* of 24×24"),
         (ReconstructionScores(), 9, "count=9, but the data has 8 validation images"),
     ):
-        callback = ReconstructionMetrics(scores, count=count, every_n_steps=1)
+        callback = ScoreReconstructions(scores, count=count, every_n_steps=1)
         with pytest.raises(ValueError, match=message):
             train(1, tmp_path, steps=1, callbacks=(ema_of(1), callback))

@@ -19,9 +19,8 @@ from rae import flow
 from rae.cli.build import make
 from rae.cli.errors import compose
 from rae.cli.groups import config_groups
-from rae.data.transforms import to_float
 from rae.discriminator import DiffAugment
-from rae.image import QUANTIZE, to_uint8
+from rae.image import QUANTIZE, to_float, to_uint8
 from rae.loss import PerceptualLoss
 from rae.metric import InceptionDetector, ReconstructionMetrics
 from rae.metric.frechet import FeatureMoments

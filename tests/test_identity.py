@@ -17,10 +17,10 @@ import rae
 from rae.autoencoder import RAE
 from rae.cli.build import Parts, build
 from rae.cli.errors import compose
-from rae.data.transforms import to_float
 from rae.encoder import AbsentEncoder, TimmEncoder, timm_vit
 from rae.formats import find_checkpoint, settle_encoder
 from rae.formats.run import read_encoder
+from rae.image import to_float
 from rae.io.tensors import state_hash
 from tests.digits_runs import run
 

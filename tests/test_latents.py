@@ -19,7 +19,7 @@ from rae.cli.checks import check_paths
 from rae.cli.errors import compose
 from rae.commands.cache_latents import required_bytes
 from rae.data import CachedLatents, LatentsDataModule
-from rae.data.transforms import to_float
+from rae.image import to_float
 from rae.io.errors import ConfigError
 from tests.small_images import COUNT, ENCODER, PARTS, direct, overrides, run, write_images
 

@@ -20,7 +20,7 @@ from rae.metric import CallableDetector
 from rae.metric import GenerationMetrics as GenerationScores
 from rae.metric import ReconstructionMetrics as ReconstructionScores
 from rae.training.checkpoint import RunCheckpoint
-from rae.training.evaluation import GenerationMetrics, ReconstructionMetrics
+from rae.training.evaluation import ScoreReconstructions, ScoreSamples
 from tests.digits_runs import run, stage1_options, stage2_options
 from tests.small_runs import ema_of, train, weights
 
@@ -36,11 +36,11 @@ def detector() -> CallableDetector:
     return CallableDetector(lambda images: torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1), 12, "pooled")
 
 
-def generation(reference: Path, **options) -> GenerationMetrics:
+def generation(reference: Path, **options) -> ScoreSamples:
     scores = GenerationScores(detector(), reference, ["fid", "kid"], assume_kind="training")
     sampler = EulerSampler(FullGrid(3))
     given = {"samples_per_class": COUNT // 4, "batch_size": 5, "every_n_steps": 2, "every_n_epochs": None, **options}
-    return GenerationMetrics(scores, sampler, **given)
+    return ScoreSamples(scores, sampler, **given)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_samples_of_both_kinds_of_weights(tmp_path, refe
 @pytest.mark.parametrize("stage", [1, 2])
 def test_training_does_not_notice_that_it_is_scored(tmp_path, reference, stage):
     if stage == 1:
-        scored = ReconstructionMetrics(ReconstructionScores(detector()), count=5, every_n_steps=1, every_n_epochs=None)
+        scored = ScoreReconstructions(ReconstructionScores(detector()), count=5, every_n_steps=1, every_n_epochs=None)
     else:
         scored = generation(reference, every_n_steps=1)
     ends = []
@@ -108,7 +108,7 @@ def test_the_best_checkpoint_is_that_of_the_best_score(tmp_path, reference):
 
 
 def test_epochs_are_scored_at_their_ends(tmp_path):
-    callback = ReconstructionMetrics(ReconstructionScores(), every_n_epochs=2)
+    callback = ScoreReconstructions(ReconstructionScores(), every_n_epochs=2)
     train(1, tmp_path, batch=20, steps=-1, max_epochs=5, callbacks=(ema_of(1), callback))  # two steps an epoch
     assert sorted(path.stem for path in (tmp_path / "evaluation").iterdir()) == ["step_00000004", "step_00000008"]
     assert callback.scores["eval/images"] == 8
@@ -127,11 +127,11 @@ def test_evaluations_that_cannot_be_are_refused(tmp_path, reference):
         train(2, tmp_path, steps=1, callbacks=(generation(reference),))
     with pytest.raises(ValueError, match="must stand behind EMA"):
         train(2, tmp_path, steps=1, callbacks=(generation(reference), ema_of(2)))
-    many = ReconstructionMetrics(ReconstructionScores(), count=9, every_n_steps=1)
+    many = ScoreReconstructions(ReconstructionScores(), count=9, every_n_steps=1)
     with pytest.raises(ValueError, match=r"metric=GenerationMetrics does not compare .*metric=reconstruction or psnr"):
-        ReconstructionMetrics(generation(reference).metric)
+        ScoreReconstructions(generation(reference).metric)
     with pytest.raises(ValueError, match=r"metric=ReconstructionMetrics does not score samples.*metric=generation"):
-        GenerationMetrics(ReconstructionScores(), EulerSampler(FullGrid(3)))
+        ScoreSamples(ReconstructionScores(), EulerSampler(FullGrid(3)))
     with pytest.raises(ValueError, match="count=9, but the data has 8 validation images"):
         train(1, tmp_path, steps=1, callbacks=(ema_of(1), many))
 

@@ -13,7 +13,7 @@ from rae.cli.models import load
 from rae.image import save_png, to_uint8
 from rae.io.errors import ConfigError
 from rae.metric import ReconstructionMetrics as ReconstructionScores
-from rae.training.evaluation import ReconstructionMetrics
+from rae.training.evaluation import ScoreReconstructions
 from tests.digits_runs import run
 from tests.small_models import make_generator
 from tests.small_runs import ema_of, train
@@ -90,11 +90,11 @@ def test_scores_tell_by_which_rule_they_were_made(exported, tmp_path):
 def test_scores_while_training_follow_the_rule(tmp_path):
     seen = {}
     for rule in ("floor", "round"):
-        callback = ReconstructionMetrics(ReconstructionScores(), every_n_steps=1, quantize=rule)
+        callback = ScoreReconstructions(ReconstructionScores(), every_n_steps=1, quantize=rule)
         train(1, tmp_path / rule, steps=1, callbacks=(ema_of(1), callback))
         seen[rule] = callback.scores["eval/psnr"]
         written = json.loads((tmp_path / rule / "evaluation" / "step_00000001.json").read_text())
         assert written["identity"]["quantize"] == rule
     assert seen["floor"] != seen["round"]
     with pytest.raises(ValueError, match=r"callbacks\.evaluation: quantize='half' is unknown; choose floor or round"):
-        ReconstructionMetrics(ReconstructionScores(), quantize="half")
+        ScoreReconstructions(ReconstructionScores(), quantize="half")

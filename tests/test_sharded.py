@@ -24,7 +24,7 @@ from rae.formats.run import check_whole, content_hash, read_checkpoint, trained_
 from rae.formats.shares import Shared, changed, read_shares, write_rest, write_share
 from rae.training.checkpoint import RunCheckpoint, StreamedCheckpointIO
 from rae.training.ema import EMA
-from rae.training.evaluation import GenerationMetrics
+from rae.training.evaluation import ScoreSamples
 from rae.training.strategy import FullyShardedStrategy
 from tests.attacks.files import write_run
 from tests.small_models import make_generator
@@ -101,7 +101,7 @@ def test_what_does_not_go_with_shares_is_refused(tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"evaluation\.sampler=AdaptiveSampler takes as many steps as .* sampler=euler, or"
     ):
-        GenerationMetrics(None, AdaptiveSampler()).on_fit_start(whole, None)
+        ScoreSamples(None, AdaptiveSampler()).on_fit_start(whole, None)
 
 
 def trainer_of(strategy: Any) -> Any:

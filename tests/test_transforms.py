@@ -17,9 +17,9 @@ from rae.data.transforms import (
     random_crop,
     resize_shorter,
     resized_crop,
-    to_float,
     to_tensor,
 )
+from rae.image import to_float
 from rae.rng import uniform
 
 

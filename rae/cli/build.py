@@ -236,7 +236,7 @@ def build_generator(cfg: DictConfig, autoencoder: RAE, denoiser: Denoiser, guide
 
 
 @dataclass
-class Parts:
+class Run:
     """The objects of a training configuration."""
 
     data: lightning.LightningDataModule
@@ -244,7 +244,7 @@ class Parts:
     trainer: lightning.Trainer
 
 
-def build(cfg: DictConfig) -> Parts:
+def build(cfg: DictConfig) -> Run:
     """Builds what ``rae-train`` would train with: ``parts.trainer.fit(parts.module, datamodule=parts.data)``.
 
     Args:
@@ -261,4 +261,4 @@ def build(cfg: DictConfig) -> Parts:
     check_metric(OmegaConf.select(cfg, "callbacks.evaluation.metric"))
     set_float32(cfg)
     seed(cfg)
-    return Parts(data=make(cfg.data), module=build_module(cfg), trainer=build_trainer(cfg))
+    return Run(data=make(cfg.data), module=build_module(cfg), trainer=build_trainer(cfg))

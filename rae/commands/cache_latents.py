@@ -17,8 +17,8 @@ from rae.cli.config import save_config
 from rae.commands.stats import describe_data
 from rae.data import ImageDataModule
 from rae.data.latents import DTYPES, INDEX, checksums
-from rae.data.transforms import to_float
 from rae.encoder import Encoder
+from rae.image import to_float
 from rae.io.errors import ConfigError
 from rae.io.files import write_json
 from rae.io.parts import Parts

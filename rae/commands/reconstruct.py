@@ -18,8 +18,7 @@ from rae.cli.checks import check_metric
 from rae.cli.config import plain, save_config
 from rae.cli.models import open_autoencoder
 from rae.data import ImageDataModule, ImageFolderDataModule, ShardsDataModule
-from rae.data.transforms import to_float
-from rae.image import grid_scale, make_grid, save_png, to_uint8
+from rae.image import grid_scale, make_grid, save_png, to_float, to_uint8
 from rae.io.errors import ConfigError
 from rae.io.files import write_atomically
 from rae.io.parts import Parts, stretch

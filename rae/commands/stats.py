@@ -14,7 +14,7 @@ from rae.cli.build import check_images, make, seed
 from rae.cli.checks import check_paths
 from rae.cli.config import plain, save_config
 from rae.data import ImageDataModule
-from rae.data.transforms import to_float
+from rae.image import to_float
 from rae.io.errors import ConfigError
 from rae.io.files import write_json
 from rae.io.parts import Parts

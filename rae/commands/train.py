@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from rae.cli.build import Parts, build
+from rae.cli.build import Run, build
 from rae.cli.config import check_same_run, save_config
 from rae.cli.main import Interrupted
 from rae.formats.run import LAST, check_whole, find_checkpoint, read_config, read_step
@@ -70,21 +70,21 @@ def readable(checkpoint: Path) -> Path:
         ) from error
 
 
-def fit(parts: Parts, checkpoint: str | None) -> None:
+def fit(run: Run, checkpoint: str | None) -> None:
     """Trains; Ctrl-C becomes :class:`~rae.cli.main.Interrupted` with a word on the last checkpoint.
 
     Args:
-        parts: Data, module and trainer.
+        run: Data, module and trainer.
         checkpoint: The ``.ckpt`` to continue from; None to begin.
 
     Raises:
         ValueError: The processes would not continue from the same checkpoint.
         Interrupted: Ctrl-C, or a signal that ends the run.
     """
-    trainer = parts.trainer
+    trainer = run.trainer
     trainer.callbacks.insert(0, AgreeOnResume(checkpoint))  # type: ignore[attr-defined]
     try:
-        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(run.module, datamodule=run.data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as stop:  # Lightning's answer to Ctrl-C
         if not trainer.interrupted:
             raise
@@ -125,8 +125,8 @@ def train(cfg: DictConfig) -> None:
     """Builds data, module and trainer from the configuration, and trains."""
     checkpoint = resume_from(cfg)
     quieten_lightning()
-    parts = build(cfg)
-    trainer = parts.trainer
+    run = build(cfg)
+    trainer = run.trainer
     say = rank_zero_only(log.info)
     rank_zero_only(save_config)(cfg, cfg.output_dir)
     device, precision = trainer.strategy.root_device.type, trainer.precision
@@ -137,7 +137,7 @@ def train(cfg: DictConfig) -> None:
     if checkpoint is not None:
         begin = read_step(checkpoint)
         say("continuing from step %d, %s", begin, checkpoint)
-    fit(parts, checkpoint)
+    fit(run, checkpoint)
     if trainer.global_step == begin:
         say("the run was finished already; to go on, raise trainer.max_steps or trainer.max_epochs")
     else:

@@ -8,7 +8,7 @@ from rae.data.module import ImageDataModule
 from rae.data.sampler import ShardedBatchSampler
 from rae.data.shards import ShardsDataModule, TarShards
 from rae.data.synthetic import SyntheticDataModule, SyntheticDataset
-from rae.data.transforms import ImageTransform, to_float
+from rae.data.transforms import ImageTransform
 
 __all__ = [
     "CachedLatents",
@@ -25,5 +25,4 @@ __all__ = [
     "SyntheticDataModule",
     "SyntheticDataset",
     "TarShards",
-    "to_float",
 ]

@@ -24,19 +24,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 _BIG_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's names of greyscale with more than 8 bits
 
 
-def to_float(images: Tensor) -> Tensor:
-    """Bytes to float32 in [0, 1]; floating-point images, which are in [0, 1] already, pass unchanged.
-
-    Raises:
-        TypeError: Any other type.
-    """
-    if images.is_floating_point():
-        return images
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8 in 0..255 or floating-point in [0, 1], got {images.dtype}")
-    return images.float() / 255
-
-
 def open_rgb(file: str | Path | IO[bytes], least: int | None = None, most: int | None = None) -> Image.Image:
     """Opens any image as 8-bit RGB, turned the way its EXIF orientation says.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rae.data.transforms import to_float
+from rae.image import to_float
 from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, TrainingModule
 
 

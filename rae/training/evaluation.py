@@ -236,7 +236,7 @@ def evaluating(module: L.LightningModule) -> Iterator[None]:
             part.training = mode
 
 
-class ReconstructionMetrics(Evaluation):
+class ScoreReconstructions(Evaluation):
     """Scores reconstructions of the data module's validation images, in stage 1.
 
     The numbers are those of ``rae-evaluate checkpoint=… metric=reconstruction`` on the same weights.
@@ -293,7 +293,7 @@ class ReconstructionMetrics(Evaluation):
             self.metric.update(*pair)
 
 
-class GenerationMetrics(Evaluation):
+class ScoreSamples(Evaluation):
     """Scores samples of the denoiser, in stage 2.
 
     The numbers are those of ``rae-evaluate checkpoint=…`` with the same seed, sampler and guidance on the same weights.

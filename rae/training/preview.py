@@ -10,10 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from rae.data.transforms import to_float
 from rae.flow import Guidance, ODESampler, SDESampler
 from rae.generator import Generator
-from rae.image import make_grid, save_png, to_pil, to_uint8
+from rae.image import make_grid, save_png, to_float, to_pil, to_uint8
 
 
 class PicturePreview(L.Callback):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from rae.autoencoder import RAE
-from rae.data.transforms import to_float
-from rae.image import to_uint8
+from rae.image import to_float, to_uint8
 
 
 def reconstructions(

@@ -14,9 +14,9 @@ from torch._functorch import config as functorch_config
 from torch.nn.parallel import DistributedDataParallel
 
 from rae.autoencoder import RAE
-from rae.data.transforms import to_float
 from rae.decoder import ViTDecoder
 from rae.discriminator import DiffAugment, DinoDiscriminator, quantize
+from rae.image import to_float
 from rae.latent import add_noise
 from rae.loss import Phases, Stage1Loss, adaptive_weight, generator_loss, gradient_at, last_layer_gradient
 from rae.rng import normal, sample_seeds, uniform

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from rae.autoencoder import RAE
 from rae.data.latents import LatentsDataModule
-from rae.data.transforms import to_float
 from rae.denoiser import Denoiser
 from rae.flow import FlowMatching
+from rae.image import to_float
 from rae.layers import drop_labels
 from rae.rng import normal, sample_seeds, to_device, uniform
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule

@@ -20,7 +20,7 @@ from side_by_side import Comparison, main, seconds
 from torch.utils.flop_counter import FlopCounterMode
 from training_steps import LightningSteps, make_batch, make_module
 
-from rae.data.transforms import to_float
+from rae.image import to_float
 from tests.plain_procedure import PlainStage2
 
 BATCH = 4
