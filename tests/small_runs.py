@@ -34,9 +34,9 @@ from rae.loss import Stage1Loss
 from rae.metric import CallableDetector
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.ema import EMA
-from rae.training.evaluation import ScoreSamples
 from rae.training.preview import SamplePreview
 from rae.training.schedule import WarmupDecay
+from rae.training.scores import ScoreSamples
 from rae.training.stage1 import Stage1Module, average_gradients
 from rae.training.stage2 import Stage2Module
 from rae.training.strategy import FullyShardedStrategy

@@ -14,7 +14,7 @@ from rae.io.errors import ConfigError
 from rae.metric import CallableDetector, MetricSet, ReferenceBuilder, write_reference
 from rae.metric import GenerationMetrics as GenerationScores
 from rae.metric import ReconstructionMetrics as ReconstructionScores
-from rae.training.evaluation import ScoreReconstructions, ScoreSamples
+from rae.training.scores import ScoreReconstructions, ScoreSamples
 from tests.digits_runs import run
 from tests.small_models import make_generator
 from tests.small_runs import ema_of, train

@@ -20,7 +20,7 @@ from rae.metric import CallableDetector
 from rae.metric import GenerationMetrics as GenerationScores
 from rae.metric import ReconstructionMetrics as ReconstructionScores
 from rae.training.checkpoint import RunCheckpoint
-from rae.training.evaluation import ScoreReconstructions, ScoreSamples
+from rae.training.scores import ScoreReconstructions, ScoreSamples
 from tests.digits_runs import run, stage1_options, stage2_options
 from tests.small_runs import ema_of, train, weights
 

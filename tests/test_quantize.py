@@ -13,7 +13,7 @@ from rae.cli.models import load
 from rae.image import save_png, to_uint8
 from rae.io.errors import ConfigError
 from rae.metric import ReconstructionMetrics as ReconstructionScores
-from rae.training.evaluation import ScoreReconstructions
+from rae.training.scores import ScoreReconstructions
 from tests.digits_runs import run
 from tests.small_models import make_generator
 from tests.small_runs import ema_of, train

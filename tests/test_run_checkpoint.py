@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from rae.commands.train import readable
 from rae.formats.run import find_checkpoint, load_trained, read_config, read_step, trained_weights
-from rae.training.checkpoint import RunCheckpoint, StreamedCheckpointIO
+from rae.training.checkpoint import RunCheckpoint
+from rae.training.checkpoint_io import StreamedCheckpointIO
 from rae.training.ema import EMA
 from rae.training.summary import RunSummary
 

@@ -27,6 +27,8 @@ REFUSED = [
     ("train data.batch_size=true", "data.batch_size=true: must be an integer"),
     ("train data.num_workers=[]", "data.num_workers=[]: must be an integer"),
     ("train data.flip=inf", "data.flip=inf: must be a finite number"),
+    ("shard num_workers=1000000000", "num_workers=1000000000: must be at most 1,024"),
+    ("train data.num_workers=1025", "data.num_workers=1025: must be at most 1,024"),
     ("train optimizer.lr=nan", "optimizer.lr=nan: must be a finite number"),
     ("train optimizer.betas=[0.9]", "optimizer.betas=[0.9]: must be a list"),
     ("train optimizer._partial_=banana", "optimizer._partial_='banana': must be true or false"),

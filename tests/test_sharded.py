@@ -22,9 +22,10 @@ from rae.commands.train import readable
 from rae.flow import AdaptiveSampler
 from rae.formats.run import check_whole, content_hash, read_checkpoint, trained_weights
 from rae.formats.shares import Shared, changed, read_shares, write_rest, write_share
-from rae.training.checkpoint import RunCheckpoint, StreamedCheckpointIO
+from rae.training.checkpoint import RunCheckpoint
+from rae.training.checkpoint_io import StreamedCheckpointIO
 from rae.training.ema import EMA
-from rae.training.evaluation import ScoreSamples
+from rae.training.scores import ScoreSamples
 from rae.training.strategy import FullyShardedStrategy
 from tests.attacks.files import write_run
 from tests.small_models import make_generator

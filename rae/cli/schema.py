@@ -81,7 +81,7 @@ _SPECIAL: dict[str, Any] = {"_target_": str, "_partial_": bool, "_recursive_": b
 """Hydra's own keys of a node."""
 _NETWORKS = ("encoder", "decoder", "denoiser", "discriminator", "guide")
 _SIZED = (*_NETWORKS, "detector", "sampler", "metric")
-_MOST_IN_NETWORKS, _MOST_BLOCKS, _MOST_ELSEWHERE = 2**16, 1_000, 1_000_000
+_MOST_IN_NETWORKS, _MOST_BLOCKS, _MOST_WORKERS, _MOST_ELSEWHERE = 2**16, 1_000, 1_024, 1_000_000
 """Bounds of sizes, far above any in use, below those that a machine would be asked for in vain."""
 
 
@@ -111,7 +111,7 @@ def check_values(cfg: DictConfig, config: str) -> None:
 
 
 def _check_devices(key: str, value: Any) -> None:
-    """Refuses to start more processes than any machine has devices, and more than this one has cores."""
+    """Refuses to start more processes than any machine has devices or cores for."""
     if key == "trainer" and isinstance(value, DictConfig) and not value._is_none():
         key, value = "trainer.devices", value.get("devices")
     most = max(16, os.cpu_count() or 1)
@@ -119,6 +119,10 @@ def _check_devices(key: str, value: Any) -> None:
         raise ConfigError(
             f"{key}={value}: must be at most {most} on this machine: each is a process; num_nodes counts machines"
         )
+    if key == "data" and isinstance(value, DictConfig) and not value._is_none():
+        key, value = "data.num_workers", value.get("num_workers")
+    if key in ("num_workers", "data.num_workers") and type(value) is int and value > _MOST_WORKERS:
+        raise ConfigError(f"{key}={value}: must be at most {_MOST_WORKERS:,}: each is a process")
 
 
 def _own_keys(config: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -11,7 +10,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,85 +20,15 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 
-from rae.formats.run import find_checkpoint, read_checkpoint
-from rae.formats.shares import Shared, changed
-from rae.io.files import write_atomically
+from rae.training.checkpoint_io import StreamedCheckpointIO
 from rae.training.evaluation import Evaluation
 from rae.training.late import Late
+from rae.training.loops import between_steps
 
 log = logging.getLogger(__name__)
 _SAVE, _STOP = 1, 2
 """What a process may wish after a step."""
-
-
-class StreamedCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint straight to the disk that it is for, under a temporary name until it is whole.
-
-    Lightning's own makes it in memory first and then in the system's folder for temporary files.
-
-    Args:
-        background: Whether training goes on while a copy of the checkpoint in host memory is written.
-    """
-
-    def __init__(self, background: bool = False) -> None:
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
-        self._work: Future[None] | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a file atomically.
-
-        Args:
-            checkpoint: What it is to hold.
-            path: The file; its folder is made.
-            storage_options: Must be None.
-
-        Raises:
-            TypeError: ``storage_options`` are given.
-        """
-        if storage_options is not None:
-            raise TypeError("storage_options are not supported: checkpoints are written to a folder")
-        if self._thread is not None:  # the next step changes the tensors
-            checkpoint = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
-        self.then(lambda: write_atomically(path, lambda file: torch.save(checkpoint, file)))
-
-    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Reads a file, or a folder of shares, which are joined.
-
-        Args:
-            path: The checkpoint.
-            arguments: As Lightning's own takes them.
-            options: The same.
-        """
-        if Path(path).is_file():
-            return super().load_checkpoint(path, *arguments, **options)
-        return changed(read_checkpoint(find_checkpoint(path)), Shared, Shared.join)
-
-    def then(self, task: Callable[[], object]) -> None:
-        """Does something once all that was asked for before is done; nothing is done after a failure.
-
-        Args:
-            task: Called without arguments, in the background where checkpoints are written there.
-        """
-        if self._thread is None:
-            task()
-            return
-        before = self._work
-
-        def follow() -> None:
-            if before is not None:
-                before.result()
-            task()
-
-        self._work = self._thread.submit(follow)
-
-    def wait(self) -> None:
-        """Waits for what is being written in the background, and raises what went wrong there."""
-        work, self._work = self._work, None
-        if work is not None:
-            work.result()
 
 
 class RunCheckpoint(Checkpoint):
@@ -247,7 +175,7 @@ class RunCheckpoint(Checkpoint):
         best = evaluation is not None and evaluation.scored_step == step and self._is_best(trainer, evaluation.scores)
         wanted = at_the_end or ends_interval or best or wish > 0 or self._is_time(step)
         if wanted or self.monitor is not None:
-            self._loops = _between_steps(trainer)
+            self._loops = between_steps(trainer)
         if wanted:
             self.save(trainer)
         self._stopping = wish == _STOP
@@ -420,22 +348,6 @@ class RunCheckpoint(Checkpoint):
         ]
         for file in [*begun, *Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")]:
             shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
-
-
-def _between_steps(trainer: L.Trainer) -> dict[str, Any]:
-    """State of Lightning's loops at the end of a step.
-
-    The epochs begun are put right: Lightning counts one too few once it has continued from the end of an epoch, and then does not
-    recognise the next such end. No batch of a validation is under way.
-    """
-    state = copy.deepcopy(trainer.fit_loop.state_dict())
-    for counts in state["epoch_loop.val_loop.batch_progress"].values():
-        if isinstance(counts, dict):
-            counts.update(dict.fromkeys(counts, 0))
-    state["epoch_loop.val_loop.batch_progress"]["is_last_batch"] = False
-    for counts in state["epoch_progress"].values():
-        counts["ready"] = counts["started"] = counts["processed"] + 1
-    return state
 
 
 def _size(path: Path) -> int:

@@ -1,9 +1,9 @@
-"""Callbacks that score the model while it is trained, as ``rae-evaluate`` does afterwards: same images, same numbers."""
+"""When a model is scored while it is trained, on which weights, and where the scores go; see :mod:`rae.training.scores`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,15 +11,10 @@ from typing import Any, Protocol
 import lightning as L
 import torch
 
-from rae.flow import Guidance, ODESampler, SDESampler
-from rae.generator import PRECISIONS, Generator
+from rae.generator import PRECISIONS
 from rae.image import QUANTIZE
-from rae.io.describe import describe
 from rae.io.files import write_json
-from rae.io.parts import stretch
 from rae.training.ema import EMA
-from rae.training.reconstructions import reconstructions
-from rae.training.strategy import FullyShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -234,154 +229,3 @@ def evaluating(module: L.LightningModule) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
-
-
-class ScoreReconstructions(Evaluation):
-    """Scores reconstructions of the data module's validation images, in stage 1.
-
-    The numbers are those of ``rae-evaluate checkpoint=… metric=reconstruction`` on the same weights.
-
-    Args:
-        metric: :class:`rae.metric.ReconstructionMetrics` or another that takes images and their originals.
-        count: Images to reconstruct, the first ones; None for all.
-        options: See :class:`Evaluation`.
-
-    Raises:
-        ValueError: A count below 1, or see :class:`Evaluation`.
-    """
-
-    takes_originals = True
-
-    def __init__(self, metric: Scores, count: int | None = None, **options: Any) -> None:
-        super().__init__(metric, **options)
-        if count is not None and count < 1:
-            raise ValueError(f"callbacks.evaluation.count={count} must be at least 1, or null for all images")
-        self.count = count
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Number of images too."""
-        return {**super().identity, "count": self.count}
-
-    def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
-        """See :meth:`Evaluation.plan`.
-
-        Raises:
-            ValueError: There are fewer validation images than asked for, or none.
-        """
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "range_dataloader"):
-            raise ValueError(
-                "evaluation of reconstructions needs a data module of rae.data; hand it to fit(datamodule=…)"
-            )
-        total = data.samples("val")
-        count = total if self.count is None else self.count
-        if not 1 <= count <= total:
-            raise ValueError(
-                f"callbacks.evaluation.count={self.count}, but the data has {total} validation images: set data.val_path, or a "
-                "smaller count"
-            )
-        return count, None
-
-    def update(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """See :meth:`Evaluation.update`."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        count, _ = self.plan(trainer, pl_module)
-        mine = stretch(count, trainer.global_rank, trainer.world_size)
-        batches, model = data.range_dataloader("val", [mine]), pl_module.autoencoder
-        for pair in reconstructions(model, batches, pl_module.device, self.precision, self.quantize):
-            self.metric.update(*pair)
-
-
-class ScoreSamples(Evaluation):
-    """Scores samples of the denoiser, in stage 2.
-
-    The numbers are those of ``rae-evaluate checkpoint=…`` with the same seed, sampler and guidance on the same weights.
-
-    Args:
-        metric: :class:`rae.metric.GenerationMetrics` or another that takes images.
-        sampler: Sampler, see :mod:`rae.flow`.
-        guidance: Guidance, see :mod:`rae.flow`; None for none.
-        guide: Exported model (folder or hub id) whose denoiser guides, for autoguidance.
-        classes: Classes to draw; None for all.
-        samples_per_class: Samples of each.
-        batch_size: Samples at once.
-        seed: Of the samples; sample i depends on it and on i alone.
-        options: See :class:`Evaluation`.
-
-    Raises:
-        ValueError: A number below 1, or see :class:`Evaluation`.
-    """
-
-    def __init__(
-        self,
-        metric: Scores,
-        sampler: ODESampler | SDESampler,
-        guidance: Guidance | None = None,
-        guide: str | None = None,
-        classes: Sequence[int] | None = None,
-        samples_per_class: int = 50,
-        batch_size: int = 64,
-        seed: int = 0,
-        **options: Any,
-    ) -> None:
-        super().__init__(metric, **options)
-        for name, value in (("samples_per_class", samples_per_class), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"callbacks.evaluation.{name}={value} must be at least 1")
-        self.sampler = sampler
-        self.guidance = guidance
-        self.guide = None if guide is None else Generator.from_pretrained(guide, encoder=False).denoiser
-        self.classes = classes
-        self.samples_per_class = samples_per_class
-        self.batch_size = batch_size
-        self.seed = seed
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Sampler, guidance, seed and classes too."""
-        return {
-            **super().identity,
-            "sampler": describe(self.sampler),
-            "guidance": None if self.guidance is None else describe(self.guidance),
-            "classes": "all" if self.classes is None else list(self.classes),
-            "samples_per_class": self.samples_per_class,
-            "seed": self.seed,
-        }
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """See :meth:`Evaluation.on_fit_start`.
-
-        Raises:
-            ValueError: Processes that share weights out would take unequal numbers of steps, and wait for each other for ever.
-        """
-        if isinstance(trainer.strategy, FullyShardedStrategy) and getattr(self.sampler, "evaluations", 0) is None:
-            raise ValueError(
-                f"callbacks.evaluation.sampler={type(self.sampler).__name__} takes as many steps as the samples call for, which "
-                "does not go with trainer=fsdp: choose a sampler with a fixed number, e.g. sampler=euler, or trainer=ddp"
-            )
-        super().on_fit_start(trainer, pl_module)
-
-    def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
-        """See :meth:`Evaluation.plan`."""
-        classes = range(pl_module.denoiser.num_classes) if self.classes is None else self.classes
-        labels = [label for label in classes for _ in range(self.samples_per_class)]
-        return len(labels), labels
-
-    def update(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """See :meth:`Evaluation.update`."""
-        guide = None if self.guide is None else self.guide.to(pl_module.device)
-        generator = Generator(
-            pl_module.autoencoder, pl_module.denoiser, pl_module.flow, self.sampler, self.guidance, guide
-        )
-        labels = self.plan(trainer, pl_module)[1] or []
-        starts = range(0, len(labels), self.batch_size)
-        rank, world = trainer.global_rank, trainer.world_size
-        for turn in range(0, len(starts), world):
-            # Weights that are shared out are gathered by all processes together: those without a batch draw one in vain.
-            start = starts[min(turn + rank, len(starts) - 1)]
-            numbers = range(start, min(start + self.batch_size, len(labels)))
-            chosen = [labels[number] for number in numbers]
-            images = generator.draw(chosen, self.seed, numbers, self.precision, self.quantize)
-            if turn + rank < len(starts):
-                self.metric.update(images, torch.tensor(chosen), index=torch.tensor(list(numbers)))

@@ -40,7 +40,7 @@ from rae.data import SyntheticDataModule
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, EulerSampler, NoGuidance, OfficialGrid
 from rae.generator import Generator
 from rae.io.files import write_json
-from rae.training.checkpoint import StreamedCheckpointIO
+from rae.training.checkpoint_io import StreamedCheckpointIO
 from rae.training.ema import EMA
 from tests import plain_procedure
 from tests.plain_sampling import PlainDiTDH, plain_sample

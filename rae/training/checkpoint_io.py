@@ -1,0 +1,84 @@
+"""Writing checkpoints: straight into their folder, atomically, in the background where that is wished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from rae.formats.run import find_checkpoint, read_checkpoint
+from rae.formats.shares import Shared, changed
+from rae.io.files import write_atomically
+
+
+class StreamedCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint straight to the disk that it is for, under a temporary name until it is whole.
+
+    Lightning's own makes it in memory first and then in the system's folder for temporary files.
+
+    Args:
+        background: Whether training goes on while a copy of the checkpoint in host memory is written.
+    """
+
+    def __init__(self, background: bool = False) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._work: Future[None] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes a file atomically.
+
+        Args:
+            checkpoint: What it is to hold.
+            path: The file; its folder is made.
+            storage_options: Must be None.
+
+        Raises:
+            TypeError: ``storage_options`` are given.
+        """
+        if storage_options is not None:
+            raise TypeError("storage_options are not supported: checkpoints are written to a folder")
+        if self._thread is not None:  # the next step changes the tensors
+            checkpoint = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+        self.then(lambda: write_atomically(path, lambda file: torch.save(checkpoint, file)))
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Reads a file, or a folder of shares, which are joined.
+
+        Args:
+            path: The checkpoint.
+            arguments: As Lightning's own takes them.
+            options: The same.
+        """
+        if Path(path).is_file():
+            return super().load_checkpoint(path, *arguments, **options)
+        return changed(read_checkpoint(find_checkpoint(path)), Shared, Shared.join)
+
+    def then(self, task: Callable[[], object]) -> None:
+        """Does something once all that was asked for before is done; nothing is done after a failure.
+
+        Args:
+            task: Called without arguments, in the background where checkpoints are written there.
+        """
+        if self._thread is None:
+            task()
+            return
+        before = self._work
+
+        def follow() -> None:
+            if before is not None:
+                before.result()
+            task()
+
+        self._work = self._thread.submit(follow)
+
+    def wait(self) -> None:
+        """Waits for what is being written in the background, and raises what went wrong there."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
