@@ -212,6 +212,11 @@ def test_phases_share_the_training():
     assert Plan(640, 64, epochs=5).phases(late) == [(1.0, Phases(False, False, False))]
 
 
+def test_a_card_can_do_something():
+    with pytest.raises(ValueError, match=r"card\.bf16=-1 must be above 0"):
+        Card("card", fp32=1e12, tf32=2e12, bf16=-1, memory=1e9)
+
+
 def test_hours_of_a_card():
     card = Card("card", fp32=1e12, tf32=2e12, bf16=4e12, memory=1e9)
     assert card.seconds({"fp32": 1e12, "bf16": 2e12}, mfu=0.5) == pytest.approx(2 + 1)

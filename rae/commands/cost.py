@@ -120,7 +120,7 @@ def reckon(cfg: DictConfig) -> dict[str, Any]:
             raise ConfigError(f"{key}={cfg[key]} is unknown; choose {' or '.join(allowed)}")
 
     networks = Networks(cfg)
-    card = Card(str(cfg.card.name), *(float(cfg.card[key]) for key in ("fp32", "tf32", "bf16", "memory")))
+    card: Card = make(cfg.card)
     cards = cfg.cards or _count(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
     plan = _plan(cfg, cards)
     step, variants = _steps(cfg, networks)

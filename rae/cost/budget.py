@@ -27,6 +27,9 @@ class Card:
         tf32: The same with float32 matrices rounded to TF32.
         bf16: The same with bfloat16 or float16 matrices, summed in float32; without sparsity.
         memory: Bytes.
+
+    Raises:
+        ValueError: A number that is not above 0.
     """
 
     name: str
@@ -34,6 +37,11 @@ class Card:
     tf32: float
     bf16: float
     memory: float
+
+    def __post_init__(self) -> None:
+        for name in ("fp32", "tf32", "bf16", "memory"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"card.{name}={getattr(self, name)} must be above 0")
 
     def seconds(self, flops: Mapping[str, float], mfu: float) -> float:
         """Time of operations, given by the arithmetic they are in, at a share of the peak.
