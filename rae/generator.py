@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rae.autoencoder import RAE
 from rae.denoiser import Denoiser
-from rae.flow import AutoGuidance, FlowMatching, Guidance, NoGuidance, ODESampler, SDESampler
+from rae.flow import AutoGuidance, FlowMatching, Guidance, NoGuidance, Sampler
 from rae.image import to_uint8
 from rae.io.export import Exportable
 from rae.layers import trusted
@@ -43,7 +43,7 @@ class Generator(Exportable, nn.Module):
         autoencoder: RAE,
         denoiser: Denoiser,
         flow: FlowMatching,
-        sampler: ODESampler | SDESampler,
+        sampler: Sampler,
         guidance: Guidance | None = None,
         guide: Denoiser | None = None,
     ) -> None:

@@ -12,6 +12,7 @@ from rae.flow.ode import (
     RK4Sampler,
 )
 from rae.flow.path import Coefficients, GVPPath, LinearPath, Path, PathSample, VPPath, check_time
+from rae.flow.sampler import Sampler
 from rae.flow.sde import EulerMaruyamaSampler, SDESampler, StochasticHeunSampler
 from rae.flow.time import FullGrid, LogitNormalTime, OfficialGrid, UniformTime, dimension_shift, shift_time
 
@@ -38,6 +39,7 @@ __all__ = [
     "PathSample",
     "RK4Sampler",
     "SDESampler",
+    "Sampler",
     "StochasticHeunSampler",
     "UniformTime",
     "VPPath",

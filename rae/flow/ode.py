@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
+from rae.flow.sampler import OnStep, Sampler, StepNoise, Velocity
 from rae.flow.time import FullGrid, OfficialGrid
-from rae.io.describe import Described
 from rae.layers import trusted
 
-Velocity = Callable[..., Tensor]
-OnStep = Callable[[int, float, Tensor], None]
-StepNoise = Callable[[int], Tensor]
 
-
-class ODESampler(Described, ABC):
+class ODESampler(Sampler):
     """Fixed-step sampler: walks down the times of a grid, which is on the host, so that no step waits for the device.
 
     Args:
         grid: Grid of times; :class:`~rae.flow.time.OfficialGrid` is that of the published numbers.
     """
-
-    stochastic = False
-    stages: int
-    """Evaluations of the velocity in one step."""
 
     def __init__(self, grid: OfficialGrid | FullGrid | None = None) -> None:
         self.grid = grid if grid is not None else OfficialGrid()
@@ -56,19 +47,7 @@ class ODESampler(Described, ABC):
         on_step: OnStep | None = None,
         reverse: bool = False,
     ) -> Tensor:
-        """Integrates the ODE.
-
-        Args:
-            velocity: Velocity field of x B×… and a time (float).
-            noise: Standard normal start B×…; the data where ``reverse``.
-            shift: Shift of the grid's times, at least 1.
-            step_noise: Unused here.
-            on_step: Called after every step with its number, the time reached and the state.
-            reverse: Walk from data to noise instead.
-
-        Returns:
-            The state at the end of the grid, B×….
-        """
+        """Integrates the ODE; see :meth:`Sampler.sample`."""
         times = self.grid.times(shift).tolist()
         times = times[::-1] if reverse else times
         x = noise

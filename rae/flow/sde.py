@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
-from rae.flow.ode import OnStep, StepNoise, Velocity
 from rae.flow.path import DIFFUSION_FORMS, LinearPath, Path, VPPath
+from rae.flow.sampler import OnStep, Sampler, StepNoise, Velocity
 from rae.flow.time import FullGrid, OfficialGrid
-from rae.io.describe import Described
 
 LAST_STEPS = ("mean", "tweedie", "euler", "none")
 
 
-class SDESampler(Described, ABC):
+class SDESampler(Sampler):
     """Base of the stochastic samplers.
 
     The grid covers 1 to ``last_step_size`` (shifted); then follows one deterministic step, which uses the unshifted time and
@@ -35,7 +34,6 @@ class SDESampler(Described, ABC):
     """
 
     stochastic = True
-    stages: int
     needs_last_step = False
     """Whether a step to t = 0 would evaluate the score there, where it does not exist."""
 
@@ -99,15 +97,7 @@ class SDESampler(Described, ABC):
         on_step: OnStep | None = None,
         reverse: bool = False,
     ) -> Tensor:
-        """Integrates the SDE.
-
-        Args:
-            velocity: Velocity field of x B×… and a time (float).
-            noise: Standard normal start B×….
-            shift: Shift of the grid's times, at least 1.
-            step_noise: Standard normal noise of a step, by the step's number; B×….
-            on_step: Called after every step with its number, the time reached and the state.
-            reverse: Not possible with an SDE.
+        """Integrates the SDE; see :meth:`Sampler.sample`.
 
         Raises:
             ValueError: ``step_noise`` is missing, or ``reverse`` is asked for.

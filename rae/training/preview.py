@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from rae.flow import Guidance, ODESampler, SDESampler
+from rae.flow import Guidance, Sampler
 from rae.generator import Generator
 from rae.image import make_grid, save_png, to_float, to_pil, to_uint8
 
@@ -130,7 +130,7 @@ class SamplePreview(PicturePreview):
 
     def __init__(
         self,
-        sampler: ODESampler | SDESampler,
+        sampler: Sampler,
         guidance: Guidance | None = None,
         classes: int | list[int] = 8,
         per_class: int = 8,

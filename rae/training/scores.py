@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from rae.flow import Guidance, ODESampler, SDESampler
+from rae.flow import Guidance, Sampler
 from rae.generator import Generator
 from rae.io.describe import describe
 from rae.io.parts import stretch
@@ -97,7 +97,7 @@ class ScoreSamples(Evaluation):
     def __init__(
         self,
         metric: Scores,
-        sampler: ODESampler | SDESampler,
+        sampler: Sampler,
         guidance: Guidance | None = None,
         guide: str | None = None,
         classes: Sequence[int] | None = None,
