@@ -106,10 +106,12 @@ def check_interpolations(cfg: DictConfig) -> None:
     """Refuses rows of pictures without one in the middle, before the work that they come at the end of.
 
     Raises:
-        ConfigError: ``interpolations`` is below 3.
+        ConfigError: ``interpolations`` is below 3, or no picture's width.
     """
-    if cfg.interpolations is not None and cfg.interpolations < 3:
-        raise ConfigError(f"interpolations={cfg.interpolations} must be at least 3, both ends counted, or null")
+    if cfg.interpolations is not None and not 3 <= cfg.interpolations <= _MOST_INTERPOLATIONS:
+        raise ConfigError(
+            f"interpolations={cfg.interpolations} must lie in 3…{_MOST_INTERPOLATIONS}, both ends counted, or be null"
+        )
 
 
 def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dict[str, Any]:
