@@ -34,6 +34,9 @@ _WRITERS = 2  # threads that compress and write while the next images are sample
 _WAITING = 4  # parts that may wait for them
 
 
+_MOST_INTERPOLATIONS = 1_000  # images in a row of one picture
+
+
 def class_list(classes: object, num_classes: int) -> list[int]:
     """The classes to draw: ``all``, or the list given.
 
