@@ -19,7 +19,7 @@ FOLDERS = sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE, PAC
 PAGES = [
     *(folder / "README.md" for folder in FOLDERS),
     ROOT / "conf/README.md",
-    ROOT / "conf/FROM_ORIGINAL.md",
+    ROOT / "docs/from_original.md",
     ROOT / "tests/README.md",
 ]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -55,8 +55,8 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(ROOT / "conf/FROM_ORIGINAL.md", marks=pytest.mark.slow), ROOT / "conf/model/README.md"],
-    ids=["FROM_ORIGINAL", "model"],
+    [pytest.param(ROOT / "docs/from_original.md", marks=pytest.mark.slow), ROOT / "docs/models.md"],
+    ids=["from_original", "models"],
 )
 def test_commands_on_the_pages_compose(page):
     found = commands(page)
@@ -71,13 +71,13 @@ def test_commands_on_the_pages_compose(page):
 
 def test_choices_on_the_page_exist():
     groups = config_groups()
-    for group, choice in re.findall(r"`([a-z/@]+)=(\w+)`", (ROOT / "conf/FROM_ORIGINAL.md").read_text()):
+    for group, choice in re.findall(r"`([a-z/@]+)=(\w+)`", (ROOT / "docs/from_original.md").read_text()):
         if group in groups:
             assert choice in groups[group], f"{group}={choice}"
 
 
 def test_the_table_of_weights_is_that_of_the_models():
-    page = (ROOT / "conf/model/README.md").read_text()
+    page = (ROOT / "docs/models.md").read_text()
     for model in config_groups()["model"]:
         row = next(line for line in page.splitlines() if f"| `{model}` |" in line)
         cfg = compose("sample", [f"model={model}"])
