@@ -92,7 +92,7 @@ def test_freed_memory_is_kept_where_it_is_asked_for(kept: bool):
     """64 MB that were freed and are taken again cost no new pages."""
     script = f"""
 import resource
-from rae.commands.train import keep_freed_memory
+from rae.cpu import keep_freed_memory
 if {kept}:
     assert keep_freed_memory()
 def faults():

@@ -26,37 +26,43 @@ def test_the_door_is_opened_without_torch():
     assert done.stdout.strip() == "set()", done.stderr
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("train stage=1", "data.train_path is not given; add data.train_path=/path/to/imagenet/train"),
-        ("train stage=2 latent.stats=none data=shards", "add data.train_path='/path/to/train-{0000..0146}.tar'"),
-        ("train stage=2", "latent.stats must be given"),
-        ("train optimizer.lrr=1", "did you mean 'optimizer.lr'?"),
-        ("stats data.train_path=absent", "data.train_path=absent does not exist"),
-        ("sample checkpoint=absent", "checkpoint 'absent' does not exist"),
-        ("sample model=mae_b_256", "rae-download model=… collection=models fetches the files of a published model"),
-        ("evaluate samples=absent", "samples=absent does not exist"),
-        ("reconstruct checkpoint=absent.ckpt", "checkpoint 'absent.ckpt' does not exist"),
-        ("convert", "checkpoint must be given"),
-    ],
-)
-def test_what_is_not_there_is_answered_without_torch(given, message, tmp_path):
-    name, *arguments = [*given.split(), f"output_dir={tmp_path}/out"]
+NOT_THERE = [
+    ("train stage=1", "data.train_path is not given; add data.train_path=/path/to/imagenet/train"),
+    ("train stage=2 latent.stats=none data=shards", "add data.train_path='/path/to/train-{0000..0146}.tar'"),
+    ("train stage=2", "latent.stats must be given"),
+    ("train optimizer.lrr=1", "did you mean 'optimizer.lr'?"),
+    ("stats data.train_path=absent", "data.train_path=absent does not exist"),
+    ("sample checkpoint=absent", "checkpoint 'absent' does not exist"),
+    ("sample model=mae_b_256", "rae-download model=… collection=models fetches the files of a published model"),
+    ("evaluate samples=absent", "samples=absent does not exist"),
+    ("reconstruct checkpoint=absent.ckpt", "checkpoint 'absent.ckpt' does not exist"),
+    ("convert", "checkpoint must be given"),
+]
+
+
+def test_what_is_not_there_is_answered_without_torch(tmp_path):
+    """All in one process, none of which imports torch."""
+    given = [line.split() for line, _ in NOT_THERE]
     code = f"""
-import sys
+import contextlib, io, sys
 from rae.cli import main
-sys.argv = ["rae-{name}", *{arguments!r}]
-try:
-    main.{name}()
-finally:
-    print("torch" in sys.modules)
+for name, *arguments in {given!r}:
+    sys.argv = [f"rae-{{name}}", *arguments, "output_dir={tmp_path}/out"]
+    said, code = io.StringIO(), None
+    with contextlib.redirect_stderr(said):
+        try:
+            getattr(main, name)()
+        except SystemExit as end:
+            code = end.code
+    print(code, "torch" in sys.modules, said.getvalue().strip())
 """
     done = python(code)
-    assert done.returncode in (1, 2)
-    assert done.stdout.strip() == "False"
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith(f"rae-{name}: error: ")]
-    assert message in line
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(NOT_THERE), done.stdout + done.stderr
+    for line, (command, message) in zip(lines, NOT_THERE, strict=True):
+        assert line[0] in "12", line
+        assert line[2:].startswith(f"False rae-{command.split()[0]}: error: "), line
+        assert message in line
     assert not list(tmp_path.iterdir())
 
 

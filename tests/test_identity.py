@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import rae
 from rae.autoencoder import RAE
-from rae.cli.build import Parts, build
+from rae.cli.build import Run, build
 from rae.cli.errors import compose
 from rae.encoder import AbsentEncoder, TimmEncoder, timm_vit
 from rae.formats import find_checkpoint, settle_encoder
@@ -38,7 +38,7 @@ def weight_file(path: Path, seed: int) -> Path:
     return path
 
 
-def stage1(output_dir: Path, *overrides: str) -> Parts:
+def stage1(output_dir: Path, *overrides: str) -> Run:
     """A run of stage 1 on digits, to be fitted for two steps."""
     small = ["data.batch_size=32", "trainer.max_steps=2", "trainer.val_check_interval=2", "scheduler.warmup_steps=1"]
     quiet = ["trainer.enable_progress_bar=false", "callbacks.preview=null", f"output_dir={output_dir}"]
@@ -49,7 +49,7 @@ def hash_of(module) -> str:
     return module.autoencoder.encoder.weights_hash()
 
 
-def fit(parts: Parts) -> None:
+def fit(parts: Run) -> None:
     parts.trainer.fit(parts.module, datamodule=parts.data)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import signal
 import warnings
@@ -14,6 +13,7 @@ from omegaconf import DictConfig
 from rae.cli.build import Run, build
 from rae.cli.config import check_same_run, save_config
 from rae.cli.main import Interrupted
+from rae.cpu import keep_freed_memory
 from rae.formats.run import LAST, check_whole, find_checkpoint, read_config, read_step
 from rae.training.resume import AgreeOnResume
 
@@ -102,23 +102,6 @@ def quieten_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for known in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=known)
-
-
-def keep_freed_memory() -> bool:
-    """Lets this process keep memory that it frees, where the C library is glibc.
-
-    Every step on a CPU needs the same buffers again. By default those above 32 MB, as LPIPS's first feature maps are, come from the
-    system anew each time, page by page: a stage-1 step took 5 % longer.
-
-    Returns:
-        Whether it could be set.
-    """
-    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library, or another system
-        return False
-    return bool(mallopt(mmap_threshold, 2**30) and mallopt(trim_threshold, most))
 
 
 def train(cfg: DictConfig) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rae.cli.build import build_module, make_all, seed
 from rae.cli.errors import compose
-from rae.commands.train import keep_freed_memory
+from rae.cpu import keep_freed_memory
 
 keep_freed_memory()  # as rae-train does on a CPU; both sides gain by it
 
