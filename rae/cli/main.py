@@ -304,7 +304,9 @@ def rae() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  rae-{command:<14} {about}" for command, (_, about) in COMMANDS.items()]
-        print("\n".join(["Each of these commands explains itself with --help:", "", *lines]))
+        with contextlib.suppress(BrokenPipeError):  # as after ``| head``
+            print("\n".join(["Each of these commands explains itself with --help:", "", *lines]))
+        _reader_left()
     elif name in COMMANDS:
         _command.append(name)
         sys.argv[1:] = arguments
