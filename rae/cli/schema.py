@@ -67,6 +67,7 @@ _ELSEWHERE: dict[tuple[str, str], Any] = {
     ("cost", "images"): int,
     ("cost", "samples"): int,
     ("convert_config", "name"): str | None,
+    **{(name, "checkpoint"): str for name in ("sample", "reconstruct", "app", "convert")},
 }
 """The same of keys that mean something else in one command."""
 _ELSEWHERE_RUN = ("cost", "convert_config")
@@ -324,9 +325,9 @@ def _is_mapping(hint: Any) -> bool:
 
 def _is_list(hint: Any) -> bool:
     kind = typing.get_origin(hint) or hint
-    return (
-        isinstance(kind, type) and kind is not str and issubclass(kind, Collection | Iterable) and not _is_mapping(hint)
-    )
+    if not isinstance(kind, type) or kind is str or _is_mapping(hint):
+        return False
+    return issubclass(kind, Collection | Iterable) and kind.__module__ in ("builtins", "collections.abc")
 
 
 def _takes_objects(hint: Any) -> bool:
