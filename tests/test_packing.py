@@ -89,6 +89,13 @@ def test_a_run_that_stopped_goes_on(images, tmp_path):
     assert (half / "shard-000000.tar").stat().st_mtime_ns == kept
 
 
+def test_shards_stay_in_their_folder(images, tmp_path):
+    for prefix in ("../../etc", "a/b", "", ".hidden"):
+        with pytest.raises(ValueError, match=r"prefix=.* must be the beginning of a file's name"):
+            pack(ShardPlan.of(images), tmp_path / "shards", prefix)
+    assert not (tmp_path / "shards").exists()
+
+
 def test_another_plan_or_foreign_files_are_refused(images, tmp_path):
     pack(ShardPlan.of(images, images_per_shard=6), tmp_path / "out")
     with pytest.raises(ValueError, match=r"work of another plan: images_per_shard was 6 and is now 7"):

@@ -29,6 +29,8 @@ REFUSED = [
     ("train data.flip=inf", "data.flip=inf: must be a finite number"),
     ("shard num_workers=1000000000", "num_workers=1000000000: must be at most 1,024"),
     ("train data.num_workers=1025", "data.num_workers=1025: must be at most 1,024"),
+    ("stats num_nodes=1000000000", "num_nodes=1000000000: must be at most 10,000"),
+    ("train trainer.num_nodes=1000000000", "trainer.num_nodes=1000000000: must be at most 10,000"),
     ("train optimizer.lr=[]", "optimizer.lr=[]: must be a number"),
     ("train optimizer.lr=nan", "optimizer.lr=nan: must be a finite number"),
     ("train optimizer.betas=[0.9]", "optimizer.betas=[0.9]: must be a list"),

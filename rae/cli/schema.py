@@ -82,7 +82,7 @@ _SPECIAL: dict[str, Any] = {"_target_": str, "_partial_": bool, "_recursive_": b
 """Hydra's own keys of a node."""
 _NETWORKS = ("encoder", "decoder", "denoiser", "discriminator", "guide")
 _SIZED = (*_NETWORKS, "detector", "sampler", "metric")
-_MOST_IN_NETWORKS, _MOST_BLOCKS, _MOST_WORKERS, _MOST_ELSEWHERE = 2**16, 1_000, 1_024, 1_000_000
+_MOST_IN_NETWORKS, _MOST_BLOCKS, _MOST_WORKERS, _MOST_NODES, _MOST_ELSEWHERE = 2**16, 1_000, 1_024, 10_000, 1_000_000
 """Bounds of sizes, far above any in use, below those that a machine would be asked for in vain."""
 
 
@@ -114,7 +114,10 @@ def check_values(cfg: DictConfig, config: str) -> None:
 def _check_devices(key: str, value: Any) -> None:
     """Refuses to start more processes than any machine has devices or cores for."""
     if key == "trainer" and isinstance(value, DictConfig) and not value._is_none():
+        _check_devices("trainer.num_nodes", value.get("num_nodes"))
         key, value = "trainer.devices", value.get("devices")
+    if key in ("num_nodes", "trainer.num_nodes") and type(value) is int and value > _MOST_NODES:
+        raise ConfigError(f"{key}={value}: must be at most {_MOST_NODES:,}: the first machine waits for all others")
     most = max(16, os.cpu_count() or 1)
     if key in ("devices", "trainer.devices") and type(value) is int and value > most:
         raise ConfigError(

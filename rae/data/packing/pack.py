@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -147,6 +148,8 @@ def pack(
     """
     if not 0 <= max_bad_share < 1:
         raise ValueError(f"max_bad_share={max_bad_share} must lie in [0, 1)")
+    if not re.fullmatch(r"\w[\w.-]*", prefix):
+        raise ValueError(f"prefix={prefix!r} must be the beginning of a file's name: letters, digits, '_', '-' and '.'")
     if num_workers < 0:
         raise ValueError(f"num_workers={num_workers} must be at least 0; 0 writes in this process")
     folder = Path(folder).expanduser()
