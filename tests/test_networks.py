@@ -11,6 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from rae.autoencoder import RAE
 from rae.decoder import ViTDecoder
+from rae.discriminator import DinoDiscriminator
 from rae.encoder import ClipEncoder, TimmEncoder, tiny_encoder
 from rae.formats.decoder import load_decoder, state_from_ours
 from rae.io.hub import HUB_FILES, fetch_weights
@@ -122,6 +123,15 @@ def test_without_a_connection_the_other_names_are_looked_up_in_the_cache_alone(m
     cached = None
     with pytest.raises(FileNotFoundError, match=r"no connection (word )+…\).*encoder.checkpoint=/path/to/file"):
         fetch_weights("owner/name", None, "encoder.checkpoint")
+
+
+def test_arguments_that_timm_does_not_take_are_refused():
+    with pytest.raises(
+        ValueError, match=r"discriminator\.model_args=.*global_pool.*do not suit timm's vit_tiny_patch16_224: Only"
+    ):
+        DinoDiscriminator(
+            "vit_tiny_patch16_224", 32, [0], 3, pretrained=False, model_args={**TINY, "global_pool": "a=b"}
+        )
 
 
 @pytest.mark.parametrize(

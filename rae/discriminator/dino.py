@@ -148,7 +148,11 @@ class DinoDiscriminator(nn.Module):
             "act_layer": GELUTanh,
             "norm_layer": partial(nn.LayerNorm, eps=1e-6),
         }
-        self.backbone = timm.create_model(model, pretrained=False, **(arguments | dict(model_args or {})))
+        given = dict(model_args or {})
+        try:
+            self.backbone = timm.create_model(model, pretrained=False, **(arguments | given))
+        except (TypeError, ZeroDivisionError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"discriminator.model_args={given} do not suit timm's {model}: {error}") from error
         self.backbone.norm = nn.Identity()  # features are taken before the final norm
         self.backbone.fc_norm = nn.Identity()
         depth = len(self.backbone.blocks)
