@@ -13,6 +13,7 @@ from PIL import Image
 
 from rae.app.command import app, class_names, open_perceptual, open_viewer
 from rae.app.viewer import Viewer, calls, with_steps
+from rae.cli.checks import check_files
 from rae.cli.config import absolute_paths
 from rae.cli.errors import compose
 from rae.cli.models import open_generator
@@ -216,9 +217,9 @@ def test_autoguidance_is_offered_where_there_is_a_guide(exports, tmp_path):
 
 
 def test_absent_gradio_is_named(monkeypatch, exports):
-    monkeypatch.setattr("rae.app.command.find_spec", lambda name: None)
+    monkeypatch.setattr("rae.cli.checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "rae\[app\]"'):
-        app(configuration(exports / "generator"))
+        check_files(configuration(exports / "generator"), "app")
 
 
 # --- the page ----------------------------------------------------------------------------------------------------

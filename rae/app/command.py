@@ -7,7 +7,6 @@ import os
 import signal
 import tempfile
 import threading
-from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -30,11 +29,8 @@ def app(cfg: DictConfig) -> None:
     """Opens the model and serves the page until Ctrl-C.
 
     Raises:
-        ConfigError: Gradio is not installed, or see :func:`open_viewer` and :func:`serve`.
+        ConfigError: See :func:`open_viewer` and :func:`serve`.
     """
-    if find_spec("gradio") is None:
-        raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
-
     viewer, about = open_viewer(cfg)
     start = Limits(cfg.count, cfg.max_count, cfg.max_steps, cfg.max_scale, cfg.seed)
     with tempfile.TemporaryDirectory(prefix="rae-app-") as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra.utils import get_object
@@ -42,16 +43,18 @@ _TRAINS_ON = ("train", "stats", "cache_latents")
 
 
 def check_files(cfg: DictConfig, config: str) -> None:
-    """Refuses files and folders that are named and not there, and training data that are not named.
+    """Refuses files and folders that are named and not there, training data that are not named, and a page without Gradio.
 
     Args:
         cfg: The complete configuration of a command.
         config: Name of its root config.
 
     Raises:
-        ConfigError: Training data are not named or not there, or published files are not there.
+        ConfigError: Training data are not named or not there, or published files or Gradio are not there.
         FileNotFoundError: A model, images or statistics do not exist.
     """
+    if config == "app" and find_spec("gradio") is None:
+        raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
     if config != "download" and cfg.get("decoder") is not None and "collection" in cfg:
         check_published(cfg)
     for key in _MODELS:

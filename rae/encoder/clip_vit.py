@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +61,8 @@ class ClipEncoder(Encoder):
         pos_antialias: bool = True,
     ) -> None:
         super().__init__(channels, stride, input_size, mean, std, layers, reduce, dtype)
+
+        import open_clip  # noqa: PLC0415 (it brings transformers along: seconds and 150 MB that other encoders do without)
 
         if model not in open_clip.list_models():
             raise ValueError(f"encoder.model={model!r} is unknown to open_clip; see open_clip.list_models()")

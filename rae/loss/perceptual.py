@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.error import URLError
 
-import lpips
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +32,8 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, vgg_checkpoint: str | None = None, pretrained: bool = True) -> None:
         super().__init__()
+
+        import lpips  # noqa: PLC0415 (slow to import)
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips calls torchvision by an old signature

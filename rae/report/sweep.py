@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from rae.io.files import write_atomically
 from rae.report.job import Job
 from rae.report.table import read_scores, write_csv
@@ -69,9 +72,6 @@ def plot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> 
         keys: Which of their entries are settings.
         path: The PNG file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 (slow to import)
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     names = [name for name in rows[0] if name not in keys and not name.endswith("_std")]
     # What is the same everywhere (the number of samples, scores of real images) makes no curve.
     scores = [name for name in names if len({row[name] for row in rows}) > 1] or names
