@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rae.cli.errors import compose
-from rae.commands.cost import reckon
+from rae.commands.cost import estimate
 from rae.cost import Card, Memory, Plan, evaluations, on_paper, optimizer_ratio, shares, stage1_step, static_memory
 from rae.cost.meter import FORMULAS
 from rae.cost.steps import denoising, stage2_step
@@ -266,7 +266,7 @@ def test_adaptive_samplers_have_no_number():
 )
 def test_figures_of_an_experiment(experiment):
     cfg = compose("cost", [f"experiment={experiment}", "images=1000"])
-    figures = reckon(cfg)
+    figures = estimate(cfg)
     training, memory = figures["training"], figures["memory"]
     assert json.loads(json.dumps(figures)) == figures
     trained = sum(one["trained"] for one in figures["parameters"].values())
@@ -294,7 +294,7 @@ def test_a_shared_network_is_divided_and_gathered_block_by_block():
 @pytest.mark.slow
 def test_a_sharding_strategy_takes_less_memory():
     def memory(*overrides):
-        return reckon(compose("cost", ["experiment=digits_stage2", "cards=4", *overrides]))["memory"]
+        return estimate(compose("cost", ["experiment=digits_stage2", "cards=4", *overrides]))["memory"]
 
     whole, shared = memory(), memory("trainer=fsdp")
     assert shared["optimizer"] * 4 == pytest.approx(whole["optimizer"], abs=8)
@@ -305,7 +305,7 @@ def test_a_sharding_strategy_takes_less_memory():
 @pytest.mark.slow
 def test_precision_chooses_the_arithmetic():
     def arithmetic(*overrides):
-        return reckon(compose("cost", ["experiment=digits_stage2", *overrides]))
+        return estimate(compose("cost", ["experiment=digits_stage2", *overrides]))
 
     assert arithmetic("trainer.precision=bf16-mixed")["arithmetic"] == {"trained": "bf16", "encoder": "fp32"}
     with pytest.raises(ValueError, match="bf16-mixed keeps the weights in float32; choose one of 32-true, bf16-mixed"):
@@ -326,7 +326,7 @@ def test_precision_chooses_the_arithmetic():
 )
 def test_faults_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
-        reckon(compose("cost", ["experiment=digits_encoder", *overrides]))
+        estimate(compose("cost", ["experiment=digits_encoder", *overrides]))
 
 
 def test_unknown_card():

@@ -245,7 +245,7 @@ class Run:
 
 
 def build(cfg: DictConfig) -> Run:
-    """Builds what ``rae-train`` would train with: ``parts.trainer.fit(parts.module, datamodule=parts.data)``.
+    """Builds what ``rae-train`` would train with: ``run.trainer.fit(run.module, datamodule=run.data)``.
 
     Args:
         cfg: A configuration of ``train``, from :func:`rae.cli.config.compose`.

@@ -96,7 +96,7 @@ def without_weights(cfg: DictConfig) -> DictConfig:
 
 def cost(cfg: DictConfig) -> None:
     """Prints the figures and writes ``cost.json``."""
-    figures = reckon(cfg)
+    figures = estimate(cfg)
     if cfg.print == "row" and _number_in_sweep() == 0:
         print(heading())  # once in a sweep
     print(row(figures) if cfg.print == "row" else text(figures))
@@ -109,7 +109,7 @@ def _number_in_sweep() -> int:
     return 0 if OmegaConf.is_missing(job, "num") else int(job.num)
 
 
-def reckon(cfg: DictConfig) -> dict[str, Any]:
+def estimate(cfg: DictConfig) -> dict[str, Any]:
     """All figures, as ``cost.json`` holds them: operations are FLOPs, memory is bytes, times are hours.
 
     Raises:
