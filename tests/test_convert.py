@@ -82,7 +82,7 @@ def test_sampling_an_export_with_a_guide_from_elsewhere(tmp_path: Path):
     model.guide, model.guidance = None, ClassifierFreeGuidance(1.5)
     model.save_pretrained(tmp_path / "plain")
     options = ["sampler.grid.points=3", "samples_per_class=1", "classes=[1,2]", "png=false"]
-    with pytest.raises(ConfigError, match="the export holds no guide"):
+    with pytest.raises(ConfigError, match="autoguidance needs guide_checkpoint"):
         sample(
             compose(
                 "sample",

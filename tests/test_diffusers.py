@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rae.autoencoder import RAE
-from rae.formats import load_diffusers, save_diffusers
+from rae.formats import save_diffusers
 from rae.latent import LatentNormalizer
 from tests.small_models import KINDS, make_autoencoder, make_diffusers
 
@@ -25,7 +25,7 @@ def test_diffusers_autoencoder_and_ours_agree(kind: str, tmp_path: Path):
 
     theirs = make_diffusers(kind)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = load_diffusers(tmp_path / "theirs")
+    ours = RAE.from_pretrained(tmp_path / "theirs")
     images = torch.rand(2, 3, 80, 80, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         latents = theirs.encode(images).latent
@@ -52,7 +52,7 @@ def test_our_export_decodes_to_the_same_image_in_diffusers(kind: str, tmp_path: 
     from diffusers import AutoencoderRAE
 
     make_diffusers(kind).save_pretrained(tmp_path / "theirs")
-    loaded = load_diffusers(tmp_path / "theirs")
+    loaded = RAE.from_pretrained(tmp_path / "theirs")
     latent = LatentNormalizer(loaded.latent_shape, loaded.latent.mean, loaded.latent.var)
     ours = RAE(loaded.encoder, loaded.decoder, latent).eval()
     again = AutoencoderRAE.from_pretrained(save_diffusers(ours, tmp_path / "ours")).eval()
@@ -80,7 +80,7 @@ def test_what_diffusers_cannot_build_is_refused(tmp_path: Path):
         json.dumps(config | {"scaling_factor": 0.5, "encoder_type": "clip"})
     )
     with pytest.raises(ValueError, match=r"scaling_factor=0.5, encoder_type='clip' is not supported"):
-        load_diffusers(tmp_path / "theirs")
+        RAE.from_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | {"decoder_num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"12 missing: blocks.2"):
-        load_diffusers(tmp_path / "theirs")
+        RAE.from_pretrained(tmp_path / "theirs")

@@ -14,8 +14,9 @@ from rae.autoencoder import RAE
 from rae.cli import main
 from rae.cli.config import plain
 from rae.cli.errors import compose
-from rae.cli.models import open_model, usable
+from rae.cli.models import open_model
 from rae.encoder import tiny_encoder
+from rae.formats.run import usable
 from rae.generator import Generator
 from rae.io.describe import check, rebuild
 from tests.attacks.files import SECRET, blobs, places, replaced, run_config, targets, write_run

@@ -17,8 +17,8 @@ import rae
 from rae.autoencoder import RAE
 from rae.cli.build import Run, build
 from rae.cli.errors import compose
-from rae.encoder import AbsentEncoder, TimmEncoder, timm_vit
-from rae.formats import find_checkpoint, settle_encoder
+from rae.encoder import TimmEncoder, timm_vit
+from rae.formats import assemble, find_checkpoint, read
 from rae.formats.run import read_encoder
 from rae.image import to_float
 from rae.io.tensors import state_hash
@@ -147,6 +147,18 @@ def test_an_export_holds_the_runs_random_encoder(random_run, tmp_path: Path):
         assert hash_of(build(later).module) == again.encoder.weights_hash()
 
 
+def test_stage_2_builds_the_decoder_that_its_checkpoint_describes(random_run, tmp_path: Path):
+    folder, _, _ = random_run
+    own = rae.load(folder).decoder
+    later = compose("train", ["experiment=digits_small_stage2", *RANDOM, "latent.stats=none", "decoder.depth=5"])
+    for source in (folder, rae.load(folder).save_pretrained(tmp_path / "out")):
+        later.decoder_checkpoint = str(source)
+        found = build(later).module
+        assert state_hash(found.autoencoder.decoder.state_dict()) == state_hash(own.state_dict())
+        assert found.config["decoder"]["depth"] == own.arguments["depth"] != 5  # its checkpoints say so too
+    assert later.decoder.depth == 5
+
+
 @pytest.mark.parametrize("damaged", ["x", {}, {"fingerprint": 1}, {"fingerprint": {}, "weights": {"a": 1}}])
 def test_a_record_that_says_nothing_of_an_encoder_is_refused(damaged, tmp_path: Path):
     torch.save({"encoder": damaged}, tmp_path / "bad.ckpt")
@@ -212,16 +224,16 @@ def test_a_changed_encoder_file_is_refused_wherever_its_run_is_opened(tmp_path: 
 
 def test_a_decoder_of_another_encoder_is_refused_without_the_encoder_too(random_run, tmp_path: Path):
     folder, _, _ = random_run
-    settle_encoder(
-        AbsentEncoder(64, 16, 32, [0.5] * 3, [0.5] * 3), [folder, rae.load(folder).save_pretrained(tmp_path)]
-    )
+    bundle = read(folder)
+    export = rae.load(folder).save_pretrained(tmp_path / "export")
+    assert assemble(bundle.with_decoder(read(export)), encode=False).encoder is None
     checkpoint = torch.load(find_checkpoint(folder), weights_only=True)
     checkpoint["encoder"]["fingerprint"]["weights"] = "published:" + 64 * "0"
     torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.raises(
         ValueError, match=r"other.ckpt was made with another encoder than .*: weights 000000000000… and"
     ):
-        settle_encoder(AbsentEncoder(64, 16, 32, [0.5] * 3, [0.5] * 3), [folder, tmp_path / "other.ckpt"])
+        assemble(bundle.with_decoder(read(tmp_path / "other.ckpt")), encode=False)
 
 
 @pytest.mark.slow

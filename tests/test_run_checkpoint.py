@@ -18,7 +18,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from rae.commands.train import readable
-from rae.formats.run import find_checkpoint, load_trained, read_config, read_step, trained_weights
+from rae.formats.run import find_checkpoint, read_config, read_step, trained_weights
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.checkpoint_io import StreamedCheckpointIO
 from rae.training.ema import EMA
@@ -210,9 +210,6 @@ def test_weights_are_the_averages_unless_asked_otherwise(tmp_path):
     assert torch.equal(live["weight"], module.network.weight)
     assert not torch.equal(trained_weights(tmp_path, "network")["weight"], live["weight"])
     assert read_config(tmp_path) == {"stage": 9}
-    network = torch.nn.Linear(1, 1)
-    load_trained(network, tmp_path, "network", averaged=False)
-    assert torch.equal(network.weight, module.network.weight)
 
 
 def test_reading_says_what_is_wrong(tmp_path):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rae.autoencoder import RAE
 from rae.data.transforms import ImageTransform, open_rgb
-from rae.encoder import AbsentEncoder
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, NoGuidance, OfficialGrid
 from rae.generator import Generator
 from rae.image import to_float, to_uint8
@@ -73,7 +72,7 @@ class Viewer:
     @property
     def encodes(self) -> bool:
         """Whether the encoder's weights are there, so that images can be reconstructed."""
-        return not isinstance(self.autoencoder.encoder, AbsentEncoder)
+        return self.autoencoder.encoder is not None
 
     @property
     def device(self) -> torch.device:
@@ -238,7 +237,7 @@ def with_steps(sampler: Any, steps: int) -> Any:
     """
     described = describe(sampler.grid)
     key, value = ("points", steps + 1) if isinstance(sampler.grid, OfficialGrid) else ("steps", steps)
-    return rebuild(describe(sampler), grid=rebuild(described, **{key: value}))
+    return rebuild({**describe(sampler), "grid": {**described, key: value}})
 
 
 def calls(sampler: Any) -> int:

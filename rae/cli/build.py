@@ -6,7 +6,6 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -17,11 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from rae.autoencoder import RAE
 from rae.cli.checks import check_metric, check_paths
-from rae.cli.config import check_complete, plain
-from rae.denoiser import Denoiser
-from rae.encoder import AbsentEncoder, Encoder
-from rae.formats import load_decoder_from, settle_encoder
-from rae.generator import Generator
+from rae.cli.config import check_complete, differing, plain
+from rae.formats import Bundle, read
+from rae.formats.bundle import assemble_autoencoder
 from rae.io.errors import ConfigError
 from rae.jobs.processes import processes_of, set_float32
 from rae.training.precision import XLAMixedPrecision, check_precision
@@ -118,35 +115,44 @@ def keep_still(data: DictConfig, **values: Any) -> None:
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
-def build_autoencoder(
-    cfg: DictConfig, encode: bool = True, averaged: bool = True, run: str | Path | None = None
-) -> RAE:
-    """Encoder, decoder and latent statistics; ``decoder_checkpoint`` names the decoder's trained weights.
+def make_part(part: str, description: Any, **objects: Any) -> Any:
+    """Builds one part of a model; errors name its key. See :func:`rae.formats.bundle.make_part`."""
+    return make(OmegaConf.create({part: description})[part], **objects)
+
+
+def build_autoencoder(cfg: DictConfig, encode: bool = True) -> RAE:
+    """Encoder, decoder and latent statistics for training; ``decoder_checkpoint`` names the decoder, built as that one says.
 
     Args:
         cfg: The configuration.
-        encode: Whether the encoder's weights are needed.
-        averaged: Whether a run's decoder is the moving average of its weights.
-        run: The trained model that is opened, which says what its encoder is; None for a new one.
+        encode: Whether the encoder is needed.
 
     Raises:
-        ValueError: The decoder, the run or the statistics were made with another encoder.
+        ValueError: The decoder was trained with another encoder.
     """
-    encoder = make(cfg.encoder) if encode else absent_encoder(cfg.encoder)
-    autoencoder = RAE(encoder, make(cfg.decoder), make(cfg.get("latent")))
-    decoder = cfg.get("decoder_checkpoint")
-    settle_encoder(encoder, [source for source in (run, decoder) if source is not None])
-    if encode and run is not None and autoencoder.latent.encoder is not None:
-        encoder.check(autoencoder.latent.encoder, f"latent.stats={cfg.latent.stats}")
-    if decoder is not None:
-        load_decoder_from(autoencoder.decoder, decoder, averaged)
-    return autoencoder
+    parts = {name: plain(cfg[name]) for name in ("encoder", "decoder", "latent") if cfg.get(name) is not None}
+    bundle = Bundle(str(cfg.get("output_dir", "")), parts)
+    if cfg.get("decoder_checkpoint") is not None:
+        bundle = bundle.with_decoder(read(cfg.decoder_checkpoint))
+    return assemble_autoencoder(bundle, encode, make_part)
 
 
-def absent_encoder(node: DictConfig) -> Encoder:
-    """An encoder without weights that knows the latent's shape; a whole one where the configuration does not say enough."""
-    facts = inspect.signature(AbsentEncoder).parameters
-    return AbsentEncoder(**{name: node[name] for name in facts}) if all(name in node for name in facts) else make(node)
+def with_decoder_of(cfg: DictConfig) -> DictConfig:
+    """A stage-2 configuration whose ``decoder`` is what ``decoder_checkpoint`` says of its own.
+
+    Args:
+        cfg: The configuration; it stays as it is.
+    """
+    if any(cfg.get(name) is None for name in ("denoiser", "decoder", "decoder_checkpoint")):
+        return cfg
+    own = plain(cfg.decoder)
+    theirs = Bundle("", {"decoder": own}).with_decoder(read(cfg.decoder_checkpoint)).description["decoder"]
+    changes = [f"{key}={new} (not {old})" for key, old, new in differing(own, theirs, "decoder")]
+    if changes:
+        log.info("the decoder is built as decoder_checkpoint=%s says: %s", cfg.decoder_checkpoint, ", ".join(changes))
+        cfg = cfg.copy()
+        OmegaConf.update(cfg, "decoder", theirs, merge=False, force_add=True)
+    return cfg
 
 
 def _precision(trainer: DictConfig) -> dict[str, Any]:
@@ -217,21 +223,6 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     )
 
 
-def build_generator(cfg: DictConfig, autoencoder: RAE, denoiser: Denoiser, guide: Denoiser | None = None) -> Generator:
-    """Generator with the sampler and guidance of the configuration around given networks.
-
-    Args:
-        cfg: A configuration with ``flow``, ``sampler`` and ``guidance``.
-        autoencoder: Decodes the latents.
-        denoiser: A trained one.
-        guide: The weaker denoiser that autoguidance needs; None for none.
-
-    Raises:
-        ValueError: See :class:`~rae.generator.Generator`.
-    """
-    return Generator(autoencoder, denoiser, make(cfg.flow), make(cfg.sampler), make(cfg.guidance), guide)
-
-
 # --- everything at once ------------------------------------------------------------------------------------------
 
 
@@ -255,6 +246,7 @@ def build(cfg: DictConfig) -> Run:
         ValueError: What the classes say of their arguments.
     """
     check_complete(cfg)
+    cfg = with_decoder_of(cfg)
     plain(cfg)  # names the key of an interpolation that leads nowhere
     if cfg.get("data") is not None:
         check_paths(cfg.data)

@@ -118,7 +118,7 @@ def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> N
     changes = [
         f"{key} was {old!r} and is now {new!r}"
         for section in _NETWORKS
-        for key, old, new in _differences(before.get(section), now.get(section), section)
+        for key, old, new in differing(before.get(section), now.get(section), section)
     ]
     if changes:
         more = f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
@@ -128,11 +128,17 @@ def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> N
         )
 
 
-def _differences(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:
-    """Keys below ``key`` whose values differ, with both values."""
+def differing(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:
+    """Keys whose values differ, with both values.
+
+    Args:
+        old: Values, or containers of them.
+        new: The same of now.
+        key: Dotted key of both.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         names = sorted(old.keys() | new.keys())
-        return [found for name in names for found in _differences(old.get(name), new.get(name), f"{key}.{name}")]
+        return [found for name in names for found in differing(old.get(name), new.get(name), f"{key}.{name}")]
     return [] if old == new else [(key, old, new)]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from rae.cli.build import Run, build
+from rae.cli.build import Run, build, with_decoder_of
 from rae.cli.config import check_same_run, save_config
 from rae.cli.main import Interrupted
 from rae.cpu import keep_freed_memory
@@ -106,6 +106,7 @@ def quieten_lightning() -> None:
 
 def train(cfg: DictConfig) -> None:
     """Builds data, module and trainer from the configuration, and trains."""
+    cfg = with_decoder_of(cfg)
     checkpoint = resume_from(cfg)
     quieten_lightning()
     run = build(cfg)

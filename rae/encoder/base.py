@@ -151,13 +151,14 @@ class Encoder(Described, nn.Module, ABC):
             record["weights"] = {key: value.cpu() for key, value in self.published_state().items()}
         return record
 
-    def take(self, record: Mapping[str, Any] | None, source: str, but: Sequence[str] = ()) -> None:
+    def take(self, record: Mapping[str, Any] | None, source: str, but: Sequence[str] = (), adopt: bool = False) -> None:
         """Becomes the encoder of a run, which must be this one: takes over such weights as the run alone has.
 
         Args:
             record: From :meth:`record`; None where the source holds none.
             source: Where it comes from, for messages.
             but: Entries of the fingerprint that may differ.
+            adopt: See :func:`rae.io.tensors.load_strict`.
 
         Raises:
             ValueError: It is another encoder, or the weights are nowhere.
@@ -168,8 +169,9 @@ class Encoder(Described, nn.Module, ABC):
                     f"{source} was made with an encoder of random weights (encoder.pretrained=false) and does not hold them: "
                     "former versions did not keep them. Train again, or give them with encoder.checkpoint=/path/to/file"
                 )
-            self.load_published(record["weights"], f"the encoder of {source}")
-        if record is not None:
+            self.load_published(record["weights"], f"the encoder of {source}", adopt)
+            self.freeze()
+        if record is not None and "fingerprint" in record:
             self.check(record["fingerprint"], source, but)
 
     def check(self, described: Mapping[str, Any], source: str, but: Sequence[str] = ()) -> None:

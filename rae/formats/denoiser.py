@@ -46,7 +46,7 @@ def denoiser_from_original(config: Mapping[str, Any], state: Mapping[str, Tensor
         ValueError: An option that the published models do not use, or weights that do not fit (all keys are listed).
     """
     model = denoiser_from_config(config)
-    load_strict(model, original_to_ours(state, model), "the original state dict")
+    load_denoiser(model, state, "the original state dict")
     return model.eval()
 
 
@@ -88,6 +88,22 @@ def denoiser_from_config(config: Mapping[str, Any]) -> Denoiser:
         position_table=config.get("use_pos_embed", True),
         **common,
     )
+
+
+def load_denoiser(denoiser: Denoiser, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
+    """Fills a denoiser from weights in our own or the original's naming, strictly.
+
+    Args:
+        denoiser: The denoiser to fill.
+        state: Its weights; the naming is recognised by the keys.
+        source: Where they come from, for messages.
+        adopt: See :func:`rae.io.tensors.load_strict`.
+
+    Raises:
+        ValueError: Weights that do not fit; all keys are listed.
+    """
+    ours = not any(key.startswith(("t_embedder.", "x_embedder.", "s_embedder.")) for key in state)
+    load_strict(denoiser, state if ours else original_to_ours(state, denoiser), source, adopt)
 
 
 def original_to_ours(state: Mapping[str, Tensor], model: Denoiser) -> dict[str, Tensor]:

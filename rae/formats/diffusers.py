@@ -20,17 +20,19 @@ from rae.autoencoder import RAE
 from rae.decoder import ViTDecoder
 from rae.encoder import TimmEncoder
 from rae.encoder.convert import from_timm
-from rae.formats.decoder import POSITION, load_decoder, state_from_ours
+from rae.formats.bundle import Bundle, States
+from rae.formats.decoder import POSITION, state_from_ours
 from rae.formats.original import refuse_existing
+from rae.io.describe import TARGET
 from rae.io.files import parse_json, write_atomically
 from rae.io.tensors import read_file, save_state
-from rae.latent import LatentNormalizer
 
 CLASS = "AutoencoderRAE"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _HEAD = 64  # width of an attention head in all encoders that diffusers builds
 _BASE_GRID = 16  # grid on which diffusers' position table has neighbours one apart, as the original has on all
 _EPS = 1e-5
+_KEYS = ("encoder.", "decoder.", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
 
 
 @dataclass(frozen=True)
@@ -56,74 +58,94 @@ _KINDS = {
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def is_diffusers(folder: Path) -> bool:
+def recognises(path: Path) -> bool:
     """Whether a folder holds diffusers' autoencoder."""
     try:
-        return parse_json((folder / CONFIG).read_bytes(), CONFIG).get("_class_name") == CLASS
+        return parse_json((path / CONFIG).read_bytes(), CONFIG).get("_class_name") == CLASS
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def load_diffusers(folder: str | Path) -> RAE:
-    """The autoencoder in a folder that diffusers' ``AutoencoderRAE.save_pretrained`` wrote.
+def read(path: Path, averaged: bool = True) -> Bundle:
+    """The autoencoder in a folder that diffusers' ``AutoencoderRAE.save_pretrained`` wrote; it encodes and decodes as there.
 
     Args:
-        folder: The folder, with ``config.json`` and the weights in one file or several.
-
-    Returns:
-        The autoencoder in evaluation mode; encode and decode agree with diffusers'.
+        path: The folder, with ``config.json`` and the weights in one file or several.
+        averaged: Not used: such a folder holds one set of weights.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: Another class, an option that cannot be followed, or weights that do not fit; all keys are listed.
+        ValueError: Another class, an option that cannot be followed, or unexpected keys.
     """
-    folder = Path(folder).expanduser()
-    config = _read_config(folder)
-    state = _read_weights(folder)
-    encoder = _make_encoder(config, state, folder)
-    inside = _part(state, "decoder.")
+    config = _read_config(path)
+    state = _read_weights(path)
+    if unexpected := sorted(key for key in state if not key.startswith(_KEYS)):
+        raise ValueError(f"{str(path)!r} holds unexpected keys: {', '.join(unexpected[:20])}")
+    grid = config["encoder_input_size"] // config["encoder_patch_size"]
+    shape = (config["encoder_hidden_size"], grid, grid)
     # A stored table is the one that the weights were trained with; diffusers itself builds another on grids other than 16×16.
-    decoder = make_decoder(config, position_scale=1.0 if POSITION in inside else _BASE_GRID / encoder.grid)
-    load_decoder(decoder, inside, f"the decoder of {str(folder)!r}", adopt=True)
-    latent = LatentNormalizer(encoder.latent_shape, *_moments(state, encoder.latent_shape), eps=_EPS, form="deviation")
-    expected = ("encoder.", "decoder.", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
-    if unexpected := sorted(key for key in state if not key.startswith(expected)):
-        raise ValueError(f"{str(folder)!r} holds unexpected keys: {', '.join(unexpected[:20])}")
-    return RAE(encoder, decoder, latent).eval()
+    scale = 1.0 if f"decoder.{POSITION}" in state else _BASE_GRID / grid
+    described = {
+        "encoder": _encoder(config),
+        "decoder": _decoder(config, scale),
+        "latent": {TARGET: "rae.latent.LatentNormalizer", "shape": shape, "eps": _EPS, "form": "deviation"},
+    }
+    states: States = {
+        "encoder": lambda: _part(state, "encoder."),
+        "decoder": lambda: _part(state, "decoder."),
+        "latent": lambda: _moments(state, shape),
+    }
+    return Bundle(str(path), described, states, ((str(path), {}),), mapped=True)
 
 
-def load_diffusers_decoder(decoder: ViTDecoder, folder: Path) -> None:
-    """Fills a decoder from such a folder, strictly.
-
-    Raises:
-        ValueError: The weights do not fit; all keys are listed.
-    """
-    load_decoder(decoder, _part(_read_weights(folder), "decoder."), f"the decoder of {str(folder)!r}")
-
-
-def make_decoder(config: Mapping[str, Any], position_scale: float) -> ViTDecoder:
-    """The decoder that a configuration of diffusers describes, with fresh weights."""
+def _decoder(config: Mapping[str, Any], position_scale: float) -> dict[str, Any]:
     mean, std = _colours(config)
-    with torch.random.fork_rng(devices=[]):
-        return ViTDecoder(
-            channels=config["encoder_hidden_size"],
-            grid=config["encoder_input_size"] // config["encoder_patch_size"],
-            width=config["decoder_hidden_size"],
-            depth=config["decoder_num_hidden_layers"],
-            heads=config["decoder_num_attention_heads"],
-            mlp_width=config["decoder_intermediate_size"],
-            patch=config["patch_size"],
-            mean=mean,
-            std=std,
-            position_scale=position_scale,
-        )
+    return {
+        TARGET: "rae.decoder.ViTDecoder",
+        "channels": config["encoder_hidden_size"],
+        "grid": config["encoder_input_size"] // config["encoder_patch_size"],
+        "width": config["decoder_hidden_size"],
+        "depth": config["decoder_num_hidden_layers"],
+        "heads": config["decoder_num_attention_heads"],
+        "mlp_width": config["decoder_intermediate_size"],
+        "patch": config["patch_size"],
+        "mean": mean,
+        "std": std,
+        "position_scale": position_scale,
+    }
+
+
+def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    kind = _KINDS[config["encoder_type"]]
+    width = config["encoder_hidden_size"]
+    mean, std = _colours(config)
+    return {
+        TARGET: "rae.encoder.TimmEncoder",
+        "model": kind.model,
+        "channels": width,
+        "stride": config["encoder_patch_size"],
+        "input_size": config["encoder_input_size"],
+        "mean": mean,
+        "std": std,
+        "pretrained": False,
+        "act": kind.act,
+        "norm_eps": kind.norm_eps,
+        "pos_antialias": kind.pos_antialias,
+        "model_args": {
+            "patch_size": config["encoder_patch_size"],
+            "embed_dim": width,
+            "depth": config["encoder_num_hidden_layers"],
+            "num_heads": width // _HEAD,
+            "mlp_ratio": (kind.hidden or 4 * width) / width,
+        },
+    }
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{str(folder)!r} is no folder of diffusers: it holds no {CONFIG}")
-    if not is_diffusers(folder):
+    if not recognises(folder):
         raise ValueError(f"{str(file)!r} does not describe diffusers' {CLASS}")
     config: dict[str, Any] = json.loads(file.read_text())
     fixed = {"num_channels": 3, "reshape_to_2d": True, "scaling_factor": 1.0}
@@ -152,43 +174,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return {key: value for name in names for key, value in read_file(folder / name, mapped=True).items()}
 
 
-def _make_encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path) -> TimmEncoder:
-    kind = _KINDS[config["encoder_type"]]
-    width, depth = config["encoder_hidden_size"], config["encoder_num_hidden_layers"]
-    mean, std = _colours(config)
-    weights = _part(state, "encoder.")
-    hidden = kind.hidden or 4 * width
-    with torch.random.fork_rng(devices=[]):
-        encoder = TimmEncoder(
-            kind.model,
-            channels=width,
-            stride=config["encoder_patch_size"],
-            input_size=config["encoder_input_size"],
-            mean=mean,
-            std=std,
-            pretrained=False,
-            act=kind.act,
-            norm_eps=kind.norm_eps,
-            pos_antialias=kind.pos_antialias,
-            model_args={
-                "patch_size": config["encoder_patch_size"],
-                "embed_dim": width,
-                "depth": depth,
-                "num_heads": width // _HEAD,
-                "mlp_ratio": hidden / width,
-            },
-        )
-    encoder.load_published(weights, f"the encoder of {str(folder)!r}", adopt=True)
-    encoder.freeze()
-    return encoder
-
-
 def _colours(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     mean = config.get("encoder_norm_mean") or [0.485, 0.456, 0.406]
     return mean, config.get("encoder_norm_std") or [0.229, 0.224, 0.225]
 
 
-def _moments(state: Mapping[str, Tensor], shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def _moments(state: Mapping[str, Tensor], shape: tuple[int, int, int]) -> dict[str, Tensor]:
     """Mean and variance of every position from the buffers, which may be single numbers or carry a batch dimension."""
     missing = [key for key in ("_latents_mean", "_latents_std") if key not in state]
     if missing:
@@ -197,7 +188,7 @@ def _moments(state: Mapping[str, Tensor], shape: tuple[int, int, int]) -> tuple[
     full = [
         value.expand(1, *shape)[0] if value.numel() == 1 else value.reshape(value.shape[-3:]) for value in (mean, std)
     ]
-    return full[0], full[1].square()
+    return {"mean": full[0], "var": full[1].square()}
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

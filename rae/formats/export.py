@@ -7,29 +7,26 @@ named there (repository and revision) instead of stored, and its hash is compare
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
 from rae.autoencoder import RAE
-from rae.denoiser import Denoiser
-from rae.encoder import AbsentEncoder, Encoder
+from rae.formats.bundle import Bundle
 from rae.formats.original import refuse_existing
 from rae.generator import Generator
-from rae.io.describe import check, describe, rebuild
+from rae.io.describe import TARGET, check, describe
 from rae.io.files import parse_json, write_atomically
 from rae.io.hub import fetch_all
-from rae.io.tensors import load_strict, read_file, save_state, state_hash
-from rae.latent import LatentNormalizer
+from rae.io.tensors import read_file, save_state, state_hash
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT, VERSION = "rae", 1
@@ -60,7 +57,7 @@ def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None 
     folder = Path(folder).expanduser()
     refuse_existing(folder, CONFIG, WEIGHTS)
     autoencoder = model.autoencoder if isinstance(model, Generator) else model
-    encoder = describe_encoder(autoencoder.encoder, store_encoder)
+    encoder = describe_encoder(autoencoder, store_encoder)
     state = _prefixed("decoder", autoencoder.decoder.state_dict()) | _prefixed(
         "latent", autoencoder.latent.state_dict()
     )
@@ -75,7 +72,7 @@ def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None 
         "decoder": describe(autoencoder.decoder),
         "latent": {"eps": autoencoder.latent.eps, "form": autoencoder.latent.form},
     }
-    if encoder["stored"]:
+    if encoder["stored"] and autoencoder.encoder is not None:
         state |= _prefixed("encoder", autoencoder.encoder.published_state())
     if isinstance(model, Generator):
         state |= _prefixed("denoiser", model.denoiser.state_dict())
@@ -98,22 +95,24 @@ def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None 
     return write_atomically(folder / CONFIG, lambda file: file.write(text.encode())).parent
 
 
-def describe_encoder(encoder: Encoder, store: bool | None) -> dict[str, Any]:
+def describe_encoder(autoencoder: RAE, store: bool | None) -> dict[str, Any]:
     """What an export says of its encoder.
 
     Args:
-        encoder: The encoder of the model.
+        autoencoder: The model.
         store: Whether its weights go into the export; None stores those that cannot be had from the hub.
 
     Raises:
         ValueError: It is to be stored and was loaded without weights.
     """
-    if isinstance(encoder, AbsentEncoder):
-        if encoder.exported is None or encoder.exported["stored"] or store:
+    encoder = autoencoder.encoder
+    if encoder is None:
+        entry = autoencoder.encoder_entry
+        if entry is None or entry["stored"] or store:
             raise ValueError(
                 "the model was loaded without its encoder's weights; load it with encoder=True to export it"
             )
-        return encoder.exported
+        return entry
     arguments = encoder.arguments
     from_hub = arguments.get("pretrained", False) and arguments.get("checkpoint") is None
     stored = not from_hub if store is None else store
@@ -214,14 +213,6 @@ def read_description(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_encoder(folder: Path) -> dict[str, Any]:
-    """What an export keeps of its encoder, see :meth:`rae.encoder.Encoder.record`."""
-    config = read_description(folder)
-    entry = config["encoder"]
-    record: dict[str, Any] = {"fingerprint": _fingerprint(entry)}
-    return record | ({"weights": part(read_state(folder, config), "encoder")} if entry["stored"] else {})
-
-
 def read_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The stored weights, whose hash must be the one that ``config.json`` gives.
 
@@ -245,112 +236,39 @@ def read_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The weights of one part, without its prefix.
+def recognises(path: Path) -> bool:
+    """Whether a folder is an export."""
+    config = path / CONFIG
+    return config.is_file() and "format" in parse_json(config.read_bytes(), str(config))
+
+
+def read(path: Path, averaged: bool = True) -> Bundle:
+    """What an export says of its model, and its weights, which are compared with their hash when they are read.
 
     Args:
-        state: Weights of a whole model, by name.
-        name: What their names begin with: ``encoder``, ``decoder``, ``latent``, ``denoiser`` or ``guide``.
-    """
-    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-
-
-@contextlib.contextmanager
-def _in_words(folder: Path) -> Iterator[None]:
-    """Says of values that no export holds which file is to blame; what users give by mistake is refused where it is used."""
-    try:
-        yield
-    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(
-            f"{str(folder / CONFIG)!r} describes no model that could be built ({type(error).__name__}); export the model again"
-        ) from error
-
-
-def load_autoencoder(source: str | Path, revision: str | None = None, encoder: bool = True) -> RAE:
-    """An exported autoencoder, or that of an exported generator; arguments as for :meth:`rae.autoencoder.RAE.from_pretrained`."""
-    folder = resolve(source, revision)
-    config = read_description(folder)
-    state = read_state(folder, config)
-    with _in_words(folder):
-        return _autoencoder(config, state, folder, encoder).eval()
-
-
-def load_generator(source: str | Path, revision: str | None = None, encoder: bool = True) -> Generator:
-    """An exported generator; arguments as for :meth:`rae.generator.Generator.from_pretrained`.
+        path: The folder.
+        averaged: Not used: an export holds one set of weights.
 
     Raises:
-        ValueError: The export holds an autoencoder alone, or weights that do not fit.
+        ValueError: The description is damaged, or asks for what is no part of a model.
     """
-    folder = resolve(source, revision)
-    config = read_description(folder)
-    if config["kind"] != "generator":
-        raise ValueError(
-            f"{str(folder)!r} is an exported {config['kind']}, without a denoiser; load it with RAE.from_pretrained"
-        )
-    state = read_state(folder, config)
-    with _in_words(folder):
-        return Generator(
-            _autoencoder(config, state, folder, encoder),
-            make_denoiser(config, state, "denoiser", folder),
-            rebuild(config["flow"]),
-            rebuild(config["sampler"]),
-            rebuild(config["guidance"]),
-            None if config["guide"] is None else make_denoiser(config, state, "guide", folder),
-        ).eval()
+    config = read_description(path)
+    state = cache(partial(read_state, path, config))
 
+    def part(name: str) -> dict[str, Tensor]:
+        return {key.removeprefix(f"{name}."): value for key, value in state().items() if key.startswith(f"{name}.")}
 
-def make_denoiser(config: Mapping[str, Any], state: Mapping[str, Tensor], name: str, folder: Path) -> Denoiser:
-    """A denoiser of an export with its weights: ``denoiser`` or ``guide``.
-
-    Args:
-        config: The export's description.
-        state: Its weights.
-        name: Which of the two.
-        folder: The export, for messages.
-
-    Raises:
-        ValueError: The weights do not fit its description.
-    """
-    denoiser: Denoiser = _empty(config[name])
-    load_strict(denoiser, part(state, name), f"{name} of {str(folder)!r}")
-    return denoiser
-
-
-def _autoencoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path, with_encoder: bool) -> RAE:
-    encoder = _encoder(config["encoder"], part(state, "encoder"), folder, with_encoder)
-    decoder = _empty(config["decoder"])
-    load_strict(decoder, part(state, "decoder"), f"decoder of {str(folder)!r}")
-    latent = LatentNormalizer(config["latent_shape"], **{**part(state, "latent"), **config["latent"]})
-    return RAE(encoder, decoder, latent)
-
-
-def _encoder(entry: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path, with_weights: bool) -> Encoder:
-    model = entry["model"]
-    if not with_weights:
-        absent = AbsentEncoder(*(model[key] for key in ("channels", "stride", "input_size", "mean", "std")))
-        absent.exported = dict(entry)
-        return absent
-    with torch.random.fork_rng(devices=[]):
-        encoder: Encoder = rebuild(model)
-    if entry["stored"]:
-        encoder.load_published(state, f"encoder of {str(folder)!r}")  # their hash was compared on reading
-        return encoder
-    if found := encoder.differences(_fingerprint(entry)):
-        raise ValueError(
-            f"the encoder of {str(folder)!r} is not the one that the model was trained with: {found}; its revision in {CONFIG} "
-            "may have moved"
-        )
-    return encoder
-
-
-def _fingerprint(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {"weights": entry["sha256"], "dtype": entry["model"].get("dtype") or "float32"}
-
-
-def _empty(description: Mapping[str, Any]) -> Any:
-    """A network whose weights are about to be loaded; the global generator is left as it is."""
-    with torch.random.fork_rng(devices=[]):
-        return rebuild(description)
+    described = {"encoder": config["encoder"]["model"], "decoder": config["decoder"]}
+    described["latent"] = {TARGET: "rae.latent.LatentNormalizer", "shape": config["latent_shape"], **config["latent"]}
+    described |= {name: config.get(name) for name in ("denoiser", "flow", "sampler", "guidance", "guide")}
+    networks = [name for name in ("decoder", "latent", "denoiser", "guide") if described[name] is not None]
+    entry = config["encoder"]
+    stored, current = entry["stored"], entry["sha256"].startswith("published:")
+    record: dict[str, Any] = {"entry": entry}
+    if current or not stored:  # former versions hashed resized weights
+        record["fingerprint"] = {"weights": entry["sha256"], "dtype": entry["model"].get("dtype") or "float32"}
+    networks += ["encoder"] if stored else []
+    return Bundle(str(path), described, {name: partial(part, name) for name in networks}, ((str(path), record),))
 
 
 def _prefixed(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

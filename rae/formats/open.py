@@ -2,167 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from rae.autoencoder import RAE
-from rae.decoder import ViTDecoder
 from rae.denoiser import Denoiser
-from rae.encoder import AbsentEncoder, Encoder, differences
-from rae.formats import export as pretrained
-from rae.formats.diffusers import is_diffusers, load_diffusers, load_diffusers_decoder
-from rae.formats.original import load_original_decoder, load_original_denoiser
-from rae.formats.run import LAST, find_checkpoint, load_trained, read_encoder
-from rae.formats.shares import REST
+from rae.formats import diffusers, export, original, run
+from rae.formats.bundle import Bundle, assemble, make_part
 from rae.generator import Generator
-from rae.io.files import parse_json
-from rae.io.tensors import load_strict
+from rae.io.errors import ConfigError
 
-KINDS = ("run", "export", "diffusers", "file")
-_MAY_DIFFER = ("input_size",)
-_FILES = (".pt", ".pth", ".bin", ".safetensors")
+FORMATS: tuple[ModuleType, ...] = (original, run, diffusers, export)
+"""Each has ``recognises(path)`` and ``read(path, averaged)``; the first that recognises a path reads it."""
 
 
-def kind_of(source: str | Path) -> tuple[str, Path]:
-    """What a path or hub id is, and where it lies on disk.
+def find(source: str | Path, revision: str | None = None) -> tuple[ModuleType, Path]:
+    """The format of a source, and where it lies on disk.
 
-    Returns:
-        One of ``run`` (folder or ``.ckpt`` of a training run), ``export`` (``save_pretrained``), ``diffusers`` and ``file``
-        (weights of the original project), with the path; a hub id is downloaded first.
+    Args:
+        source: A run's folder, a ``.ckpt``, an export, diffusers' folder, a weight file, or the hub id of one of the folders, which
+            is downloaded.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
         FileNotFoundError: There is nothing of that name.
         ValueError: It is none of these.
     """
     path = Path(source).expanduser()
-    if path.is_file():
-        return ("file" if path.suffix in _FILES else "run"), path
-    if (path / LAST).exists() or (path / REST).is_file():
-        return "run", path
-    if not path.is_dir() and ("/" not in str(source) or path.is_absolute()):
-        return "run", find_checkpoint(path)  # says that it does not exist
-    folder = pretrained.resolve(source)
-    if is_diffusers(folder):
-        return "diffusers", folder
-    config = folder / pretrained.CONFIG
-    if config.is_file() and "format" in parse_json(config.read_bytes(), str(config)):
-        return "export", folder
+    if not path.exists():
+        if "/" not in str(source) or path.is_absolute():
+            run.find_checkpoint(path)  # says that it does not exist
+        try:
+            path = export.resolve(source, revision)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no {str(source)!r} here, and as a hub id: {error}") from error
+    for kind in FORMATS:
+        if kind.recognises(path):
+            return kind, path
     raise ValueError(
-        f"{str(source)!r} holds no trained model: give the folder of a run (with {LAST}), of an export or of diffusers, "
-        f"a hub id, or a weight file ({', '.join(_FILES)})"
+        f"{str(source)!r} holds no trained model: give the folder of a run (with {run.LAST}), of an export or of diffusers, "
+        f"a hub id, or a weight file ({', '.join(original.SUFFIXES)})"
     )
 
 
-def load_decoder_from(decoder: ViTDecoder, source: str | Path, averaged: bool = True) -> None:
-    """Fills a decoder with trained weights from anywhere, strictly.
+def read(source: str | Path, averaged: bool = True, revision: str | None = None) -> Bundle:
+    """What a source says of its model, and its weights; see :func:`find`.
 
     Args:
-        decoder: The decoder to fill.
-        source: See :func:`kind_of`.
+        source: Where the model is.
         averaged: Whether to take the moving average of the weights, where the source has one.
+        revision: Branch, tag or commit on the hub.
+    """
+    kind, path = find(source, revision)
+    bundle: Bundle = kind.read(path, averaged)
+    return bundle
+
+
+def complete(bundle: Bundle, averaged: bool = True, given: str | None = None, keep_guide: bool = False) -> Bundle:
+    """With the decoder and the guide that a description names elsewhere.
+
+    Args:
+        bundle: The model.
+        averaged: Whether an autoencoder's decoder is the moving average of its weights; a generator's always is.
+        given: Decoder to take instead of the model's own; a denoiser's is named by its ``decoder_checkpoint``.
+        keep_guide: Whether a guide stays where the guidance does without one.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
-        ValueError: The weights do not fit; all keys are listed.
+        ConfigError: Something else must be given too.
     """
-    kind, path = kind_of(source)
-    if kind == "run":
-        load_trained(decoder, path, "autoencoder.decoder", averaged)
-    elif kind == "file":
-        load_original_decoder(decoder, path, averaged)
-    elif kind == "diffusers":
-        load_diffusers_decoder(decoder, path)
-    else:
-        config = pretrained.read_description(path)
-        load_strict(
-            decoder, pretrained.part(pretrained.read_state(path, config), "decoder"), f"decoder of {str(source)!r}"
+    said, generates = bundle.description, bundle.description.get("denoiser") is not None
+    if said.get("decoder") is None:
+        what = f"is a run of stage {said.get('stage')}, without a decoder; give one of stage 1 or 2"
+        weights = "holds weights alone: add model=… (see conf/model) to say of what"
+        raise ConfigError(f"checkpoint={bundle.source} {what if 'stage' in said else weights}")
+    decoder = given or (said.get("decoder_checkpoint") if generates and "decoder" not in bundle.states else None)
+    if decoder is not None:
+        bundle = bundle.with_decoder(read(decoder, averaged or generates))
+    if "decoder" not in bundle.states:
+        raise ConfigError(
+            f"checkpoint={bundle.source} holds no decoder: add decoder_checkpoint=… (a stage-1 run, export or weight file)"
         )
+    if not generates:
+        return bundle
+    if bundle.wants_guide:
+        if said.get("guide_checkpoint") is not None:
+            return bundle.with_guide(read(said["guide_checkpoint"]))
+        if "guide" not in bundle.states:
+            raise ConfigError(
+                "autoguidance needs guide_checkpoint=… (run or export of a smaller, less trained denoiser)"
+            )
+    return bundle if bundle.wants_guide or keep_guide else bundle.without("guide")
 
 
-def load_denoiser_from(denoiser: Denoiser, source: str | Path, averaged: bool = True) -> None:
-    """Fills a denoiser with trained weights from anywhere, strictly; arguments and errors as for :func:`load_decoder_from`.
-
-    Args:
-        denoiser: The denoiser to fill.
-        source: See :func:`kind_of`.
-        averaged: Whether to take the moving average of the weights, where the source has one.
-
-    Raises:
-        FileNotFoundError: There is nothing of that name.
-        ValueError: It holds no denoiser, or one that does not fit.
-    """
-    kind, path = kind_of(source)
-    if kind == "run":
-        load_trained(denoiser, path, "denoiser", averaged)
-    elif kind == "file":
-        load_original_denoiser(denoiser, path, averaged)
-    elif kind == "diffusers":
-        raise ValueError(f"{str(source)!r} is diffusers' autoencoder: it holds no denoiser")
-    else:
-        config = pretrained.read_description(path)
-        load_strict(
-            denoiser, pretrained.part(pretrained.read_state(path, config), "denoiser"), f"denoiser of {str(source)!r}"
-        )
-
-
-def settle_encoder(encoder: Encoder, sources: Iterable[str | Path]) -> None:
-    """Makes an encoder that of the sources which a model is opened from, and refuses to be another.
-
-    Args:
-        encoder: The encoder; random weights become those that the first source keeps. For an absent one, the sources are
-            compared among themselves.
-        sources: Runs and exports that were made with an encoder; other kinds do not say with which. The side that images are
-            resized to may differ: decoders serve other grids.
+def load_denoiser(source: str | Path) -> Denoiser:
+    """The denoiser of a run or an export, such as autoguidance steers away from.
 
     Raises:
         FileNotFoundError: There is nothing of that name.
-        ValueError: Names what differs.
+        ConfigError: It holds no denoiser, or does not say how it is built.
     """
-    records: list[tuple[str, dict[str, Any] | None]] = []
-    for source in dict.fromkeys(map(str, sources)):
-        kind, path = kind_of(source)
-        if kind in ("run", "export"):
-            records.append((source, read_encoder(path) if kind == "run" else pretrained.read_encoder(path)))
-    if not isinstance(encoder, AbsentEncoder):
-        for number, (source, record) in enumerate(records):
-            if number == 0:
-                encoder.take(record, source, _MAY_DIFFER)
-            elif record is not None:
-                encoder.check(record["fingerprint"], source, _MAY_DIFFER)
-        return
-    known = [(source, record["fingerprint"]) for source, record in records if record is not None]
-    for source, described in known[1:]:
-        first = known[0][1]
-        both = {key: value for key, value in described.items() if key in first}  # an export says less than a run
-        if found := differences(both, first, _MAY_DIFFER):
-            raise ValueError(f"{source} was made with another encoder than {known[0][0]}: {found}")
+    bundle = Bundle("").with_guide(read(source))
+    denoiser: Denoiser = make_part("guide", bundle.description["guide"])
+    bundle.fill("guide", denoiser)
+    return denoiser.eval()
 
 
-def load_autoencoder(source: str | Path, encoder: bool = True) -> RAE:
-    """An autoencoder from an export, diffusers' folder or the hub id of either.
-
-    Args:
-        source: Folder or hub id.
-        encoder: Whether the encoder's weights are loaded; decoding does without.
-
-    Raises:
-        FileNotFoundError: There is nothing of that name.
-        ValueError: The source does not say what its networks are.
-    """
-    kind, path = kind_of(source)
-    if kind == "diffusers":
-        return load_diffusers(path)
-    if kind == "export":
-        return pretrained.load_autoencoder(path, encoder=encoder)
-    raise ValueError(f"{str(source)!r} is a {kind}; give an exported folder, diffusers' folder or a hub id")
-
-
-def from_pretrained(kind: type, source: str | Path, revision: str | None, encoder: bool) -> RAE | Generator:
+def from_pretrained(kind: type, source: str | Path, revision: str | None, encoder: bool) -> Any:
     """A model of the kind asked for; see :meth:`rae.io.export.Exportable.from_pretrained`."""
-    folder = pretrained.resolve(source, revision)
-    return (
-        pretrained.load_generator(folder, encoder=encoder)
-        if issubclass(kind, Generator)
-        else load_autoencoder(folder, encoder)
-    )
+    bundle = read(source, revision=revision)
+    if not issubclass(kind, Generator) and "decoder" in bundle.states:
+        bundle = bundle.without("denoiser", "guide")
+    model = assemble(complete(bundle), encoder)
+    if issubclass(kind, Generator) and not isinstance(model, Generator):
+        raise ValueError(f"{str(source)!r} is an autoencoder, without a denoiser; load it with RAE.from_pretrained")
+    return model if isinstance(model, kind) else model.autoencoder

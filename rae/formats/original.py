@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from rae.autoencoder import RAE
-from rae.decoder import ViTDecoder
 from rae.denoiser import Denoiser
-from rae.formats.decoder import load_decoder, state_from_ours
-from rae.formats.denoiser import original_to_ours, ours_to_original
-from rae.io.tensors import load_strict, read_file, save_state
+from rae.formats.bundle import Bundle
+from rae.formats.decoder import state_from_ours
+from rae.formats.denoiser import ours_to_original
+from rae.io.tensors import read_file, save_state
 from rae.latent import LatentNormalizer
 
 DECODER, STATISTICS, DENOISER = "model.pt", "stat.pt", "stage2_model.pt"
 """Names of the files in the published collection."""
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+_OF_DENOISERS = ("t_embedder.", "time_embedding.")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
@@ -47,39 +49,26 @@ def read_original(path: str | Path, averaged: bool = True) -> dict[str, Tensor]:
     return state
 
 
-def load_original_decoder(decoder: ViTDecoder, path: str | Path, averaged: bool = True) -> None:
-    """Fills a decoder from a decoder file or a stage-1 training checkpoint, strictly.
+def recognises(path: Path) -> bool:
+    """Whether a path is a weight file."""
+    return path.is_file() and path.suffix in SUFFIXES
+
+
+def read(path: Path, averaged: bool = True) -> Bundle:
+    """The weights of a decoder or a denoiser, of a published file or a training checkpoint; what they are of is not said.
 
     Args:
-        decoder: The decoder to fill.
         path: The file.
         averaged: Whether the moving average is taken where the file holds one.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The weights do not fit; all keys are listed.
+        ValueError: The file holds no state dict.
     """
     state = read_original(path, averaged)
     inside = {key.removeprefix("decoder."): value for key, value in state.items() if key.startswith("decoder.")}
-    load_decoder(decoder, inside or state, str(path))
-
-
-def load_original_denoiser(denoiser: Denoiser, path: str | Path, averaged: bool = True) -> None:
-    """Fills a denoiser from a published model or a stage-2 training checkpoint, strictly.
-
-    Args:
-        denoiser: The denoiser to fill.
-        path: The file.
-        averaged: Whether the moving average is taken where the file holds one.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The weights do not fit; all keys are listed.
-    """
-    state = read_original(path, averaged)
-    own = denoiser.state_dict().keys()
-    ours = state if own & state.keys() == own else original_to_ours(state, denoiser)
-    load_strict(denoiser, ours, str(path))
+    part = "denoiser" if any(key.startswith(_OF_DENOISERS) for key in state) else "decoder"
+    return Bundle(str(path), states={part: lambda: inside or state})
 
 
 def statistics(latent: LatentNormalizer) -> dict[str, Tensor]:

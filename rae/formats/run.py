@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from rae.data import ImageDataModule
+from rae.formats.bundle import KINDS, PARTS, Bundle
 from rae.formats.shares import REST, Shared, read_shares, share_files
-from rae.io.tensors import check_file, load_strict, map_file
+from rae.io.describe import check, holds_targets
+from rae.io.tensors import check_file, map_file
 
+NETWORKS = {"decoder": "autoencoder.decoder", "denoiser": "denoiser"}
+"""Names of trained parts inside the training modules."""
 LAST = Path("checkpoints") / "last.ckpt"
 """Where a run keeps its newest checkpoint, below its folder."""
 
@@ -169,11 +176,54 @@ def check_whole(path: str | Path) -> None:
         check_file(part)
 
 
-def load_trained(module: nn.Module, path: str | Path, network: str, averaged: bool = True) -> None:
-    """Fills a module with the trained weights of one part, strictly; arguments as for :func:`trained_weights`.
+def usable(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """What a checkpoint's configuration may say: values, and how to build the parts of a model from this library's classes.
+
+    The rest, such as optimisers and loggers, is left out, as are data sets of unknown classes.
+
+    Args:
+        config: The configuration as it stands in the file.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: A part names anything else, or there are interpolations.
+    """
+    kept = {}
+    for key, value in config.items():
+        if key == "data":
+            with contextlib.suppress(ValueError):
+                check(value, source, (ImageDataModule,))
+                kept[key] = {name: None if name == "index_folder" else inner for name, inner in (value or {}).items()}
+        elif key in PARTS or not holds_targets(value):
+            check(value, source, KINDS)
+            kept[key] = value
+    return kept
+
+
+def recognises(path: Path) -> bool:
+    """Whether a path is a run's folder or one of its checkpoints."""
+    return path.is_file() or (path / LAST).exists() or (path / REST).is_file()
+
+
+def read(path: Path, averaged: bool = True) -> Bundle:
+    """What a run trained, and the configuration that it was trained with.
+
+    Args:
+        path: The run's folder or a checkpoint.
+        averaged: Whether to take the moving average of the weights, where the run kept one.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: The run did not train this part, or it has other keys or shapes.
+        ValueError: The file is no checkpoint of a training run, or its configuration names what is no part of a model.
     """
-    load_strict(module, trained_weights(path, network, averaged), f"{network} of {str(path)!r}")
+    file = find_checkpoint(path)
+    keys = read_checkpoint(file).get("state_dict", {})
+    states = {
+        part: partial(trained_weights, file, network, averaged)
+        for part, network in NETWORKS.items()
+        if any(key.startswith(f"{network}.") for key in keys)
+    }
+    record = read_encoder(file)
+    if record is not None and "weights" in record:
+        states["encoder"] = partial(record.__getitem__, "weights")
+    return Bundle(str(path), usable(read_config(file), str(file)), states, ((str(path), record),))

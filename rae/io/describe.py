@@ -61,27 +61,28 @@ def describe(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be described; make the object with plain values")
 
 
-def rebuild(description: Any, **changes: Any) -> Any:
+def rebuild(description: Any, kinds: tuple[Any, ...] = (Described,), **changes: Any) -> Any:
     """Makes the object that :func:`describe` described.
 
-    Only classes of this library are made, and such :class:`Described` ones of other modules as are imported already: a
-    description from elsewhere runs no code.
+    Only classes of this library are made, and such ones of other modules as are imported already: a description from elsewhere
+    runs no code.
 
     Args:
         description: A description, or plain values, which are returned as they are.
+        kinds: Base classes of what may be built, and functions that may be called.
         changes: Arguments to replace in the outermost object.
 
     Raises:
         ValueError: A class that is unknown, or arguments that it does not take.
     """
     if isinstance(description, list):
-        return [rebuild(item) for item in description]
+        return [rebuild(item, kinds) for item in description]
     if not isinstance(description, Mapping):
         return description
-    arguments = {key: rebuild(item) for key, item in description.items() if key != TARGET}
+    arguments = {key: rebuild(item, kinds) for key, item in description.items() if key != TARGET}
     if TARGET not in description:
         return arguments
-    kind = find(description[TARGET])
+    kind = find(description[TARGET], kinds)
     try:
         return kind(**{**arguments, **changes})
     except TypeError as error:

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 
 from rae.flow import Guidance, Sampler
+from rae.formats.open import load_denoiser
 from rae.generator import Generator
 from rae.io.describe import describe
 from rae.io.parts import stretch
@@ -112,7 +113,7 @@ class ScoreSamples(Evaluation):
                 raise ValueError(f"callbacks.evaluation.{name}={value} must be at least 1")
         self.sampler = sampler
         self.guidance = guidance
-        self.guide = None if guide is None else Generator.from_pretrained(guide, encoder=False).denoiser
+        self.guide = None if guide is None else load_denoiser(guide)
         self.classes = classes
         self.samples_per_class = samples_per_class
         self.batch_size = batch_size

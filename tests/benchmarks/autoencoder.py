@@ -67,9 +67,9 @@ def latents(batch: int) -> torch.Tensor:
 
 def ours(what: str, decoder: str, batch: int) -> Work:
     """Our autoencoder's call."""
-    from rae.formats import load_diffusers
+    from rae import RAE
 
-    model = load_diffusers(weights(decoder))
+    model = RAE.from_pretrained(weights(decoder))
     given = images(batch) if what == "encode" else latents(batch)
     return no_gradients(partial(getattr(model, what), given))
 

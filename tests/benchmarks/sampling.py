@@ -24,7 +24,6 @@ def build(guidance: str) -> Any:
     from rae.autoencoder import RAE
     from rae.decoder import ViTDecoder
     from rae.denoiser import DiTDH
-    from rae.encoder import AbsentEncoder
     from rae.flow import (
         AutoGuidance,
         ClassifierFreeGuidance,
@@ -52,7 +51,7 @@ def build(guidance: str) -> Any:
         "autoguidance": AutoGuidance(SCALE),
         "cfg": ClassifierFreeGuidance(SCALE, (0.0, limit)),
     }[guidance]
-    autoencoder = RAE(AbsentEncoder(768, 14, 224, [0.5] * 3, [0.5] * 3), ViTDecoder(768, 16, 64, 1, 1, 64))
+    autoencoder = RAE(None, ViTDecoder(768, 16, 64, 1, 1, 64))
     guide = denoiser(6) if guidance == "autoguidance" else None
     flow = FlowMatching(shift=shift)
     return Generator(autoencoder, denoiser(12), flow, EulerSampler(grid), rule, guide).eval()
