@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from rae.data.loader import Batches, BatchLoader, BrokenFiles, ImageFiles, SeededDataset
 from rae.data.sampler import Position, RangeBatchSampler, ShardedBatchSampler
+from rae.io.describe import Buildable
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def given_train_path(path: str | None, example: str) -> str:
     return path
 
 
-class ImageDataModule(L.LightningDataModule, ABC):
+class ImageDataModule(Buildable, L.LightningDataModule, ABC):
     """Batches ``{"image": uint8 B×3×H×W, "label", "index", "epoch": int64 B}`` that depend on the run's seed alone.
 
     Order and augmentation are the same for any number of workers, and for any number of processes with the same global

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rae.data import ImageDataModule
 from rae.formats.bundle import KINDS, PARTS, Bundle
 from rae.formats.shares import REST, Shared, read_shares, share_files
-from rae.io.describe import check, holds_targets
+from rae.io.describe import Buildable, check, holds_targets
 from rae.io.tensors import check_file, map_file
 
 NETWORKS = {"decoder": "autoencoder.decoder", "denoiser": "denoiser"}
@@ -192,7 +191,7 @@ def usable(config: dict[str, Any], source: str) -> dict[str, Any]:
     for key, value in config.items():
         if key == "data":
             with contextlib.suppress(ValueError):
-                check(value, source, (ImageDataModule,))
+                check(value, source, (Buildable,))
                 kept[key] = {name: None if name == "index_folder" else inner for name, inner in (value or {}).items()}
         elif key in PARTS or not holds_targets(value):
             check(value, source, KINDS)

@@ -42,6 +42,10 @@ class Described:
         return made
 
 
+class Buildable:
+    """Base of classes beside a model's parts that a run's configuration may name: data modules of images."""
+
+
 def describe(value: Any) -> Any:
     """A :class:`Described` object, or containers of them, as JSON: ``_target_`` names the class, the rest its arguments.
 
