@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from rae.autoencoder import RAE
 from rae.denoiser import Denoiser
 from rae.flow import AutoGuidance, FlowMatching, Guidance, NoGuidance, Sampler
-from rae.image import to_uint8
+from rae.image import to_pil, to_uint8
 from rae.io.export import Exportable
 from rae.layers import trusted
 from rae.rng import normal, sample_seed
 
 PRECISIONS = ("float32", "bfloat16")
 """Arithmetic of the networks that samples can be drawn in; published numbers are of float32 (with TF32 products)."""
+OUTPUTS = ("float", "uint8", "pil")
+IMAGENET = "imagenet1k"
+"""Stands for the names of ImageNet's 1,000 classes."""
+_WORDNET = re.compile(r"n\d{8}")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -33,9 +42,10 @@ class Generator(Exportable, nn.Module):
         sampler: Any sampler of :mod:`rae.flow`.
         guidance: Any guidance of :mod:`rae.flow`; None for none.
         guide: The smaller, less trained denoiser that autoguidance steers away from.
+        class_names: Names of the classes 0, 1, …, or ``imagenet1k``; None where they are not known.
 
     Raises:
-        ValueError: Autoguidance without a guide, or networks for latents of another shape.
+        ValueError: Autoguidance without a guide, networks for latents of another shape, or too few or many names.
     """
 
     def __init__(
@@ -46,6 +56,7 @@ class Generator(Exportable, nn.Module):
         sampler: Sampler,
         guidance: Guidance | None = None,
         guide: Denoiser | None = None,
+        class_names: Sequence[str] | str | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
@@ -54,7 +65,10 @@ class Generator(Exportable, nn.Module):
         self.sampler = sampler
         self.guidance = guidance if guidance is not None else NoGuidance()
         self.guide = guide
+        self.class_names = readable_names(class_names or ())
         self._captured = False
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"class_names has {len(self.class_names)} names for {self.num_classes} classes")
         if isinstance(self.guidance, AutoGuidance) and guide is None:
             raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
         for name, network in (("denoiser", denoiser), ("guide", guide)):
@@ -73,6 +87,60 @@ class Generator(Exportable, nn.Module):
     def device(self) -> torch.device:
         """Where the denoiser's weights are."""
         return next(self.denoiser.parameters()).device
+
+    def __repr__(self) -> str:
+        """What it draws and how; ``print(draw.denoiser)`` shows a network."""
+        parameters = sum(weight.numel() for weight in self.denoiser.parameters()) / 1e6
+        return (
+            f"Generator({self.autoencoder.image_size}×{self.autoencoder.image_size} px, {self.num_classes} classes, "
+            f"{type(self.denoiser).__name__} {parameters:.1f} M parameters, {self.sampler!r}, {self.guidance!r})"
+        )
+
+    def configured(self, steps: int | None = None, guidance_scale: float | None = None) -> Generator:
+        """This generator with other settings; the networks are shared, and this one stays as it is.
+
+        Args:
+            steps: Steps of the sampler; None for its own number.
+            guidance_scale: Strength of the guidance, 1 for none; None for its own. Without guidance, classifier-free.
+
+        Raises:
+            ValueError: ``steps`` is below 1.
+        """
+        other = copy.copy(self)
+        if steps is not None:
+            other.sampler = self.sampler.with_steps(steps)
+        if guidance_scale is not None:
+            other.guidance = self.guidance.with_scale(guidance_scale)
+        return other
+
+    def labels_of(self, classes: Tensor | Sequence[int | str] | int | str) -> Tensor:
+        """Labels int64 B of classes given by number or by name, one or several.
+
+        A name is that of a class, or one of its synonyms ("goldfish" for "goldfish, Carassius auratus"); case does not matter.
+
+        Raises:
+            ValueError: An unknown name, or a number outside [0, num_classes).
+        """
+        if isinstance(classes, int | str):
+            classes = [classes]
+        given = classes.reshape(-1).tolist() if isinstance(classes, Tensor) else list(classes)
+        labels = [self._label_of(item) if isinstance(item, str) else int(item) for item in given]
+        if wrong := [label for label in labels if not 0 <= label < self.num_classes]:
+            raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], got {wrong[:8]}")
+        return torch.tensor(labels, dtype=torch.int64)
+
+    def _label_of(self, name: str) -> int:
+        known: dict[str, int] = {}
+        for label, names in enumerate(self.class_names):
+            for synonym in (names, *names.split(",")):
+                known.setdefault(synonym.strip().casefold(), label)
+        if name.strip().casefold() in known:
+            return known[name.strip().casefold()]
+        near = (
+            difflib.get_close_matches(name.casefold(), known, 5) or [key for key in known if name.casefold() in key][:5]
+        )
+        hint = f"near: {', '.join(near)}" if near else "see class_names" if known else "this model knows numbers alone"
+        raise ValueError(f"class {name!r} is unknown; {hint}")
 
     def compile(self, *, mode: str | None = None, **options: Any) -> None:
         """Compiles denoiser, guide and decoder in place; weights and names stay.
@@ -119,7 +187,7 @@ class Generator(Exportable, nn.Module):
     @torch.no_grad()
     def latents(
         self,
-        labels: Tensor | Sequence[int],
+        labels: Tensor | Sequence[int | str] | int | str,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         on_step: Callable[[int, float, Tensor], None] | None = None,
@@ -128,7 +196,7 @@ class Generator(Exportable, nn.Module):
         """Samples normalised latents.
 
         Args:
-            labels: Classes, B integers in [0, num_classes).
+            labels: Classes, B integers in [0, num_classes) or names; one of them stands for itself alone.
             seed: Seed of the whole set of samples.
             indices: Number of every sample in that set; 0, 1, … where not given.
             on_step: Called after every step with its number, the time reached and the latents.
@@ -140,13 +208,10 @@ class Generator(Exportable, nn.Module):
         Raises:
             ValueError: A label outside the range, or as many indices as labels are not given.
         """
-        labels = torch.as_tensor(labels, dtype=torch.int64)
+        labels = self.labels_of(labels)
         indices = range(len(labels)) if indices is None else indices
         if len(indices) != len(labels):
             raise ValueError(f"indices must number as many as labels: {len(indices)} for {len(labels)}")
-        wrong = [label for label in labels.tolist() if not 0 <= label < self.num_classes]
-        if wrong:
-            raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], got {wrong[:8]}")
         shape = self.autoencoder.latent_shape
         noise = self.noise(seed, indices) if noise is None else noise.to(self.device)
 
@@ -163,10 +228,51 @@ class Generator(Exportable, nn.Module):
         with trusted():
             return self.sampler.sample(velocity, noise, shift=self.flow.shift, step_noise=step_noise, on_step=on_step)
 
+    def __call__(
+        self,
+        labels: Tensor | Sequence[int | str] | int | str,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        output: str = "float",
+        progress: bool = True,
+    ) -> Any:
+        """Samples images: ``draw(207)``, ``draw(["goldfish", 207], steps=25, guidance_scale=1.5, output="pil")``.
+
+        Args:
+            labels: A class or several, by number or by name.
+            seed: Seed of the whole set of samples.
+            indices: Number of every sample in that set; 0, 1, … where not given.
+            steps: Steps of the sampler in this call; None for its own number.
+            guidance_scale: Strength of the guidance in this call, 1 for none; None for its own.
+            output: ``float``: float32 B×3×H×W in [0, 1]; ``uint8``: B×3×H×W; ``pil``: a list of PIL images.
+            progress: Whether a bar shows the steps once they take more than two seconds.
+
+        Raises:
+            ValueError: An unknown class or output, a wrong number of steps or indices.
+        """
+        if output not in OUTPUTS:
+            raise ValueError(f"output={output!r} is unknown; choose one of {', '.join(OUTPUTS)}")
+        chosen = self.configured(steps, guidance_scale)
+        with tqdm(total=chosen.sampler.calls, desc="sampling", delay=2, disable=not progress) as bar:
+            images = chosen.forward(labels, seed, indices, lambda number, t, x: bar.update())
+        if output == "float":
+            return images
+        pixels = to_uint8(images).cpu()
+        return [to_pil(image) for image in pixels] if output == "pil" else pixels
+
     @torch.no_grad()
-    def forward(self, labels: Tensor | Sequence[int], seed: int = 0, indices: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        labels: Tensor | Sequence[int | str] | int | str,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        on_step: Callable[[int, float, Tensor], None] | None = None,
+    ) -> Tensor:
         """Samples images B×3×H×W in [0, 1] of the given classes; arguments as for :meth:`latents`."""
-        return self.autoencoder.decode(self.latents(labels, seed, indices)).clamp(0, 1)
+        return self.autoencoder.decode(self.latents(labels, seed, indices, on_step)).clamp(0, 1)
 
     def draw(
         self,
@@ -191,7 +297,7 @@ class Generator(Exportable, nn.Module):
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision} is unknown; choose {' or '.join(PRECISIONS)}")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            images = self(labels, seed, indices)
+            images = self(labels, seed, indices, progress=False)
         return to_uint8(images.float(), quantize)  # in bfloat16 neighbouring grey levels are one number
 
     @torch.no_grad()
@@ -220,3 +326,16 @@ class Generator(Exportable, nn.Module):
         # Stochastic samplers draw further noise: one and the same for the whole row, or it would jump.
         latents = self.latents([label] * count, seed, [pair[0]] * count, noise=noise.float())
         return self.autoencoder.decode(latents).clamp(0, 1)
+
+
+def readable_names(names: Sequence[str] | str) -> tuple[str, ...]:
+    """Names of classes for people: WordNet ids become ImageNet's names with their synonyms, others stay.
+
+    Args:
+        names: Names of the classes, such as those of their folders; ``imagenet1k`` for all of ImageNet's.
+    """
+    if names != IMAGENET and not any(_WORDNET.fullmatch(name) for name in names):
+        return tuple(names)
+    info = ImageNetInfo()
+    ids = info.label_names() if names == IMAGENET else names
+    return tuple(str(info.label_name_to_description(name)) if name in info.label_names() else name for name in ids)

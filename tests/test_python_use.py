@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import rae
-from rae.flow import ClassifierFreeGuidance, HeunSampler, NoGuidance
-from rae.generator import Generator
+from rae.flow import ClassifierFreeGuidance, HeunSampler, NoGuidance, OfficialGrid
+from rae.generator import Generator, readable_names
 from rae.image import latent_colours
 from rae.io.errors import ConfigError
 from rae.training.preview import ReconstructionPreview
@@ -37,6 +37,41 @@ def test_loading_says_what_is_wrong(tmp_path):
         rae.load(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"did you mean 'cfg'|choose one of"):
         rae.load(tmp_path, ["guidance=cgf"])
+
+
+def test_a_call_takes_settings_and_changes_nothing_else():
+    draw = make_generator()
+    before = draw([3], seed=1)
+    images = draw(3, seed=1, steps=2, guidance_scale=1)
+    plain = Generator(draw.autoencoder, draw.denoiser, draw.flow, HeunSampler(OfficialGrid(3))).eval()
+    assert torch.equal(images, plain([3], seed=1))
+    assert torch.equal(draw([3], seed=1), before)
+    assert torch.equal(plain(3, guidance_scale=2.5), plain.configured(guidance_scale=2.5)(torch.tensor(3)))
+    assert isinstance(plain.configured(guidance_scale=2.5).guidance, ClassifierFreeGuidance)
+    pictures = draw([3, 4], seed=1, output="pil")
+    assert [picture.size for picture in pictures] == [(32, 32)] * 2
+    assert torch.equal(draw([3, 4], seed=1, output="uint8"), draw.draw([3, 4], seed=1))
+    assert list(pictures[0].getdata())[:1] == [tuple(draw.draw([3, 4], seed=1)[0, :, 0, 0].tolist())]
+    for wrong, message in (({"output": "png"}, "output='png'"), ({"steps": 0}, "steps=0"), ({"steps": True}, "steps=")):
+        with pytest.raises(ValueError, match=message):
+            draw(3, **wrong)
+    assert repr(draw).startswith("Generator(32×32 px, 10 classes, DiTDH 0.1 M parameters, HeunSampler(3 steps, 6 eval")
+
+
+def test_classes_have_names(tmp_path):
+    named = make_generator()
+    assert readable_names("imagenet1k")[207] == readable_names(["n02099601"])[0] == "golden retriever"
+    named.class_names = ("tench, Tinca tinca", *"bcdefghij")
+    named.save_pretrained(tmp_path)
+    again = rae.load(tmp_path)
+    assert again.class_names == named.class_names
+    assert again.labels_of(["Tinca Tinca", 4, "J"]).tolist() == [0, 4, 9]
+    with pytest.raises(ValueError, match=r"class 'tinca tinc' is unknown; near: tinca tinca"):
+        again("tinca tinc")
+    with pytest.raises(ValueError, match="this model knows numbers alone"):
+        make_generator()("cat")
+    with pytest.raises(ValueError, match="class_names has 1 names for 10 classes"):
+        Generator(again.autoencoder, again.denoiser, again.flow, again.sampler, class_names=["a"])
 
 
 @pytest.mark.slow

@@ -113,7 +113,13 @@ def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDa
         if is_first:
             files = [parts.path(part) for part in range(len(parts))]
             listed = [{"file": file.name, "bytes": file.stat().st_size} for file in files]
-            described = {**plan, "latents": images, "part": cfg.part_size, "files": listed}
+            described = {
+                **plan,
+                "latents": images,
+                "part": cfg.part_size,
+                "files": listed,
+                "class_names": data.class_names,
+            }
             write_json(folder / INDEX, described)
             log.info("%d latents are in %s", images, folder)
 

@@ -155,6 +155,11 @@ class ImageFolderDataModule(ImageDataModule):
             self._check_classes(self._class_names(self.train_path), self._class_names(self.val_path))
         return images
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes: those of their folders, or as ``rae-shard`` noted them."""
+        return [] if self.train_path is None or self.unlabelled else self._class_names(self.train_path)
+
     def _class_names(self, path: str) -> list[str]:
         """Names of the classes of a path, where they are known without a search."""
         root = Path(path).expanduser()

@@ -211,6 +211,15 @@ class LatentsDataModule(ImageDataModule):
         """The latents of ``val_path``, if given."""
         return None if self.val_path is None else self._latents(self.val_path, flip=False)
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes of the images that the latents are of."""
+        return (
+            []
+            if self.train_path is None
+            else list(read_index(Path(self.train_path).expanduser()).get("class_names", []))
+        )
+
     def _latents(self, path: str, flip: bool) -> CachedLatents:
         latents = CachedLatents(path, flip)
         index = latents.index

@@ -103,6 +103,11 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
     def val_dataset(self) -> SeededDataset | None:
         """The validation samples; None if there are none."""
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes 0, 1, …; empty where the data do not tell."""
+        return []
+
     # --- loaders ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:

@@ -60,6 +60,14 @@ class Guidance(Described):
         """
         raise NotImplementedError
 
+    def with_scale(self, scale: float) -> Guidance:
+        """The same guidance, in the same interval, with another strength."""
+        return type(self)(float(scale), self.interval)
+
+    def __repr__(self) -> str:
+        """Name, strength and interval."""
+        return f"{type(self).__name__}(scale={self.scale:g}, interval={list(self.interval)})"
+
     def acts_at(self, t: float) -> bool:
         """Whether the guiding forward runs at time t (a shifted grid's first time may be one ulp above 1)."""
         return self.scale != 1 and self.interval[0] <= min(t, 1.0) <= self.interval[1]
@@ -92,6 +100,14 @@ class NoGuidance(Guidance):
 
     def __init__(self) -> None:
         super().__init__()
+
+    def with_scale(self, scale: float) -> Guidance:
+        """Classifier-free guidance of that strength; 1 is none."""
+        return self if scale == 1 else ClassifierFreeGuidance(scale)
+
+    def __repr__(self) -> str:
+        """The name."""
+        return "NoGuidance()"
 
     def __call__(
         self, model: Model, label: Tensor, null_label: int | None = None, guide: Model | None = None

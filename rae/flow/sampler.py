@@ -30,6 +30,22 @@ class Sampler(Described, ABC):
     def evaluations(self) -> int | None:
         """Evaluations of the velocity in one run; None where the samples decide."""
 
+    @property
+    def calls(self) -> int:
+        """How often ``on_step`` is called in one run."""
+        return self.grid.steps
+
+    def with_steps(self, steps: int) -> Sampler:
+        """The same sampler with a grid of the same kind of another number of steps; ValueError below 1."""
+        return type(self)(**{**self.arguments, "grid": self.grid.with_steps(steps)})
+
+    def __repr__(self) -> str:
+        """Name, steps and evaluations of the network."""
+        calls = (
+            "as many evaluations as the samples need" if self.evaluations is None else f"{self.evaluations} evaluations"
+        )
+        return f"{type(self).__name__}({self.grid.steps} steps, {calls})"
+
     @abstractmethod
     def sample(
         self,

@@ -76,6 +76,11 @@ class SDESampler(Sampler):
         """Evaluations of the velocity in one run."""
         return self.grid.steps * self.stages + (self.last_step != "none")
 
+    @property
+    def calls(self) -> int:
+        """One more than the grid's steps where there is a last, deterministic one."""
+        return self.grid.steps + (self.last_step != "none")
+
     @abstractmethod
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float, noise: Tensor) -> Tensor:
         """One stochastic step from t down to t_next.

@@ -135,6 +135,10 @@ class OfficialGrid(Described):
         """Number of steps."""
         return self.points - 1
 
+    def with_steps(self, steps: int) -> OfficialGrid:
+        """A grid of the same kind with another number of steps; ValueError below 1."""
+        return OfficialGrid(_at_least_one(steps) + 1)
+
     def times(self, shift: float, start: float = 0.0, end: float = 0.999) -> Tensor:
         """Descending times 1 − linspace(start, end, points), shifted; float32 on the CPU.
 
@@ -175,3 +179,13 @@ class FullGrid(Described):
             end: Where 1 − t ends.
         """
         return shift_time(1 - torch.linspace(start, end, self.points), check_shift(shift))
+
+    def with_steps(self, steps: int) -> FullGrid:
+        """A grid of the same kind with another number of steps; ValueError below 1."""
+        return FullGrid(**{**self.arguments, "steps": _at_least_one(steps)})
+
+
+def _at_least_one(steps: int) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r} must be a whole number of at least 1")
+    return steps

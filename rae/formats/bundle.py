@@ -157,7 +157,10 @@ def assemble(bundle: Bundle, encode: bool = True, make: Make = make_part) -> RAE
         guide = (
             _network(bundle, "guide", make) if bundle.description.get("guide") and "guide" in bundle.states else None
         )
-        return Generator(autoencoder, _network(bundle, "denoiser", make), **parts, guide=guide).eval()
+        names = bundle.description.get("class_names")
+        return Generator(
+            autoencoder, _network(bundle, "denoiser", make), **parts, guide=guide, class_names=names
+        ).eval()
 
 
 def assemble_autoencoder(bundle: Bundle, encode: bool = True, make: Make = make_part) -> RAE:

@@ -79,6 +79,7 @@ def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None 
         config |= {
             "kind": "generator",
             "num_classes": model.num_classes,
+            "class_names": list(model.class_names),
             "shift": model.flow.shift,
             "prediction": model.flow.prediction,
             "denoiser": describe(model.denoiser),
@@ -261,6 +262,7 @@ def read(path: Path, averaged: bool = True) -> Bundle:
     described = {"encoder": config["encoder"]["model"], "decoder": config["decoder"]}
     described["latent"] = {TARGET: "rae.latent.LatentNormalizer", "shape": config["latent_shape"], **config["latent"]}
     described |= {name: config.get(name) for name in ("denoiser", "flow", "sampler", "guidance", "guide")}
+    described["class_names"] = config.get("class_names")
     networks = [name for name in ("decoder", "latent", "denoiser", "guide") if described[name] is not None]
     entry = config["encoder"]
     stored, current = entry["stored"], entry["sha256"].startswith("published:")

@@ -216,7 +216,8 @@ def read(path: Path, averaged: bool = True) -> Bundle:
         ValueError: The file is no checkpoint of a training run, or its configuration names what is no part of a model.
     """
     file = find_checkpoint(path)
-    keys = read_checkpoint(file).get("state_dict", {})
+    checkpoint = read_checkpoint(file)
+    keys = checkpoint.get("state_dict", {})
     states = {
         part: partial(trained_weights, file, network, averaged)
         for part, network in NETWORKS.items()
@@ -225,4 +226,8 @@ def read(path: Path, averaged: bool = True) -> Bundle:
     record = read_encoder(file)
     if record is not None and "weights" in record:
         states["encoder"] = partial(record.__getitem__, "weights")
-    return Bundle(str(path), usable(read_config(file), str(file)), states, ((str(path), record),))
+    described = usable(read_config(file), str(file))
+    names = checkpoint.get("class_names")
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        described["class_names"] = names
+    return Bundle(str(path), described, states, ((str(path), record),))

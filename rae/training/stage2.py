@@ -100,6 +100,13 @@ class Stage2Module(TrainingModule):
                 "rae-stats"
             )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the names of the classes, where the data tell them."""
+        super().on_save_checkpoint(checkpoint)
+        names = getattr(getattr(self._trainer, "datamodule", None), "class_names", [])
+        if len(names) == int(self.denoiser.num_classes):
+            checkpoint["class_names"] = list(names)
+
     def configure_model(self) -> None:
         """Shares the denoiser out where the strategy says so (``trainer=fsdp``)."""
         mesh = getattr(self, "_device_mesh", None)
