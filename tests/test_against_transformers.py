@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from rae.cli.build import make
 from rae.cli.errors import compose
-from rae.cli.groups import conf_dir
+from rae.cli.groups import config_groups
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,7 @@ def test_tokens_are_those_of_transformers(kind: str, size: int, tmp_path: Path):
 
 
 # Those of published weights; the rest (digits and any timm model) have a size of one's own.
-ENCODERS = sorted({file.stem for file in (conf_dir() / "encoder").glob("*.yaml")} - {"digits", "digits_small", "timm"})
+ENCODERS = sorted(set(config_groups()["encoder"]) - {"digits", "digits_small", "timm"})
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -140,7 +140,7 @@ def test_stages_hold_what_their_module_asks_for(stage):
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_targets_exist_and_take_the_keys(path):
     group = path.parent.relative_to(CONF).as_posix()
-    for node in nodes(yaml.safe_load(path.read_text())):
+    for node in nodes(with_bases(path)):
         parameters = inspect.signature(get_object(node["_target_"])).parameters
         keys = {key for key in node if key not in HYDRA_KEYS}
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -151,9 +151,22 @@ def test_targets_exist_and_take_the_keys(path):
             if parameter.default is parameter.empty
             and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         }
-        inherits = "defaults" in node
+        inherits = "defaults" in node or path.stem.startswith("_")
         if group not in GIVEN_LATER and not inherits and not node.get("_partial_", False):
             assert needed <= keys, f"{node['_target_']} also needs {sorted(needed - keys)}"
+
+
+def with_bases(path):
+    """A file's content over that of the ``_base`` files that its defaults list names."""
+    content = yaml.safe_load(path.read_text())
+    bases = [
+        one for one in content.get("defaults", []) if isinstance(one, str) and one.startswith("_") and one != "_self_"
+    ]
+    merged = {}
+    for base in bases:
+        merged |= with_bases(path.parent / f"{base}.yaml")
+    own = {key: value for key, value in content.items() if not (bases and key == "defaults")}
+    return {**merged, **own}
 
 
 def nodes(value):

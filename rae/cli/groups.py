@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 VERSION_BASE = "1.3"
 _NUMBERS = re.compile(r"\d+(,\d+)*")
@@ -18,7 +21,7 @@ def conf_dir() -> Path:
 
 
 def config_groups(folders: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Every config group and its choices, alphabetically.
+    """Every config group and its choices, alphabetically; files that begin with ``_`` are bases of others.
 
     Args:
         folders: More config folders beside the project's own.
@@ -27,9 +30,23 @@ def config_groups(folders: Sequence[Path] = ()) -> dict[str, list[str]]:
     for root in (conf_dir(), *folders):
         for file in root.rglob("*.yaml"):
             group = file.parent.relative_to(root).as_posix()
-            if group != ".":
+            if group != "." and not file.stem.startswith("_"):
                 found.setdefault(group, set()).add(file.stem)
     return {group: sorted(choices) for group, choices in sorted(found.items())}
+
+
+def read_choice(group: str, choice: str) -> dict[str, Any]:
+    """The content of a choice's file over that of the bases that its defaults list names; interpolations stay.
+
+    Args:
+        group: Name of the group.
+        choice: Name of the file, without its ending.
+    """
+    content = yaml.safe_load((conf_dir() / group / f"{choice}.yaml").read_text())
+    merged: dict[str, Any] = {}
+    for base in content.pop("defaults", []):
+        merged |= {} if base == "_self_" else read_choice(group, base)
+    return merged | content
 
 
 def normalise(overrides: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rae.cli.errors import compose
-from rae.cli.groups import conf_dir
+from rae.cli.groups import config_groups, read_choice
 from rae.commands.original_yaml.keys import DEFAULTS, DERIVED, ELSEWHERE, SDE_DEFAULTS, table_of
 from rae.commands.original_yaml.rules import Translation
 from rae.io.errors import ConfigError
@@ -148,7 +148,7 @@ def _choose_encoder(t: Translation) -> None:
         t.refused["stage_1.params.encoder_cls"] = f"{kind} with {name!r} is none of {known}"
         return
     t.choose("encoder", found[0], "stage_1.params.encoder_cls")
-    stride = OmegaConf.load(conf_dir() / "encoder" / f"{found[0]}.yaml").stride
+    stride = read_choice("encoder", found[0])["stride"]
     key = "stage_1.params.encoder_input_size"
     grid, rest = divmod(int(t.source[key]), stride)
     if rest:
@@ -195,7 +195,7 @@ def _choose_denoiser(t: Translation, key: str, target: str, node: str, group: st
         t.refused[key] = f"{target} is none of {', '.join(DENOISERS)}"
         return
     wanted = {name.removeprefix(f"{node}."): value for name, (value, _) in t.values.items()}
-    files = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((conf_dir() / "denoiser").glob("*.yaml"))}
+    files = {name: read_choice("denoiser", name) for name in config_groups()["denoiser"]}
     hits = {
         name: sum(
             file.get(size) == wanted.get(size) for size in ("width", "depth", "heads", "head_width", "head_depth")
