@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-xla gpu coverage bench lint format clean
+.PHONY: help install demo test test-slow golden test-xla gpu coverage bench lint format clean
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
@@ -30,6 +30,11 @@ test: $(READY)  ## the fast tests: no GPU, no downloads; a minute and a half on 
 
 test-slow: $(READY)  ## the tests that take longer
 	OMP_NUM_THREADS=1 $(PYTEST) -m "slow and not gpu" -n 2 --dist worksteal --durations=10
+
+DIR ?= tests/golden
+
+golden: $(READY)  ## numeric cases computed with the authors' code: those of tests/golden, or of DIR=folder
+	RAE_GOLDEN_DIR=$(abspath $(DIR)) OMP_NUM_THREADS=1 $(PYTEST) tests/test_golden.py
 
 XLA_VENV ?= .venv-xla
 XLA_READY := $(XLA_VENV)/.installed

@@ -158,7 +158,7 @@ def test_targets_exist_and_take_the_keys(path):
 
 def with_bases(path):
     """A file's content over that of the ``_base`` files that its defaults list names."""
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text()) or {}
     bases = [
         one for one in content.get("defaults", []) if isinstance(one, str) and one.startswith("_") and one != "_self_"
     ]

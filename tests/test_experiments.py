@@ -6,11 +6,13 @@ import re
 from functools import cache
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from rae.cli.build import make
 from rae.cli.errors import compose
-from rae.cli.groups import conf_dir
+from rae.cli.groups import conf_dir, config_groups
+from rae.cli.help import experiments, list_experiments
 
 FILES = sorted(path for path in (conf_dir() / "experiment").glob("imagenet*.yaml"))
 STAGE1 = [path.stem for path in FILES if "vit" in path.stem]
@@ -37,16 +39,39 @@ def test_all_recipes_are_there():
 def test_headers_say_what_is_needed(path):
     head = [line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("#")]
     assert head[0] == "@package _global_"
-    starts = [line.split(":")[0] for line in head[2:6]]
-    assert starts == ["Paper", "Command", "Hardware", "Expected"]
-    assert f"rae-train experiment={path.stem} " in head[3]
-    numbers = re.match(r"Hardware: (\d+) GPUs? × batch (\d+)(?: × (\d+) (?:micro-)?batches)? = (\d+) images", head[4])
-    assert numbers, head[4]
+    said = dict(line.split(": ", 1) for line in head[2:8])
+    assert list(said) == ["Paper", "Command", "Size", "Hardware", "Hours", "Expected"]
+    assert f"rae-train experiment={path.stem} " in said["Command"]
+    numbers = re.match(r"(\d+) GPUs? × batch (\d+)(?: × (\d+) (?:micro-)?batches)? = (\d+) images", said["Hardware"])
+    assert numbers, said["Hardware"]
+    assert re.match(r"[\d,]+ card-hours on H100s for [\d,]+ epochs", said["Hours"])
     cfg = recipe(path.stem)
     devices, batch, accumulate, total = (int(number or 1) for number in numbers.groups())
     used = cfg.training.accumulate if cfg.stage == 1 else cfg.trainer.accumulate_grad_batches
     assert (cfg.trainer.devices, cfg.data.batch_size, used) == (devices, batch, accumulate)
     assert devices * batch * accumulate == total == (512 if cfg.stage == 1 else 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "one", [one for one in experiments() if "parameters" in one["Size"]], ids=lambda one: one["name"]
+)
+def test_sizes_are_those_of_the_networks(one):
+    size, part = re.match(r"([\d.]+) M parameters \((\w+)\)", one["Size"]).groups()
+    if part == "encoder":  # stage 0 builds it for itself
+        return
+    with torch.device("meta"):
+        network = make(compose("train", [f"experiment={one['name']}"])[part])
+    count = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    assert float(size) == round(count, 1 if count < 10 else 0)
+
+
+def test_the_list_names_every_experiment_with_its_size_hardware_hours_and_score():
+    text = list_experiments()
+    assert {one["name"] for one in experiments()} == set(config_groups()["experiment"])
+    for one in experiments():
+        for key in ("name", "Size", "Hardware", "Hours", "Expected"):
+            assert one[key].rstrip(".") in text
 
 
 def test_matrices_are_multiplied_as_for_the_published_numbers():

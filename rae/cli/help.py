@@ -72,6 +72,29 @@ def help_keys(config: str) -> str:
     return "\n".join(lines).replace("$", "$$")
 
 
+def experiments() -> list[dict[str, str]]:
+    """What the header of every experiment says: ``name``, ``about``, ``Size``, ``Hardware``, ``Hours``, ``Expected``, …"""
+    found = []
+    for file in sorted((conf_dir() / "experiment").glob("*.yaml")):
+        head = [line.removeprefix("# ") for line in file.read_text().splitlines() if line.startswith("# ")]
+        fields = dict(line.split(": ", 1) for line in head[2:])
+        found.append({"name": file.stem, "about": head[1], **fields})
+    return found
+
+
+def list_experiments() -> str:
+    """What ``rae-train --list`` prints: every experiment with size, hardware, hours and published score."""
+    lines = ["rae-train experiment=NAME trains one of these; the commands are in conf/experiment/NAME.yaml.", ""]
+    for one in experiments():
+        lines += [
+            f"{one['name']:<32} {one['about']}",
+            f"    {one['Size']}; {one['Hardware'].rstrip('.')}",
+            f"    time: {one['Hours'].rstrip('.')}",
+            f"    expected: {one['Expected'].rstrip('.')}",
+        ]
+    return "\n".join(lines)
+
+
 def help_groups(choices: Mapping[str, object]) -> str:
     """Lists the groups of a command, with their choices.
 

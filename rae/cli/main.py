@@ -30,6 +30,7 @@ from rae.cli.compose import register_resolvers
 from rae.cli.config import absolute_paths, check_complete
 from rae.cli.errors import blame, describe, explain, is_expected
 from rae.cli.groups import VERSION_BASE, conf_dir, normalise
+from rae.cli.help import list_experiments
 from rae.cli.schema import check_values
 from rae.io.describe import trust
 from rae.report.job import Job
@@ -253,6 +254,16 @@ def _config_file() -> bool:
     return "config" in arguments or any(argument.startswith("config=") for argument in arguments)
 
 
+def train() -> None:
+    """Trains; ``--list`` lists the experiments."""
+    if "--list" in sys.argv[1:]:
+        with contextlib.suppress(BrokenPipeError):  # as after ``| head``
+            print(list_experiments())
+        _reader_left()
+    else:
+        entry("train", "rae.commands.train:train")()
+
+
 def shard() -> None:
     """Images to tar shards."""
     _verify_flag()
@@ -270,7 +281,6 @@ def demo() -> None:
     _function("rae.demo.digits:main")()
 
 
-train = entry("train", "rae.commands.train:train")
 stats = entry("stats", "rae.commands.stats:stats")
 cache_latents = entry("cache_latents", "rae.commands.cache_latents:cache_latents")
 reconstruct = entry("reconstruct", "rae.commands.reconstruct:reconstruct")
@@ -297,6 +307,7 @@ COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
     "app": (app, "a web page that reconstructs uploaded images and draws samples"),
 }
 """Every command, in the order in which they are used, and what it does."""
+_HEADING = "Each of these commands explains itself with --help; rae-train --list lists the experiments:"
 
 
 def rae() -> None:
@@ -305,7 +316,15 @@ def rae() -> None:
     if name in ("-h", "--help"):
         lines = [f"  rae-{command:<14} {about}" for command, (_, about) in COMMANDS.items()]
         with contextlib.suppress(BrokenPipeError):  # as after ``| head``
-            print("\n".join(["Each of these commands explains itself with --help:", "", *lines]))
+            print(
+                "\n".join(
+                    [
+                        "Each of these commands explains itself with --help; rae-train --list lists the experiments:",
+                        "",
+                        *lines,
+                    ]
+                )
+            )
         _reader_left()
     elif name in COMMANDS:
         _command.append(name)
