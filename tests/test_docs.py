@@ -12,16 +12,13 @@ import yaml
 
 from rae.cli.errors import compose
 from rae.cli.groups import config_groups
+from tests.guides import commands, pages
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rae"
 FOLDERS = sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE, PACKAGE / "metric" / "functional"})
-PAGES = [
-    *(folder / "README.md" for folder in FOLDERS),
-    ROOT / "conf/README.md",
-    ROOT / "docs/from_original.md",
-    ROOT / "tests/README.md",
-]
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(folder / "README.md" for folder in FOLDERS), ROOT / "conf/README.md", ROOT / "tests/README.md", *GUIDES]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 OTHERS = {"config.yaml", "evaluator.py", "original.yaml"}  # files of runs, of other projects, and examples
 
@@ -34,8 +31,8 @@ def name(path: Path) -> str:
 def test_pages_name_files_that_exist(page):
     text = page.read_text()
     for file in re.findall(r"`([\w/.-]+\.(?:py|yaml|md))`", text):
-        places = [page.parent / file, ROOT / file, ROOT / "conf" / file, *PACKAGE.glob(f"*/{file}")]
-        example = file in OTHERS or re.match(r"src/|ours/|mine/", file) or re.search("NAME|/N.yaml|stageN", file)
+        places = [page.parent / file, ROOT / file, ROOT / "conf" / file, PACKAGE / file, *PACKAGE.glob(f"*/{file}")]
+        example = file in OTHERS or re.match(r"src/|ours/|mine|myconf/", file) or re.search("NAME|/N.yaml|stageN", file)
         assert example or any(place.exists() for place in places), f"{name(page)} names {file}, which does not exist"
 
 
@@ -46,26 +43,43 @@ def test_readmes_name_every_file_of_their_folder(folder):
         assert f"`{file.name}`" in text, f"{name(folder)}/README.md says nothing of {file.name}"
 
 
-def commands(page: Path) -> list[str]:
-    """Commands of ours in code spans and blocks."""
-    spans = re.findall(r"`(rae-[a-z-]+ [^`]+)`", page.read_text())
-    blocks = re.findall(r"^(rae-[a-z-]+ .+)$", page.read_text(), re.MULTILINE)
-    return [command for command in [*spans, *blocks] if "NAME" not in command and " --" not in command]
+def test_the_readme_is_two_screens_and_links_every_page():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 120
+    site = (ROOT / ".mkdocs.yml").read_text()
+    for page in GUIDES[1:]:
+        assert f"docs/{page.name}" in "\n".join(lines), page.name
+        assert f": {page.name}\n" in site, page.name
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_generated_pages_are_what_their_script_writes():
+    for title, text in pages().items():
+        assert (ROOT / "docs" / title).read_text() == text, f"python docs/pages.py writes docs/{title} anew"
 
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(ROOT / "docs/from_original.md", marks=pytest.mark.slow), ROOT / "docs/models.md"],
-    ids=["from_original", "models"],
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.stem in ("from_original", "recipes") else [])
+        for page in GUIDES
+    ],
+    ids=name,
 )
 def test_commands_on_the_pages_compose(page):
-    found = commands(page)
     scripts = re.findall(r"^(rae-[a-z-]+) = ", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert len(found) > 5
-    for command in found:
-        program, *given = shlex.split(command.replace("…", "x"))
+    for command in commands(page):
+        program, *given = shlex.split(command.text.replace(" …", "").replace("…", "x"))
         assert program in scripts, command
-        if program != "rae-convert":
+        if program not in ("rae-convert", "rae-demo") and not any(
+            word.startswith("--") or word == "-m" for word in given
+        ):
             compose(program.removeprefix("rae-").replace("-", "_"), given)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 VERSION_BASE = "1.3"
+OWN: list[Path] = []
+"""Config folders of the user's own, from ``--config-dir``."""
 _NUMBERS = re.compile(r"\d+(,\d+)*")
 
 
@@ -27,7 +29,7 @@ def config_groups(folders: Sequence[Path] = ()) -> dict[str, list[str]]:
         folders: More config folders beside the project's own.
     """
     found: dict[str, set[str]] = {}
-    for root in (conf_dir(), *folders):
+    for root in (conf_dir(), *OWN, *folders):
         for file in root.rglob("*.yaml"):
             group = file.parent.relative_to(root).as_posix()
             if group != "." and not file.stem.startswith("_"):

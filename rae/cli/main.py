@@ -29,7 +29,7 @@ from rae.cli.checks import check_files
 from rae.cli.compose import register_resolvers
 from rae.cli.config import absolute_paths, check_complete
 from rae.cli.errors import blame, describe, explain, is_expected
-from rae.cli.groups import VERSION_BASE, conf_dir, normalise
+from rae.cli.groups import OWN, VERSION_BASE, conf_dir, normalise
 from rae.cli.help import list_experiments
 from rae.cli.schema import check_values
 from rae.io.describe import trust
@@ -85,7 +85,7 @@ def _main(config: str, target: str, after_sweep: str, complete: bool) -> None:
     program = f"rae-{config.replace('_', '-')}"
     register_resolvers()
     given = sys.argv[1:]
-    _trust_own_classes(given)
+    _use_own_folder(given)
     sys.argv[1:] = _without_fixed_keys(normalise(_flags_first(given)))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, which are put in words below
     jobs: list[Job] = []
@@ -157,11 +157,13 @@ def _run(cfg: DictConfig, config: str, target: str, program: str, complete: bool
     return None
 
 
-def _trust_own_classes(arguments: list[str]) -> None:
-    """Lets files build the classes that the user's own YAML files, below ``--config-dir``, name."""
+def _use_own_folder(arguments: list[str]) -> None:
+    """With ``--config-dir``: lists its choices, imports classes from the current folder, and lets files build those it names."""
     folder = get_args_parser().parse_known_args(_flags_first(arguments))[0].config_dir
     if folder is None:
         return
+    OWN.append(Path(folder).resolve())
+    sys.path.insert(0, str(Path.cwd()))
     for file in Path(folder).rglob("*.yaml"):
         trust(re.findall(r"^\s*_target_:\s*[\"']?([\w.]+)", file.read_text(errors="replace"), re.MULTILINE))
 

@@ -63,7 +63,7 @@ _TYPES: dict[str, Any] = {
 """What a command's own keys take where their default does not tell."""
 _ELSEWHERE: dict[tuple[str, str], Any] = {
     ("reference", "images"): bool,
-    ("shard", "images"): str,
+    ("shard", "images"): str | None,
     ("cost", "images"): int,
     ("cost", "samples"): int,
     ("convert_config", "name"): str | None,
