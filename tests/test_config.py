@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from rae.cli.config import absolute_paths, check_complete, check_same_run, missing_keys, plain, save_config
 from rae.cli.errors import compose
-from rae.cli.groups import conf_dir, config_groups, normalise
+from rae.cli.groups import SHARED, command_files, conf_dir, config_groups, normalise
 from rae.cli.help import GROUPS, help_groups, help_keys
 from rae.cli.schema import check_values
 from rae.io.errors import ConfigError
@@ -47,7 +47,7 @@ def groups_of(root: str, *overrides: str) -> frozenset:
 
 def applies(setting: tuple[str, ...], group: str, choice: str) -> bool:
     """Whether a choice is meant for a root (and stage)."""
-    if group in ("stage", "hydra", "paths"):
+    if group in ("stage", "hydra", "paths", *SHARED):
         return False
     if group == "experiment":  # it chooses its stage itself
         return setting == (("stats",) if choice.endswith("stats") else ("train", "stage=0"))
@@ -202,9 +202,10 @@ def test_every_default_is_explained(path):
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in conf_dir().glob("*.yaml")))
 def test_the_help_lists_every_key_of_a_command_with_its_comment(config):
-    content = yaml.safe_load((conf_dir() / f"{config}.yaml").read_text())
-    own = [key for key in content if key not in ("defaults", "hydra")]
-    text = help_keys(config)
+    contents = [yaml.safe_load(file.read_text()) for file in command_files(config)]
+    own = list(dict.fromkeys(key for content in contents for key in content if key not in ("defaults", "hydra")))
+    text, model = help_keys(config), {"checkpoint", "decoder_checkpoint", "guide_checkpoint", "averaged"}
+    own.sort(key=lambda key: key not in model or (config == "evaluate" and key == "checkpoint"))
     assert [line.split("=")[0].strip() for line in text.splitlines() if re.match(r"  \w+=", line)] == own
     assert max(map(len, text.splitlines())) <= 120
 
@@ -269,7 +270,7 @@ def test_experiment_as_first_argument():
 
 
 def test_missing_values_are_named_with_what_they_are():
-    with pytest.raises(ConfigError, match=r"checkpoint must be given: add checkpoint=… \(stage-2 run"):
+    with pytest.raises(ConfigError, match=r"checkpoint must be given: add checkpoint=… \(run"):
         check_complete(compose("sample"), "sample")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rae.cli.groups import conf_dir
+from rae.cli.groups import command_files, conf_dir
 from rae.io.errors import ConfigError
 from rae.io.files import write_atomically
 
@@ -87,7 +87,7 @@ def comment_of(key: str, config: str) -> str:
         The comment; an empty string where there is none.
     """
     group, _, name = key.rpartition(".")
-    files = sorted((conf_dir() / group).glob("*.yaml")) if group else [conf_dir() / f"{config}.yaml"]
+    files = sorted((conf_dir() / group).glob("*.yaml")) if group else command_files(config)
     for file in files:
         found = re.search(rf"^\s*{re.escape(name)}:\s*\?\?\?\s*#\s*(.+)$", file.read_text(), re.MULTILINE)
         if found:

@@ -37,6 +37,34 @@ def config_groups(folders: Sequence[Path] = ()) -> dict[str, list[str]]:
     return {group: sorted(choices) for group, choices in sorted(found.items())}
 
 
+SHARED = ("weights", "compute")
+"""Groups whose keys are a command's own: the trained model that it opens, and the devices that it runs on."""
+
+
+def command_files(config: str) -> list[Path]:
+    """The files that hold a command's own keys: its root config, whose keys win, and what that takes of :data:`SHARED`."""
+    root = conf_dir() / f"{config}.yaml"
+    chosen = {group: choice for entry in _defaults(root) if isinstance(entry, dict) for group, choice in entry.items()}
+    return [
+        root,
+        *(
+            file
+            for group in SHARED
+            if group in chosen
+            for file in _with_bases(conf_dir() / group / f"{chosen[group]}.yaml")
+        ),
+    ]
+
+
+def _with_bases(file: Path) -> list[Path]:
+    bases = [base for base in _defaults(file) if base != "_self_"]
+    return [*(found for base in bases for found in _with_bases(file.with_name(f"{base}.yaml"))), file]
+
+
+def _defaults(file: Path) -> list[Any]:
+    return list(yaml.safe_load(file.read_text()).get("defaults", [])) if file.is_file() else []
+
+
 def read_choice(group: str, choice: str) -> dict[str, Any]:
     """The content of a choice's file over that of the bases that its defaults list names; interpolations stay.
 

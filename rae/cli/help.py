@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from rae.cli.groups import conf_dir, config_groups
+from rae.cli.groups import SHARED, command_files, conf_dir, config_groups
 
 GROUPS = {
     "stage": "what is trained: 0 an encoder of your own, 1 the decoder, 2 the diffusion transformer",
@@ -35,6 +36,8 @@ GROUPS = {
     "evaluation": "scores while training, at steps or epochs",
     "logger": "where curves and pictures go",
     "card": "what a card can do, for rae-cost",
+    "weights": "the trained model of a command",
+    "compute": "where a command runs",
     "paths": "folders",
     "debug": "short runs that look for faults",
     "hydra": "Hydra itself",
@@ -50,25 +53,28 @@ _KEY = re.compile(r"^(\w+): (.*?)\s*#\s*(.+)$")
 
 
 def help_keys(config: str) -> str:
-    """Lists a command's own keys, with their defaults and what their comments say.
+    """Lists a command's own keys, the model's first, with their defaults and what their comments say.
 
     Args:
         config: Name of its root config in ``conf/``.
     """
+    keys: dict[str, tuple[Path, str, str]] = {}
+    for file in command_files(config):
+        for line in file.read_text().splitlines():
+            if found := _KEY.match(line):
+                keys.setdefault(found[1], (file, found[2], found[3]))
     lines = []
-    for line in (conf_dir() / f"{config}.yaml").read_text().splitlines():
-        if found := _KEY.match(line):
-            key, value, comment = found.groups()
-            lines += textwrap.wrap(
-                f"{key}={value}".ljust(_WIDE) + f"  {comment}",
-                _WIDTH,
-                initial_indent="  ",
-                subsequent_indent=" " * (_WIDE + 4),
-                break_on_hyphens=False,
-                break_long_words=False,
-                drop_whitespace=True,
-                replace_whitespace=False,
-            )
+    for key, (_, value, comment) in sorted(keys.items(), key=lambda one: one[1][0].parent.name != "weights"):
+        lines += textwrap.wrap(
+            f"{key}={value}".ljust(_WIDE) + f"  {comment}",
+            _WIDTH,
+            initial_indent="  ",
+            subsequent_indent=" " * (_WIDE + 4),
+            break_on_hyphens=False,
+            break_long_words=False,
+            drop_whitespace=True,
+            replace_whitespace=False,
+        )
     return "\n".join(lines).replace("$", "$$")
 
 
@@ -105,7 +111,11 @@ def help_groups(choices: Mapping[str, object]) -> str:
     chosen = {group.split("@")[0]: choice for group, choice in choices.items() if "hydra/" not in group}
     lines = []
     for group, description in GROUPS.items():
-        if group not in available or (group not in chosen and not (elsewhere := _stages_with(group, chosen))):
+        if (
+            group not in available
+            or group in SHARED
+            or (group not in chosen and not (elsewhere := _stages_with(group, chosen)))
+        ):
             continue
         lines.append(f"  {group:<14} {description}")
         if group not in chosen:

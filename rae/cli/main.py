@@ -240,9 +240,9 @@ def _without_fixed_keys(arguments: list[str]) -> list[str]:
 
 
 def _verify_flag() -> None:
-    """``rae-shard --verify`` stands for ``verify=true images=null``."""
+    """``rae-shard --verify`` stands for ``verify=true images=none``."""
     if "--verify" in sys.argv:
-        sys.argv = [argument for argument in sys.argv if argument != "--verify"] + ["verify=true", "images=null"]
+        sys.argv = [argument for argument in sys.argv if argument != "--verify"] + ["verify=true", "images=none"]
 
 
 def _config_file() -> bool:

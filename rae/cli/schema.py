@@ -21,7 +21,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, MissingMandatoryValue
 
-from rae.cli.groups import conf_dir
+from rae.cli.groups import command_files, conf_dir
 from rae.io.errors import ConfigError
 
 _LARGEST, _LARGEST_SEED = 2**31, 2**63
@@ -63,7 +63,7 @@ _TYPES: dict[str, Any] = {
 """What a command's own keys take where their default does not tell."""
 _ELSEWHERE: dict[tuple[str, str], Any] = {
     ("reference", "images"): bool,
-    ("shard", "images"): str | None,
+    ("shard", "images"): str,
     ("cost", "images"): int,
     ("cost", "samples"): int,
     ("convert_config", "name"): str | None,
@@ -133,7 +133,7 @@ def _own_keys(config: str) -> dict[str, Any]:
     """The kinds of a command's own keys."""
     hints: dict[str, Any] = {}
     roots = [config, "train"] if config == "cost" else [config]
-    files = [conf_dir() / f"{root}.yaml" for root in roots]
+    files = [file for root in roots for file in command_files(root)]
     files += sorted((conf_dir() / "stage").glob("*.yaml")) if "train" in roots else []
     for line in (line for file in files if file.is_file() for line in file.read_text().splitlines()):
         if (found := _KEY.match(line)) and found[1] not in ("defaults", "hydra"):
