@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from rae.cli.checks import check_files
 from rae.cli.config import absolute_paths, check_complete
 from rae.cli.errors import compose
 
@@ -31,6 +32,7 @@ def run(command: str, *overrides: str, replaced: Mapping[str, Any] | None = None
         node[name] = value
         OmegaConf.set_struct(cfg, True)
     check_complete(cfg, command)
+    check_files(cfg, command)
     absolute_paths(cfg)
     getattr(module, command)(cfg)
 

@@ -60,14 +60,14 @@ def _nothing_is_drawn(monkeypatch):
     ("given", "kind", "message"),
     [
         ([], ConfigError, "give one of them, samples=… .* or checkpoint=…"),
-        (["checkpoint=x"], ValueError, r"fid, sfid, precision, recall need a reference: give metric\.reference="),
-        (["checkpoint=x", "metric=all"], ValueError, r"fid, sfid, precision, recall need a reference"),
+        (["checkpoint=tests"], ValueError, r"fid, sfid, precision, recall need a reference: give metric\.reference="),
+        (["checkpoint=tests", "metric=all"], ValueError, r"fid, sfid, precision, recall need a reference"),
         (
-            ["checkpoint=x", "metric.reference=absent.npz"],
+            ["checkpoint=tests", "metric.reference=absent.npz"],
             FileNotFoundError,
             r"metric\.reference=absent.npz does not exist",
         ),
-        (["samples=absent.npz", "metric=reconstruction"], ConfigError, "add originals="),
+        (["samples=tests", "metric=reconstruction"], ConfigError, "add originals="),
         (["samples=absent.npz", "metric.metrics=[inception_score]"], FileNotFoundError, "samples=absent.npz does not"),
         (
             ["samples=tests", "originals=absent", "metric=reconstruction"],

@@ -48,6 +48,11 @@ def make(node: Any, **objects: Any) -> Any:
         return instantiate(node, _partial_=True, _convert_="all")(**objects)
     except TypeError as error:  # a value of the wrong kind, or an argument that the class does not have
         raise ConfigError(f"{node._get_full_key(None)} does not fit {node['_target_']}: {error}") from error
+    except ConfigError:
+        raise
+    except ValueError as error:
+        key = node._get_full_key(None)
+        raise ConfigError(str(error) if f"{key}." in str(error) else f"{key}: {error}") from error
     except (
         ZeroDivisionError,
         RuntimeError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,18 @@ def check_metric(node: DictConfig | None) -> bool:
 
 _MODELS = ("checkpoint", "decoder_checkpoint", "guide_checkpoint")
 _IMAGES = ("samples", "originals", "neighbours_of")
+WEIGHT_FILES = (
+    "encoder.checkpoint",
+    "discriminator.checkpoint",
+    "loss.perceptual.vgg_checkpoint",
+    "vgg_checkpoint",
+    *(
+        f"{metric}{network}"
+        for metric in ("metric.", "callbacks.evaluation.metric.", "")
+        for network in ("perceptual.vgg_checkpoint", "detector.checkpoint", "detector.encoder.checkpoint")
+    ),
+)
+"""Keys of local files with a frozen network's weights."""
 _TRAINS_ON = ("train", "stats", "cache_latents")
 """Commands that read the training split."""
 
@@ -57,11 +70,25 @@ def check_files(cfg: DictConfig, config: str) -> None:
         raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
     if config != "download" and cfg.get("decoder") is not None and "collection" in cfg:
         check_published(cfg)
+    if config == "evaluate" and (cfg.samples is None) == (cfg.checkpoint is None):
+        raise ConfigError(
+            f"samples={cfg.samples} and checkpoint={cfg.checkpoint}: give one of them, samples=… (an .npz, a folder of images "
+            "or of tar shards) or checkpoint=… (a model that makes them)"
+        )
     for key in _MODELS:
         value = cfg.get(key)
         if isinstance(value, str) and not Path(value).expanduser().exists() and not _may_be_on_the_hub(value):
+            folder = Path(value).expanduser().parent
+            near = difflib.get_close_matches(Path(value).name, [one.name for one in folder.glob("*")], 3)
+            hint = f" ({folder} holds {', '.join(near)})" if near else ""
             raise FileNotFoundError(
-                f"{key}: checkpoint {value!r} does not exist: give a trained run's folder or a .ckpt file"
+                f"{key}: checkpoint {value!r} does not exist{hint}: give a trained run's folder or a .ckpt file"
+            )
+    for key in WEIGHT_FILES:
+        value = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if isinstance(value, str) and not Path(value).expanduser().is_file():
+            raise FileNotFoundError(
+                f"{key}={value}: weight file {value!r} does not exist; give the path of an existing file"
             )
     for key in _IMAGES:
         value = cfg.get(key)
@@ -82,7 +109,9 @@ def check_files(cfg: DictConfig, config: str) -> None:
 
 
 def _may_be_on_the_hub(source: str) -> bool:
-    return "/" in source and not Path(source).expanduser().is_absolute()
+    """A hub id is ``owner/name``; where a folder of that owner's name lies here, a path is meant."""
+    owner, slash, _ = source.partition("/")
+    return bool(slash) and not Path(source).expanduser().is_absolute() and not Path(owner).is_dir()
 
 
 def check_paths(data: DictConfig) -> None:

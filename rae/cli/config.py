@@ -9,39 +9,23 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rae.cli.checks import WEIGHT_FILES
 from rae.cli.groups import command_files, conf_dir
 from rae.io.errors import ConfigError
 from rae.io.files import write_atomically
 
 _PATHS = (
-    "checkpoint",
-    "guide_checkpoint",
-    "decoder_checkpoint",
-    "encoder.checkpoint",
-    "discriminator.checkpoint",
-    "loss.perceptual.vgg_checkpoint",
-    "vgg_checkpoint",
-    "metric.perceptual.vgg_checkpoint",
-    "metric.detector.checkpoint",
-    "metric.detector.encoder.checkpoint",
-    "detector.checkpoint",
-    "detector.encoder.checkpoint",
-    "latent.stats",
-    "data.train_path",
-    "data.val_path",
-    "samples",
-    "originals",
-    "neighbours_of",
-    "labels",
-    "images",
-    "synsets",
-    "metric.reference",
-    "callbacks.evaluation.metric.reference",
-    "callbacks.evaluation.metric.perceptual.vgg_checkpoint",
-    "callbacks.evaluation.metric.detector.checkpoint",
-    "callbacks.evaluation.metric.detector.encoder.checkpoint",
-    "callbacks.evaluation.guide",
-    "source",
+    *(
+        "checkpoint",
+        "guide_checkpoint",
+        "decoder_checkpoint",
+        *WEIGHT_FILES,
+        "latent.stats",
+        "data.train_path",
+        "data.val_path",
+    ),
+    *("samples", "originals", "neighbours_of", "labels", "images", "synsets", "source"),
+    *("metric.reference", "callbacks.evaluation.metric.reference", "callbacks.evaluation.guide"),
 )
 _NETWORKS = ("stage", "encoder", "latent", "decoder", "discriminator", "denoiser")
 _LISTED = 3  # differences that an error spells out

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rae.cli.compose import compose_plainly
-from rae.cli.groups import conf_dir, config_groups, normalise
+from rae.cli.groups import conf_dir, config_groups, normalise, read_choice
 from rae.cli.help import stages_with
 from rae.io.errors import ConfigError
 
@@ -174,15 +174,36 @@ def _unknown_key(
         key = override.key_or_group
         if key.startswith("hydra.") or override.is_add() or override.is_force_add() or _exists(cfg, key):
             continue
-        head = key.split(".")[0]
-        if head in groups and head not in cfg:
-            return f"there is no key {key!r}: this configuration has no {head!r}{_elsewhere(head)}"
+        if (reason := _group_lacks(key, cfg, choices, groups)) is not None:
+            return f"there is no key {key!r}: {reason}"
         parent = key.rpartition(".")[0]
         if parent and _exists(cfg, parent) and OmegaConf.select(cfg, parent) is None:
             return f"there is no key {key!r}: {parent!r} is null; give it as a whole, {parent}={{name: value}}"
         guess = _nearest(key, [*_keys(cfg), *groups])
         return f"there is no key {key!r}; {guess} (+{key}=… adds a key of that name)"
     return None
+
+
+def _group_lacks(key: str, cfg: DictConfig, choices: Sequence[Override], groups: dict[str, list[str]]) -> str | None:
+    """Why a group has no such key: it is not in use, or another of its choices has the key; None for other reasons."""
+    head, _, rest = key.partition(".")
+    if head not in groups or not rest:
+        return None
+    if head not in cfg:
+        return f"this configuration has no {head!r}" + (
+            f"; did you mean {rest!r}?" if _exists(cfg, rest) else _elsewhere(head)
+        )
+    others = _choices_with(head, rest)
+    if not others:
+        return None
+    chosen = next((f"{head}={_choices(one)[0]}" for one in choices if one.key_or_group == head), f"the {head} chosen")
+    return f"{chosen} has no {rest!r}; choose {' or '.join(others)} with it"
+
+
+def _choices_with(group: str, key: str) -> list[str]:
+    """The choices of a group that have a key, such as ``guidance=cfg`` for ``scale``."""
+    own = [choice for choice in config_groups().get(group, []) if (conf_dir() / group / f"{choice}.yaml").is_file()]
+    return [f"{group}={one}" for one in own if _exists(OmegaConf.create(read_choice(group, one)), key)] if key else []
 
 
 def _exists(cfg: DictConfig, key: str) -> bool:

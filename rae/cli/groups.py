@@ -72,10 +72,11 @@ def read_choice(group: str, choice: str) -> dict[str, Any]:
         group: Name of the group.
         choice: Name of the file, without its ending.
     """
-    content = yaml.safe_load((conf_dir() / group / f"{choice}.yaml").read_text())
+    content = yaml.safe_load((conf_dir() / group / f"{choice}.yaml").read_text()) or {}
     merged: dict[str, Any] = {}
     for base in content.pop("defaults", []):
-        merged |= {} if base == "_self_" else read_choice(group, base)
+        if isinstance(base, str) and base != "_self_":
+            merged |= read_choice(group, base)
     return merged | content
 
 

@@ -12,6 +12,7 @@ from rae.cli.build import make_part
 from rae.cli.checks import check_published
 from rae.cli.config import plain
 from rae.cli.errors import compose
+from rae.cli.groups import config_groups
 from rae.formats import assemble, read
 from rae.formats.open import complete
 from rae.generator import Generator
@@ -22,7 +23,8 @@ def load(source: str | Path, overrides: Sequence[str] = (), encode: bool = True)
     """Opens a trained model for use from Python, whatever it is: as the commands do with ``checkpoint=…``.
 
     Args:
-        source: Folder or ``.ckpt`` of a run, an exported folder, diffusers' folder, or the hub id of either.
+        source: Folder or ``.ckpt`` of a run, an exported folder, diffusers' folder, the hub id of either, or the name of a
+            published model, e.g. ``dit_dh_xl_256``, whose files rae-download has put into ``collection`` (``models``).
         overrides: As for ``rae-sample``, e.g. ``["guidance=cfg", "guidance.scale=2"]``. Sampler and guidance are those of the
             run or export where no override names them.
         encode: Whether the encoder's weights are needed; sampling does without them.
@@ -35,10 +37,12 @@ def load(source: str | Path, overrides: Sequence[str] = (), encode: bool = True)
         ConfigError: An unknown override, or something else must be given too.
         ValueError: The weights do not fit.
     """
-    cfg = compose("sample", overrides)
-    cfg.checkpoint = str(source)  # no override, whose grammar knows special signs
+    published = str(source) in config_groups()["model"] and not Path(source).exists()
+    cfg = compose("sample", [f"model={source}", *overrides] if published else overrides)
+    if not published:
+        cfg.checkpoint = str(source)  # no override, whose grammar knows special signs
     for group in ("sampler", "guidance"):
-        if not any(override.startswith((f"{group}=", f"{group}.")) for override in overrides):
+        if not published and not any(override.startswith((f"{group}=", f"{group}.")) for override in overrides):
             cfg[group] = None
     return open_model(cfg, encode)[0]
 

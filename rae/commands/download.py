@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from rae.cli.groups import config_groups
 from rae.io.errors import ConfigError
 from rae.io.hub import fetch, fetch_all, fetch_weights
 
@@ -27,7 +28,9 @@ def files_of(cfg: DictConfig) -> list[str]:
         Path(value).relative_to(root).as_posix() for key in keys if (value := OmegaConf.select(cfg, key)) is not None
     ]
     if not names:
-        raise ConfigError("model=… must be given (see conf/model), or everything=true for the whole collection")
+        raise ConfigError(
+            f"model=… must be given, one of {', '.join(config_groups()['model'])}; or everything=true for the whole collection"
+        )
     return names
 
 

@@ -151,11 +151,6 @@ def check_given(cfg: DictConfig) -> None:
         ConfigError: Neither samples nor a model are given, or both; or a metric lacks its reference or the originals.
         FileNotFoundError: The samples, the originals or the reference do not exist.
     """
-    if (cfg.samples is None) == (cfg.checkpoint is None):
-        raise ConfigError(
-            f"samples={cfg.samples} and checkpoint={cfg.checkpoint}: give one of them, samples=… (an .npz, a folder of images "
-            "or of tar shards) or checkpoint=… (a model that makes them)"
-        )
     pairs = check_metric(cfg.metric)
     if cfg.samples is not None:
         if pairs and cfg.originals is None:

@@ -15,7 +15,7 @@ from rae.encoder import Encoder, differences
 from rae.flow import dimension_shift
 from rae.formats.decoder import load_decoder
 from rae.formats.denoiser import load_denoiser
-from rae.generator import Generator
+from rae.generator import Generator, readable_names
 from rae.io.describe import Described, rebuild
 from rae.io.errors import ConfigError
 from rae.latent import LatentNormalizer
@@ -157,10 +157,10 @@ def assemble(bundle: Bundle, encode: bool = True, make: Make = make_part) -> RAE
         guide = (
             _network(bundle, "guide", make) if bundle.description.get("guide") and "guide" in bundle.states else None
         )
-        names = bundle.description.get("class_names")
-        return Generator(
-            autoencoder, _network(bundle, "denoiser", make), **parts, guide=guide, class_names=names
-        ).eval()
+        denoiser = _network(bundle, "denoiser", make)
+        names = readable_names(bundle.description.get("class_names") or ())
+        known = names if len(names) == denoiser.num_classes else ()
+        return Generator(autoencoder, denoiser, **parts, guide=guide, class_names=known).eval()
 
 
 def assemble_autoencoder(bundle: Bundle, encode: bool = True, make: Make = make_part) -> RAE:
