@@ -13,6 +13,9 @@ from torch import Tensor
 
 from rae.io.files import write_atomically
 
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+"""How the names of image files end, in small letters."""
+
 QUANTIZE = ("floor", "round")
 """How grey levels between two bytes become one: the lower one, of which all published scores are, or the nearer one."""
 
