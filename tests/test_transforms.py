@@ -13,6 +13,7 @@ from rae.data.transforms import (
     ImageTransform,
     center_crop,
     flip_of,
+    open_for,
     open_rgb,
     random_crop,
     resize_shorter,
@@ -197,17 +198,20 @@ def test_fast_decode_reduces_large_jpegs_alone():
     wanted = {16: (125, 88), 100: (250, 175), 200: (500, 350), 400: (1000, 700)}
     for size, expected in wanted.items():
         transform = ImageTransform(size, "center_crop", fast_decode=True)
-        assert transform.open(io.BytesIO(file.getvalue())).size == expected
-        assert transform.open(io.BytesIO(png.getvalue())).size == (1000, 700)
-        assert ImageTransform(size, "center_crop").open(io.BytesIO(file.getvalue())).size == (1000, 700)
-    assert ImageTransform(100, "random_crop", fast_decode=True).open(file).size == (250, 175)  # shorter side to 150
+        assert open_for(transform, io.BytesIO(file.getvalue())).size == expected
+        assert open_for(transform, io.BytesIO(png.getvalue())).size == (1000, 700)
+        assert open_for(ImageTransform(size, "center_crop"), io.BytesIO(file.getvalue())).size == (1000, 700)
+    assert open_for(ImageTransform(100, "random_crop", fast_decode=True), file).size == (
+        250,
+        175,
+    )  # shorter side to 150
 
 
 def test_reduced_jpegs_look_the_same():
     file = io.BytesIO()
     photo(1000, 700).save(file, format="JPEG", quality=95)
     fast, whole = (ImageTransform(100, "center_crop", fast_decode=fast) for fast in (True, False))
-    difference = fast(fast.open(io.BytesIO(file.getvalue())), 0).int() - whole(whole.open(file), 0).int()
+    difference = fast(open_for(fast, io.BytesIO(file.getvalue())), 0).int() - whole(open_for(whole, file), 0).int()
     assert 0 < difference.abs().double().mean() < 4
 
 

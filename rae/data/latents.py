@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rae.data.loader import Sample, SeededDataset
-from rae.data.module import ImageDataModule, given_train_path
+from rae.data.module import StoredDataModule
 from rae.data.transforms import flip_of
 from rae.io.files import parse_json
 
@@ -26,11 +26,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class CachedLatents(SeededDataset):
-    """Latents of one folder, as the encoder made them: not normalised.
+    """Latents of one folder that ``rae-cache-latents`` wrote, as the encoder made them: not normalised.
 
-    Args:
-        folder: Folder that ``rae-cache-latents`` wrote.
-        flip: Whether every other sample is that of the mirrored image, by the same draws as with images.
+    ``flip`` makes every other sample that of the mirrored image, by the same draws as with images.
 
     Raises:
         FileNotFoundError: The folder, its description or one of its files is missing.
@@ -74,11 +72,7 @@ class CachedLatents(SeededDataset):
         return {**self.__dict__, "_files": {}}  # open files stay with the process that opened them
 
     def load(self, index: int, seed: int) -> Sample:
-        """The latent C×h×w at a position, in the precision that it was stored with.
-
-        Raises:
-            ValueError: The file is damaged.
-        """
+        """The latent C×h×w at a position, in the precision that it was stored with; raises ValueError where it is damaged."""
         part, row = divmod(index, int(self.index["part"]))
         path = self.folder / self.index["files"][part]["file"]
         name = "mirrored" if self.flip and flip_of(seed) else "latent"
@@ -107,12 +101,7 @@ _REMEDY = f"remove it and {INDEX}, and run rae-cache-latents again: it makes onl
 
 
 def checksums(latents: Tensor, labels: Tensor) -> Tensor:
-    """CRC-32 of every latent with its label, int64 n; the polynomial tells any damage of up to 32 neighbouring bits.
-
-    Args:
-        latents: n×C×h×w as they are stored, of any type.
-        labels: int64 n.
-    """
+    """CRC-32, int64 n, of every latent n×C×h×w as it is stored with its label; tells damage of up to 32 neighbouring bits."""
     rows = latents.contiguous().flatten(1).view(torch.uint8).numpy()
     return torch.tensor(
         [zlib.crc32(row, int(label) & 0xFFFFFFFF) for row, label in zip(rows, labels.tolist(), strict=True)]
@@ -125,14 +114,7 @@ _KINDS = {**dict.fromkeys(_NUMBERS, int), "files": list, "encoder": dict, "shape
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The description of a folder of latents.
-
-    Args:
-        folder: What ``rae-cache-latents`` wrote.
-
-    Raises:
-        ValueError: It is damaged.
-    """
+    """The description of a folder of latents; raises ValueError where it is damaged."""
     path = folder / INDEX
     index = parse_json(path.read_bytes(), str(path))
     fault = "no mapping" if not isinstance(index, dict) else ""
@@ -157,27 +139,12 @@ def read_index(folder: Path) -> dict[str, Any]:
     return dict(index)
 
 
-class LatentsDataModule(ImageDataModule):
+class LatentsDataModule(StoredDataModule):
     """Cached latents in place of images: batches hold ``latent`` B×C×h×w instead of ``image``.
 
-    Order, flips and the position within an epoch are those of the images that they were made of.
-
-    Args:
-        train_path: Folder of the training latents, from ``rae-cache-latents``.
-        val_path: The same for validation; None for none.
-        batch_size: Samples per process and step.
-        num_workers: Processes that load ahead.
-        seed: The run's seed: order and flips.
-        image_size: Side of the images that were encoded, in pixels.
-        num_classes: Number of classes.
-        flip: Whether every other training sample is that of the mirrored image.
-        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
-
-    Raises:
-        ValueError: Neither path is given, or an argument is out of range.
+    Order, flips and the position within an epoch are those of the images that they were made of. ``flip`` makes every other
+    training sample that of the mirrored image; see :class:`StoredDataModule` for the other arguments.
     """
-
-    what = "/path/to/latents/train (rae-cache-latents makes them)"
 
     def __init__(
         self,
@@ -191,28 +158,12 @@ class LatentsDataModule(ImageDataModule):
         flip: bool = True,
         pin_memory: bool = True,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, image_size, num_classes, pin_memory)
-        if val_path is None:
-            given_train_path(train_path, self.what)
-        self.train_path = train_path
-        self.val_path = val_path
+        super().__init__(train_path, val_path, batch_size, num_workers, seed, image_size, num_classes, pin_memory)
         self.flip = flip
 
-    def train_dataset(self) -> CachedLatents:
-        """The latents of ``train_path``.
-
-        Raises:
-            ValueError: ``train_path`` is not given, or the latents are of other images or without mirrored copies.
-            FileNotFoundError: There are none.
-        """
-        return self._latents(given_train_path(self.train_path, self.what), self.flip)
-
-    def val_dataset(self) -> CachedLatents | None:
-        """The latents of ``val_path``, if given."""
-        return None if self.val_path is None else self._latents(self.val_path, flip=False)
-
-    def _latents(self, path: str, flip: bool) -> CachedLatents:
-        latents = CachedLatents(path, flip)
+    def at(self, path: str, train: bool) -> CachedLatents:
+        """The latents at a path; raises ValueError where they are of other images or without mirrored copies."""
+        latents = CachedLatents(path, self.flip and train)
         index = latents.index
         if index["image_size"] != self.image_size:
             raise ValueError(
@@ -226,13 +177,9 @@ class LatentsDataModule(ImageDataModule):
         return latents
 
     def check_encoder(self, differences: Callable[[Mapping[str, Any]], str]) -> None:
-        """Refuses an encoder whose latents these are not.
+        """Raises ValueError for an encoder whose latents these are not; names what differs.
 
-        Args:
-            differences: Tells the encoder from a described one, see :meth:`rae.encoder.Encoder.differences`.
-
-        Raises:
-            ValueError: Names what differs.
+        ``differences`` tells the encoder from a described one, see :meth:`rae.encoder.Encoder.differences`.
         """
         for path in (self.train_path, self.val_path):
             if path is None:
