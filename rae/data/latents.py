@@ -117,26 +117,29 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The description of a folder of latents; raises ValueError where it is damaged."""
     path = folder / INDEX
     index = parse_json(path.read_bytes(), str(path))
-    fault = "no mapping" if not isinstance(index, dict) else ""
-    if not fault:
-        missing = [key for key in (*_NUMBERS, "files") if key not in index]
-        wrong = [*missing, *(key for key, kind in _KINDS.items() if key in index and type(index[key]) is not kind)]
-        fault = f"no usable {', '.join(wrong)}" if wrong else ""
-    if not fault and index.get("flips") not in ("none", "both"):
-        fault = f"flips={index.get('flips')!r}"
-    if not fault and not (index["part"] > 0 and -(-index["latents"] // index["part"]) == len(index["files"]) > 0):
-        fault = f"{index['latents']} latents, {index['part']} in a file, in {len(index['files'])} files"
-    if not fault:
-        names = [file.get("file") if isinstance(file, dict) else None for file in index["files"]]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            fault = "names that are of no files in this folder"  # it reads nothing outside
-        elif not all(isinstance(file.get("bytes"), int) for file in index["files"]):
-            fault = "files without their bytes"
-    if fault:
+    if fault := _fault_of(index):
         raise ValueError(
             f"{str(path)!r} is no description of latents: {fault}; remove it and run rae-cache-latents again"
         )
     return dict(index)
+
+
+def _fault_of(index: Any) -> str:
+    """What is wrong with a description; empty where nothing is."""
+    if not isinstance(index, dict):
+        return "no mapping"
+    missing = [key for key in (*_NUMBERS, "files") if key not in index]
+    if wrong := [*missing, *(key for key, kind in _KINDS.items() if key in index and type(index[key]) is not kind)]:
+        return f"no usable {', '.join(wrong)}"
+    if index.get("flips") not in ("none", "both"):
+        return f"flips={index.get('flips')!r}"
+    files, part = index["files"], index["part"]
+    if not (part > 0 and -(-index["latents"] // part) == len(files) > 0):
+        return f"{index['latents']} latents, {part} in a file, in {len(files)} files"
+    names = [file.get("file") if isinstance(file, dict) else None for file in files]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):  # it reads nothing outside
+        return "names that are of no files in this folder"
+    return "" if all(isinstance(file.get("bytes"), int) for file in files) else "files without their bytes"
 
 
 class LatentsDataModule(StoredDataModule):

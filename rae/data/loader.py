@@ -116,18 +116,17 @@ class ImageFiles(SeededDataset):
             BrokenFilesError: More images in a row are unreadable than may be in the whole data set.
         """
         broken: list[tuple[str, str]] = []
-        while len(broken) <= self.max_bad_share * len(self):
+        while True:
             position = (index + len(broken)) % len(self)
             try:
                 image = self.transform(open_for(self.transform, self.file(position)), seed)
             except UnreachableError:
                 raise
             except Exception as error:  # decoders raise whatever they like on spoiled bytes
-                broken.append((self.name(position), f"{type(error).__name__}: {error}".splitlines()[0]))
+                broken.append((self.name(position), first_line(error)))
+                check_share(len(broken), len(self), self.max_bad_share, [name for name, _ in broken])
             else:
                 return {"image": image, "label": int(self.labels[position]), "index": index, "broken": broken}
-        names = [name for name, _ in broken]
-        raise BrokenFilesError(too_many_broken(len(broken), len(self), self.max_bad_share, names))
 
 
 class KeyedDataset(Dataset[Sample]):
@@ -136,12 +135,6 @@ class KeyedDataset(Dataset[Sample]):
     def __init__(self, dataset: SeededDataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: Key) -> Sample:
-        return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[Key]) -> list[Sample]:
         """All samples of a batch, which torch's loader asks for together; or ``error`` alone, see :class:`BatchLoader`."""
@@ -184,8 +177,7 @@ class BrokenFiles:
             if name not in self.reasons:
                 self.reasons[name] = reason
                 log.warning("%s cannot be read (%s); the next readable file takes its place", name, reason)
-        if len(self.reasons) > self.max_share * self.length:
-            raise BrokenFilesError(too_many_broken(len(self.reasons), self.length, self.max_share, list(self.reasons)))
+        check_share(len(self.reasons), self.length, self.max_share, list(self.reasons))
 
     def gather(self) -> None:
         """Adds what the other processes found, all of which must call this, so that the share is one of all files together."""
@@ -205,14 +197,20 @@ class BrokenFiles:
             log.warning("%d of %d files could not be read:%s%s", len(self.reasons), self.length, names, more)
 
 
-def too_many_broken(
-    count: int, length: int, max_share: float, names: list[str], option: str = "data.max_bad_share"
-) -> str:
-    """The message of the error that ends a run on a spoiled data set: ``count`` of ``length`` files are found broken so far."""
-    return (
-        f"at least {count} of {length} files cannot be read, more than {option}={max_share:g} allows, "
-        f"e.g. {', '.join(names[:3])}; repair or remove them, or raise {option}"
-    )
+def first_line(error: Exception) -> str:
+    """Kind and message of an error, on one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def check_share(
+    count: int, length: int, max_share: float, names: Sequence[str], option: str = "data.max_bad_share"
+) -> None:
+    """Raises BrokenFilesError where ``count`` files found broken, of some names, are too many of all ``length``."""
+    if count > max_share * length:
+        raise BrokenFilesError(
+            f"at least {count} of {length} files cannot be read, more than {option}={max_share:g} allows, "
+            f"e.g. {', '.join(names[:3])}; repair or remove them, or raise {option}"
+        )
 
 
 class BatchLoader:
@@ -222,14 +220,8 @@ class BatchLoader:
     sampler, and here every process takes its exact share already. Its (empty) state tells Lightning that training can
     be continued in the middle of an epoch; the position is part of the data module's state.
 
-    Args:
-        dataset: The samples.
-        batches: Says which keys make up each batch.
-        seed: The run's seed, for the augmentation.
-        num_workers: Processes that load ahead; 0 loads in this one.
-        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
-        broken: Where unreadable files are counted.
-        replace: False leaves out the images that stand in for unreadable ones; batches may then be smaller, or empty.
+    ``batches`` says which keys make up each batch, ``broken`` counts the unreadable files. ``replace=False`` leaves out the
+    images that stand in for these; batches may then be smaller, or empty.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from rae.data.folder import ImageFolderDataModule
-from rae.data.loader import BrokenFilesError, ImageFiles, Names, Sample, log, too_many_broken
+from rae.data.loader import ImageFiles, Names, Sample, check_share, log
 from rae.data.storage import check_tar_end, find_tars, is_remote, open_file, read_json, read_ranges, size_of
 from rae.data.transforms import ImageTransform
 from rae.image import IMAGE_ENDINGS
@@ -114,8 +114,7 @@ class TarShards(ImageFiles):
         if not len(missing):
             return
         cut = [self.shards[number] for number in np.unique(self.shard_of[missing])]
-        if len(missing) > self.max_bad_share * len(self):
-            raise BrokenFilesError(too_many_broken(len(missing), len(self), self.max_bad_share, cut))
+        check_share(len(missing), len(self), self.max_bad_share, cut)
         log.warning("%d images are missing: shards are cut short: %s", len(missing), ", ".join(cut))
 
     def file(self, position: int) -> IO[bytes]:

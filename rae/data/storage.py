@@ -55,21 +55,23 @@ def _patiently(what: str, call: Any) -> Any:
     raise AssertionError
 
 
+def _ask(path: str, method: str, *arguments: Any) -> Any:
+    """What a method of the file system of an address says of the file there."""
+    filesystem, name = _filesystem(path)
+    return _patiently(path, lambda: getattr(filesystem, method)(name, *arguments))
+
+
 def size_of(path: str) -> int:
     """Bytes of a file."""
-    if not is_remote(path):
-        return Path(path).stat().st_size
-    filesystem, name = _filesystem(path)
-    return int(_patiently(path, lambda: filesystem.size(name)))
+    return int(_ask(path, "size")) if is_remote(path) else Path(path).stat().st_size
 
 
 def read_json(path: str) -> Any:
     """Content of a JSON file; None where there is none."""
     if not is_remote(path):
         return parse_json(Path(path).read_bytes(), path) if Path(path).is_file() else None
-    filesystem, name = _filesystem(path)
     try:
-        return parse_json(_patiently(path, lambda: filesystem.cat_file(name)), path)
+        return parse_json(_ask(path, "cat_file"), path)
     except FileNotFoundError:
         return None
 
@@ -78,8 +80,7 @@ def open_file(path: str) -> IO[bytes]:
     """A file for reading, with seeking."""
     if not is_remote(path):
         return open(path, "rb")
-    filesystem, name = _filesystem(path)
-    file: IO[bytes] = _patiently(path, lambda: filesystem.open(name, "rb"))
+    file: IO[bytes] = _ask(path, "open", "rb")
     return file
 
 

@@ -86,17 +86,6 @@ def _reduce_to_bytes(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Centre crop of ADM (Dhariwal & Nichol 2021), that of the reference statistics of ImageNet and of stage 2.
-
-    The image may have any size; a small one is enlarged.
-    """
-    image = _halve(image, size)
-    width, height, left, top = _centre(image, size)
-    image = _resize(image, (width, height), Image.Resampling.BICUBIC)
-    return image.crop((left, top, left + size, top + size))
-
-
 def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
     """Rows first, then columns, as Pillow always did. Pillow 13 chooses the order; that moves tall images' pixels by up to 20."""
     width, height = size
@@ -108,6 +97,15 @@ def _halve(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = _resize(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
     return image
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Centre crop of ADM (Dhariwal & Nichol 2021), that of the reference statistics of ImageNet and of stage 2.
+
+    The image may have any size; a small one is enlarged.
+    """
+    image = _halve(image, size)
+    return whole_crop(image, *_centre(image, size), size)
 
 
 def _centre(image: Image.Image, size: int) -> tuple[int, int, int, int]:
@@ -128,11 +126,22 @@ def _shorter_size(image: Image.Image, size: int) -> tuple[int, int]:
     return (size, longer) if image.width <= image.height else (longer, size)
 
 
-def resized_crop(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Tensor:
-    """The square at ``left``, ``top`` of a bicubic resize to ``width``×``height``, without resizing the rest.
+def random_corner(image: tuple[int, int], size: int, u_top: float, u_left: float) -> tuple[int, int]:
+    """Left and top of a square in an image of some width and height, all places being equally likely for draws in [0, 1)."""
+    width, height = image
+    if min(image) < size:
+        raise ValueError(f"size {size} is larger than the image, {width}×{height}; resize the image first")
+    return int(u_left * (width - size + 1)), int(u_top * (height - size + 1))
 
-    It is uint8 3×size×size, within 2 grey levels of Pillow's resize and crop.
-    """
+
+def whole_crop(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Image.Image:
+    """The square at ``left``, ``top`` of a bicubic resize to ``width``×``height``."""
+    image = _resize(image, (width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
+
+
+def resized_crop(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Tensor:
+    """The square of :func:`whole_crop`, within 2 grey levels, without resizing the rest; uint8 3×size×size."""
     # Rows that the square's rows are made of: the cubic filter reaches 2 pixels to each side, more when reducing.
     ratio = image.height / height
     reach = 2 * max(ratio, 1.0) + 1
@@ -152,20 +161,6 @@ def _resize_bytes(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray
         return pixels
     batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in this order, else torch takes it for channels-first
     return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
-
-
-def random_crop(image: Image.Image, size: int, u_top: float, u_left: float) -> Image.Image:
-    """The square of an image at a place given by two uniform draws in [0, 1), all positions being equally likely."""
-    left, top = _random_corner(image.size, size, u_top, u_left)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _random_corner(image: tuple[int, int], size: int, u_top: float, u_left: float) -> tuple[int, int]:
-    """Left and top of a square in an image of some width and height; raises ValueError where it is too small."""
-    width, height = image
-    if min(image) < size:
-        raise ValueError(f"size {size} is larger than the image, {width}×{height}; resize the image first")
-    return int(u_left * (width - size + 1)), int(u_top * (height - size + 1))
 
 
 def mirrored(u: float) -> bool:
@@ -230,22 +225,14 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """An RGB image and the seed of its draws to uint8 3×image_size×image_size."""
+        size = self.image_size
         # All three are always drawn: switching the flip on does not move the crops.
         u_top, u_left, u_flip = uniform([seed], (3,))[0].tolist()
-        pixels = self._exact(image, u_top, u_left) if self.exact else self._fast(image, u_top, u_left)
-        return pixels.flip(-1) if self.flip and mirrored(u_flip) else pixels
-
-    def _exact(self, image: Image.Image, u_top: float, u_left: float) -> Tensor:
-        if self.mode == "center_crop":
-            return to_tensor(center_crop(image, self.image_size))
-        return to_tensor(random_crop(resize_shorter(image, self.resize), self.image_size, u_top, u_left))
-
-    def _fast(self, image: Image.Image, u_top: float, u_left: float) -> Tensor:
-        size = self.image_size
         if self.mode == "center_crop":
             image = _halve(image, size)
-            width, height, left, top = _centre(image, size)
+            place = _centre(image, size)
         else:
-            width, height = _shorter_size(image, self.resize)
-            left, top = _random_corner((width, height), size, u_top, u_left)
-        return resized_crop(image, width, height, left, top, size)
+            resized = _shorter_size(image, self.resize)
+            place = (*resized, *random_corner(resized, size, u_top, u_left))
+        pixels = to_tensor(whole_crop(image, *place, size)) if self.exact else resized_crop(image, *place, size)
+        return pixels.flip(-1) if self.flip and mirrored(u_flip) else pixels

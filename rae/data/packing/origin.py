@@ -35,17 +35,13 @@ class Source:
 
 
 def find_sources(path: str | Path, synsets: str | Path | None = None) -> tuple[list[Source], list[str]]:
-    """All images of a folder or tar file, with their classes.
+    """All images of a folder or tar file, sorted by class and name, and the names of the classes.
 
     Args:
         path: A folder with one subfolder a class; a flat folder; a tar file of images; or a tar file that holds one tar file
             a class, such as ``ILSVRC2012_img_train.tar``.
         synsets: Labels of a flat folder or tar file, in the order of the images' names: a text file with one class name an
-            image, or the folder of ImageNet's devkit.
-
-    Returns:
-        The images, sorted by class and name, and the names of the classes; these are empty and all labels -1 where a flat
-        folder has no list.
+            image, or the folder of ImageNet's devkit. Without it a flat folder has no classes, and all labels are -1.
 
     Raises:
         FileNotFoundError: There is no such folder or file.

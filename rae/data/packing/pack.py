@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from rae.data.loader import BrokenFilesError, too_many_broken
+from rae.data.loader import check_share, first_line
 from rae.data.packing.origin import Source, find_sources
 from rae.data.shards import INDEX, index_name, read_index
 from rae.data.transforms import open_rgb, resize_shorter
@@ -142,7 +142,7 @@ def pack(
     writer = _Writer(plan, folder, [(shard, name) for shard, name in enumerate(names) if name not in packed])
     done = sum(shard.images + len(shard.broken) for shard in packed.values())
     # A DataLoader is a pool of processes that report errors and end with their parent.
-    pool = DataLoader(writer, batch_size=None, num_workers=num_workers, collate_fn=_unchanged, in_order=False)
+    pool = DataLoader(writer, batch_size=None, num_workers=num_workers, in_order=False)
     with tqdm(total=len(plan.sources), initial=done, desc="packing", unit=" image") as bar:
         for result in pool if len(writer) else ():
             if isinstance(result, str):
@@ -161,14 +161,9 @@ def pack(
     return index
 
 
-def _unchanged(result: Any) -> Any:
-    return result
-
-
 def _check_share(packed: Mapping[str, Packed], files: int, max_bad_share: float) -> None:
     broken = [name for shard in packed.values() for name, _ in shard.broken]
-    if len(broken) > max_bad_share * files:
-        raise BrokenFilesError(too_many_broken(len(broken), files, max_bad_share, broken, "max_bad_share"))
+    check_share(len(broken), files, max_bad_share, broken, "max_bad_share")
 
 
 def _index(shards: Sequence[Packed], classes: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +246,7 @@ class _Writer(Dataset["Packed | str"]):
                     try:
                         extension, content = self._content(source)
                     except Exception as error:  # decoders raise whatever they like on spoiled bytes
-                        broken.append((source.name, f"{type(error).__name__}: {error}".splitlines()[0]))
+                        broken.append((source.name, first_line(error)))
                         continue
                     key = f"{number:08d}"
                     names[key] = source.name
