@@ -84,12 +84,7 @@ class DigitsDataModule(ImageDataModule):
     """Handwritten digits: 1437 to train on, 360 held out for validation; see :class:`ImageDataModule` for the arguments."""
 
     def __init__(
-        self,
-        batch_size: int = 128,
-        num_workers: int = 0,
-        seed: int = 42,
-        image_size: int = 32,
-        num_classes: int = 10,
+        self, batch_size: int = 128, num_workers: int = 0, seed: int = 42, image_size: int = 32, num_classes: int = 10
     ) -> None:
         if num_classes != 10:
             raise ValueError(f"data.num_classes is 10 for the digits, got {num_classes}")

@@ -89,9 +89,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> BatchLoader:
         """Shuffled batches of this process; without a Trainer, always those of epoch 0."""
-        dataset = self._dataset("train")
-        if dataset is None:
-            raise ValueError("train_dataset() returned None; there is nothing to train on")
+        dataset = self._needed("train")
         # Overfitting means the same few batches in every epoch.
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         self._train_batches = self._batches(dataset, shuffle=not overfit, drop_last=True)
@@ -102,11 +100,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
         Without validation samples a Trainer gets no loader; where there is none, ValueError is raised.
         """
-        dataset = self._dataset("val")
-        if dataset is None:
-            if self.trainer is None:
-                raise ValueError("the data set has no validation samples; add data.val_path=/path/to/images")
+        if self._dataset("val") is None and self.trainer is not None:
             return []
+        dataset = self._needed("val")
         return self._loader("val", dataset, self._batches(dataset, shuffle=False, drop_last=False))
 
     def range_dataloader(self, split: str, ranges: Sequence[range], replace: bool = True) -> BatchLoader:
@@ -115,9 +111,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         Where an image cannot be read, another takes its place; ``replace=False`` leaves both out. A split without samples
         raises ValueError.
         """
-        dataset = self._dataset(split)
-        if dataset is None:
-            raise ValueError(f"the data set has no {split} samples; add data.{split}_path=/path/to/images")
+        dataset = self._needed(split)
         return self._loader(split, dataset, RangeBatchSampler(ranges, self.batch_size), replace)
 
     def samples(self, split: str) -> int:
@@ -210,6 +204,13 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if split not in self._datasets:
             self._datasets[split] = self.train_dataset() if split == "train" else self.val_dataset()
         return self._datasets[split]
+
+    def _needed(self, split: str) -> SeededDataset:
+        dataset = self._dataset(split)
+        if dataset is None:
+            name = {"train": "training", "val": "validation"}[split]
+            raise ValueError(f"the data set has no {name} samples; add data.{split}_path=/path/to/images")
+        return dataset
 
     def _batches(self, dataset: SeededDataset, shuffle: bool, drop_last: bool) -> ShardedBatchSampler:
         return ShardedBatchSampler(

@@ -108,11 +108,7 @@ class ReferenceBuilder(MetricGroup):
         return (index + 1) * self.kept // total != index * self.kept // total
 
     def update(self, images: Tensor, index: Tensor | None = None) -> None:
-        """Adds images uint8 B×3×H×W with their numbers in the data set, B; without these they are counted (one process only).
-
-        Raises:
-            ValueError: Images that are no bytes or of several sizes, or numbers outside 0…total−1.
-        """
+        """Adds images uint8 B×3×H×W with their numbers in the data set, B; without these they are counted (one process only)."""
         check_images(images)
         self._set_size((int(images.shape[2]), int(images.shape[3])))
         if index is None:
@@ -122,19 +118,13 @@ class ReferenceBuilder(MetricGroup):
         if self.total is not None and not (int(index.min()) >= 0 and int(index.max()) < self.total):
             raise ValueError(f"index must lie in 0…{self.total - 1}, got {int(index.min())}…{int(index.max())}")
         seen = self.features_of(images)
-        self.parts["pool"].update(seen.pool)
-        if "spatial" in self.parts:
-            self.parts["spatial"].update(seen.spatial)
+        self.feed(pool=seen.pool, spatial=seen.spatial)
         if "kept" in self.parts:
             chosen = self.chosen(index)
             self.parts["kept"].update(seen.pool[chosen.to(seen.pool.device)], index[chosen])
 
     def compute(self) -> Reference:
-        """The reference of the images of all processes.
-
-        Raises:
-            ValueError: Fewer than two images, another number than announced, or features that are not finite.
-        """
+        """The reference of the images of all processes; raises ValueError for another number than announced."""
         found = {name: part.compute() for name, part in self.parts.items()}
         count = found["pool"].samples
         if self.total is not None and count != self.total:

@@ -24,12 +24,9 @@ from rae.metric.functional.exact import exact_float32
 class Features(NamedTuple):
     """What a detector sees in B images; None where it has no such output."""
 
-    pool: Tensor
-    """Features of the image as a whole, B×D."""
-    spatial: Tensor | None = None
-    """Features of its places, flattened, B×S."""
-    probabilities: Tensor | None = None
-    """Class probabilities, B×K, rows sum to 1."""
+    pool: Tensor  # features of the image as a whole, B×D
+    spatial: Tensor | None = None  # features of its places, flattened, B×S
+    probabilities: Tensor | None = None  # of classes, B×K, rows sum to 1
 
 
 def check_images(images: Tensor, name: str = "images") -> Tensor:
@@ -58,12 +55,7 @@ class Detector(nn.Module, ABC):
     """
 
     def __init__(
-        self,
-        name: str,
-        width: int,
-        spatial_width: int | None = None,
-        classes: int | None = None,
-        batch_size: int = 64,
+        self, name: str, width: int, spatial_width: int | None = None, classes: int | None = None, batch_size: int = 64
     ) -> None:
         super().__init__()
         if width < 1 or batch_size < 1:

@@ -103,13 +103,8 @@ class GenerationMetrics(MetricGroup):
     def prepare(self, image_size: int, count: int | None = None, labels: Sequence[int] | None = None) -> None:
         """Checks all that can be before there are images, and computes what is missing of the reference.
 
-        Args:
-            image_size: Side of the images that will be scored, in pixels.
-            count: How many there will be; None where that is not known.
-            labels: Their classes; None where they are not known.
-
-        Raises:
-            ValueError: What :meth:`update` and :meth:`compute` would say of such images.
+        It raises what :meth:`update` and :meth:`compute` would say of ``count`` images of a side and labels, where these are
+        known.
         """
         if self.reference is not None:
             self.reference.check_size(image_size, image_size)
@@ -139,16 +134,10 @@ class GenerationMetrics(MetricGroup):
         return self._resolved
 
     def update(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> None:
-        """Adds generated images.
+        """Adds generated images uint8 B×3×H×W and the classes that they were asked to show, B.
 
-        Args:
-            images: uint8 B×3×H×W.
-            labels: Classes that they were asked to show, B.
-            index: Number of every sample among all that are drawn, B; with it the Inception Score's splits are the same
-                for any order and number of processes. None to count them.
-
-        Raises:
-            ValueError: Images that are no bytes or of another size than the reference's, or missing labels.
+        ``index`` is the number of every sample among all that are drawn, B; with it the Inception Score's splits are the same
+        for any order and number of processes. None counts them.
         """
         check_images(images)
         if self.reference is not None:
@@ -159,23 +148,14 @@ class GenerationMetrics(MetricGroup):
             )
         self._resolve()
         seen = self.features_of(images)
-        self.parts["pool"].update(seen.pool)
-        if "spatial" in self.parts:
-            self.parts["spatial"].update(seen.spatial)
+        self.feed(pool=seen.pool, spatial=seen.spatial, manifold=seen.pool)
         if "inception_score" in self.parts:
             self.parts["inception_score"].update(seen.probabilities, index)
-        if "manifold" in self.parts:
-            self.parts["manifold"].update(seen.pool)
-        if "labels" in self.parts and labels is not None:
-            self.parts["labels"].update(labels)
+        if labels is not None:
+            self.feed(labels=labels)
 
     def compute(self) -> dict[str, float]:
-        """All scores over the images of all processes, by name, and their number ``samples``.
-
-        Raises:
-            ValueError: Fewer samples than claimed, unbalanced classes where balance is claimed, or features that are
-                not finite.
-        """
+        """All scores over the images of all processes, by name, and their number ``samples``; not without what is claimed."""
         statistics = self._resolve()
         count = self.parts["pool"].compute().samples
         self._check_count(count)

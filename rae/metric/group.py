@@ -36,6 +36,12 @@ class MetricGroup(WrapperMetric):
         features: Features = self.detector.to(self.device)(images.to(self.device))
         return features
 
+    def feed(self, **values: Any) -> None:
+        """Updates the parts of these names, where there are such."""
+        for name, value in values.items():
+            if name in self.parts:
+                self.parts[name].update(value)
+
     def reset(self) -> None:
         """Forgets all images."""
         super().reset()

@@ -45,11 +45,7 @@ class InceptionScore(SummedMetric):
         self._seen = 0
 
     def update(self, probabilities: Tensor, index: Tensor | None = None) -> None:
-        """Adds class probabilities B×K and the number of every sample among all that are drawn, B; None counts them.
-
-        Raises:
-            ValueError: Another shape, or an index below 0 or beyond the room for splits.
-        """
+        """Adds class probabilities B×K and the number of every sample among all that are drawn, B; None counts them."""
         check_probabilities(probabilities)
         if index is None:
             world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -72,11 +68,7 @@ class InceptionScore(SummedMetric):
         self.count.index_add_(0, split, torch.ones_like(split))
 
     def compute(self) -> dict[str, float]:
-        """``inception_score`` and, over the splits, its ``inception_score_std``.
-
-        Raises:
-            ValueError: No sample, probabilities that are not finite, or a split of too many samples.
-        """
+        """``inception_score`` and, over the splits, its ``inception_score_std``."""
         most = int(self.count.max())
         if most > self.split_size:
             raise ValueError(

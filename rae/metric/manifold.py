@@ -70,11 +70,7 @@ class ManifoldMetrics(Metric):
         self.features.append(check_width(features, self.width).detach().float())
 
     def compute(self) -> dict[str, float]:
-        """All scores over the samples of all processes, by name.
-
-        Raises:
-            ValueError: There is no reference, too few samples, or features that are not finite.
-        """
+        """All scores over the samples of all processes, by name."""
         if self.reference is None:
             raise ValueError(f"{', '.join(self.names)} need features of a reference: call set_reference first")
         own = torch.cat(self.features) if self.features else torch.empty(0, self.width)

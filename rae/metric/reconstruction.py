@@ -118,11 +118,7 @@ class ReconstructionMetrics(MetricGroup):
         return stored
 
     def update(self, images: Tensor, originals: Tensor) -> None:
-        """Adds reconstructions and the images they should equal, both B×3×H×W, uint8 or float in [0, 1].
-
-        Raises:
-            ValueError: Other types, shapes or ranges, or images of another size than the reference's.
-        """
+        """Adds reconstructions and the images they should equal, both B×3×H×W, uint8 or float in [0, 1]."""
         images = _to_bytes(images, "images").to(self.device)
         originals = _to_bytes(originals, "originals", checked=True).to(self.device)
         if images.shape != originals.shape:
@@ -152,11 +148,7 @@ class ReconstructionMetrics(MetricGroup):
             return self.perceptual(images, originals).flatten()
 
     def compute(self) -> dict[str, float]:
-        """``psnr``, ``ssim``, ``lpips``, ``rfid`` (``rfd_<detector>`` for others), and the number of ``images``.
-
-        Raises:
-            ValueError: No image, or scores or features that are not finite.
-        """
+        """``psnr``, ``ssim``, ``lpips``, ``rfid`` (``rfd_<detector>`` for others), and the number of ``images``."""
         scores: dict[str, float] = dict(self.parts["means"].compute())
         count = scores.pop("images")
         if self.detector is not None:

@@ -159,7 +159,7 @@ class Reference:
             if self.has_images:
                 rank_zero_warn(
                     f"reference {self.name} was made with another detector than {detector.name!r} (hash {made_by[:12]}…, here "
-                    f"{detector.hash[:12]}…); its numbers are computed anew from the images that it holds, which may be fewer",
+                    f"{detector.hash[:12]}…); its numbers are computed anew from the images that it holds, which may be fewer"
                 )
             return Statistics()
         widths = [(stored.moments, detector.width), (stored.spatial, detector.spatial_width)]
@@ -285,16 +285,11 @@ def _info(path: Path, known: dict[str, Any], kind: str | None, size: tuple[int, 
         )
     if stated is not None and kind is not None and stated != kind:
         raise ValueError(f"reference {str(path)!r} is of kind {stated!r}, not {kind!r}")
-    fields = {key: known[key] for key in ReferenceInfo.__dataclass_fields__ if key in known and key != "kind"}
-    if fields.get("image_size") is not None:
-        fields["image_size"] = tuple(fields["image_size"])
-        if size is not None and fields["image_size"] != size:
-            raise ValueError(
-                f"reference {str(path)!r} says {fields['image_size']}, but its images are {size}; build it again"
-            )
-    else:
-        fields["image_size"] = size
-    return ReferenceInfo(kind=stated or str(kind), **fields)
+    fields = {key: known[key] for key in ReferenceInfo.__dataclass_fields__ if key in known}
+    said = None if fields.get("image_size") is None else tuple(fields["image_size"])
+    if said is not None and size is not None and said != size:
+        raise ValueError(f"reference {str(path)!r} says {said}, but its images are {size}; build it again")
+    return ReferenceInfo(**{**fields, "kind": stated or kind, "image_size": said or size})
 
 
 def _moments(path: Path, held: dict[str, np.ndarray], suffix: str, count: int) -> Moments | None:

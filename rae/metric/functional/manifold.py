@@ -87,14 +87,10 @@ def _smallest(distances: Tensor, count: int) -> Tensor:
 class Overlap:
     """Which points of two sets lie in balls of the other."""
 
-    samples_inside: int
-    """Samples in at least one reference ball."""
-    pairs_inside: int
-    """Pairs of a sample and a reference ball that holds it."""
-    reference_inside: Tensor
-    """Whether each reference point lies in at least one sample ball, bool M."""
-    reference_covered: Tensor
-    """Whether each reference ball holds at least one sample, bool M."""
+    samples_inside: int  # samples in at least one reference ball
+    pairs_inside: int  # pairs of a sample and a reference ball that holds it
+    reference_inside: Tensor  # whether each reference point lies in at least one sample ball, bool M
+    reference_covered: Tensor  # whether each reference ball holds at least one sample, bool M
 
 
 def overlap(
