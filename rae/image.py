@@ -13,20 +13,15 @@ from torch import Tensor
 
 from rae.io.files import write_atomically
 
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+"""How the names of image files end, in small letters."""
+
 QUANTIZE = ("floor", "round")
 """How grey levels between two bytes become one: the lower one, of which all published scores are, or the nearer one."""
 
 
 def to_uint8(images: Tensor, quantize: str = "floor") -> Tensor:
-    """Float images in [0, 1] (values outside are clamped) as bytes, shape unchanged.
-
-    Args:
-        images: Floating-point, of any shape.
-        quantize: ``floor`` or ``round``, see :data:`QUANTIZE`.
-
-    Raises:
-        ValueError: An unknown rule.
-    """
+    """Float images in [0, 1] of any shape (values outside are clamped) as bytes, by one of the rules :data:`QUANTIZE`."""
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize={quantize!r} is unknown; choose {' or '.join(QUANTIZE)}")
     levels = images.clamp(0, 1).mul(255)
@@ -34,11 +29,7 @@ def to_uint8(images: Tensor, quantize: str = "floor") -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Bytes to float32 in [0, 1]; floating-point images, which are in [0, 1] already, pass unchanged.
-
-    Raises:
-        TypeError: Any other type.
-    """
+    """Bytes to float32 in [0, 1]; floating-point images, which are in [0, 1] already, pass unchanged."""
     if images.is_floating_point():
         return images
     if images.dtype != torch.uint8:
@@ -47,19 +38,11 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def latent_colours(latents: Tensor) -> Tensor:
-    """Latents as pictures: their first three principal components over all places of the batch as red, green and blue.
+    """Latents B×C×h×w as pictures uint8 B×3×h×w: their first three principal components as red, green and blue.
 
     One set of components and one scale serve the whole batch, so that equal colours are equal features in all pictures. From the
-    1st to the 99th percentile a component's values fill the range; its sign is that of its largest weight.
-
-    Args:
-        latents: B×C×h×w, at least three channels and three places.
-
-    Returns:
-        Pictures uint8 B×3×h×w, one pixel a token.
-
-    Raises:
-        ValueError: Another shape, fewer channels or places, or values that are not finite.
+    1st to the 99th percentile a component's values fill the range; its sign is that of its largest weight. Fewer than three
+    channels or places, or values that are not finite, raise ValueError.
     """
     if latents.ndim != 4 or latents.shape[1] < 3 or latents.numel() < 3 * latents.shape[1]:
         raise ValueError(
@@ -79,20 +62,10 @@ def latent_colours(latents: Tensor) -> Tensor:
 
 
 def make_grid(images: Tensor, columns: int, scale: int = 1, captions: Sequence[str] | None = None) -> Tensor:
-    """Lays images out row by row on a white ground.
+    """Lays images uint8 B×3×H×W out row by row on a white ground, one picture uint8 3×H'×W'.
 
-    Args:
-        images: uint8 B×3×H×W.
-        columns: Images in a row.
-        scale: Every pixel becomes a square of this side, so that small images can be looked at.
-        captions: A short text under every image; None for none.
-
-    Returns:
-        One picture, uint8 3×H'×W'.
-
-    Raises:
-        ValueError: ``images`` is no uint8 batch of RGB images, ``columns`` or ``scale`` is below 1, or there is another number of
-            captions than of images.
+    Every pixel becomes a square of side ``scale``, so that small images can be looked at; captions are short texts under every
+    image.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 of shape B×3×H×W, got {images.dtype} {tuple(images.shape)}")
@@ -135,20 +108,7 @@ def _write_texts(
 
 
 def label_rows(rows: Sequence[Tensor], labels: Sequence[str], columns: int, scale: int = 1) -> Tensor:
-    """A grid with a label before each row.
-
-    Args:
-        rows: Images uint8 n×3×H×W of each row, all of one size.
-        labels: Text of each row.
-        columns: Images that a row has room for.
-        scale: See :func:`make_grid`.
-
-    Returns:
-        One picture, uint8 3×H'×W'.
-
-    Raises:
-        ValueError: Another number of labels than of rows.
-    """
+    """A grid of rows of images uint8 n×3×H×W, for ``columns`` of which there is room, with a label before each row."""
     if len(rows) != len(labels) or not rows:
         raise ValueError(f"every row needs its label: {len(rows)} rows, {len(labels)} labels")
     blank = torch.full((1, *rows[0].shape[1:]), 255, dtype=torch.uint8)
@@ -177,10 +137,5 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_png(image: Tensor, path: str | Path) -> Path:
-    """Writes one uint8 3×H×W image as PNG, atomically.
-
-    Args:
-        image: uint8 3×H×W.
-        path: The file; its folder is made.
-    """
+    """Writes one uint8 3×H×W image as PNG, atomically."""
     return write_atomically(path, lambda file: to_pil(image).save(file, format="PNG"))

@@ -22,7 +22,7 @@ from rae.data.loader import BrokenFiles, BrokenFilesError, Names
 from rae.data.packing.origin import find_sources
 from rae.data.packing.pack import ShardPlan, pack
 from rae.data.shards import ShardsDataModule, TarShards, read_index
-from rae.data.transforms import ImageTransform
+from rae.data.transforms import ImageTransform, open_for
 from tests.small_images import COUNT, overrides, run, write_images
 
 TRANSFORM = ImageTransform(16, "center_crop")
@@ -329,9 +329,9 @@ def test_exact_is_torchvisions_loader(tmp_path):
     Image.fromarray(rng.integers(0, 256, (30, 40, 4), dtype=np.uint8), "RGBA").save(clear)
     for path in (turned, clear):
         plain, kind = pil_loader(str(path)), ImageTransform(16, "center_crop")
-        assert np.array_equal(ImageTransform(16, "center_crop", exact=True).open(path), plain)
-        assert not np.array_equal(kind.open(path), plain)
-    assert kind.open(turned).size == (30, 40)
+        assert np.array_equal(open_for(ImageTransform(16, "center_crop", exact=True), path), plain)
+        assert not np.array_equal(open_for(kind, path), plain)
+    assert open_for(kind, turned).size == (30, 40)
     with pytest.raises(ValueError, match=r"data\.fast_decode=true .* choose one"):
         ImageTransform(16, exact=True, fast_decode=True)
 

@@ -10,13 +10,14 @@ from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from rae.io.hub import cached_file, find_file
 from rae.metric import (
     CallableDetector,
     EncoderDetector,
     GenerationMetrics,
     InceptionDetector,
 )
-from rae.metric.inception import INCEPTION_URL, find_weights
+from rae.metric.inception import INCEPTION_URL
 from tests.small_images import images_of, reference_of
 
 # --- detectors ---------------------------------------------------------------------------------------------------
@@ -70,9 +71,10 @@ def test_missing_inception_weights_are_explained(tmp_path, monkeypatch):
         InceptionDetector()
     with pytest.raises(FileNotFoundError, match="does not exist"):
         InceptionDetector(str(tmp_path / "none.pth"))
-    cached = tmp_path / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
+    cached = cached_file(INCEPTION_URL)
+    assert cached.parent == tmp_path / "checkpoints"
     cached.write_bytes(b"")
-    assert find_weights() == cached
+    assert find_file(None, INCEPTION_URL, "weights", "checkpoint=…") == cached
     torch.save({"fc.bias": torch.zeros(3)}, cached)
     with pytest.raises(ValueError, match="does not fit InceptionV3"):
         InceptionDetector()

@@ -42,6 +42,7 @@ def test_psnr_is_the_mean_over_images():
     scores = metric.compute()
     assert scores["psnr"] == pytest.approx(float(np.mean(expected)), rel=1e-6)
     assert scores["images"] == 12
+    assert metric.compute() == scores
 
 
 def test_a_known_error_has_a_known_ratio():

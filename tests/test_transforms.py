@@ -13,8 +13,9 @@ from rae.data.transforms import (
     ImageTransform,
     center_crop,
     flip_of,
+    open_for,
     open_rgb,
-    random_crop,
+    random_corner,
     resize_shorter,
     resized_crop,
     to_tensor,
@@ -115,15 +116,12 @@ def test_resize_shorter_truncates_the_longer_side():
     assert resize_shorter(noise(11, 7), 16).size == (25, 16)
 
 
-def test_random_crop_covers_all_positions_evenly():
-    image = noise(10, 9)
-    pixels = np.array(image)
+def test_random_crops_cover_all_positions_evenly():
     for top in range(2):
         for left in range(3):
-            crop = random_crop(image, 8, (top + 0.999) / 2, left / 3 + 1e-6)
-            assert np.array_equal(crop, pixels[top : top + 8, left : left + 8])
+            assert random_corner((10, 9), 8, (top + 0.999) / 2, left / 3 + 1e-6) == (left, top)
     with pytest.raises(ValueError, match="size 11 is larger than the image, 10×9"):
-        random_crop(image, 11, 0, 0)
+        random_corner((10, 9), 11, 0, 0)
 
 
 # --- resizing no more than the crop ------------------------------------------------------------------------------
@@ -177,7 +175,9 @@ def test_exact_is_pillows_to_the_last_bit():
     image = noise(130, 77)
     assert torch.equal(ImageTransform(16, "center_crop", exact=True)(image, 3), to_tensor(center_crop(image, 16)))
     u_top, u_left, u_flip = uniform([3], (3,))[0].tolist()
-    expected = to_tensor(random_crop(image.resize((40, 24), Image.Resampling.BICUBIC), 16, u_top, u_left))
+    left, top = random_corner((40, 24), 16, u_top, u_left)
+    resized = image.resize((40, 24), Image.Resampling.BICUBIC)
+    expected = to_tensor(resized.crop((left, top, left + 16, top + 16)))
     assert torch.equal(
         ImageTransform(16, flip=True, exact=True)(image, 3), expected.flip(-1) if u_flip < 0.5 else expected
     )
@@ -197,17 +197,18 @@ def test_fast_decode_reduces_large_jpegs_alone():
     wanted = {16: (125, 88), 100: (250, 175), 200: (500, 350), 400: (1000, 700)}
     for size, expected in wanted.items():
         transform = ImageTransform(size, "center_crop", fast_decode=True)
-        assert transform.open(io.BytesIO(file.getvalue())).size == expected
-        assert transform.open(io.BytesIO(png.getvalue())).size == (1000, 700)
-        assert ImageTransform(size, "center_crop").open(io.BytesIO(file.getvalue())).size == (1000, 700)
-    assert ImageTransform(100, "random_crop", fast_decode=True).open(file).size == (250, 175)  # shorter side to 150
+        assert open_for(transform, io.BytesIO(file.getvalue())).size == expected
+        assert open_for(transform, io.BytesIO(png.getvalue())).size == (1000, 700)
+        assert open_for(ImageTransform(size, "center_crop"), io.BytesIO(file.getvalue())).size == (1000, 700)
+    transform = ImageTransform(100, "random_crop", fast_decode=True)  # of a shorter side of 150
+    assert open_for(transform, file).size == (250, 175)
 
 
 def test_reduced_jpegs_look_the_same():
     file = io.BytesIO()
     photo(1000, 700).save(file, format="JPEG", quality=95)
     fast, whole = (ImageTransform(100, "center_crop", fast_decode=fast) for fast in (True, False))
-    difference = fast(fast.open(io.BytesIO(file.getvalue())), 0).int() - whole(whole.open(file), 0).int()
+    difference = fast(open_for(fast, io.BytesIO(file.getvalue())), 0).int() - whole(open_for(whole, file), 0).int()
     assert 0 < difference.abs().double().mean() < 4
 
 

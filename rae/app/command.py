@@ -19,8 +19,9 @@ from rae.autoencoder import RAE
 from rae.cli.models import open_model
 from rae.data.folder import class_folders
 from rae.io.errors import ConfigError
+from rae.io.hub import cached_file
 from rae.jobs.processes import pick_device, set_float32
-from rae.loss.perceptual import PerceptualLoss, cached_vgg
+from rae.loss.perceptual import VGG_URL, PerceptualLoss
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ def open_perceptual(vgg_checkpoint: str | None) -> PerceptualLoss | None:
     Args:
         vgg_checkpoint: Their file; None for torch's hub cache.
     """
-    if vgg_checkpoint is None and not cached_vgg().is_file():
-        log.info("no LPIPS: VGG-16 is not in %s; vgg_checkpoint=… names another file", cached_vgg())
+    if vgg_checkpoint is None and not cached_file(VGG_URL).is_file():
+        log.info("no LPIPS: VGG-16 is not in %s; vgg_checkpoint=… names another file", cached_file(VGG_URL))
         return None
     return PerceptualLoss(vgg_checkpoint)
 

@@ -16,10 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from rae.autoencoder import RAE
 from rae.cli.checks import check_metric, check_paths
-from rae.cli.config import check_complete, differing, plain
+from rae.cli.config import check_complete, plain
 from rae.formats import Bundle, read
 from rae.formats.bundle import assemble_autoencoder
 from rae.io.errors import ConfigError
+from rae.io.files import differing
 from rae.jobs.processes import processes_of, set_float32
 from rae.training.precision import XLAMixedPrecision, check_precision
 

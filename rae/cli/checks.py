@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from rae.io.errors import ConfigError
+from rae.io.errors import ConfigError, no_train_path
 
 
 def check_metric(node: DictConfig | None) -> bool:
@@ -99,12 +99,7 @@ def check_files(cfg: DictConfig, config: str) -> None:
     data = cfg.get("data")
     if config in _TRAINS_ON and isinstance(data, DictConfig) and not data._is_none():
         if str(data.get("_target_")).startswith("rae.data.") and data.get("train_path", "") is None:
-            wanted = {
-                "LatentsDataModule": "/path/to/latents/train",
-                "ShardsDataModule": "'/path/to/train-{0000..0146}.tar'",
-            }
-            example = wanted.get(str(data["_target_"]).rpartition(".")[2], "/path/to/imagenet/train")
-            raise ConfigError(f"data.train_path is not given; add data.train_path={example}")
+            raise no_train_path(str(data["_target_"]).rpartition(".")[2])
         check_paths(data)
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rae.cli.checks import WEIGHT_FILES
 from rae.cli.groups import command_files, conf_dir
 from rae.io.errors import ConfigError
-from rae.io.files import write_atomically
+from rae.io.files import differing, write_atomically
 
 _PATHS = (
     *(
@@ -110,20 +110,6 @@ def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> N
             f"{folder} holds a run that cannot be continued: {'; '.join(changes[:_LISTED])}{more}. "
             "Choose another name=… or output_dir=…, or go on regardless with resume=FILE.ckpt"
         )
-
-
-def differing(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:
-    """Keys whose values differ, with both values.
-
-    Args:
-        old: Values, or containers of them.
-        new: The same of now.
-        key: Dotted key of both.
-    """
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = sorted(old.keys() | new.keys())
-        return [found for name in names for found in differing(old.get(name), new.get(name), f"{key}.{name}")]
-    return [] if old == new else [(key, old, new)]
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

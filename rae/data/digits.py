@@ -24,13 +24,9 @@ Split = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 @cache
 def load_split(split: str) -> Split:
-    """Grey values and labels of one part of the digits.
+    """Pixels N×64 in 0..16 and labels N of ``train`` (1437 digits) or ``held_out`` (360).
 
-    Args:
-        split: ``train`` (1437 digits) or ``held_out`` (360).
-
-    Returns:
-        Pixels N×64 in 0..16 and labels N. The arrays are shared: do not write to them.
+    The arrays are shared: do not write to them.
 
     Raises:
         ValueError: An unknown part, or scikit-learn is not installed.
@@ -62,12 +58,7 @@ def _held_out(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 class DigitsDataset(SeededDataset):
-    """Digits enlarged to RGB images, held in memory, without augmentation.
-
-    Args:
-        split: ``train`` or ``held_out``.
-        image_size: Side of the images, in pixels.
-    """
+    """Digits, see :func:`load_split`, enlarged to RGB images, held in memory, without augmentation."""
 
     def __init__(self, split: str, image_size: int) -> None:
         pixels, labels = load_split(split)
@@ -90,26 +81,10 @@ def _enlarge(values: NDArray[np.float64], size: int) -> Tensor:
 
 
 class DigitsDataModule(ImageDataModule):
-    """Handwritten digits: 1437 to train on, 360 held out for validation.
-
-    Args:
-        batch_size: Samples per process and step.
-        num_workers: Processes that load ahead; none is needed.
-        seed: The run's seed: the order.
-        image_size: Side of the images, in pixels.
-        num_classes: Number of classes, 10.
-
-    Raises:
-        ValueError: A number that is out of range.
-    """
+    """Handwritten digits: 1437 to train on, 360 held out for validation; see :class:`ImageDataModule` for the arguments."""
 
     def __init__(
-        self,
-        batch_size: int = 128,
-        num_workers: int = 0,
-        seed: int = 42,
-        image_size: int = 32,
-        num_classes: int = 10,
+        self, batch_size: int = 128, num_workers: int = 0, seed: int = 42, image_size: int = 32, num_classes: int = 10
     ) -> None:
         if num_classes != 10:
             raise ValueError(f"data.num_classes is 10 for the digits, got {num_classes}")

@@ -5,23 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from PIL import Image
-
 from rae.data.loader import ImageFiles, Names
-from rae.data.module import ImageDataModule, given_train_path
+from rae.data.module import StoredDataModule
 from rae.data.transforms import ImageTransform
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+from rae.image import IMAGE_ENDINGS
 
 
 class ImageFolder(ImageFiles):
-    """Images below a folder; the subfolders, sorted by name, are the classes 0, 1, ….
+    """Images at any depth below a folder; its subfolders, sorted by name, are the classes 0, 1, ….
 
-    Args:
-        root: The folder: of class subfolders, or, with ``unlabelled``, of images at any depth.
-        transform: Makes an opened image a square of bytes.
-        unlabelled: True gives all images label 0. A folder without subfolders is always unlabelled.
-        max_bad_share: Largest share of unreadable files.
+    ``unlabelled`` gives all images label 0; a folder without subfolders is always unlabelled.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -48,13 +41,9 @@ class ImageFolder(ImageFiles):
                 )
             found += [(file, label) for file in files]
         if not found:
-            raise ValueError(f"{str(self.root)!r} holds no image; known endings are {', '.join(sorted(SUFFIXES))}")
+            raise ValueError(f"{str(self.root)!r} holds no image; known endings are {', '.join(IMAGE_ENDINGS)}")
         self.files = Names([file for file, _ in found])
         super().__init__([label for _, label in found], transform, max_bad_share)
-
-    def open(self, position: int) -> Image.Image:
-        """The image file at a position."""
-        return self.transform.open(self.name(position))
 
     def name(self, position: int) -> str:
         """Its path."""
@@ -67,12 +56,7 @@ def class_folders(root: Path) -> list[str]:
 
 
 def image_files(root: Path, below: str) -> list[str]:
-    """Image files at any depth below a subfolder, as sorted paths relative to the root; hidden files and folders are left out.
-
-    Args:
-        root: The folder that the paths are relative to.
-        below: Name of the subfolder; empty for the whole folder.
-    """
+    """Image files at any depth below a subfolder, or "", as sorted paths relative to the root; hidden ones are left out."""
     files = []
     for folder, folders, names in os.walk(root / below, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails and the like
@@ -80,36 +64,18 @@ def image_files(root: Path, below: str) -> list[str]:
         files += [
             os.path.normpath(os.path.join(relative, name))
             for name in names
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+            if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS and not name.startswith(".")
         ]
     return sorted(files)
 
 
-class ImageFolderDataModule(ImageDataModule):
-    """Images in folders, for training and validation.
+class ImageFolderDataModule(StoredDataModule):
+    """Images in folders, one subfolder a class; see :class:`StoredDataModule` for the arguments that all data have.
 
-    Args:
-        train_path: Folder of the training images, one subfolder a class.
-        val_path: The same for validation; None for none. Validation images are cropped from the centre, unflipped.
-        batch_size: Samples per process and step.
-        num_workers: Processes that load ahead.
-        seed: The run's seed: order and augmentation.
-        image_size: Side of the squares, in pixels.
-        num_classes: Number of classes.
-        mode: ``random_crop`` or ``center_crop``, see :class:`~rae.data.transforms.ImageTransform`.
-        resize: Shorter side before a random crop; None for 1.5 times ``image_size``.
-        flip: Whether to mirror every other training image.
-        unlabelled: True gives all images label 0, whatever the subfolders.
-        max_bad_share: Largest share of unreadable files.
-        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
-        exact: Whether training images are opened and resized exactly as the original does; validation images always are.
-        fast_decode: Whether large JPEGs are decoded at a fraction of their size; never for validation.
-
-    Raises:
-        ValueError: Neither path is given, or an argument is out of range.
+    ``mode``, ``resize``, ``flip``, ``exact`` and ``fast_decode`` say how training images are cropped, see
+    :class:`~rae.data.transforms.ImageTransform`; those for validation are cropped from the centre, exactly and unflipped.
+    ``unlabelled`` gives all images label 0, whatever the subfolders.
     """
-
-    what = "/path/to/imagenet/train (a folder with one subfolder a class)"
 
     def __init__(
         self,
@@ -129,30 +95,17 @@ class ImageFolderDataModule(ImageDataModule):
         exact: bool = False,
         fast_decode: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, image_size, num_classes, pin_memory, max_bad_share)
-        self.train_path = train_path
-        self.val_path = val_path
+        common = (batch_size, num_workers, seed, image_size, num_classes, pin_memory, max_bad_share)
+        super().__init__(train_path, val_path, *common)
         self.unlabelled = unlabelled
         self.train_transform = ImageTransform(image_size, mode, resize, flip, exact, fast_decode)
         self.val_transform = ImageTransform(image_size, "center_crop", exact=True)
-        if val_path is None:
-            given_train_path(train_path, self.what)
 
-    def train_dataset(self) -> ImageFiles:
-        """The images of ``train_path``."""
-        return self._images(given_train_path(self.train_path, self.what), self.train_transform)
-
-    def val_dataset(self) -> ImageFiles | None:
-        """The images of ``val_path``, if given.
-
-        Raises:
-            ValueError: A class has another number there than in ``train_path``.
-        """
-        if self.val_path is None:
-            return None
-        images = self._images(self.val_path, self.val_transform)
-        if self.train_path is not None and not self.unlabelled:
-            self._check_classes(self._class_names(self.train_path), self._class_names(self.val_path))
+    def at(self, path: str, train: bool) -> ImageFiles:
+        """The images at a path; raises ValueError where a class has another number for validation than for training."""
+        images = self._images(path, self.train_transform if train else self.val_transform)
+        if not train and self.train_path is not None and not self.unlabelled:
+            self._check_classes(self._class_names(self.train_path), self._class_names(path))
         return images
 
     @property

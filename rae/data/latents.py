@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rae.data.loader import Sample, SeededDataset
-from rae.data.module import ImageDataModule, given_train_path
+from rae.data.module import StoredDataModule
 from rae.data.transforms import flip_of
 from rae.io.files import parse_json
 
@@ -26,11 +26,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class CachedLatents(SeededDataset):
-    """Latents of one folder, as the encoder made them: not normalised.
+    """Latents of one folder that ``rae-cache-latents`` wrote, as the encoder made them: not normalised.
 
-    Args:
-        folder: Folder that ``rae-cache-latents`` wrote.
-        flip: Whether every other sample is that of the mirrored image, by the same draws as with images.
+    ``flip`` makes every other sample that of the mirrored image, by the same draws as with images.
 
     Raises:
         FileNotFoundError: The folder, its description or one of its files is missing.
@@ -74,11 +72,7 @@ class CachedLatents(SeededDataset):
         return {**self.__dict__, "_files": {}}  # open files stay with the process that opened them
 
     def load(self, index: int, seed: int) -> Sample:
-        """The latent C×h×w at a position, in the precision that it was stored with.
-
-        Raises:
-            ValueError: The file is damaged.
-        """
+        """The latent C×h×w at a position, in the precision that it was stored with; raises ValueError where it is damaged."""
         part, row = divmod(index, int(self.index["part"]))
         path = self.folder / self.index["files"][part]["file"]
         name = "mirrored" if self.flip and flip_of(seed) else "latent"
@@ -107,12 +101,7 @@ _REMEDY = f"remove it and {INDEX}, and run rae-cache-latents again: it makes onl
 
 
 def checksums(latents: Tensor, labels: Tensor) -> Tensor:
-    """CRC-32 of every latent with its label, int64 n; the polynomial tells any damage of up to 32 neighbouring bits.
-
-    Args:
-        latents: n×C×h×w as they are stored, of any type.
-        labels: int64 n.
-    """
+    """CRC-32, int64 n, of every latent n×C×h×w as it is stored with its label; tells damage of up to 32 neighbouring bits."""
     rows = latents.contiguous().flatten(1).view(torch.uint8).numpy()
     return torch.tensor(
         [zlib.crc32(row, int(label) & 0xFFFFFFFF) for row, label in zip(rows, labels.tolist(), strict=True)]
@@ -125,59 +114,40 @@ _KINDS = {**dict.fromkeys(_NUMBERS, int), "files": list, "encoder": dict, "shape
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The description of a folder of latents.
-
-    Args:
-        folder: What ``rae-cache-latents`` wrote.
-
-    Raises:
-        ValueError: It is damaged.
-    """
+    """The description of a folder of latents; raises ValueError where it is damaged."""
     path = folder / INDEX
     index = parse_json(path.read_bytes(), str(path))
-    fault = "no mapping" if not isinstance(index, dict) else ""
-    if not fault:
-        missing = [key for key in (*_NUMBERS, "files") if key not in index]
-        wrong = [*missing, *(key for key, kind in _KINDS.items() if key in index and type(index[key]) is not kind)]
-        fault = f"no usable {', '.join(wrong)}" if wrong else ""
-    if not fault and index.get("flips") not in ("none", "both"):
-        fault = f"flips={index.get('flips')!r}"
-    if not fault and not (index["part"] > 0 and -(-index["latents"] // index["part"]) == len(index["files"]) > 0):
-        fault = f"{index['latents']} latents, {index['part']} in a file, in {len(index['files'])} files"
-    if not fault:
-        names = [file.get("file") if isinstance(file, dict) else None for file in index["files"]]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            fault = "names that are of no files in this folder"  # it reads nothing outside
-        elif not all(isinstance(file.get("bytes"), int) for file in index["files"]):
-            fault = "files without their bytes"
-    if fault:
+    if fault := _fault_of(index):
         raise ValueError(
             f"{str(path)!r} is no description of latents: {fault}; remove it and run rae-cache-latents again"
         )
     return dict(index)
 
 
-class LatentsDataModule(ImageDataModule):
+def _fault_of(index: Any) -> str:
+    """What is wrong with a description; empty where nothing is."""
+    if not isinstance(index, dict):
+        return "no mapping"
+    missing = [key for key in (*_NUMBERS, "files") if key not in index]
+    if wrong := [*missing, *(key for key, kind in _KINDS.items() if key in index and type(index[key]) is not kind)]:
+        return f"no usable {', '.join(wrong)}"
+    if index.get("flips") not in ("none", "both"):
+        return f"flips={index.get('flips')!r}"
+    files, part = index["files"], index["part"]
+    if not (part > 0 and -(-index["latents"] // part) == len(files) > 0):
+        return f"{index['latents']} latents, {part} in a file, in {len(files)} files"
+    names = [file.get("file") if isinstance(file, dict) else None for file in files]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):  # it reads nothing outside
+        return "names that are of no files in this folder"
+    return "" if all(isinstance(file.get("bytes"), int) for file in files) else "files without their bytes"
+
+
+class LatentsDataModule(StoredDataModule):
     """Cached latents in place of images: batches hold ``latent`` B×C×h×w instead of ``image``.
 
-    Order, flips and the position within an epoch are those of the images that they were made of.
-
-    Args:
-        train_path: Folder of the training latents, from ``rae-cache-latents``.
-        val_path: The same for validation; None for none.
-        batch_size: Samples per process and step.
-        num_workers: Processes that load ahead.
-        seed: The run's seed: order and flips.
-        image_size: Side of the images that were encoded, in pixels.
-        num_classes: Number of classes.
-        flip: Whether every other training sample is that of the mirrored image.
-        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
-
-    Raises:
-        ValueError: Neither path is given, or an argument is out of range.
+    Order, flips and the position within an epoch are those of the images that they were made of. ``flip`` makes every other
+    training sample that of the mirrored image; see :class:`StoredDataModule` for the other arguments.
     """
-
-    what = "/path/to/latents/train (rae-cache-latents makes them)"
 
     def __init__(
         self,
@@ -191,25 +161,8 @@ class LatentsDataModule(ImageDataModule):
         flip: bool = True,
         pin_memory: bool = True,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, image_size, num_classes, pin_memory)
-        if val_path is None:
-            given_train_path(train_path, self.what)
-        self.train_path = train_path
-        self.val_path = val_path
+        super().__init__(train_path, val_path, batch_size, num_workers, seed, image_size, num_classes, pin_memory)
         self.flip = flip
-
-    def train_dataset(self) -> CachedLatents:
-        """The latents of ``train_path``.
-
-        Raises:
-            ValueError: ``train_path`` is not given, or the latents are of other images or without mirrored copies.
-            FileNotFoundError: There are none.
-        """
-        return self._latents(given_train_path(self.train_path, self.what), self.flip)
-
-    def val_dataset(self) -> CachedLatents | None:
-        """The latents of ``val_path``, if given."""
-        return None if self.val_path is None else self._latents(self.val_path, flip=False)
 
     @property
     def class_names(self) -> list[str]:
@@ -220,8 +173,9 @@ class LatentsDataModule(ImageDataModule):
             else list(read_index(Path(self.train_path).expanduser()).get("class_names", []))
         )
 
-    def _latents(self, path: str, flip: bool) -> CachedLatents:
-        latents = CachedLatents(path, flip)
+    def at(self, path: str, train: bool) -> CachedLatents:
+        """The latents at a path; raises ValueError where they are of other images or without mirrored copies."""
+        latents = CachedLatents(path, self.flip and train)
         index = latents.index
         if index["image_size"] != self.image_size:
             raise ValueError(
@@ -235,13 +189,9 @@ class LatentsDataModule(ImageDataModule):
         return latents
 
     def check_encoder(self, differences: Callable[[Mapping[str, Any]], str]) -> None:
-        """Refuses an encoder whose latents these are not.
+        """Raises ValueError for an encoder whose latents these are not; names what differs.
 
-        Args:
-            differences: Tells the encoder from a described one, see :meth:`rae.encoder.Encoder.differences`.
-
-        Raises:
-            ValueError: Names what differs.
+        ``differences`` tells the encoder from a described one, see :meth:`rae.encoder.Encoder.differences`.
         """
         for path in (self.train_path, self.val_path):
             if path is None:

@@ -6,19 +6,18 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rae.data.sampler import Key
 from rae.data.storage import UnreachableError
-from rae.data.transforms import ImageTransform
+from rae.data.transforms import ImageTransform, open_for
 from rae.rng import sample_seed
 
 log = logging.getLogger(__name__)
@@ -43,20 +42,10 @@ class SeededDataset(Dataset[Sample], Sized, ABC):
 
     @abstractmethod
     def load(self, index: int, seed: int) -> Sample:
-        """The sample at a position, augmented with the draws of a seed.
-
-        Args:
-            index: Position in the data set.
-            seed: Seed of the augmentation's draws.
-        """
+        """The sample at a position, augmented with the draws of a seed."""
 
     def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
-        """The samples of a batch.
-
-        Args:
-            indices: Positions in the data set.
-            seeds: Seed of each sample's augmentation.
-        """
+        """The samples at the positions of a batch, each with the draws of its seed."""
         return [self.load(index, seed) for index, seed in zip(indices, seeds, strict=True)]
 
     @abstractmethod
@@ -71,11 +60,7 @@ class SeededDataset(Dataset[Sample], Sized, ABC):
 
 
 class Names(Sequence[str]):
-    """Many names in two arrays: workers share their memory, where that of a list is copied when its texts are looked at.
-
-    Args:
-        names: The names.
-    """
+    """Many names in two arrays: workers share their memory, where that of a list is copied when its texts are looked at."""
 
     def __init__(self, names: Sequence[str]) -> None:
         encoded = [name.encode(errors="surrogateescape") for name in names]
@@ -96,12 +81,8 @@ class Names(Sequence[str]):
 class ImageFiles(SeededDataset):
     """Labelled images to be opened and transformed.
 
-    One that cannot be read is replaced by the next one that can, the same one in every run.
-
-    Args:
-        labels: Label of every image.
-        transform: Makes an opened image a square of bytes.
-        max_bad_share: Largest share of unreadable images.
+    One that cannot be read is replaced by the next one that can, the same one in every run, as long as their share is at most
+    ``max_bad_share``.
     """
 
     def __init__(self, labels: ArrayLike, transform: ImageTransform, max_bad_share: float) -> None:
@@ -110,12 +91,12 @@ class ImageFiles(SeededDataset):
         self.max_bad_share = max_bad_share
 
     @abstractmethod
-    def open(self, position: int) -> Image.Image:
-        """The image at a position, as RGB."""
-
-    @abstractmethod
     def name(self, position: int) -> str:
-        """What to call it in a message."""
+        """What to call the image at a position in a message; its path, unless :meth:`file` says otherwise."""
+
+    def file(self, position: int) -> str | IO[bytes]:
+        """The image file at a position: a path, or a file opened for reading bytes."""
+        return self.name(position)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -129,47 +110,31 @@ class ImageFiles(SeededDataset):
         return digest.hexdigest()
 
     def load(self, index: int, seed: int) -> Sample:
-        """The image at a position, or the next one that can be read.
-
-        Args:
-            index: The position.
-            seed: Seed of the augmentation's draws, the same for a replacement.
+        """The image at a position, or the next one that can be read, with the same draws.
 
         Raises:
             BrokenFilesError: More images in a row are unreadable than may be in the whole data set.
         """
         broken: list[tuple[str, str]] = []
-        while len(broken) <= self.max_bad_share * len(self):
+        while True:
             position = (index + len(broken)) % len(self)
             try:
-                image = self.transform(self.open(position), seed)
+                image = self.transform(open_for(self.transform, self.file(position)), seed)
             except UnreachableError:
                 raise
             except Exception as error:  # decoders raise whatever they like on spoiled bytes
-                broken.append((self.name(position), f"{type(error).__name__}: {error}".splitlines()[0]))
+                broken.append((self.name(position), first_line(error)))
+                check_share(len(broken), len(self), self.max_bad_share, [name for name, _ in broken])
             else:
                 return {"image": image, "label": int(self.labels[position]), "index": index, "broken": broken}
-        names = [name for name, _ in broken]
-        raise BrokenFilesError(too_many_broken(len(broken), len(self), self.max_bad_share, names))
 
 
 class KeyedDataset(Dataset[Sample]):
-    """Looks samples up by (epoch, index) and derives the seed of their augmentation from both.
-
-    Args:
-        dataset: The samples.
-        seed: The run's seed.
-    """
+    """Looks samples up by (epoch, index) and derives the seed of their augmentation from both and the run's seed."""
 
     def __init__(self, dataset: SeededDataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: Key) -> Sample:
-        return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[Key]) -> list[Sample]:
         """All samples of a batch, which torch's loader asks for together; or ``error`` alone, see :class:`BatchLoader`."""
@@ -182,9 +147,9 @@ class KeyedDataset(Dataset[Sample]):
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
-    """Samples to a batch: ``image`` uint8 B×3×H×W or ``latent`` B×C×h×w; ``label``, ``index``, ``epoch`` int64 B; ``broken``;
+    """Samples to a batch: ``image`` uint8 B×3×H×W or ``latent`` B×C×h×w; ``label``, ``index``, ``epoch`` int64 B.
 
-    ``replaced``, bool B: whether another image stands in for one that cannot be read.
+    ``replaced``, bool B, says whether another image stands in for one that cannot be read; ``broken`` names the latter.
     """
     if "error" in samples[0]:
         return samples[0]
@@ -199,12 +164,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
 
 
 class BrokenFiles:
-    """Counts the files that could not be read, warns once for each and gives up when they are too many.
-
-    Args:
-        length: Files of the data set.
-        max_share: Largest share of them that may be broken.
-    """
+    """Counts the files that could not be read, warns once for each and gives up when their share is above ``max_share``."""
 
     def __init__(self, length: int, max_share: float) -> None:
         self.length = length
@@ -212,24 +172,15 @@ class BrokenFiles:
         self.reasons: dict[str, str] = {}
 
     def add(self, entries: list[tuple[str, str]]) -> None:
-        """Takes note of (name, reason) pairs.
-
-        Raises:
-            BrokenFilesError: More than the allowed share is broken.
-        """
+        """Takes note of (name, reason) pairs; raises BrokenFilesError where more than the allowed share is broken."""
         for name, reason in entries:
             if name not in self.reasons:
                 self.reasons[name] = reason
                 log.warning("%s cannot be read (%s); the next readable file takes its place", name, reason)
-        if len(self.reasons) > self.max_share * self.length:
-            raise BrokenFilesError(too_many_broken(len(self.reasons), self.length, self.max_share, list(self.reasons)))
+        check_share(len(self.reasons), self.length, self.max_share, list(self.reasons))
 
     def gather(self) -> None:
-        """Adds what the other processes found, all of which must call this, so that the share is one of all files together.
-
-        Raises:
-            BrokenFilesError: More than the allowed share is broken; on all processes.
-        """
+        """Adds what the other processes found, all of which must call this, so that the share is one of all files together."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
@@ -246,22 +197,20 @@ class BrokenFiles:
             log.warning("%d of %d files could not be read:%s%s", len(self.reasons), self.length, names, more)
 
 
-def too_many_broken(
-    count: int, length: int, max_share: float, names: list[str], option: str = "data.max_bad_share"
-) -> str:
-    """The message of the error that ends a run on a spoiled data set.
+def first_line(error: Exception) -> str:
+    """Kind and message of an error, on one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
-    Args:
-        count: Files found broken so far.
-        length: Files of the data set.
-        max_share: Largest share of them that may be broken.
-        names: Names of broken files; three are said.
-        option: The key that says the share.
-    """
-    return (
-        f"at least {count} of {length} files cannot be read, more than {option}={max_share:g} allows, "
-        f"e.g. {', '.join(names[:3])}; repair or remove them, or raise {option}"
-    )
+
+def check_share(
+    count: int, length: int, max_share: float, names: Sequence[str], option: str = "data.max_bad_share"
+) -> None:
+    """Raises BrokenFilesError where ``count`` files found broken, of some names, are too many of all ``length``."""
+    if count > max_share * length:
+        raise BrokenFilesError(
+            f"at least {count} of {length} files cannot be read, more than {option}={max_share:g} allows, "
+            f"e.g. {', '.join(names[:3])}; repair or remove them, or raise {option}"
+        )
 
 
 class BatchLoader:
@@ -271,14 +220,8 @@ class BatchLoader:
     sampler, and here every process takes its exact share already. Its (empty) state tells Lightning that training can
     be continued in the middle of an epoch; the position is part of the data module's state.
 
-    Args:
-        dataset: The samples.
-        batches: Says which keys make up each batch.
-        seed: The run's seed, for the augmentation.
-        num_workers: Processes that load ahead; 0 loads in this one.
-        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
-        broken: Where unreadable files are counted.
-        replace: False leaves out the images that stand in for unreadable ones; batches may then be smaller, or empty.
+    ``batches`` says which keys make up each batch, ``broken`` counts the unreadable files. ``replace=False`` leaves out the
+    images that stand in for these; batches may then be smaller, or empty.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -14,25 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rae.data.loader import Batches, BatchLoader, BrokenFiles, ImageFiles, SeededDataset
 from rae.data.sampler import Position, RangeBatchSampler, ShardedBatchSampler
 from rae.io.describe import Buildable
-
-log = logging.getLogger(__name__)
-
-_MUST_AGREE = ("global_batch_size", "length", "seed")  # else the seen batches are not the first ones of the new order
-
-
-def given_train_path(path: str | None, example: str) -> str:
-    """The path of the training samples, for data sets in files.
-
-    Args:
-        path: The path, or None where none was given.
-        example: What a path looks like, for the message.
-
-    Raises:
-        ValueError: None was given.
-    """
-    if path is None:
-        raise ValueError(f"data.train_path is not given; add data.train_path={example}")
-    return path
+from rae.io.errors import no_train_path
 
 
 class ImageDataModule(Buildable, L.LightningDataModule, ABC):
@@ -53,9 +34,6 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         num_classes: Number of classes.
         pin_memory: Whether to use page-locked memory, where there is a CUDA device.
         max_bad_share: Largest share of unreadable files.
-
-    Raises:
-        ValueError: A number that is out of range.
     """
 
     def __init__(
@@ -93,8 +71,6 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         self._begun: tuple[int, int, int] | None = None  # epoch, start and Lightning's batch count of the iteration
         self._resumed: dict[str, int] | None = None
 
-    # --- what a subclass says --------------------------------------------------------------------------------------
-
     @abstractmethod
     def train_dataset(self) -> SeededDataset:
         """The training samples."""
@@ -118,14 +94,8 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         self._dataset("val")
 
     def train_dataloader(self) -> BatchLoader:
-        """Shuffled batches of this process; without a Trainer, always those of epoch 0.
-
-        Raises:
-            ValueError: There are no training samples.
-        """
-        dataset = self._dataset("train")
-        if dataset is None:
-            raise ValueError("train_dataset() returned None; there is nothing to train on")
+        """Shuffled batches of this process; without a Trainer, always those of epoch 0."""
+        dataset = self._needed("train")
         # Overfitting means the same few batches in every epoch.
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         self._train_batches = self._batches(dataset, shuffle=not overfit, drop_last=True)
@@ -134,30 +104,20 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
         """Batches of this process in their order, each sample exactly once over all processes.
 
-        Raises:
-            ValueError: There are no validation samples, and no Trainer that could do without.
+        Without validation samples a Trainer gets no loader; where there is none, ValueError is raised.
         """
-        dataset = self._dataset("val")
-        if dataset is None:
-            if self.trainer is None:
-                raise ValueError("the data set has no validation samples; add data.val_path=/path/to/images")
+        if self._dataset("val") is None and self.trainer is not None:
             return []
+        dataset = self._needed("val")
         return self._loader("val", dataset, self._batches(dataset, shuffle=False, drop_last=False))
 
     def range_dataloader(self, split: str, ranges: Sequence[range], replace: bool = True) -> BatchLoader:
-        """Batches of given stretches of the data in their order, none over the end of a stretch, augmented as in epoch 0.
+        """Batches of stretches of ``train`` or ``val`` in their order, none over the end of a stretch, augmented as in epoch 0.
 
-        Args:
-            split: ``train`` or ``val``.
-            ranges: Positions in the data set.
-            replace: Whether another image takes the place of one that cannot be read; False leaves both out.
-
-        Raises:
-            ValueError: There are no samples of this split.
+        Where an image cannot be read, another takes its place; ``replace=False`` leaves both out. A split without samples
+        raises ValueError.
         """
-        dataset = self._dataset(split)
-        if dataset is None:
-            raise ValueError(f"the data set has no {split} samples; add data.{split}_path=/path/to/images")
+        dataset = self._needed(split)
         return self._loader(split, dataset, RangeBatchSampler(ranges, self.batch_size), replace)
 
     def samples(self, split: str) -> int:
@@ -196,12 +156,7 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         if batches >= self.trainer.num_training_batches:
             epoch, batches = epoch + 1, 0
         trained = self._trained_batches()
-        return {
-            "epoch": epoch,
-            "batches": batches,
-            "trained_batches": trained,
-            **self._order_facts(self._train_batches),
-        }
+        return {"epoch": epoch, "batches": batches, "trained_batches": trained, **self._train_batches.facts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the position of a checkpoint, for a fit that is continued from it."""
@@ -224,7 +179,7 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         elif self._resumed is not None and self._resumed["epoch"] >= epoch:
             epoch, start = self._resumed["epoch"], self._resumed["batches"]
             if start:
-                self._check_same_order(self._resumed, self._order_facts(self._train_batches))
+                self._check_same_order(self._resumed, self._train_batches.facts)
         # Lightning may ask before it has restored its count.
         restored = 0 if self._resumed is None else self._resumed["trained_batches"]
         self._begun = epoch, start, max(self._trained_batches(), restored)
@@ -240,15 +195,11 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         return epoch, start + max(0, self._trained_batches() - trained_before)
 
     @staticmethod
-    def _order_facts(batches: ShardedBatchSampler) -> dict[str, int]:
-        return {"global_batch_size": batches.global_batch_size, "length": batches.length, "seed": batches.seed}
-
-    @staticmethod
     def _check_same_order(old: dict[str, int], new: dict[str, int]) -> None:
-        for name in _MUST_AGREE:
-            if old[name] != new[name]:
+        for name, value in new.items():
+            if old[name] != value:
                 raise ValueError(
-                    f"the checkpoint is of the middle of an epoch with {name}={old[name]}, but it is now {new[name]}, "
+                    f"the checkpoint is of the middle of an epoch with {name}={old[name]}, but it is now {value}, "
                     "so that seen and unseen batches cannot be told apart; continue with the same seed, data set and "
                     "global batch (data.batch_size × processes), or from a checkpoint of the end of an epoch"
                 )
@@ -259,6 +210,13 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         if split not in self._datasets:
             self._datasets[split] = self.train_dataset() if split == "train" else self.val_dataset()
         return self._datasets[split]
+
+    def _needed(self, split: str) -> SeededDataset:
+        dataset = self._dataset(split)
+        if dataset is None:
+            name = {"train": "training", "val": "validation"}[split]
+            raise ValueError(f"the data set has no {name} samples; add data.{split}_path=/path/to/images")
+        return dataset
 
     def _batches(self, dataset: SeededDataset, shuffle: bool, drop_last: bool) -> ShardedBatchSampler:
         return ShardedBatchSampler(
@@ -281,3 +239,34 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
     def _close(self) -> None:
         for loader in self._loaders:
             loader.close()
+
+
+class StoredDataModule(ImageDataModule):
+    """Samples in files, those for training at ``train_path`` and, where it is given, those for validation at ``val_path``.
+
+    The other arguments are those of :class:`ImageDataModule`. A subclass says what is at a path: :meth:`at`.
+    """
+
+    def __init__(self, train_path: str | None, val_path: str | None, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.train_path = train_path
+        self.val_path = val_path
+        if val_path is None:
+            self._given_train_path()
+
+    def _given_train_path(self) -> str:
+        if self.train_path is None:
+            raise no_train_path(type(self).__name__)
+        return self.train_path
+
+    @abstractmethod
+    def at(self, path: str, train: bool) -> SeededDataset:
+        """The samples at a path, for training or validation."""
+
+    def train_dataset(self) -> SeededDataset:
+        """The samples of ``train_path``."""
+        return self.at(self._given_train_path(), train=True)
+
+    def val_dataset(self) -> SeededDataset | None:
+        """The samples of ``val_path``, if given."""
+        return None if self.val_path is None else self.at(self.val_path, train=False)

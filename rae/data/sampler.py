@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
+from rae.io.parts import stretch
 from rae.rng import sample_seed
 
 Key = tuple[int, int]
@@ -33,10 +34,6 @@ class ShardedBatchSampler(Sampler[list[Key]]):
             out nor repeats a sample: the last global batch is shared out evenly, and where it has less than a sample
             for each process it is added to the one before. So all processes get as many batches: none waits for ever.
         position: Called whenever an iteration begins; says the epoch and how many of its global batches to skip.
-
-    Raises:
-        ValueError: A size below 1, a rank that is not one of the processes, or too few samples for one global batch
-            (with ``drop_last``) or for one sample per process.
     """
 
     def __init__(
@@ -75,6 +72,11 @@ class ShardedBatchSampler(Sampler[list[Key]]):
         """Samples that all processes take in one step."""
         return self.batch_size * self.num_replicas
 
+    @property
+    def facts(self) -> dict[str, int]:
+        """What must agree for the first batches of an epoch to be the same."""
+        return {"global_batch_size": self.global_batch_size, "length": self.length, "seed": self.seed}
+
     def permutation(self, epoch: int) -> list[int]:
         """All positions of the data set in the order of an epoch."""
         if not self.shuffle:
@@ -91,7 +93,7 @@ class ShardedBatchSampler(Sampler[list[Key]]):
     def __len__(self) -> int:
         """Batches of an epoch from its beginning, wherever the present iteration started."""
         whole, rest = divmod(self.length, self.global_batch_size)
-        return whole + self._is_batch(rest)
+        return whole + (not self.drop_last and rest >= self.num_replicas)
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
         order = self.permutation(epoch)
@@ -99,24 +101,11 @@ class ShardedBatchSampler(Sampler[list[Key]]):
             first, last = number * self.global_batch_size, (number + 1) * self.global_batch_size
             if number == len(self) - 1 and not self.drop_last:
                 last = self.length
-            count = last - first
-            mine = slice(
-                first + count * self.rank // self.num_replicas, first + count * (self.rank + 1) // self.num_replicas
-            )
-            yield [(epoch, index) for index in order[mine]]
-
-    def _is_batch(self, rest: int) -> bool:
-        """Whether what remains after the complete global batches makes one more."""
-        return not self.drop_last and (rest >= self.num_replicas)
+            yield [(epoch, order[first + n]) for n in stretch(last - first, self.rank, self.num_replicas)]
 
 
 class RangeBatchSampler(Sampler[list[Key]]):
-    """Batches of consecutive samples of epoch 0, none of which reaches over the end of its range.
-
-    Args:
-        ranges: Positions in the data set.
-        batch_size: Samples of a batch, the last ones of a range excepted.
-    """
+    """Batches of consecutive positions of epoch 0, none of which reaches over the end of its range."""
 
     def __init__(self, ranges: Sequence[range], batch_size: int) -> None:
         self.ranges = ranges

@@ -6,22 +6,20 @@ import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
 from rae.data.folder import ImageFolderDataModule
-from rae.data.loader import BrokenFilesError, ImageFiles, Names, Sample, log, too_many_broken
+from rae.data.loader import ImageFiles, Names, Sample, check_share, log
 from rae.data.storage import check_tar_end, find_tars, is_remote, open_file, read_json, read_ranges, size_of
 from rae.data.transforms import ImageTransform
+from rae.image import IMAGE_ENDINGS
 from rae.io.files import parse_json, write_json
 
 INDEX = "index.json"
 """Name of the index of a whole folder, which ``rae-shard`` writes."""
-
-_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 Entry = tuple[str, int, int, int]
 """Key, first byte and size of an image within its shard, and its label (-1: none)."""
@@ -46,7 +44,7 @@ def read_index(shard: str | Path) -> list[Entry]:
                 key, extension = base_plus_ext(member.name)
                 if not member.isfile() or key is None:
                     continue
-                if extension.lower() in _IMAGES:
+                if f".{extension.lower()}" in IMAGE_ENDINGS:
                     images[key] = (member.offset_data, member.size)
                 elif extension in ("cls", "json"):
                     file = tar.extractfile(member)
@@ -64,26 +62,17 @@ def read_index(shard: str | Path) -> list[Entry]:
 
 
 def _label(value: Any, name: str) -> int:
-    """A label as the file of this name gives it.
-
-    Raises:
-        ValueError: It is no whole number of at least 0.
-    """
+    """A label as the file of this name gives it; raises ValueError unless it is a whole number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or not 0 <= value < 2**31:
         raise ValueError(f"the label in {name!r} is {str(value)[:40]!r}, but must be a whole number of at least 0")
     return int(value)
 
 
 class TarShards(ImageFiles):
-    """Images inside tar files, on this machine or on the network.
+    """Images inside tar files, at a folder or a pattern of their names, here or at an address (``https://``, ``s3://``, …).
 
-    Args:
-        path: A folder of tar files or a pattern of their names; either may be an address (``https://``, ``s3://``, …).
-        transform: Makes an opened image a square of bytes.
-        unlabelled: True gives all images label 0, False asks for a label with each.
-        max_bad_share: Largest share of unreadable images.
-        index_path: File that keeps where the images are, so that a later run need not search the shards again; shards of
-            ``rae-shard`` have their own indices and need none.
+    ``unlabelled`` gives all images label 0, else there must be a label with each. ``index_path`` is a file that keeps where
+    the images are, so that a later run need not search the shards again; shards of ``rae-shard`` have their own indices.
 
     Raises:
         FileNotFoundError: There are no shards.
@@ -104,7 +93,7 @@ class TarShards(ImageFiles):
         index = _indexed(self.shards, None if index_path is None else Path(index_path))
         entries = [entry for shard in index for entry in shard]
         if not entries:
-            raise ValueError(f"the shards of {path!r} hold no image; known endings are {', '.join(_IMAGES)}")
+            raise ValueError(f"the shards of {path!r} hold no image; known endings are {', '.join(IMAGE_ENDINGS)}")
         self.keys = Names([key for key, *_ in entries])
         self.places = np.array([(first, size) for _, first, size, _ in entries], np.int64)
         self.shard_of = np.repeat(np.arange(len(index)), [len(shard) for shard in index])
@@ -119,26 +108,19 @@ class TarShards(ImageFiles):
             self._check_sizes()
 
     def _check_sizes(self) -> None:
-        """Names the shards that have fewer bytes than their index says.
-
-        Raises:
-            BrokenFilesError: More images are missing than may be unreadable.
-        """
+        """Names the shards that have fewer bytes than their index says; raises BrokenFilesError for too many images."""
         sizes = np.array([size_of(shard) for shard in self.shards])
         missing = np.flatnonzero(self.places.sum(1) > sizes[self.shard_of])
         if not len(missing):
             return
         cut = [self.shards[number] for number in np.unique(self.shard_of[missing])]
-        if len(missing) > self.max_bad_share * len(self):
-            raise BrokenFilesError(too_many_broken(len(missing), len(self), self.max_bad_share, cut))
+        check_share(len(missing), len(self), self.max_bad_share, cut)
         log.warning("%d images are missing: shards are cut short: %s", len(missing), ", ".join(cut))
 
-    def open(self, position: int) -> Image.Image:
-        """The image at a position."""
+    def file(self, position: int) -> IO[bytes]:
+        """The content of the image file."""
         content = self._fetched.get(position)
-        if content is None:
-            content = read_ranges([self._where(position)])[0]
-        return self.transform.open(io.BytesIO(content))
+        return io.BytesIO(read_ranges([self._where(position)])[0] if content is None else content)
 
     def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
         """The samples of a batch; from the network all are fetched at once, so that its delay counts once."""
@@ -188,21 +170,15 @@ def _index_beside(shard: str) -> list[Entry] | None:
 
 
 def _entries(listed: Any, name: str) -> list[Entry]:
-    """The entries of an index in a file of this name.
-
-    Raises:
-        ValueError: They are none.
-    """
+    """The entries of an index in a file of this name; raises ValueError where they are none."""
     try:
         entries = [(str(key), int(first), int(size), int(label)) for key, first, size, label, *_ in listed]
+        if any(first < 0 or size < 0 or label < -1 for _, first, size, label in entries):
+            raise ValueError("a negative number")
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{name!r} is no index of a shard: {error}; remove it, and the shard is searched anew"
         ) from error
-    if any(first < 0 or size < 0 or label < -1 for _, first, size, label in entries):
-        raise ValueError(
-            f"{name!r} is no index of a shard: a negative number; remove it, and the shard is searched anew"
-        )
     return entries
 
 
@@ -212,15 +188,10 @@ class ShardsDataModule(ImageFolderDataModule):
     Shards are indexed once and then read in any order, so that batches, shares of processes and continued runs are as
     exact as with folders. Shards on the network are read by range requests, a batch at a time.
 
-    Args:
-        train_path: Folder of the training shards, or a pattern such as ``/data/train-{0000..0146}.tar``; or an address.
-        val_path: The same for validation; None for none.
-        index_folder: Where the indices of shards that were not made by ``rae-shard`` are kept for later runs; None searches
-            the shards in every run.
-        **options: The other arguments of :class:`~rae.data.folder.ImageFolderDataModule`.
+    A path is a folder of shards, or a pattern such as ``/data/train-{0000..0146}.tar``, or the address of one of them. In
+    ``index_folder`` the indices of shards that were not made by ``rae-shard`` are kept for later runs; without it the shards
+    are searched in every run. The ``options`` are those of :class:`~rae.data.folder.ImageFolderDataModule`.
     """
-
-    what = "'/path/to/train-{0000..0146}.tar' (or a folder of .tar files)"
 
     def __init__(
         self,

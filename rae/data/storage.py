@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from fsspec.core import url_to_fs
 from webdataset.shardlists import expand_urls
 
 from rae.io.files import parse_json
@@ -15,8 +16,6 @@ from rae.io.files import parse_json
 _ATTEMPTS = 10
 _FIRST_WAIT = 0.5  # seconds; doubled after each attempt, up to
 _LONGEST_WAIT = 60.0  # so that a server may be away for three minutes
-
-
 _BLOCK = 512  # bytes of a header in a tar file
 
 
@@ -30,13 +29,7 @@ def is_remote(path: str) -> bool:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """The file system of an address, of this process, and the path in it.
-
-    Raises:
-        ValueError: The protocol is unknown, or needs a package that is not installed.
-    """
-    from fsspec.core import url_to_fs  # noqa: PLC0415 (needed for addresses only)
-
+    """The file system of an address, of this process, and the path in it; raises ValueError for an unknown protocol."""
     try:
         # Cached per process by fsspec: connections are not shared with forked workers.
         filesystem, path = url_to_fs(url)
@@ -46,12 +39,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _patiently(what: str, call: Any) -> Any:
-    """Calls again after ever longer waits, since networks fail now and then.
-
-    Raises:
-        FileNotFoundError: The server says that there is no such file.
-        UnreachableError: It still failed.
-    """
+    """Calls again after ever longer waits, since networks fail now and then; at last raises UnreachableError."""
     for attempt in range(_ATTEMPTS):
         try:
             return call()
@@ -67,33 +55,23 @@ def _patiently(what: str, call: Any) -> Any:
     raise AssertionError
 
 
-def exists(path: str) -> bool:
-    """Whether there is such a file."""
-    if not is_remote(path):
-        return Path(path).is_file()
+def _ask(path: str, method: str, *arguments: Any) -> Any:
+    """What a method of the file system of an address says of the file there."""
     filesystem, name = _filesystem(path)
-    return bool(_patiently(path, lambda: filesystem.exists(name)))
+    return _patiently(path, lambda: getattr(filesystem, method)(name, *arguments))
 
 
 def size_of(path: str) -> int:
     """Bytes of a file."""
-    if not is_remote(path):
-        return Path(path).stat().st_size
-    filesystem, name = _filesystem(path)
-    return int(_patiently(path, lambda: filesystem.size(name)))
+    return int(_ask(path, "size")) if is_remote(path) else Path(path).stat().st_size
 
 
 def read_json(path: str) -> Any:
-    """Content of a JSON file; None where there is none.
-
-    Raises:
-        ValueError: It is no JSON.
-    """
+    """Content of a JSON file; None where there is none."""
     if not is_remote(path):
         return parse_json(Path(path).read_bytes(), path) if Path(path).is_file() else None
-    filesystem, name = _filesystem(path)
     try:
-        return parse_json(_patiently(path, lambda: filesystem.cat_file(name)), path)
+        return parse_json(_ask(path, "cat_file"), path)
     except FileNotFoundError:
         return None
 
@@ -102,17 +80,12 @@ def open_file(path: str) -> IO[bytes]:
     """A file for reading, with seeking."""
     if not is_remote(path):
         return open(path, "rb")
-    filesystem, name = _filesystem(path)
-    file: IO[bytes] = _patiently(path, lambda: filesystem.open(name, "rb"))
+    file: IO[bytes] = _ask(path, "open", "rb")
     return file
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """Stretches (path, first byte, size) of files; those on the network are all asked for at once.
-
-    Raises:
-        UnreachableError: The network failed.
-    """
+    """Stretches (path, first byte, size) of files; those on the network are all asked for at once."""
     if not ranges or not is_remote(ranges[0][0]):
         return [_read_local(*one) for one in ranges]
     filesystem, _ = _filesystem(ranges[0][0])
@@ -138,11 +111,7 @@ def _read_local(path: str, first: int, size: int) -> bytes:
 
 
 def find_tars(path: str, index: str) -> list[str]:
-    """Tar files of a folder (on the network: one with an index), or of a pattern such as ``train-{0000..0146}.tar``.
-
-    Args:
-        path: The folder or pattern, local or an address.
-        index: Name of the index that lists a folder's shards.
+    """Tar files of a folder (on the network: as its index lists them), or of a pattern such as ``train-{0000..0146}.tar``.
 
     Raises:
         FileNotFoundError: There are none, or one of those named is missing.
@@ -171,14 +140,9 @@ def find_tars(path: str, index: str) -> list[str]:
 
 
 def check_tar_end(file: IO[bytes], offset: int) -> None:
-    """Refuses a tar file whose headers do not end with its mark, an empty block: Python's reader takes damage for the end.
+    """Raises ValueError for a tar file without its mark of an end, an empty block, where the reader found no further header.
 
-    Args:
-        file: The file.
-        offset: Where the reader found no further header.
-
-    Raises:
-        ValueError: The file is cut short, damaged, or goes on behind its end.
+    Python's reader takes damage for the end, and does not look behind it.
     """
     file.seek(offset)
     mark = file.read(_BLOCK)

@@ -10,14 +10,7 @@ from rae.rng import sample_seed, uniform
 
 
 class SyntheticDataset(SeededDataset):
-    """Images of coarse random colours, each depending on its position and the seed alone; labels go round.
-
-    Args:
-        length: Number of images.
-        image_size: Side of the images, in pixels.
-        num_classes: Number of classes.
-        seed: Seed of the images.
-    """
+    """Images of coarse random colours, each depending on its position and the seed alone; labels go round."""
 
     def __init__(self, length: int, image_size: int, num_classes: int, seed: int) -> None:
         self.length = length
@@ -41,21 +34,7 @@ class SyntheticDataset(SeededDataset):
 
 
 class SyntheticDataModule(ImageDataModule):
-    """Random images that are the same in every run with the same seed.
-
-    Args:
-        batch_size: Samples per process and step.
-        num_workers: Processes that load ahead.
-        seed: The run's seed: images and order.
-        image_size: Side of the images, in pixels.
-        num_classes: Number of classes.
-        train_images: Number of training images.
-        val_images: Number of validation images; 0 for none.
-        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
-
-    Raises:
-        ValueError: A number that is out of range.
-    """
+    """Random images that are the same in every run with the same seed; see :class:`ImageDataModule` for the arguments."""
 
     def __init__(
         self,
@@ -79,14 +58,11 @@ class SyntheticDataModule(ImageDataModule):
 
     def train_dataset(self) -> SyntheticDataset:
         """``train_images`` random images."""
-        return SyntheticDataset(
-            self.train_images, self.image_size, self.num_classes, sample_seed(self.seed, "synthetic train")
-        )
+        return self._images(self.train_images, "synthetic train")
 
     def val_dataset(self) -> SyntheticDataset | None:
-        """``val_images`` other ones."""
-        if not self.val_images:
-            return None
-        return SyntheticDataset(
-            self.val_images, self.image_size, self.num_classes, sample_seed(self.seed, "synthetic val")
-        )
+        """``val_images`` other ones; None for 0."""
+        return self._images(self.val_images, "synthetic val") if self.val_images else None
+
+    def _images(self, count: int, purpose: str) -> SyntheticDataset:
+        return SyntheticDataset(count, self.image_size, self.num_classes, sample_seed(self.seed, purpose))

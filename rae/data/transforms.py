@@ -20,21 +20,17 @@ from rae.rng import uniform
 
 _MODES = ("random_crop", "center_crop")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
-"""Formats of image files that are read; others of Pillow start programs (EPS) or are hardly ever tried."""
+"""Pillow's formats of image files that are read; others of Pillow start programs (EPS) or are hardly ever tried."""
 _BIG_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's names of greyscale with more than 8 bits
 
 
 def open_rgb(file: str | Path | IO[bytes], least: int | None = None, most: int | None = None) -> Image.Image:
     """Opens any image as 8-bit RGB, turned the way its EXIF orientation says.
 
-    Transparency is laid on white, 16-bit grey is reduced to 8 bits, and of an animation the first frame is taken.
-
-    Args:
-        file: A path, or a file opened for reading bytes.
-        least: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps this many pixels;
-            None decodes it whole.
-        most: Pixels that the image may have, so that a small file cannot fill the memory; None for twice
-            ``PIL.Image.MAX_IMAGE_PIXELS``, Pillow's own limit.
+    Transparency is laid on white, 16-bit grey is reduced to 8 bits, and of an animation the first frame is taken. A JPEG may
+    be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps ``least`` pixels; None decodes it whole.
+    ``most`` pixels may an image have, so that a small file cannot fill the memory; None for twice
+    ``PIL.Image.MAX_IMAGE_PIXELS``, Pillow's own limit.
 
     Raises:
         OSError: No image of :data:`FORMATS`, a truncated one, or one of too many pixels.
@@ -60,24 +56,18 @@ def open_rgb(file: str | Path | IO[bytes], least: int | None = None, most: int |
 
 
 def open_plainly(file: str | Path | IO[bytes]) -> Image.Image:
-    """Opens an image as torchvision's loader does, and so the original: EXIF orientation and transparency are ignored.
-
-    Args:
-        file: A path, or a file opened for reading bytes.
-
-    Raises:
-        OSError: No image of :data:`FORMATS`, or a truncated one.
-    """
+    """Opens an image as torchvision's loader does, and so the original: EXIF orientation and transparency are ignored."""
     with _opened(file) as opened:
         return opened.convert("RGB")
 
 
-def _opened(file: str | Path | IO[bytes]) -> Image.Image:
-    """The image with its header read alone.
+def open_for(transform: ImageTransform, file: str | Path | IO[bytes]) -> Image.Image:
+    """Opens an image the way a transform wants it: :func:`open_plainly` for an exact one, else :func:`open_rgb`."""
+    return open_plainly(file) if transform.exact else open_rgb(file, transform.least)
 
-    Raises:
-        OSError: No image of :data:`FORMATS`, or one of too many pixels for Pillow.
-    """
+
+def _opened(file: str | Path | IO[bytes]) -> Image.Image:
+    """The image with its header read alone."""
     try:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:  # its text names the object in memory, other in every run
@@ -96,20 +86,6 @@ def _reduce_to_bytes(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Centre crop of ADM (Dhariwal & Nichol 2021), that of the reference statistics of ImageNet and of stage 2.
-
-    Args:
-        image: An RGB image of any size; small ones are enlarged.
-        size: Side of the square that is returned.
-    """
-    image = _halve(image, size)
-    width, height = _scaled_size(image, size)
-    image = _resize(image, (width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
 def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
     """Rows first, then columns, as Pillow always did. Pillow 13 chooses the order; that moves tall images' pixels by up to 20."""
     width, height = size
@@ -123,19 +99,24 @@ def _halve(image: Image.Image, size: int) -> Image.Image:
     return image
 
 
-def _scaled_size(image: Image.Image, size: int) -> tuple[int, int]:
-    """Width and height where the shorter side is ``size``, the longer one rounded to the nearest."""
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Centre crop of ADM (Dhariwal & Nichol 2021), that of the reference statistics of ImageNet and of stage 2.
+
+    The image may have any size; a small one is enlarged.
+    """
+    image = _halve(image, size)
+    return whole_crop(image, *_centre(image, size), size)
+
+
+def _centre(image: Image.Image, size: int) -> tuple[int, int, int, int]:
+    """Width and height where the shorter side is ``size``, the longer one rounded to the nearest; left and top of the crop."""
     scale = size / min(image.size)
-    return round(image.width * scale), round(image.height * scale)
+    width, height = round(image.width * scale), round(image.height * scale)
+    return width, height, (width - size) // 2, (height - size) // 2
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Bicubic resize so that the shorter side is ``size``; the longer one is rounded down.
-
-    Args:
-        image: An RGB image.
-        size: The shorter side, in pixels.
-    """
+    """Bicubic resize of an RGB image so that the shorter side is ``size``; the longer one is rounded down."""
     return _resize(image, _shorter_size(image, size), Image.Resampling.BICUBIC)
 
 
@@ -145,20 +126,22 @@ def _shorter_size(image: Image.Image, size: int) -> tuple[int, int]:
     return (size, longer) if image.width <= image.height else (longer, size)
 
 
+def random_corner(image: tuple[int, int], size: int, u_top: float, u_left: float) -> tuple[int, int]:
+    """Left and top of a square in an image of some width and height, all places being equally likely for draws in [0, 1)."""
+    width, height = image
+    if min(image) < size:
+        raise ValueError(f"size {size} is larger than the image, {width}×{height}; resize the image first")
+    return int(u_left * (width - size + 1)), int(u_top * (height - size + 1))
+
+
+def whole_crop(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Image.Image:
+    """The square at ``left``, ``top`` of a bicubic resize to ``width``×``height``."""
+    image = _resize(image, (width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
+
+
 def resized_crop(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Tensor:
-    """The square that would be cut out of the image after a bicubic resize, without resizing the rest.
-
-    Args:
-        image: An RGB image.
-        width: Width that the whole image would have.
-        height: Its height.
-        left: First column of the square there.
-        top: First row of the square there.
-        size: Side of the square.
-
-    Returns:
-        uint8 3×size×size, within 2 grey levels of Pillow's resize and crop.
-    """
+    """The square of :func:`whole_crop`, within 2 grey levels, without resizing the rest; uint8 3×size×size."""
     # Rows that the square's rows are made of: the cubic filter reaches 2 pixels to each side, more when reducing.
     ratio = image.height / height
     reach = 2 * max(ratio, 1.0) + 1
@@ -180,30 +163,6 @@ def _resize_bytes(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray
     return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def random_crop(image: Image.Image, size: int, u_top: float, u_left: float) -> Image.Image:
-    """A square of the image, all positions being equally likely.
-
-    Args:
-        image: An image of at least ``size`` pixels on both sides.
-        size: Side of the square.
-        u_top: Uniform draw in [0, 1) for the vertical position.
-        u_left: The same for the horizontal one.
-
-    Raises:
-        ValueError: The image is too small.
-    """
-    left, top = _random_corner(image.size, size, u_top, u_left)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _random_corner(image: tuple[int, int], size: int, u_top: float, u_left: float) -> tuple[int, int]:
-    """Left and top of a square in an image of some width and height."""
-    width, height = image
-    if min(image) < size:
-        raise ValueError(f"size {size} is larger than the image, {width}×{height}; resize the image first")
-    return int(u_left * (width - size + 1)), int(u_top * (height - size + 1))
-
-
 def mirrored(u: float) -> bool:
     """Whether a uniform draw in [0, 1) means that left and right are exchanged: every other time."""
     return u < 0.5
@@ -220,7 +179,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 class ImageTransform:
-    """Makes an image a square of bytes, the same for the same seed.
+    """Makes an image, opened by :func:`open_for`, a square of bytes, the same for the same seed.
 
     Args:
         image_size: Side of the square, in pixels.
@@ -233,9 +192,6 @@ class ImageTransform:
             most 2 of 255 grey levels away.
         fast_decode: Whether JPEGs much larger than needed are decoded at a half, a quarter or an eighth of their size.
             Faster, but the pixels differ visibly from the original's.
-
-    Raises:
-        ValueError: An unknown mode, a size below 1, ``resize`` below ``image_size``, or both ``exact`` and ``fast_decode``.
     """
 
     def __init__(
@@ -265,34 +221,18 @@ class ImageTransform:
         self.resize = resize if resize is not None else int(1.5 * image_size)
         self.flip = flip
         self.exact = exact
-        self.fast_decode = fast_decode
-
-    def open(self, file: str | Path | IO[bytes]) -> Image.Image:
-        """Opens an image as RGB: with ``exact`` as torchvision does, else see :func:`open_rgb`."""
-        if self.exact:
-            return open_plainly(file)
-        needed = self.resize if self.mode == "random_crop" else self.image_size
-        return open_rgb(file, needed if self.fast_decode else None)
+        self.least = (self.resize if mode == "random_crop" else image_size) if fast_decode else None
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """An RGB image and the seed of its draws to uint8 3×image_size×image_size."""
+        size = self.image_size
         # All three are always drawn: switching the flip on does not move the crops.
         u_top, u_left, u_flip = uniform([seed], (3,))[0].tolist()
-        pixels = self._exact(image, u_top, u_left) if self.exact else self._fast(image, u_top, u_left)
-        return pixels.flip(-1) if self.flip and mirrored(u_flip) else pixels
-
-    def _exact(self, image: Image.Image, u_top: float, u_left: float) -> Tensor:
-        if self.mode == "center_crop":
-            return to_tensor(center_crop(image, self.image_size))
-        return to_tensor(random_crop(resize_shorter(image, self.resize), self.image_size, u_top, u_left))
-
-    def _fast(self, image: Image.Image, u_top: float, u_left: float) -> Tensor:
-        size = self.image_size
         if self.mode == "center_crop":
             image = _halve(image, size)
-            width, height = _scaled_size(image, size)
-            left, top = (width - size) // 2, (height - size) // 2
+            place = _centre(image, size)
         else:
-            width, height = _shorter_size(image, self.resize)
-            left, top = _random_corner((width, height), size, u_top, u_left)
-        return resized_crop(image, width, height, left, top, size)
+            resized = _shorter_size(image, self.resize)
+            place = (*resized, *random_corner(resized, size, u_top, u_left))
+        pixels = to_tensor(whole_crop(image, *place, size)) if self.exact else resized_crop(image, *place, size)
+        return pixels.flip(-1) if self.flip and mirrored(u_flip) else pixels

@@ -47,11 +47,7 @@ class Buildable:
 
 
 def describe(value: Any) -> Any:
-    """A :class:`Described` object, or containers of them, as JSON: ``_target_`` names the class, the rest its arguments.
-
-    Raises:
-        TypeError: A value that JSON cannot hold.
-    """
+    """A :class:`Described` object, or containers of them, as JSON: ``_target_`` names the class, the rest its arguments."""
     if isinstance(value, Described):
         return {TARGET: public_name(type(value)), **{key: describe(item) for key, item in value.arguments.items()}}
     if isinstance(value, Mapping):
@@ -69,10 +65,10 @@ def rebuild(description: Any, kinds: tuple[Any, ...] = (Described,), **changes: 
     """Makes the object that :func:`describe` described.
 
     Only classes of this library are made, and such ones of other modules as are imported already: a description from elsewhere
-    runs no code.
+    runs no code. Plain values are returned as they are.
 
     Args:
-        description: A description, or plain values, which are returned as they are.
+        description: A description.
         kinds: Base classes of what may be built, and functions that may be called.
         changes: Arguments to replace in the outermost object.
 
@@ -94,16 +90,9 @@ def rebuild(description: Any, kinds: tuple[Any, ...] = (Described,), **changes: 
 
 
 def check(description: Any, source: str, kinds: tuple[Any, ...] = (Described,), level: int = 0) -> None:
-    """Refuses a description from elsewhere that would build anything but the classes that may be built.
+    """Raises ValueError for a description, from a source elsewhere, that would build anything but ``kinds``.
 
-    Args:
-        description: A description with others inside it, or plain values.
-        source: Where it is from, for the message.
-        kinds: Base classes of what may be built, and functions that may be called.
-        level: How deep it lies in another one.
-
-    Raises:
-        ValueError: An unknown class, another special key of Hydra, an interpolation, a value that is not plain, or endless nesting.
+    That is: an unknown class, another special key of Hydra, an interpolation, a value that is not plain, or endless nesting.
     """
     if level > _DEEPEST:
         raise ValueError(f"{source} is refused: its configuration is nested more than {_DEEPEST} levels deep")
@@ -146,14 +135,10 @@ def public_name(kind: type) -> str:
 
 
 def find(target: Any, kinds: tuple[Any, ...] = (Described,)) -> Any:
-    """The class or function that a description from elsewhere names.
-
-    Args:
-        target: Its dotted name.
-        kinds: Base classes of what may be built, and functions that may be called.
+    """The class or function of a dotted name from elsewhere.
 
     Raises:
-        ValueError: It is neither a class of this library nor one that the user has imported or named.
+        ValueError: It is neither a class of this library nor one that the user has imported or named, or none of ``kinds``.
     """
     target, classes = str(target), tuple(kind for kind in kinds if inspect.isclass(kind))
     module, _, name = target.rpartition(".")

@@ -3,3 +3,16 @@
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what it takes, or the nearest right one."""
+
+
+_PATHS = {
+    "LatentsDataModule": "/path/to/latents/train (rae-cache-latents makes them)",
+    "ShardsDataModule": "'/path/to/train-{0000..0146}.tar' (or a folder of .tar files)",
+}
+"""What ``data.train_path`` looks like, by the data module's class; for all others it is a folder."""
+
+
+def no_train_path(kind: str) -> ConfigError:
+    """The error of a data module, by the name of its class, that is not told where its training samples are."""
+    example = _PATHS.get(kind, "/path/to/imagenet/train (a folder with one subfolder a class)")
+    return ConfigError(f"data.train_path is not given; add data.train_path={example}")

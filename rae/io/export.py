@@ -19,16 +19,13 @@ class Exportable:
 
     @classmethod
     def from_pretrained(cls: type[T], source: str | Path, revision: str | None = None, encoder: bool = True) -> T:
-        """Loads an exported model, of a generator with the sampler, guidance and guide that it was exported with.
+        """Loads an exported model in evaluation mode, a generator with the sampler, guidance and guide it was exported with.
 
         Args:
             source: Folder, or ``owner/name`` on the Hugging Face hub. An autoencoder is also had from an exported generator and
                 from diffusers' ``AutoencoderRAE``.
             revision: Branch, tag or commit on the hub.
             encoder: Whether the encoder's weights are loaded too; without them the model decodes and samples, and cannot encode.
-
-        Returns:
-            The model in evaluation mode.
 
         Raises:
             FileNotFoundError: There is no such folder or repository.
@@ -40,24 +37,15 @@ class Exportable:
     def save_pretrained(self, folder: str | Path, store_encoder: bool | None = None) -> Path:
         """Writes ``model.safetensors`` and a self-describing ``config.json``, from which :meth:`from_pretrained` makes it again.
 
-        Args:
-            folder: Folder to make; it must not hold an export.
-            store_encoder: Whether the encoder's weights are stored; None: unless they come from the hub.
-
-        Raises:
-            FileExistsError: The folder holds an export.
+        The encoder's weights are stored unless they come from the hub, or as ``store_encoder`` says. A folder that holds an
+        export already raises FileExistsError.
         """
         written: Path = _format("export").save(self, folder, store_encoder)
         return written
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what :meth:`save_pretrained` writes; returns the commit's address.
+        """Uploads what :meth:`save_pretrained` writes to ``owner/name``, made where it does not exist; the commit's address.
 
-        Args:
-            repo_id: ``owner/name``; made where it does not exist.
-            options: See :func:`rae.formats.export.push`.
-
-        Raises:
-            ValueError: ``repo_id`` is no ``owner/name``.
+        The ``options`` are those of :func:`rae.formats.export.push`.
         """
         return str(_format("export").push(self, repo_id, **options))

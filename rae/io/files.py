@@ -23,15 +23,7 @@ def file_hash(path: str | Path) -> str:
 
 
 def parse_json(content: bytes, name: str) -> Any:
-    """What JSON says.
-
-    Args:
-        content: The text.
-        name: Where it is from, for the message.
-
-    Raises:
-        ValueError: It is no JSON, or nested beyond any use.
-    """
+    """What JSON says; raises ValueError, with the name of where it is from, for no JSON or one nested beyond any use."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -41,12 +33,7 @@ def parse_json(content: bytes, name: str) -> Any:
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
-    """Writes values by name as JSON, atomically.
-
-    Args:
-        path: The file; its folder is made where it is missing.
-        values: What JSON does not know is written as text.
-    """
+    """Writes values by name as JSON, atomically; what JSON does not know is written as text."""
     text = json.dumps(dict(values), indent=2, default=str)
     return write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -54,9 +41,7 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:
     """Writes a file under a temporary name beside it and renames it, so that no reader ever sees half of it.
 
-    Args:
-        path: The file to make or replace; its folder is made where it is missing.
-        write: Called with the open binary file.
+    ``write`` is called with the open binary file; the file's folder is made where it is missing.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,29 +68,22 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Says in words which values differ between two plans, by dotted key, the first six of them; empty where none does.
-
-    Args:
-        before: Values as JSON holds them, nested or not.
-        now: The same of now.
-    """
-    old, new = flat(before), flat(now)
-    found = [
-        f"{key} was {_short(old.get(key))} and is now {_short(new.get(key))}"
-        for key in {**new, **old}
-        if old.get(key) != new.get(key)
-    ]
+    """Says in words which values, as JSON holds them, differ between two plans, the first six; empty where none does."""
+    found = [f"{key} was {_short(old)} and is now {_short(new)}" for key, old, new in differing(before, now)]
     more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
     return ", ".join(found[:_LISTED]) + more
 
 
-def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted keys; lists, and mappings without a key, are values.
+def differing(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys, below ``key``, whose values differ between nested mappings, with both values."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return [] if old == new else [(key, old, new)]
+    prefix = f"{key}." if key else ""
+    return [found for name in {**new, **old} for found in differing(old.get(name), new.get(name), f"{prefix}{name}")]
 
-    Args:
-        values: Values by name.
-        prefix: What the dotted keys begin with.
-    """
+
+def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys that begin with a prefix; lists, and mappings without a key, are values."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         inner = isinstance(value, Mapping) and len(value) > 0

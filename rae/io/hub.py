@@ -1,10 +1,12 @@
-"""Where the weights of frozen networks come from: a local file, or the Hugging Face hub and its cache."""
+"""Where the weights of frozen networks come from: a local file, else a cache, else a download, else one error that says so."""
 
 from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from urllib.error import URLError
 
+import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
@@ -12,6 +14,40 @@ from torch import Tensor
 from rae.io.tensors import read_file
 
 HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+
+
+def cached_file(url: str) -> Path:
+    """Where torch's hub keeps what was downloaded from an address."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+
+
+def find_file(given: str | None, url: str, what: str, remedy: str) -> Path:
+    """The local file that was given, else that of an address, which is downloaded into torch's hub cache once.
+
+    Args:
+        given: The local file; None where none was given.
+        url: The address; the file's name ends with the beginning of its SHA-256, as that of torch's files does.
+        what: What is in the file, for messages.
+        remedy: What to give where it cannot be had.
+
+    Raises:
+        FileNotFoundError: The given file does not exist, or the other one can neither be found nor downloaded.
+    """
+    if given is not None:
+        file = Path(given).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"the file of {what}, {str(file)!r}, does not exist; get it from {url}")
+        return file
+    cached = cached_file(url)
+    if not cached.is_file():
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rpartition("-")[2])
+        except (URLError, OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{what} are neither in {cached} nor can they be downloaded from {url} ({error}); give a local file with {remedy}"
+            ) from None
+    return cached
 
 
 def read_weights(
@@ -44,16 +80,7 @@ def read_weights(
 
 
 def fetch_weights(hub_id: str, revision: str | None, option: str) -> Path:
-    """The weight file of a repository on the hub, from the cache where it is there.
-
-    Args:
-        hub_id: Repository on the Hugging Face hub.
-        revision: Branch, tag or commit of the repository.
-        option: Name of the option that gives a local file, for messages.
-
-    Raises:
-        FileNotFoundError: The file is not in the cache and cannot be downloaded.
-    """
+    """The weight file of a repository, from the hub's cache where it is there; arguments and errors of :func:`read_weights`."""
     problem: Exception | None = None
     cached_only = False
     for name in HUB_FILES:
@@ -74,12 +101,6 @@ def fetch_weights(hub_id: str, revision: str | None, option: str) -> Path:
 def fetch(hub_id: str, name: str, revision: str | None, folder: Path) -> Path:
     """One file of a repository, put below ``folder`` under its own name; one that is there already is kept.
 
-    Args:
-        hub_id: Repository ``owner/name``.
-        name: Name of the file in it.
-        revision: Branch, tag or commit; None for main.
-        folder: Folder that the file is put below.
-
     Raises:
         FileNotFoundError: It cannot be downloaded.
     """
@@ -90,13 +111,7 @@ def fetch(hub_id: str, name: str, revision: str | None, folder: Path) -> Path:
 
 
 def fetch_all(hub_id: str, revision: str | None, folder: Path | None = None, patterns: list[str] | None = None) -> Path:
-    """A whole repository, put below ``folder``, or into the hub's cache.
-
-    Args:
-        hub_id: Repository ``owner/name``.
-        revision: Branch, tag or commit; None for main.
-        folder: Folder that the files are put below; None for the hub's cache.
-        patterns: Names to fetch, with wildcards; None for all.
+    """A whole repository, or its files of some patterns, put below ``folder``, or into the hub's cache.
 
     Raises:
         FileNotFoundError: It cannot be downloaded.

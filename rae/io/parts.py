@@ -14,18 +14,10 @@ PLAN = "plan.json"
 
 
 class Parts:
-    """The parts of one piece of work in a folder, divided the same way however many processes do it.
+    """The parts of ``count`` items in a folder, each of ``size`` but the last, divided the same way for any number of processes.
 
-    Args:
-        folder: Where the parts are kept.
-        plan: All that the results depend on; parts of another plan are never mixed in.
-        count: Number of items.
-        size: Items of a part, the last one excepted.
-        suffix: Ending of the parts' files.
-        prefix: Their beginning.
-
-    Raises:
-        ValueError: ``count`` or ``size`` is below 1.
+    ``plan`` is all that the results depend on; parts of another plan are never mixed in. Files are called ``prefix``, number
+    and ``suffix``.
     """
 
     def __init__(
@@ -53,13 +45,9 @@ class Parts:
         return self.folder / f"{self.prefix}-{part:06d}{self.suffix}"
 
     def claim(self, *others: Path | None) -> None:
-        """Marks the folder as this work's and removes what a killed process left half-written.
+        """Marks the folder as this work's, see :func:`claim`, and removes what a killed process left half-written.
 
-        Args:
-            others: Further folders that the work writes into, nothing else does, and where as much may have been left.
-
-        Raises:
-            ValueError: The folder holds other work.
+        As much may have been left in ``others``: further folders that the work writes into and nothing else does.
         """
         claim(self.folder, self.plan)
         for stale in self.folder.glob(f".{self.prefix}-*.tmp"):
@@ -82,37 +70,17 @@ class Parts:
 
 
 def stretch(count: int, rank: int, world_size: int) -> range:
-    """The neighbouring items that fall to one of several processes: shares in order of the ranks, at most one item apart in size.
-
-    Args:
-        count: Number of items, 0 … count − 1.
-        rank: Number of the process.
-        world_size: Number of processes.
-    """
+    """The neighbouring items of ``count`` that fall to one of several processes: in order of the ranks, all but equally many."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 def share(parts: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """The parts that fall to one of several processes.
-
-    Args:
-        parts: Numbers of the parts.
-        rank: Number of the process.
-        world_size: Number of processes.
-    """
+    """The parts that fall to one of several processes."""
     return list(parts[rank::world_size])
 
 
 def claim(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Writes ``plan.json`` into a folder, or compares the plan with the one that is there.
-
-    Args:
-        folder: The folder, made where it is missing.
-        plan: All that the results depend on.
-
-    Raises:
-        ValueError: Work of another plan was begun in the folder; names what differs.
-    """
+    """Writes ``plan.json``, all that results depend on, into a folder; raises ValueError where another one is there."""
     file = folder / PLAN
     plan = json.loads(json.dumps(plan, default=str))
     if not file.is_file():

@@ -29,14 +29,10 @@ _FORMER = {
 
 
 def read_file(path: str | Path, mapped: bool = False) -> Any:
-    """Reads a ``.safetensors`` file or a file written by ``torch.save``, never executing code from it.
+    """Reads a ``.safetensors`` file or a file written by ``torch.save``, to the CPU, never executing code from it.
 
-    Args:
-        path: The file.
-        mapped: Whether a safetensors file's tensors are read where they are used, each through a mapping that ends with it.
-
-    Returns:
-        What the file holds, on the CPU: a dict of tensors for safetensors, any tensors and plain containers otherwise.
+    The former holds a dict of tensors, which are read where they are used if it is ``mapped``, each through a mapping that
+    ends with it; the latter holds any tensors and plain containers.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -62,15 +58,7 @@ def read_file(path: str | Path, mapped: bool = False) -> Any:
 
 
 def map_file(path: Path) -> Any:
-    """Opens a file of ``torch.save``; tensors are mapped from it and not compared with their checksums, all else is.
-
-    Args:
-        path: The file.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is truncated or damaged, or holds objects other than tensors and containers.
-    """
+    """Opens a file of ``torch.save``; tensors are mapped from it and not compared with their checksums, all else is."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
@@ -82,14 +70,8 @@ def map_file(path: Path) -> Any:
 def check_file(path: str | Path, tensors: Iterable[Tensor] | None = None) -> None:
     """Compares the checksums in a file of ``torch.save``, which ``torch.load`` does not look at.
 
-    Files without checksums, and of other formats, pass.
-
-    Args:
-        path: The file.
-        tensors: Those that count, read or mapped from the file, beside all that is no tensor; None for everything in the file.
-
-    Raises:
-        ValueError: The file is damaged.
+    Files without checksums, and of other formats, pass; a damaged one raises ValueError. ``tensors`` are those that count,
+    read or mapped from the file, beside all that is no tensor; None for everything in the file.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -132,17 +114,10 @@ def _map(path: Path) -> dict[str, Tensor]:
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
-    """Loads a state dict whose keys and shapes must be exactly the module's.
+    """Loads a state dict; raises ValueError, with its source, unless keys and shapes are exactly the module's.
 
-    Args:
-        module: The module to fill.
-        state: Tensors by the module's own names.
-        source: Where the tensors come from, for the message.
-        adopt: Whether the module takes over the tensors themselves instead of their values, which saves memory and time; they must
-            then be nobody else's. Those of another type are converted in any case.
-
-    Raises:
-        ValueError: Lists all missing keys, unexpected keys and differing shapes.
+    ``adopt`` makes the module take over the tensors themselves instead of their values, which saves memory and time; they must
+    then be nobody else's. Those of another type are converted in any case.
     """
     own = module.state_dict()
     if problems := mismatches(own, state):
@@ -153,12 +128,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, ado
 
 
 def mismatches(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What keeps a state dict from being loaded strictly, in words; empty where nothing does.
-
-    Args:
-        own: The module's own state dict.
-        state: The one to load.
-    """
+    """What keeps a state dict from being loaded strictly where there is an own one, in words; empty where nothing does."""
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     shapes = [
@@ -186,13 +156,7 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def save_state(state: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> Path:
-    """Writes tensors atomically: as safetensors where the name ends so, else in PyTorch's own format.
-
-    Args:
-        state: Tensors by name.
-        path: The file; its folder is made.
-        metadata: Texts that a safetensors file carries.
-    """
+    """Writes tensors atomically: as safetensors, with texts as metadata, where the name ends so, else in PyTorch's format."""
     path = Path(path).expanduser()
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     if path.suffix != ".safetensors":

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
+from rae.io.hub import find_file
 from rae.io.tensors import load_strict, read_file
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -39,7 +38,9 @@ class PerceptualLoss(nn.Module):
             warnings.simplefilter("ignore")  # lpips calls torchvision by an old signature
             self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         if pretrained:
-            self._load_vgg(_read_vgg(vgg_checkpoint), str(vgg_checkpoint or VGG_URL))
+            remedy = "loss.perceptual.vgg_checkpoint=/path/to/vgg16.pth, or train without LPIPS with loss=l1_gan"
+            file = find_file(vgg_checkpoint, VGG_URL, "the VGG-16 weights of LPIPS", remedy)
+            self._load_vgg(read_file(file), str(vgg_checkpoint or VGG_URL))
         self.network.to(memory_format=torch.channels_last)  # the convolutions need no copies in another order then
         self.requires_grad_(False)
         self.train(False)
@@ -83,27 +84,3 @@ class PerceptualLoss(nn.Module):
         with torch.no_grad():
             wanted = self.features(target)
         return self.distance(self.features(images), wanted)
-
-
-def cached_vgg() -> Path:
-    """Where torch's hub keeps the VGG-16 weights once they were downloaded."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name
-
-
-def _read_vgg(path: str | None) -> Mapping[str, Tensor]:
-    if path is not None:
-        content: Mapping[str, Tensor] = read_file(path)
-        return content
-    cached = cached_vgg()
-    if not cached.is_file():
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(VGG_URL, str(cached), hash_prefix="397923af", progress=True)
-        except (URLError, OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"LPIPS needs VGG-16 weights, which are neither in {cached} nor can they be downloaded from {VGG_URL} "
-                f"({error}); give a local file with loss.perceptual.vgg_checkpoint=/path/to/vgg16.pth, or train without "
-                "LPIPS with loss=l1_gan"
-            ) from None
-    cached_content: Mapping[str, Tensor] = read_file(cached)
-    return cached_content

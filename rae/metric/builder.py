@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,20 +11,16 @@ from torchmetrics import Metric
 
 from rae.metric.features import Detector, check_images
 from rae.metric.frechet import FeatureMoments
-from rae.metric.generation import MetricGroup
+from rae.metric.group import MetricGroup
 from rae.metric.manifold import blocks_of_processes, counts_of_processes
-from rae.metric.reference import KINDS, Reference, ReferenceInfo, Statistics, statistics_hash
+from rae.metric.reference import Reference, ReferenceInfo, Statistics, statistics_hash
 
 KEPT = 10_000
 """Images that ADM's references keep for precision and recall."""
 
 
 class KeptFeatures(Metric):
-    """Features of chosen samples, in the order of their index, whichever process saw them.
-
-    Args:
-        width: Number of features D.
-    """
+    """Features B×width of chosen samples, in the order of their index, whichever process saw them."""
 
     full_state_update = False
     features: list[Tensor]
@@ -66,19 +63,17 @@ class ReferenceBuilder(MetricGroup):
         ValueError: An unknown kind, or features to keep of an unknown total.
     """
 
+    detector: Detector
+
     def __init__(
         self, detector: Detector, kind: str, crop: str | None = None, total: int | None = None, kept: int = KEPT
     ) -> None:
-        super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"kind={kind!r} of a reference is unknown; choose {' or '.join(KINDS)}")
+        super().__init__(detector)
+        self.info = ReferenceInfo(kind, crop=crop)
         if kept < 0 or (kept and total is None):
             raise ValueError(
                 f"kept={kept} features of total={total} images cannot be chosen: give total, or set kept=0"
             )
-        self._hide("detector", detector)
-        self.kind = kind
-        self.crop = crop
         self.total = total
         self.kept = kept
         self.size: tuple[int, int] | None = None
@@ -96,11 +91,7 @@ class ReferenceBuilder(MetricGroup):
         self._seen = 0
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the images that another builder has seen.
-
-        Raises:
-            ValueError: It is no builder of the same kind, or saw images of another size.
-        """
+        """Adds the images that another builder of the same kind has seen; raises ValueError for images of another size."""
         super().merge_state(incoming_state)
         self._set_size(cast("ReferenceBuilder", incoming_state).size)
 
@@ -117,15 +108,7 @@ class ReferenceBuilder(MetricGroup):
         return (index + 1) * self.kept // total != index * self.kept // total
 
     def update(self, images: Tensor, index: Tensor | None = None) -> None:
-        """Adds images.
-
-        Args:
-            images: uint8 B×3×H×W.
-            index: Number of every image in its data set, B; None to count them (one process only).
-
-        Raises:
-            ValueError: Images that are no bytes or of several sizes, or numbers outside 0…total−1.
-        """
+        """Adds images uint8 B×3×H×W with their numbers in the data set, B; without these they are counted (one process only)."""
         check_images(images)
         self._set_size((int(images.shape[2]), int(images.shape[3])))
         if index is None:
@@ -134,35 +117,25 @@ class ReferenceBuilder(MetricGroup):
         index = index.cpu()
         if self.total is not None and not (int(index.min()) >= 0 and int(index.max()) < self.total):
             raise ValueError(f"index must lie in 0…{self.total - 1}, got {int(index.min())}…{int(index.max())}")
-        parts = self._metrics()
-        seen = self.detector.to(self.device)(images.to(self.device))
-        parts["pool"].update(seen.pool)
-        if "spatial" in parts:
-            parts["spatial"].update(seen.spatial)
-        if "kept" in parts:
+        seen = self.features_of(images)
+        self.feed(pool=seen.pool, spatial=seen.spatial)
+        if "kept" in self.parts:
             chosen = self.chosen(index)
-            parts["kept"].update(seen.pool[chosen.to(seen.pool.device)], index[chosen])
+            self.parts["kept"].update(seen.pool[chosen.to(seen.pool.device)], index[chosen])
 
     def compute(self) -> Reference:
-        """The reference of the images of all processes.
-
-        Raises:
-            ValueError: Fewer than two images, another number than announced, or features that are not finite.
-        """
-        parts = self._metrics()
-        pool = parts["pool"].compute()
-        if self.total is not None and pool.samples != self.total:
+        """The reference of the images of all processes; raises ValueError for another number than announced."""
+        found = {name: part.compute() for name, part in self.parts.items()}
+        count = found["pool"].samples
+        if self.total is not None and count != self.total:
             raise ValueError(
-                f"total={self.total} images are announced, but {pool.samples} were given; add the rest or correct total"
+                f"total={self.total} images are announced, but {count} were given; add the rest or correct total"
             )
-        spatial = parts["spatial"].compute() if "spatial" in parts else None
-        features = parts["kept"].compute() if "kept" in parts else None
-        statistics = Statistics(pool, spatial, features)
-        info = ReferenceInfo(
-            kind=self.kind,
+        statistics = Statistics(found["pool"], found.get("spatial"), found.get("kept"))
+        info = replace(
+            self.info,
             image_size=self.size,
-            crop=self.crop,
-            count=pool.samples,
+            count=count,
             detector=self.detector.identity,
             detector_hash=self.detector.hash,
             hash=statistics_hash(statistics),

@@ -24,24 +24,13 @@ from rae.metric.functional.exact import exact_float32
 class Features(NamedTuple):
     """What a detector sees in B images; None where it has no such output."""
 
-    pool: Tensor
-    """Features of the image as a whole, B×D."""
-    spatial: Tensor | None = None
-    """Features of its places, flattened, B×S."""
-    probabilities: Tensor | None = None
-    """Class probabilities, B×K, rows sum to 1."""
+    pool: Tensor  # features of the image as a whole, B×D
+    spatial: Tensor | None = None  # features of its places, flattened, B×S
+    probabilities: Tensor | None = None  # of classes, B×K, rows sum to 1
 
 
 def check_images(images: Tensor, name: str = "images") -> Tensor:
-    """Returns images as they are.
-
-    Args:
-        images: What was given.
-        name: What they are, for the message.
-
-    Raises:
-        ValueError: They are no non-empty uint8 batch of RGB images.
-    """
+    """Returns images as they are; raises ValueError, with their name, unless they are a non-empty uint8 batch B×3×H×W."""
     if images.dtype != torch.uint8:
         raise ValueError(
             f"{name} must be bytes (torch.uint8 in 0…255), got {images.dtype}: float images would be scored without "
@@ -63,18 +52,10 @@ class Detector(nn.Module, ABC):
         spatial_width: Number of spatial features S, or None.
         classes: Number of classes K, or None.
         batch_size: Images that go through the network at once.
-
-    Raises:
-        ValueError: ``width`` or ``batch_size`` below 1.
     """
 
     def __init__(
-        self,
-        name: str,
-        width: int,
-        spatial_width: int | None = None,
-        classes: int | None = None,
-        batch_size: int = 64,
+        self, name: str, width: int, spatial_width: int | None = None, classes: int | None = None, batch_size: int = 64
     ) -> None:
         super().__init__()
         if width < 1 or batch_size < 1:
@@ -110,11 +91,7 @@ class Detector(nn.Module, ABC):
         """Features of a batch, uint8 B×3×H×W on the detector's device."""
 
     def freeze(self) -> None:
-        """Ends all gradients; called once the network is complete.
-
-        Raises:
-            ValueError: Weights that are not float32.
-        """
+        """Ends all gradients once the network is complete; raises ValueError for weights that are not float32."""
         odd = sorted({str(p.dtype) for p in self.parameters() if p.is_floating_point() and p.dtype != torch.float32})
         if odd:
             raise ValueError(
@@ -128,11 +105,7 @@ class Detector(nn.Module, ABC):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Features:
-        """Images uint8 B×3×H×W => features, float32.
-
-        Raises:
-            ValueError: Images of another type or shape, or features of another shape than announced.
-        """
+        """Images uint8 B×3×H×W => features, float32; raises ValueError for features of another shape than announced."""
         check_images(images)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False), exact_float32():
             parts = [self.extract(part) for part in images.split(self.batch_size)]
@@ -157,14 +130,9 @@ def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 class CallableDetector(Detector):
-    """Any function of images float B×3×H×W in [0, 1] as a detector.
+    """Any function of images float B×3×H×W in [0, 1] as a detector; see :class:`Detector` for the other arguments.
 
-    Args:
-        function: Returns features B×D, or features B×D and class probabilities B×K. A module is copied and frozen.
-        width: Number of features D.
-        name: Names the scores.
-        classes: Number of classes K, where it returns probabilities.
-        batch_size: Images that go through at once.
+    It returns features B×D, or features B×D and class probabilities B×K. A module is copied and frozen.
     """
 
     def __init__(
@@ -197,9 +165,6 @@ class EncoderDetector(Detector):
         name: Names the scores, e.g. ``dinov2``.
         width: Number of features D; None for ``encoder.channels``.
         batch_size: Images that go through at once.
-
-    Raises:
-        ValueError: Weights that are not float32, or an encoder that does not say its channels.
     """
 
     def __init__(

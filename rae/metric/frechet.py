@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
 
-from rae.metric.functional.frechet import Moments, frechet_distance, moments_from_sums
+from rae.metric.functional.frechet import Moments, check_width, frechet_distance, moments_from_sums
 
 
 class SummedMetric(Metric):
@@ -28,23 +29,12 @@ class SummedMetric(Metric):
         return super()._apply(lambda tensor: tensor.to(moved.device), exclude_state)
 
     def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
-        """Registers a sum of the given shape, zero at first.
-
-        Args:
-            name: Name of the state.
-            shape: Sides of the sum; none for a scalar.
-            dtype: Its type.
-        """
+        """Registers a state of the given shape, zero at first and summed over processes."""
         self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
 
 class FeatureMoments(SummedMetric):
-    """Mean and covariance of features, from sums over samples.
-
-    Args:
-        width: Number of features D.
-        kwargs: Arguments of ``torchmetrics.Metric``.
-    """
+    """Mean and covariance of features B×width, from sums over samples."""
 
     total: Tensor
     outer: Tensor
@@ -58,34 +48,19 @@ class FeatureMoments(SummedMetric):
         self.add_sum("count", dtype=torch.int64)
 
     def update(self, features: Tensor) -> None:
-        """Adds features B×D.
-
-        Raises:
-            ValueError: Features of another shape.
-        """
-        if features.ndim != 2 or features.shape[1] != self.width:
-            raise ValueError(f"features must be of shape B×{self.width}, got {tuple(features.shape)}")
-        values = features.detach().to(self.total.device).double()
+        """Adds features B×D."""
+        values = check_width(features, self.width).detach().to(self.total.device).double()
         self.total += values.sum(0)
         self.outer += values.T @ values
         self.count += len(values)
 
     def compute(self) -> Moments:
-        """Mean, covariance (divided by N−1) and N of all processes.
-
-        Raises:
-            ValueError: Fewer than two samples, or features that are not finite.
-        """
+        """Mean, covariance (divided by N−1) and N; raises ValueError for fewer than two samples or features not finite."""
         return moments_from_sums(self.total, self.outer, int(self.count))
 
 
 class FrechetDistance(FeatureMoments):
-    """Fréchet distance of features to those of a reference.
-
-    Args:
-        reference: Moments of the reference.
-        kwargs: Arguments of ``torchmetrics.Metric``.
-    """
+    """Fréchet distance of features to those of a reference with the given moments."""
 
     higher_is_better = False
 
@@ -99,14 +74,17 @@ class FrechetDistance(FeatureMoments):
 
 
 def distance(first: Moments, second: Moments) -> Tensor:
-    """Fréchet distance of two sets of moments, on the device of the first.
-
-    Args:
-        first: Moments of one set.
-        second: Moments of the other.
-
-    Raises:
-        ValueError: Another number of features.
-    """
+    """Fréchet distance of two sets of moments, on the device of the first."""
     mean, covariance = (x.to(first.mean.device) for x in second[:2])
     return frechet_distance(first.mean, first.covariance, mean, covariance)
+
+
+def score(found: Moments, reference: Moments, name: str) -> float:
+    """Fréchet distance to a reference; warns where there are too few samples for a covariance of full rank."""
+    width = found.mean.numel()
+    if found.samples <= width:
+        rank_zero_warn(
+            f"{name} of {found.samples} samples: the covariance of {width} features needs at least {width + 1} "
+            "samples for full rank; the score is biased upwards and comparable only with others of as many samples"
+        )
+    return distance(found, reference).item()

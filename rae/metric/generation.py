@@ -7,65 +7,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities import rank_zero_warn
-from torchmetrics.wrappers.abstract import WrapperMetric
+from torch import Tensor
 
 from rae.metric import manifold
 from rae.metric.features import CallableDetector, Detector, check_images
-from rae.metric.frechet import FeatureMoments, distance
-from rae.metric.functional.frechet import Moments
+from rae.metric.frechet import FeatureMoments, score
 from rae.metric.functional.inception_score import SPLIT_SIZE
+from rae.metric.group import MetricGroup
 from rae.metric.inception_score import InceptionScore, LabelCounts
 from rae.metric.manifold import ManifoldMetrics
-from rae.metric.reference import Reference, Statistics, read_reference
+from rae.metric.reference import Reference, Statistics, open_reference
 
 NAMES = ("fid", "sfid", "inception_score", *manifold.NAMES)
 NEEDS = {"fid": "moments", "sfid": "spatial"} | dict.fromkeys(manifold.NAMES, "features")
 """What each metric needs of the reference."""
-
-
-class MetricGroup(WrapperMetric):
-    """Metrics that share a detector; they hold all state, so that those of two processes can be merged.
-
-    The detector is no submodule, so that its weights stay out of checkpoints; it is moved to the collection's device
-    when used.
-    """
-
-    full_state_update = False
-    takes_originals = False
-    """Whether ``update`` takes images and their originals."""
-    detector: Detector
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts = nn.ModuleDict()
-
-    def _hide(self, name: str, value: Any) -> None:
-        """Sets an attribute without registering it as a submodule."""
-        object.__setattr__(self, name, value)
-
-    def reset(self) -> None:
-        """Forgets all images."""
-        super().reset()
-        for part in self._metrics().values():
-            part.reset()
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the images that another collection of the same kind has seen.
-
-        Raises:
-            ValueError: It is another kind of collection, or of other metrics.
-        """
-        if not isinstance(incoming_state, type(self)) or incoming_state.parts.keys() != self.parts.keys():
-            raise ValueError(f"only a {type(self).__name__} of the same metrics can be merged, got {incoming_state!r}")
-        others = incoming_state._metrics()
-        for name, part in self._metrics().items():
-            part.merge_state(others[name])
-
-    def _metrics(self) -> dict[str, Any]:
-        return dict(self.parts.items())
 
 
 class GenerationMetrics(MetricGroup):
@@ -90,6 +45,8 @@ class GenerationMetrics(MetricGroup):
         FileNotFoundError: The reference does not exist.
     """
 
+    detector: Detector
+
     def __init__(
         self,
         detector: Detector,
@@ -105,27 +62,22 @@ class GenerationMetrics(MetricGroup):
         balanced: bool = False,
         samples: int | None = None,
     ) -> None:
-        super().__init__()
-        self.names = list(metrics)
         if not isinstance(detector, Detector):
             raise TypeError(
                 f"detector must be a Detector, got {type(detector).__name__}; wrap it in {CallableDetector.__name__}"
             )
-        _check_names(self.names, detector)
-        single = [name for name in self.names if name in manifold.NAMES]
-        manifold.check_options(single, neighbours, density_neighbours, distance_precision)
+        _check_names(metrics, detector)
+        compared = [name for name in metrics if name in manifold.NAMES]
+        compare = ManifoldMetrics(detector.width, compared, neighbours, density_neighbours, distance_precision)
         if balanced and num_classes is None:
             raise ValueError("balanced=true needs num_classes, the number of classes that the samples are of")
-        self._hide("detector", detector)
-        self.reference = self._open(reference, reference_kind, assume_kind)
+        self.check_reference(metrics, reference)
+        super().__init__(detector, open_reference(reference, reference_kind, assume_kind))
+        self.names = list(metrics)
         self.balanced = balanced
         self.samples = samples
-        self._manifold_options: dict[str, Any] = {
-            "names": single,
-            "neighbours": neighbours,
-            "density_neighbours": density_neighbours,
-            "precision": distance_precision,
-        }
+        self.neighbours = neighbours
+        self.distance_precision = distance_precision
         self._resolved: Statistics | None = None
         # Moments are taken in any case: they count the samples and show features that are not finite.
         self.parts["pool"] = FeatureMoments(detector.width)
@@ -133,8 +85,8 @@ class GenerationMetrics(MetricGroup):
             self.parts["spatial"] = FeatureMoments(detector.spatial_width or 0)
         if "inception_score" in self.names:
             self.parts["inception_score"] = InceptionScore(detector.classes or 0, split_size)
-        if single:
-            self.parts["manifold"] = ManifoldMetrics(detector.width, **self._manifold_options)
+        if compared:
+            self.parts["manifold"] = compare
         if num_classes is not None:
             self.parts["labels"] = LabelCounts(num_classes)
 
@@ -151,19 +103,14 @@ class GenerationMetrics(MetricGroup):
     def prepare(self, image_size: int, count: int | None = None, labels: Sequence[int] | None = None) -> None:
         """Checks all that can be before there are images, and computes what is missing of the reference.
 
-        Args:
-            image_size: Side of the images that will be scored, in pixels.
-            count: How many there will be; None where that is not known.
-            labels: Their classes; None where they are not known.
-
-        Raises:
-            ValueError: What :meth:`update` and :meth:`compute` would say of such images.
+        It raises what :meth:`update` and :meth:`compute` would say of ``count`` images of a side and labels, where these are
+        known.
         """
         if self.reference is not None:
             self.reference.check_size(image_size, image_size)
         self._check_count(count)
         if self.balanced and labels is not None:
-            counts = LabelCounts(self._metrics()["labels"].num_classes, sync_on_compute=False)
+            counts = LabelCounts(self.parts["labels"].num_classes, sync_on_compute=False)
             counts.update(torch.as_tensor(labels))
             counts.check_balance()
         self._resolve()
@@ -174,14 +121,6 @@ class GenerationMetrics(MetricGroup):
                 f"{self.samples} samples are claimed, but {count} were given; sample the rest or set samples"
             )
 
-    def _open(self, reference: Reference | str | Path | None, kind: str, assumed: str | None) -> Reference | None:
-        self.check_reference(self.names, reference)
-        if reference is None:
-            return None
-        opened = reference if isinstance(reference, Reference) else read_reference(reference, assumed)
-        opened.check_kind(kind)
-        return opened
-
     def _resolve(self) -> Statistics:
         """The reference's numbers; those not stored are computed once, from its images."""
         if self._resolved is None:
@@ -190,21 +129,15 @@ class GenerationMetrics(MetricGroup):
             if self.reference is not None and needs:
                 found = self.reference.for_detector(self.detector, needs, self.device)
             if "manifold" in self.parts and found.features is not None:
-                self._metrics()["manifold"].set_reference(found.features)
+                self.parts["manifold"].set_reference(found.features)
             self._resolved = found
         return self._resolved
 
     def update(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> None:
-        """Adds generated images.
+        """Adds generated images uint8 B×3×H×W and the classes that they were asked to show, B.
 
-        Args:
-            images: uint8 B×3×H×W.
-            labels: Classes that they were asked to show, B.
-            index: Number of every sample among all that are drawn, B; with it the Inception Score's splits are the same
-                for any order and number of processes. None to count them.
-
-        Raises:
-            ValueError: Images that are no bytes or of another size than the reference's, or missing labels.
+        ``index`` is the number of every sample among all that are drawn, B; with it the Inception Score's splits are the same
+        for any order and number of processes. None counts them.
         """
         check_images(images)
         if self.reference is not None:
@@ -214,44 +147,29 @@ class GenerationMetrics(MetricGroup):
                 "balanced=true needs the labels of the samples (arr_1 of an .npz); give them or set balanced=false"
             )
         self._resolve()
-        parts = self._metrics()
-        seen = self.detector.to(self.device)(images.to(self.device))
-        parts["pool"].update(seen.pool)
-        if "spatial" in parts:
-            parts["spatial"].update(seen.spatial)
-        if "inception_score" in parts:
-            parts["inception_score"].update(seen.probabilities, index)
-        if "manifold" in parts:
-            parts["manifold"].update(seen.pool)
-        if "labels" in parts and labels is not None:
-            parts["labels"].update(labels)
+        seen = self.features_of(images)
+        self.feed(pool=seen.pool, spatial=seen.spatial, manifold=seen.pool)
+        if "inception_score" in self.parts:
+            self.parts["inception_score"].update(seen.probabilities, index)
+        if labels is not None:
+            self.feed(labels=labels)
 
     def compute(self) -> dict[str, float]:
-        """All scores over the images of all processes, by name, and their number ``samples``.
-
-        Raises:
-            ValueError: Fewer samples than claimed, unbalanced classes where balance is claimed, or features that are
-                not finite.
-        """
+        """All scores over the images of all processes, by name, and their number ``samples``; not without what is claimed."""
         statistics = self._resolve()
-        parts = self._metrics()
-        pool: Moments = parts["pool"].compute()
-        self._check_count(pool.samples)
+        count = self.parts["pool"].compute().samples
+        self._check_count(count)
         if self.balanced:
-            parts["labels"].check_balance()
+            self.parts["labels"].check_balance()
         scores: dict[str, float] = {}
-        if statistics.moments is not None and "fid" in self.names:
-            warn_of_rank(pool, "fid")
-            scores["fid"] = distance(pool, statistics.moments).item()
-        if statistics.spatial is not None and "sfid" in self.names:
-            spatial = parts["spatial"].compute()
-            warn_of_rank(spatial, "sfid")
-            scores["sfid"] = distance(spatial, statistics.spatial).item()
-        for name in ("inception_score", "manifold"):
-            if name in parts:
-                scores |= parts[name].compute()
+        for name, part, reference in (("fid", "pool", statistics.moments), ("sfid", "spatial", statistics.spatial)):
+            if name in self.names and reference is not None:
+                scores[name] = score(self.parts[part].compute(), reference, name)
+        for part in ("inception_score", "manifold"):
+            if part in self.parts:
+                scores |= self.parts[part].compute()
         ordered = {name: scores[name] for name in (*self.names, "inception_score_std") if name in scores}
-        return {self.score_name(name): value for name, value in ordered.items()} | {"samples": float(pool.samples)}
+        return {self.score_name(name): value for name, value in ordered.items()} | {"samples": float(count)}
 
     def score_name(self, name: str) -> str:
         """``fid`` for the published features, ``fd_<detector>`` for others; likewise the other metrics."""
@@ -261,27 +179,13 @@ class GenerationMetrics(MetricGroup):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells these scores from others: detector, reference, settings."""
+        """Detector, reference and settings."""
         return {
-            "detector": self.detector.identity | {"hash": self.detector.hash},
-            "reference": None if self.reference is None else describe_reference(self.reference),
+            **super().identity,
             "metrics": self.names,
-            "distance_precision": self._manifold_options["precision"],
-            "neighbours": self._manifold_options["neighbours"],
+            "distance_precision": self.distance_precision,
+            "neighbours": self.neighbours,
         }
-
-
-def describe_reference(reference: Reference) -> dict[str, Any]:
-    """What tells a reference from others, for the record."""
-    info = reference.info
-    return {
-        "path": None if reference.path is None else str(reference.path),
-        "hash": reference.hash,
-        "kind": info.kind,
-        "image_size": info.image_size,
-        "crop": info.crop,
-        "count": info.count,
-    }
 
 
 def _check_names(names: Sequence[str], detector: Detector) -> None:
@@ -294,18 +198,3 @@ def _check_names(names: Sequence[str], detector: Detector) -> None:
             raise ValueError(
                 f"metric {name} cannot be had of detector {detector.name!r}; leave it out of metrics={list(names)}"
             )
-
-
-def warn_of_rank(moments: Moments, name: str) -> None:
-    """Warns where there are too few samples for a covariance of full rank.
-
-    Args:
-        moments: Moments of the features.
-        name: Name of the score, for the warning.
-    """
-    width = moments.mean.numel()
-    if moments.samples <= width:
-        rank_zero_warn(
-            f"{name} of {moments.samples} samples: the covariance of {width} features needs at least {width + 1} "
-            "samples for full rank; the score is biased upwards and comparable only with others of as many samples"
-        )

@@ -13,7 +13,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from rae.image import IMAGE_ENDINGS
+
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 """Pillow's modes of 8 bits or fewer; others (16-bit, float, CMYK) would be changed by a conversion to RGB."""
 
@@ -37,12 +38,7 @@ class NpzShape(NamedTuple):
 
 
 def open_npz(path: str | Path) -> zipfile.ZipFile:
-    """Opens an .npz archive, whose members are .npy files.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no archive, or its end is missing.
-    """
+    """Opens an .npz archive, whose members are .npy files; raises ValueError if it is none, or its end is missing."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist: give the path of an .npz file")
@@ -54,46 +50,30 @@ def open_npz(path: str | Path) -> zipfile.ZipFile:
         ) from error
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and type from the head of a .npy file, which is left at its first value."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
-
-
-def _check_header(path: Path, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> NpzShape:
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
-        hint = "; float images are refused: round them to bytes first" if dtype.kind == "f" else ""
-        raise ValueError(
-            f"arr_0 of {str(path)!r} must be uint8 N×H×W×3 in C order, got {dtype} {shape}"
-            f"{' in Fortran order' if fortran else ''}{hint}"
-        )
-    if not shape[0]:
-        raise ValueError(f"arr_0 of {str(path)!r} is empty: it must hold at least 1 image")
-    return NpzShape(*shape[:3])
-
-
 def _open_images(archive: zipfile.ZipFile, path: Path) -> tuple[IO[bytes], NpzShape]:
+    """The .npy file ``arr_0``, left at its first pixel, and what its header says."""
     names = archive.namelist()
     if "arr_0.npy" not in names:
         held = ", ".join(sorted(name.removesuffix(".npy") for name in names)) or "nothing"
         raise ValueError(f"{str(path)!r} has no arr_0 (images uint8 N×H×W×3); it holds {held}")
     try:
         file = archive.open("arr_0.npy")
-        header = _header(file)
+        first = np.lib.format.read_magic(file) == (1, 0)
+        read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(file)
     except BROKEN as error:
         raise ValueError(f"arr_0 of {str(path)!r} cannot be read ({error}); the file may be truncated") from error
-    return file, _check_header(path, *header)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
+        hint = "; float images are refused: round them to bytes first" if dtype.kind == "f" else ""
+        order = " in Fortran order" if fortran else ""
+        raise ValueError(f"arr_0 of {str(path)!r} must be uint8 N×H×W×3 in C order, got {dtype} {shape}{order}{hint}")
+    if not shape[0]:
+        raise ValueError(f"arr_0 of {str(path)!r} is empty: it must hold at least 1 image")
+    return file, NpzShape(*shape[:3])
 
 
 def npz_shape(path: str | Path) -> NpzShape:
-    """Number and size of the images in an archive, from its header alone.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: No archive, no ``arr_0``, or no uint8 N×H×W×3.
-    """
+    """Number and size of the images in an archive, from its header alone; errors as in :func:`iterate_npz`."""
     with open_npz(path) as archive:
         file, shape = _open_images(archive, Path(path))
         file.close()
@@ -101,11 +81,9 @@ def npz_shape(path: str | Path) -> NpzShape:
 
 
 def iterate_npz(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
-    """Batches of ``arr_0``, with ``arr_1`` as labels where it exists; only one batch is held at a time.
+    """Batches of ``arr_0``, uint8 N×H×W×3, with ``arr_1``, integers N, as labels where it exists.
 
-    Args:
-        path: Archive with ``arr_0`` uint8 N×H×W×3, and ``arr_1`` integers N if there are labels.
-        batch_size: Images of a batch; the last one may be smaller.
+    Only one batch is held at a time; the last one may be smaller.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -153,36 +131,19 @@ def _read_labels(archive: zipfile.ZipFile, path: Path) -> Tensor | None:
 
 
 def folder_files(path: str | Path) -> list[Path]:
-    """The image files of a folder and its subfolders, by name; hidden files and folders are left out.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or no image in it.
-    """
+    """The image files of a folder and its subfolders, by name, hidden ones left out; raises FileNotFoundError for none."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"folder {str(path)!r} does not exist")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
-        raise FileNotFoundError(f"folder {str(path)!r} holds no image ({', '.join(SUFFIXES)})")
+        raise FileNotFoundError(f"folder {str(path)!r} holds no image ({', '.join(IMAGE_ENDINGS)})")
     return files
 
 
-def read_image(file: Path) -> Tensor:
-    """Reads one image file as uint8 3×H×W.
-
-    Raises:
-        ValueError: The file is no image, is damaged, or holds more than 8 bits per channel.
-    """
-    return decode_image(file, str(file))
-
-
 def decode_image(file: Path | IO[bytes], name: str) -> Tensor:
-    """An image file, or what was read of one, as uint8 3×H×W; ``name`` is for messages.
-
-    Raises:
-        ValueError: It is no image, is damaged, or holds more than 8 bits per channel.
-    """
+    """An image file as uint8 3×H×W; ValueError tells its name where it is damaged or holds more than 8 bits per channel."""
     try:
         with Image.open(file) as image:
             if image.mode not in MODES:
@@ -203,16 +164,7 @@ def same_size(image: Tensor, shape: torch.Size, name: str, first: str) -> None:
 
 
 def iterate_folder(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
-    """Batches of the images of a folder, in the order of their names; they must all be of one size.
-
-    Args:
-        path: The folder.
-        batch_size: Images at once.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or no image in it.
-        ValueError: A file that is no 8-bit image, or images of several sizes.
-    """
+    """Batches of the images of a folder, in the order of their names; raises ValueError unless all are of one size."""
     files = folder_files(path)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -220,7 +172,7 @@ def iterate_folder(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatc
     for start in range(0, len(files), batch_size):
         batch = []
         for file in files[start : start + batch_size]:
-            image = read_image(file)
+            image = decode_image(file, str(file))
             shape = image.shape if shape is None else shape
             same_size(image, shape, str(file), str(files[0]))
             batch.append(image)

@@ -8,14 +8,11 @@ without their bias.
 
 from __future__ import annotations
 
-from pathlib import Path
-from urllib.error import URLError
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.io.files import file_hash
+from rae.io.hub import find_file
 from rae.io.tensors import load_strict, read_file
 from rae.metric.features import Detector, Features
 
@@ -98,18 +95,15 @@ class InceptionDetector(Detector):
         self.network = InceptionV3()
         self._published = False
         if pretrained:
-            file = find_weights(checkpoint)
+            remedy = f"metric.detector.checkpoint=/path/to/{INCEPTION_URL.rpartition('/')[2]}"
+            file = find_file(checkpoint, INCEPTION_URL, "the Inception-v3 weights", remedy)
             load_strict(self.network, read_file(file), f"Inception weight file {str(file)!r}")
             self._published = file_hash(file).startswith(HASH_PREFIX)
         else:
-            self._draw_weights()
+            for module in self.network.modules():  # keep the size of activations through all layers
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         self.freeze()
-
-    def _draw_weights(self) -> None:
-        """Random weights that keep the size of activations through all layers."""
-        for module in self.network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     @property
     def published(self) -> bool:
@@ -120,28 +114,3 @@ class InceptionDetector(Detector):
         """All three outputs; softmax of the logits without bias, as ADM's suite does."""
         pool, spatial, logits = self.network(images)
         return Features(pool, spatial, logits.softmax(1))
-
-
-def find_weights(checkpoint: str | None = None) -> Path:
-    """The weight file: the one given, or that of torch's hub cache, downloaded if it is not there.
-
-    Raises:
-        FileNotFoundError: There is none; names the cache, the address and the option.
-    """
-    if checkpoint is not None:
-        file = Path(checkpoint).expanduser()
-        if not file.is_file():
-            raise FileNotFoundError(f"Inception weight file {str(file)!r} does not exist; get it from {INCEPTION_URL}")
-        return file
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
-    if not cached.is_file():
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, str(cached), hash_prefix=HASH_PREFIX, progress=True)
-        except (URLError, OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"the Inception-v3 weights are neither in {cached} nor can they be downloaded from {INCEPTION_URL} "
-                f"({error}); "
-                "give a local file with metric.detector.checkpoint=/path/to/weights-inception-2015-12-05-6726825d.pth"
-            ) from None
-    return cached

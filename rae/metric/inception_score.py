@@ -18,14 +18,7 @@ class InceptionScore(SummedMetric):
     A sample belongs to split ``index // split_size``, so that the score depends neither on batches nor on which process
     saw which sample, if the caller says the indices. Otherwise they are counted, process by process in turn.
 
-    Args:
-        classes: Number of classes K.
-        split_size: Samples of a split.
-        splits: Largest number of splits that there is room for.
-        kwargs: Arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: A number below 1.
+    There is room for ``splits`` splits.
     """
 
     higher_is_better = True
@@ -52,15 +45,7 @@ class InceptionScore(SummedMetric):
         self._seen = 0
 
     def update(self, probabilities: Tensor, index: Tensor | None = None) -> None:
-        """Adds class probabilities.
-
-        Args:
-            probabilities: B×K, rows sum to 1.
-            index: Number of every sample among all that are drawn, B; None to count them.
-
-        Raises:
-            ValueError: Another shape, or an index below 0 or beyond the room for splits.
-        """
+        """Adds class probabilities B×K and the number of every sample among all that are drawn, B; None counts them."""
         check_probabilities(probabilities)
         if index is None:
             world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -83,17 +68,12 @@ class InceptionScore(SummedMetric):
         self.count.index_add_(0, split, torch.ones_like(split))
 
     def compute(self) -> dict[str, float]:
-        """``inception_score`` and, over the splits, its ``inception_score_std``.
-
-        Raises:
-            ValueError: No sample, probabilities that are not finite, or a split of too many samples.
-        """
+        """``inception_score`` and, over the splits, its ``inception_score_std``."""
         most = int(self.count.max())
         if most > self.split_size:
             raise ValueError(
-                f"a split of the Inception Score holds {most} samples, more than split_size={self.split_size}: "
-                "samples were given "
-                "twice, or parts were merged that counted their samples themselves; give update the index of every "
+                f"a split of the Inception Score holds {most} samples, more than split_size={self.split_size}: samples were "
+                "given twice, or parts were merged that counted their samples themselves; give update the index of every "
                 "sample"
             )
         mean, deviation = score_from_sums(self.total, self.entropy, self.count)
@@ -101,15 +81,7 @@ class InceptionScore(SummedMetric):
 
 
 class LabelCounts(SummedMetric):
-    """How many samples of each class there are.
-
-    Args:
-        num_classes: Number of classes.
-        kwargs: Arguments of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: ``num_classes`` below 1.
-    """
+    """How many samples of each class there are."""
 
     count: Tensor
 
@@ -121,11 +93,7 @@ class LabelCounts(SummedMetric):
         self.add_sum("count", num_classes, dtype=torch.int64)
 
     def update(self, labels: Tensor) -> None:
-        """Adds labels B.
-
-        Raises:
-            ValueError: A label outside 0…num_classes−1.
-        """
+        """Adds labels B; raises ValueError for one outside 0…num_classes−1."""
         labels = torch.as_tensor(labels, dtype=torch.int64).cpu()
         if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= self.num_classes):
             raise ValueError(
@@ -145,6 +113,5 @@ class LabelCounts(SummedMetric):
         if fewest != most:
             raise ValueError(
                 f"the samples are not balanced: class {int(count.argmin())} has {fewest} and class "
-                f"{int(count.argmax())} has {most}; "
-                "sample equally many of each class, or set balanced=false"
+                f"{int(count.argmax())} has {most}; sample equally many of each class, or set balanced=false"
             )

@@ -6,7 +6,7 @@ process one at a time; what is gathered are counts and one truth value per refer
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,27 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from rae.metric.functional.frechet import check_features
+from rae.metric.functional.frechet import check_features, check_width
 from rae.metric.functional.kernel import distance_from_sums, kernel_sum, self_kernel_sum
-from rae.metric.functional.manifold import BLOCK, PRECISIONS, Overlap, nearest_distances, overlap
+from rae.metric.functional.manifold import BLOCK, Overlap, check_precision, nearest_distances, overlap
 
 NAMES = ("precision", "recall", "density", "coverage", "kid")
 
 
 class ManifoldMetrics(Metric):
-    """Metrics that compare single samples with single reference points.
+    """Metrics of ``names`` that compare single samples with single reference points, both B×width.
 
-    Args:
-        width: Number of features D.
-        names: Which of precision, recall, density, coverage and kid.
-        neighbours: Neighbours that the balls of precision and recall reach.
-        density_neighbours: Neighbours that the balls of density and coverage reach.
-        precision: Arithmetic of the distances: ``float32``, ``float64``, or ``float16`` as ADM's suite.
-        reference: Features of the reference M×D; None to give them later by :meth:`set_reference`.
-        kwargs: Arguments of ``torchmetrics.Metric``.
+    The other arguments are those of :class:`~rae.metric.GenerationMetrics`.
 
     Raises:
-        ValueError: An unknown name or precision, neighbours below 1, or reference features that do not fit.
+        ValueError: An unknown name or precision, or neighbours below 1.
     """
 
     full_state_update = False
@@ -47,11 +40,16 @@ class ManifoldMetrics(Metric):
         neighbours: int = 3,
         density_neighbours: int = 5,
         precision: str = "float32",
-        reference: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(sync_on_compute=False, compute_on_cpu=True, **kwargs)
-        check_options(names, neighbours, density_neighbours, precision)
+        if unknown := sorted(set(names) - set(NAMES)):
+            raise ValueError(f"metrics {', '.join(unknown)} are unknown; choose among {', '.join(NAMES)}")
+        if min(neighbours, density_neighbours) < 1:
+            raise ValueError(
+                f"neighbours must be at least 1, got neighbours={neighbours} and density_neighbours={density_neighbours}"
+            )
+        check_precision(precision)
         self.width = width
         self.names = list(names)
         self.neighbours = neighbours
@@ -60,38 +58,19 @@ class ManifoldMetrics(Metric):
         self.reference: Tensor | None = None
         self._reference_radii: Tensor | None = None
         self.add_state("features", [], dist_reduce_fx="cat")
-        if reference is not None:
-            self.set_reference(reference)
 
     def set_reference(self, reference: Tensor) -> None:
-        """Sets the features of the reference, M×D.
-
-        Raises:
-            ValueError: Features of another shape, or not finite.
-        """
-        self._check_shape(check_features(reference, "reference features"))
+        """Sets the features of the reference, M×D; raises ValueError for another shape or values that are not finite."""
+        check_width(check_features(reference, "reference features"), self.width)
         self.reference = reference.cpu().float()
         self._reference_radii = None
 
-    def _check_shape(self, features: Tensor) -> None:
-        if features.ndim != 2 or features.shape[1] != self.width:
-            raise ValueError(f"features must be of shape B×{self.width}, got {tuple(features.shape)}")
-
     def update(self, features: Tensor) -> None:
-        """Adds features B×D, float32.
-
-        Raises:
-            ValueError: Features of another shape.
-        """
-        self._check_shape(features)
-        self.features.append(features.detach().float())
+        """Adds features B×D, float32."""
+        self.features.append(check_width(features, self.width).detach().float())
 
     def compute(self) -> dict[str, float]:
-        """All scores over the samples of all processes, by name.
-
-        Raises:
-            ValueError: There is no reference, too few samples, or features that are not finite.
-        """
+        """All scores over the samples of all processes, by name."""
         if self.reference is None:
             raise ValueError(f"{', '.join(self.names)} need features of a reference: call set_reference first")
         own = torch.cat(self.features) if self.features else torch.empty(0, self.width)
@@ -99,14 +78,11 @@ class ManifoldMetrics(Metric):
         counts = counts_of_processes(len(own), self.device)
         reference = self.reference.to(self.device)
         scores: dict[str, float] = {}
-        if self._uses({"precision", "recall", "density", "coverage"}):
+        if set(self.names) - {"kid"}:
             scores |= self._overlap_scores(own, reference, counts)
         if "kid" in self.names:
             scores["kid"] = self._kernel_distance(own, reference, counts)
         return {name: scores[name] for name in self.names}
-
-    def _uses(self, names: Collection[str]) -> bool:
-        return not set(names).isdisjoint(self.names)
 
     def _overlap_scores(self, own: Tensor, reference: Tensor, counts: list[int]) -> dict[str, float]:
         radii = self._radii_of_reference(reference)
@@ -137,22 +113,7 @@ class ManifoldMetrics(Metric):
         sums = torch.stack([within, self_kernel_sum(own), kernel_sum(own, reference)])
         if in_processes():
             dist.all_reduce(sums)
-        diagonal = self_kernel_sum(reference)
-        total = kernel_sum(reference, reference)
-        return distance_from_sums(sums[0], sums[1], total, diagonal, sums[2], [sum(counts), len(reference)]).item()
-
-
-def check_options(names: Sequence[str], neighbours: int, density_neighbours: int, precision: str) -> None:
-    """Raises ValueError for an unknown name or precision, or neighbours below 1."""
-    unknown = sorted(set(names) - set(NAMES))
-    if unknown:
-        raise ValueError(f"metrics {', '.join(unknown)} are unknown; choose among {', '.join(NAMES)}")
-    if min(neighbours, density_neighbours) < 1:
-        raise ValueError(
-            f"neighbours must be at least 1, got neighbours={neighbours} and density_neighbours={density_neighbours}"
-        )
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+        return distance_from_sums(sums, sum(counts), reference).item()
 
 
 def in_processes() -> bool:
@@ -161,12 +122,7 @@ def in_processes() -> bool:
 
 
 def counts_of_processes(count: int, device: torch.device) -> list[int]:
-    """Samples that each process holds.
-
-    Args:
-        count: Samples of this process.
-        device: Where the processes exchange tensors.
-    """
+    """Samples that each process holds, of which this one holds ``count``; the processes exchange tensors on ``device``."""
     if not in_processes():
         return [count]
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
@@ -177,9 +133,7 @@ def counts_of_processes(count: int, device: torch.device) -> list[int]:
 def blocks_of_processes(own: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
     """Blocks of the features of all processes, in the same order on each; one of another is held at a time.
 
-    Args:
-        own: Features of this process, n×D.
-        counts: Samples of every process, from :func:`counts_of_processes`.
+    ``own`` are the features n×D of this process, ``counts`` the samples of every one, from :func:`counts_of_processes`.
     """
     if not in_processes():
         yield from own.split(BLOCK)

@@ -12,24 +12,19 @@ from torchmetrics.utilities import rank_zero_warn
 
 from rae.image import to_uint8
 from rae.metric.features import Detector, check_images
-from rae.metric.frechet import FeatureMoments, SummedMetric, distance
+from rae.metric.frechet import FeatureMoments, SummedMetric, score
 from rae.metric.functional.exact import exact_float32
+from rae.metric.functional.frechet import Moments
 from rae.metric.functional.image import psnr, ssim
-from rae.metric.generation import MetricGroup, describe_reference, warn_of_rank
-from rae.metric.reference import Reference, read_reference
+from rae.metric.group import MetricGroup
+from rae.metric.reference import Reference, open_reference
 
-NAMES = ("psnr", "ssim", "lpips", "rfid")
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """Perceptual distance: images and originals float B×3×H×W in [0, 1] => B."""
 
 
 class ImageMeans(SummedMetric):
-    """Means over images of scores that each image has.
-
-    Args:
-        names: Names of the scores.
-        kwargs: Arguments of ``torchmetrics.Metric``.
-    """
+    """Means over images of scores that each image has, by name."""
 
     total: Tensor
     count: Tensor
@@ -41,29 +36,16 @@ class ImageMeans(SummedMetric):
         self.add_sum("count", dtype=torch.int64)
 
     def update(self, scores: dict[str, Tensor], count: int) -> None:
-        """Adds the scores of ``count`` images, B each.
-
-        Args:
-            scores: Scores by name, one for each image, B.
-            count: Images, B.
-
-        Raises:
-            ValueError: Other names, or another number of scores.
-        """
+        """Adds the scores of ``count`` images, by name, B each; raises ValueError for other names or another number."""
         shapes = {name: tuple(values.shape) for name, values in scores.items()}
         if shapes != dict.fromkeys(self.names, (count,)):
             raise ValueError(f"scores must be {', '.join(self.names)} of shape ({count},), got {shapes}")
-        if self.names:
-            values = torch.stack([scores[name].detach() for name in self.names])
-            self.total += values.to(self.total.device).double().sum(1)
+        values = torch.stack([scores[name].detach() for name in self.names])
+        self.total += values.to(self.total.device).double().sum(1)
         self.count += count
 
     def compute(self) -> dict[str, float]:
-        """The means, and the number of images as ``images``.
-
-        Raises:
-            ValueError: No image, or scores that are not finite.
-        """
+        """The means, and the number of ``images``; raises ValueError for no image or scores that are not finite."""
         count = int(self.count)
         if not count:
             raise ValueError("there is no image to score; call update first")
@@ -100,21 +82,16 @@ class ReconstructionMetrics(MetricGroup):
         assume_kind: Literal["training", "validation"] | None = None,
         structural: bool = True,
     ) -> None:
-        super().__init__()
-        self._hide("detector", detector)
-        self._hide("perceptual", perceptual)
+        if reference is not None and detector is None:
+            raise ValueError(
+                "a reference is for rFID, which needs a detector: give metric.detector or leave the reference out"
+            )
+        super().__init__(detector, open_reference(reference, "validation", assume_kind))
         self.perceptual: Perceptual | None
+        object.__setattr__(self, "perceptual", perceptual)  # no submodule, like the detector
         self.structural = structural
-        self.reference: Reference | None = None
         if isinstance(perceptual, nn.Module):
             perceptual.requires_grad_(False).eval()
-        if reference is not None:
-            if detector is None:
-                raise ValueError(
-                    "a reference is for rFID, which needs a detector: give metric.detector or leave the reference out"
-                )
-            self.reference = reference if isinstance(reference, Reference) else read_reference(reference, assume_kind)
-            self.reference.check_kind("validation")
         names = ["psnr"] + ["ssim"] * structural + ["lpips"] * (perceptual is not None)
         self.parts["means"] = ImageMeans(names)
         if detector is not None:
@@ -123,32 +100,25 @@ class ReconstructionMetrics(MetricGroup):
                 self.parts["originals"] = FeatureMoments(detector.width)
 
     def prepare(self, image_size: int, count: int | None = None, labels: Sequence[int] | None = None) -> None:
-        """Checks all that can be before there are images, and computes what is missing of the reference.
-
-        Args:
-            image_size: Side of the images that will be scored, in pixels.
-            count: See :meth:`GenerationMetrics.prepare`; any number will do.
-            labels: Likewise.
-
-        Raises:
-            ValueError: What :meth:`update` and :meth:`compute` would say of such images.
-        """
+        """See :meth:`GenerationMetrics.prepare`; any number of images, and any labels, will do."""
         if self.structural:
             ssim(*torch.zeros(2, 1, 3, image_size, image_size))
         if self.reference is not None:
             self.reference.check_size(image_size, image_size)
-            self.reference.for_detector(self.detector, ["moments"], self.device)
+            self._wanted()
+
+    def _wanted(self) -> Moments:
+        """Moments of the features of what the reconstructions should equal."""
+        if self.reference is None:
+            originals: Moments = self.parts["originals"].compute()
+            return originals
+        assert self.detector is not None
+        stored = self.reference.for_detector(self.detector, ["moments"], self.device).moments
+        assert stored is not None
+        return stored
 
     def update(self, images: Tensor, originals: Tensor) -> None:
-        """Adds reconstructions.
-
-        Args:
-            images: Reconstructions B×3×H×W, uint8, or float in [0, 1] (as bytes by :func:`rae.image.to_uint8`).
-            originals: The images they should equal, likewise; float ones must lie in [0, 1].
-
-        Raises:
-            ValueError: Other types, shapes or ranges, or images of another size than the reference's.
-        """
+        """Adds reconstructions and the images they should equal, both B×3×H×W, uint8 or float in [0, 1]."""
         images = _to_bytes(images, "images").to(self.device)
         originals = _to_bytes(originals, "originals", checked=True).to(self.device)
         if images.shape != originals.shape:
@@ -158,19 +128,17 @@ class ReconstructionMetrics(MetricGroup):
             )
         if self.reference is not None:
             self.reference.check_size(*images.shape[2:])
-        parts = self._metrics()
         x, y = images.float() / 255, originals.float() / 255
         scores = {"psnr": psnr(x, y)}
         if self.structural:
             scores["ssim"] = ssim(x, y)
         if self.perceptual is not None:
             scores["lpips"] = self._perceptual_distance(x, y)
-        parts["means"].update(scores, len(images))
-        if self.detector is not None:
-            detector = self.detector.to(self.device)
-            parts["pool"].update(detector(images).pool)
-            if "originals" in parts:
-                parts["originals"].update(detector(originals).pool)
+        self.parts["means"].update(scores, len(images))
+        if "pool" in self.parts:
+            self.parts["pool"].update(self.features_of(images).pool)
+        if "originals" in self.parts:
+            self.parts["originals"].update(self.features_of(originals).pool)
 
     def _perceptual_distance(self, images: Tensor, originals: Tensor) -> Tensor:
         if isinstance(self.perceptual, nn.Module):
@@ -180,47 +148,28 @@ class ReconstructionMetrics(MetricGroup):
             return self.perceptual(images, originals).flatten()
 
     def compute(self) -> dict[str, float]:
-        """``psnr``, ``ssim``, ``lpips``, ``rfid`` (``rfd_<detector>`` for others), and the number of ``images``.
-
-        Raises:
-            ValueError: No image, or scores or features that are not finite.
-        """
-        parts = self._metrics()
-        scores = parts["means"].compute()
+        """``psnr``, ``ssim``, ``lpips``, ``rfid`` (``rfd_<detector>`` for others), and the number of ``images``."""
+        scores: dict[str, float] = dict(self.parts["means"].compute())
         count = scores.pop("images")
         if self.detector is not None:
-            pool = parts["pool"].compute()
             name = "rfid" if self.detector.name == "inception" else f"rfd_{self.detector.name}"
-            warn_of_rank(pool, name)
-            if self.reference is None:
-                wanted = parts["originals"].compute()
-            else:
-                wanted = self.reference.for_detector(self.detector, ["moments"], self.device).moments
+            pool, wanted = self.parts["pool"].compute(), self._wanted()
             if wanted.samples and wanted.samples != pool.samples:
                 rank_zero_warn(
                     f"{name} compares {pool.samples} reconstructions with a reference of {wanted.samples} images; "
-                    "the published protocol "
-                    "compares the reconstructions of all its images"
+                    "the published protocol compares the reconstructions of all its images"
                 )
-            scores[name] = distance(pool, wanted).item()
+            scores[name] = score(pool, wanted, name)
         return scores | {"images": count}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells these scores from others: detector, reference, which scores."""
-        return {
-            "detector": None if self.detector is None else self.detector.identity | {"hash": self.detector.hash},
-            "reference": None if self.reference is None else describe_reference(self.reference),
-            "metrics": self._metrics()["means"].names + ["rfid"] * (self.detector is not None),
-        }
+        """Detector, reference, and which scores."""
+        return {**super().identity, "metrics": self.parts["means"].names + ["rfid"] * (self.detector is not None)}
 
 
 def _to_bytes(images: Tensor, name: str, checked: bool = False) -> Tensor:
-    """Images as bytes; float ones by the rule of all published scores, the lower grey level.
-
-    Raises:
-        ValueError: Another type or shape, or, where ``checked``, values outside [0, 1].
-    """
+    """Images as bytes; float ones by the rule of all published scores, the lower grey level, and ``checked`` for their range."""
     if not images.is_floating_point():
         return check_images(images, name)
     low, high = (images.min().item(), images.max().item()) if checked and images.numel() else (0.0, 1.0)

@@ -39,22 +39,15 @@ ADM_PREFIX = "VIRTUAL_"
 
 @dataclass(frozen=True)
 class ReferenceInfo:
-    """What a reference says about itself."""
+    """What a reference says about itself: of which images it is, and what took their features."""
 
-    kind: str
-    """``training`` or ``validation``."""
-    image_size: tuple[int, int] | None = None
-    """Height and width of the images."""
-    crop: str | None = None
-    """How they were cropped, e.g. ``center``."""
-    count: int | None = None
-    """How many images the moments are of."""
-    detector: dict[str, Any] | None = None
-    """Identity of the detector."""
-    detector_hash: str | None = None
-    """Hash of the detector; None for ADM's files, which the published Inception made."""
-    hash: str | None = None
-    """Hash of the statistics."""
+    kind: str  # training or validation
+    image_size: tuple[int, int] | None = None  # height and width
+    crop: str | None = None  # e.g. center
+    count: int | None = None  # images that the moments are of
+    detector: dict[str, Any] | None = None  # its identity
+    detector_hash: str | None = None  # None for ADM's files, which the published Inception made
+    hash: str | None = None  # of the statistics
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -76,19 +69,12 @@ class Statistics(NamedTuple):
 
 @dataclass
 class Reference:
-    """Statistics and images to compare with.
-
-    Args:
-        info: What the reference is.
-        statistics: Its numbers.
-        path: The file, where it comes from one.
-        has_images: Whether the file holds images, from which other detectors' numbers can be computed.
-    """
+    """Statistics and images to compare with."""
 
     info: ReferenceInfo
     statistics: Statistics
-    path: Path | None = None
-    has_images: bool = False
+    path: Path | None = None  # the file, where it comes from one
+    has_images: bool = False  # whether the file holds images, from which other detectors' numbers can be computed
     _computed: dict[str, Statistics] = field(default_factory=dict, repr=False)
 
     @property
@@ -98,15 +84,17 @@ class Reference:
 
     @property
     def hash(self) -> str:
-        """Hash of the statistics, or of the file where it holds images alone.
-
-        Raises:
-            ValueError: It has neither statistics nor a file.
-        """
+        """Hash of the statistics, or of the file where it holds images alone."""
         stated = self.info.hash or statistics_hash(self.statistics)
         if stated is None and self.path is None:
             raise ValueError("a reference without statistics and file has no hash")
         return stated or file_hash(str(self.path))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others, for the record."""
+        known = {name: getattr(self.info, name) for name in ("kind", "image_size", "crop", "count")}
+        return {"path": None if self.path is None else str(self.path), "hash": self.hash, **known}
 
     def check_kind(self, wanted: str) -> None:
         """Raises ValueError unless the reference is of the wanted kind."""
@@ -114,11 +102,9 @@ class Reference:
             raise ValueError(f"reference_kind={wanted!r} is unknown; choose {' or '.join(KINDS)}")
         if self.info.kind != wanted:
             raise ValueError(
-                f"reference {self.name} is of kind {self.info.kind!r} ({KINDS[self.info.kind]}), but this run needs "
-                f"kind {wanted!r} "
-                f"({KINDS[wanted]}); the two give different numbers (on ImageNet 1.9 instead of an rFID of 0.57): "
-                "give a reference "
-                f"of kind {wanted!r}"
+                f"reference {self.name} is of kind {self.info.kind!r} ({KINDS[self.info.kind]}), but this run needs kind "
+                f"{wanted!r} ({KINDS[wanted]}); the two give different numbers (on ImageNet 1.9 instead of an rFID of 0.57): "
+                f"give a reference of kind {wanted!r}"
             )
 
     def check_size(self, height: int, width: int) -> None:
@@ -133,12 +119,7 @@ class Reference:
     def for_detector(
         self, detector: Detector, needs: Collection[str], device: torch.device | str = "cpu"
     ) -> Statistics:
-        """The numbers of one detector: those stored, the others from the stored images.
-
-        Args:
-            detector: The detector that samples go through.
-            needs: Which of ``moments``, ``spatial`` and ``features`` are needed.
-            device: Where the detector runs.
+        """The numbers of one detector: those stored, and of what ``needs`` names the others from the stored images.
 
         Raises:
             ValueError: Needed numbers are of another detector or missing, and there are no images to compute them from.
@@ -178,7 +159,7 @@ class Reference:
             if self.has_images:
                 rank_zero_warn(
                     f"reference {self.name} was made with another detector than {detector.name!r} (hash {made_by[:12]}…, here "
-                    f"{detector.hash[:12]}…); its numbers are computed anew from the images that it holds, which may be fewer",
+                    f"{detector.hash[:12]}…); its numbers are computed anew from the images that it holds, which may be fewer"
                 )
             return Statistics()
         widths = [(stored.moments, detector.width), (stored.spatial, detector.spatial_width)]
@@ -186,16 +167,14 @@ class Reference:
             return Statistics()
         if made_by is None and not detector.published:
             rank_zero_warn(
-                f"reference {self.name} does not say which detector made it; it is taken for that of "
-                f"{detector.name!r}, which is not "
-                "the published Inception"
+                f"reference {self.name} does not say which detector made it; it is taken for that of {detector.name!r}, "
+                "which is not the published Inception"
             )
         return stored
 
     def _extract(self, detector: Detector, device: torch.device | str) -> Statistics:
         """Runs the detector over the stored images."""
-        if self.path is None:
-            raise ValueError("a reference in memory has no images")
+        assert self.path is not None
         detector = detector.to(device)
         pool = FeatureMoments(detector.width).to(device)
         spatial = None if detector.spatial_width is None else FeatureMoments(detector.spatial_width).to(device)
@@ -228,12 +207,9 @@ def _arrays(statistics: Statistics) -> dict[str, np.ndarray]:
 
 
 def write_reference(path: str | Path, reference: Reference, images: np.ndarray | None = None) -> Path:
-    """Writes a reference that ADM's evaluator can read too.
+    """Writes a reference as .npz, atomically, with images uint8 N×H×W×3, which may be a memory map, as ``arr_0``.
 
-    Args:
-        path: The .npz to write, atomically.
-        reference: Statistics and what they are.
-        images: uint8 N×H×W×3 to keep as ``arr_0``, which may be a memory map; needed by ADM's evaluator.
+    ADM's evaluator can read it where it has images.
 
     Raises:
         ValueError: Another suffix than .npz, or images of another type, shape or size.
@@ -255,12 +231,19 @@ def write_reference(path: str | Path, reference: Reference, images: np.ndarray |
     return write_atomically(path, lambda file: save(file, **arrays))
 
 
+def open_reference(reference: Reference | str | Path | None, wanted: str, assumed: str | None) -> Reference | None:
+    """A reference, read where it is a file that may not say its kind; raises ValueError unless it is of the wanted kind."""
+    if reference is None:
+        return None
+    opened = reference if isinstance(reference, Reference) else read_reference(reference, assumed)
+    opened.check_kind(wanted)
+    return opened
+
+
 def read_reference(path: str | Path, kind: str | None = None) -> Reference:
     """Reads a reference: ours, ADM's, or any .npz with images or moments.
 
-    Args:
-        path: The .npz.
-        kind: ``training`` or ``validation``, for files that do not say; ADM's (VIRTUAL_….npz) are of training sets.
+    ``kind``, ``training`` or ``validation``, is for files that do not say it; ADM's (VIRTUAL_….npz) are of training sets.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -297,22 +280,16 @@ def _info(path: Path, known: dict[str, Any], kind: str | None, size: tuple[int, 
     stated = known.get("kind") or ("training" if path.name.startswith(ADM_PREFIX) else None)
     if stated is None and kind is None:
         raise ValueError(
-            f"reference {str(path)!r} does not say whether it is of the training set (for gFID) or of validation "
-            "images (for rFID): "
-            "say so with kind='training' or kind='validation'"
+            f"reference {str(path)!r} does not say whether it is of the training set (for gFID) or of validation images (for "
+            "rFID): say so with kind='training' or kind='validation'"
         )
     if stated is not None and kind is not None and stated != kind:
         raise ValueError(f"reference {str(path)!r} is of kind {stated!r}, not {kind!r}")
-    fields = {key: known[key] for key in ReferenceInfo.__dataclass_fields__ if key in known and key != "kind"}
-    if fields.get("image_size") is not None:
-        fields["image_size"] = tuple(fields["image_size"])
-        if size is not None and fields["image_size"] != size:
-            raise ValueError(
-                f"reference {str(path)!r} says {fields['image_size']}, but its images are {size}; build it again"
-            )
-    else:
-        fields["image_size"] = size
-    return ReferenceInfo(kind=stated or str(kind), **fields)
+    fields = {key: known[key] for key in ReferenceInfo.__dataclass_fields__ if key in known}
+    said = None if fields.get("image_size") is None else tuple(fields["image_size"])
+    if said is not None and size is not None and said != size:
+        raise ValueError(f"reference {str(path)!r} says {said}, but its images are {size}; build it again")
+    return ReferenceInfo(**{**fields, "kind": stated or kind, "image_size": said or size})
 
 
 def _moments(path: Path, held: dict[str, np.ndarray], suffix: str, count: int) -> Moments | None:

@@ -9,10 +9,7 @@ from torch import nn
 
 
 class MetricSet(nn.Module):
-    """Gives every image to all of its metrics.
-
-    Args:
-        metrics: Metrics by name, e.g. :class:`~rae.metric.GenerationMetrics` with different detectors; None leaves one out.
+    """Gives every image to all of its metrics, given by name; None leaves one out.
 
     Raises:
         ValueError: There is none, or only some of them take originals.
@@ -41,11 +38,7 @@ class MetricSet(nn.Module):
             metric.update(*images, **options)
 
     def compute(self) -> dict[str, float]:
-        """All scores by name.
-
-        Raises:
-            ValueError: Two metrics give a score the same name and another value.
-        """
+        """All scores by name; raises ValueError where two metrics give a score the same name and another value."""
         scores: dict[str, float] = {}
         for name, metric in self.metrics.items():
             for key, value in metric.compute().items():

@@ -25,7 +25,7 @@ from torchvision.datasets import ImageFolder
 
 from rae.data import ImageFolderDataModule, ImageTransform, ShardsDataModule
 from rae.data.packing.pack import ShardPlan, pack
-from rae.data.transforms import center_crop
+from rae.data.transforms import center_crop, open_for
 
 BATCH = 64
 SIZE = 256
@@ -91,12 +91,12 @@ def differences(folder: Path) -> dict[str, float]:
     for path in sorted(folder.rglob("*.jpg"))[:100]:
         for mode in ("random_crop", "center_crop"):
             exact, fast = (ImageTransform(SIZE, mode, exact=exact) for exact in (True, False))
-            difference = (exact(exact.open(path), 1).int() - fast(fast.open(path), 1).int()).abs()
+            difference = (exact(open_for(exact, path), 1).int() - fast(open_for(fast, path), 1).int()).abs()
             found.setdefault(mode, []).append(difference)
     large = io.BytesIO()
     photograph(np.random.default_rng(1), 2000, 1500).save(large, format="JPEG", quality=92)
     whole, reduced = (ImageTransform(SIZE, "center_crop", fast_decode=fast) for fast in (False, True))
-    one, two = (transform(transform.open(io.BytesIO(large.getvalue())), 1).int() for transform in (whole, reduced))
+    one, two = (transform(open_for(transform, io.BytesIO(large.getvalue())), 1).int() for transform in (whole, reduced))
     found["fast_decode of 2000×1500"] = [(one - two).abs()]
     return {
         f"{name}, {what}": round(float(value), 3)
@@ -118,7 +118,7 @@ def decode_speeds() -> dict[str, float]:
         laps = []
         for _ in range(7):
             start = time.perf_counter()
-            transform(transform.open(io.BytesIO(file.getvalue())), 0)
+            transform(open_for(transform, io.BytesIO(file.getvalue())), 0)
             laps.append(time.perf_counter() - start)
         times["fast_decode" if fast else "whole"] = round(1e3 * statistics.median(laps), 1)
     return times

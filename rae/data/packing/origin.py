@@ -10,29 +10,22 @@ from pathlib import Path
 
 from scipy.io import loadmat
 
-from rae.data.folder import SUFFIXES, class_folders, image_files
+from rae.data.folder import class_folders, image_files
 from rae.data.storage import check_tar_end
+from rae.image import IMAGE_ENDINGS
 
 _LISTS = ("ILSVRC2012_validation_ground_truth.txt", "imagenet_2012_validation_synset_labels.txt")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One image's bytes: a file, or a stretch of a tar file.
+    """One image's bytes: a file, or a stretch of a tar file."""
 
-    Args:
-        name: Path relative to the folder or within the tar file.
-        label: Its class; -1 for none.
-        file: The file that holds it.
-        first: First byte within the file.
-        size: Number of bytes; None for the whole file.
-    """
-
-    name: str
-    label: int
-    file: str
-    first: int = 0
-    size: int | None = None
+    name: str  # path relative to the folder or within the tar file
+    label: int  # its class; -1 for none
+    file: str  # the file that holds it
+    first: int = 0  # first byte within the file
+    size: int | None = None  # number of bytes; None for the whole file
 
     def read(self) -> bytes:
         """The image file's content."""
@@ -42,17 +35,13 @@ class Source:
 
 
 def find_sources(path: str | Path, synsets: str | Path | None = None) -> tuple[list[Source], list[str]]:
-    """All images of a folder or tar file, with their classes.
+    """All images of a folder or tar file, sorted by class and name, and the names of the classes.
 
     Args:
         path: A folder with one subfolder a class; a flat folder; a tar file of images; or a tar file that holds one tar file
             a class, such as ``ILSVRC2012_img_train.tar``.
         synsets: Labels of a flat folder or tar file, in the order of the images' names: a text file with one class name an
-            image, or the folder of ImageNet's devkit.
-
-    Returns:
-        The images, sorted by class and name, and the names of the classes; these are empty and all labels -1 where a flat
-        folder has no list.
+            image, or the folder of ImageNet's devkit. Without it a flat folder has no classes, and all labels are -1.
 
     Raises:
         FileNotFoundError: There is no such folder or file.
@@ -68,7 +57,7 @@ def find_sources(path: str | Path, synsets: str | Path | None = None) -> tuple[l
             f"images={str(path)!r} does not exist; give a folder of images or one of ImageNet's tar files"
         )
     if not named:
-        raise ValueError(f"{str(root)!r} holds no image; known endings are {', '.join(sorted(SUFFIXES))}")
+        raise ValueError(f"{str(root)!r} holds no image; known endings are {', '.join(IMAGE_ENDINGS)}")
     flat = all(name is None for name, _ in named)
     if synsets is not None:
         if not flat:
@@ -130,7 +119,7 @@ def _in_tar(path: Path) -> Named:
 
 def _images(members: tarfile.TarFile | list[tarfile.TarInfo], path: Path, offset: int) -> Iterator[Source]:
     for member in members:
-        if member.isfile() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
+        if member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGE_ENDINGS:
             yield Source(os.path.normpath(member.name), -1, str(path), offset + member.offset_data, member.size)
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from rae.data.loader import BrokenFilesError, too_many_broken
+from rae.data.loader import check_share, first_line
 from rae.data.packing.origin import Source, find_sources
 from rae.data.shards import INDEX, index_name, read_index
 from rae.data.transforms import open_rgb, resize_shorter
@@ -37,27 +37,17 @@ _LISTED = 100  # broken files that are named at the end
 class ShardPlan:
     """Which image goes into which shard, and how.
 
-    Args:
-        sources: The images, in the order of the shards.
-        classes: Names of the classes; empty for none.
-        images_per_shard: Images of a shard, the last one excepted.
-        resize: Images whose shorter side is longer are reduced to it (bicubic) and stored anew; None stores the files as they
-            are, to the last byte.
-        quality: JPEG quality of images that are stored anew.
-        check: Whether every image is decoded, so that broken ones are left out.
-        seed: Seed of the order that the sources are in, where they were shuffled.
-
-    Raises:
-        ValueError: A number that is out of range.
+    Images whose shorter side is longer than ``resize`` are reduced to it (bicubic) and stored anew; None stores the files as
+    they are, to the last byte.
     """
 
-    sources: Sequence[Source]
-    classes: Sequence[str]
-    images_per_shard: int = 1000
+    sources: Sequence[Source]  # in the order of the shards
+    classes: Sequence[str]  # their names; empty for none
+    images_per_shard: int = 1000  # the last shard excepted
     resize: int | None = None
-    quality: int = 95
-    check: bool = True
-    seed: int | None = None
+    quality: int = 95  # of JPEGs that are stored anew
+    check: bool = True  # whether every image is decoded, so that broken ones are left out
+    seed: int | None = None  # of the order that the sources are in, where they were shuffled
 
     def __post_init__(self) -> None:
         if not _whole(self.images_per_shard) or self.images_per_shard < 1:
@@ -71,15 +61,10 @@ class ShardPlan:
     def of(
         cls, images: str | Path, synsets: str | Path | None = None, shuffle: bool = True, seed: int = 42, **options: Any
     ) -> ShardPlan:
-        """The plan for a folder or tar file.
+        """The plan for a folder or tar file, see :func:`~rae.data.packing.origin.find_sources`.
 
-        Args:
-            images: See :func:`~rae.data.packing.origin.find_sources`.
-            synsets: See :func:`~rae.data.packing.origin.find_sources`.
-            shuffle: Whether every shard holds images of all classes: for readers that read shard after shard. Ours draws
-                single images and does not need it.
-            seed: Of the shuffling.
-            options: The other arguments of the class.
+        With ``shuffle`` every shard holds images of all classes: for readers that read shard after shard. Ours draws single
+        images and does not need it. ``options`` are the other arguments of the class.
         """
         sources, classes = find_sources(images, synsets)
         if shuffle:
@@ -129,17 +114,8 @@ def pack(
     """Writes all shards that are not there yet, and the index once all are.
 
     A shard is complete once its own index stands beside it; a run that was interrupted goes on with the others. The same plan
-    makes the same bytes.
-
-    Args:
-        plan: What to write.
-        folder: Where; made if missing.
-        prefix: Beginning of the shards' names.
-        num_workers: Processes that write; 0 writes in this one.
-        max_bad_share: Largest share of images that cannot be read.
-
-    Returns:
-        The index: counts, classes, sizes and checksums.
+    makes the same bytes. ``num_workers`` processes write, 0 in this one. The index that is returned holds counts, classes,
+    sizes and checksums.
 
     Raises:
         ValueError: The folder holds shards of another plan, or a number is out of range.
@@ -166,7 +142,7 @@ def pack(
     writer = _Writer(plan, folder, [(shard, name) for shard, name in enumerate(names) if name not in packed])
     done = sum(shard.images + len(shard.broken) for shard in packed.values())
     # A DataLoader is a pool of processes that report errors and end with their parent.
-    pool = DataLoader(writer, batch_size=None, num_workers=num_workers, collate_fn=_unchanged, in_order=False)
+    pool = DataLoader(writer, batch_size=None, num_workers=num_workers, in_order=False)
     with tqdm(total=len(plan.sources), initial=done, desc="packing", unit=" image") as bar:
         for result in pool if len(writer) else ():
             if isinstance(result, str):
@@ -185,14 +161,9 @@ def pack(
     return index
 
 
-def _unchanged(result: Any) -> Any:
-    return result
-
-
 def _check_share(packed: Mapping[str, Packed], files: int, max_bad_share: float) -> None:
     broken = [name for shard in packed.values() for name, _ in shard.broken]
-    if len(broken) > max_bad_share * files:
-        raise BrokenFilesError(too_many_broken(len(broken), files, max_bad_share, broken, "max_bad_share"))
+    check_share(len(broken), files, max_bad_share, broken, "max_bad_share")
 
 
 def _index(shards: Sequence[Packed], classes: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
@@ -211,10 +182,7 @@ def _index(shards: Sequence[Packed], classes: Sequence[str], facts: dict[str, An
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
-    """Compares every shard's size, checksum and content with the index.
-
-    Returns:
-        The index.
+    """Compares every shard's size, checksum and content with the index, which is returned.
 
     Raises:
         FileNotFoundError: There is no such folder, or no index in it.
@@ -278,7 +246,7 @@ class _Writer(Dataset["Packed | str"]):
                     try:
                         extension, content = self._content(source)
                     except Exception as error:  # decoders raise whatever they like on spoiled bytes
-                        broken.append((source.name, f"{type(error).__name__}: {error}".splitlines()[0]))
+                        broken.append((source.name, first_line(error)))
                         continue
                     key = f"{number:08d}"
                     names[key] = source.name

@@ -17,15 +17,7 @@ class Moments(NamedTuple):
 
 
 def check_features(features: Tensor, name: str = "features") -> Tensor:
-    """Returns features N×D as they are.
-
-    Args:
-        features: What was given.
-        name: What they are, for the message.
-
-    Raises:
-        ValueError: They are no floating-point matrix, or hold NaN or infinite values.
-    """
+    """Returns features N×D as they are; raises ValueError, with their name, unless they are finite floats."""
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"{name} must be floats of shape N×D, got {features.dtype} of shape {tuple(features.shape)}")
     broken = int((~features.isfinite()).any(1).sum())
@@ -34,12 +26,15 @@ def check_features(features: Tensor, name: str = "features") -> Tensor:
     return features
 
 
-def moments(features: Tensor) -> Moments:
-    """Moments of features N×D, taken in float64.
+def check_width(features: Tensor, width: int) -> Tensor:
+    """Returns features as they are; raises ValueError unless they are of shape B×width."""
+    if features.ndim != 2 or features.shape[1] != width:
+        raise ValueError(f"features must be of shape B×{width}, got {tuple(features.shape)}")
+    return features
 
-    Raises:
-        ValueError: Fewer than two rows, or values that are not finite.
-    """
+
+def moments(features: Tensor) -> Moments:
+    """Moments of features N×D, taken in float64; raises ValueError for fewer than two rows or values that are not finite."""
     check_features(features)
     if len(features) < 2:
         raise ValueError(f"features must have at least 2 rows for a covariance, got {len(features)}")
@@ -50,12 +45,7 @@ def moments(features: Tensor) -> Moments:
 
 
 def moments_from_sums(total: Tensor, outer: Tensor, count: int) -> Moments:
-    """Moments from the sum of features [D] and of their outer products [D, D], both float64.
-
-    Args:
-        total: Sum of the features, D.
-        outer: Sum of their outer products, D×D.
-        count: Number of samples.
+    """Moments from the sum of features [D] and of their outer products [D, D], both float64, over ``count`` samples.
 
     Raises:
         ValueError: Fewer than two samples, or sums that are not finite.
@@ -70,19 +60,12 @@ def moments_from_sums(total: Tensor, outer: Tensor, count: int) -> Moments:
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
-    """Squared Fréchet distance ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½, floored at 0.
+    """Squared Fréchet distance ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½, float64 [], floored at 0.
+
+    Means are [D], covariances [D, D].
 
     With Σ₁ = R Rᵀ the last trace is the sum of the square roots of the eigenvalues of Rᵀ Σ₂ R, which is symmetric. R
     keeps the directions in which Σ₁ is not zero up to rounding, so that covariances of few samples are no special case.
-
-    Args:
-        mean1: Mean of the first set [D].
-        covariance1: Its covariance [D, D], symmetric.
-        mean2: Mean of the second set [D].
-        covariance2: Its covariance [D, D], symmetric.
-
-    Returns:
-        The distance, float64 [].
 
     Raises:
         ValueError: Shapes that do not fit, or values that are not finite.

@@ -29,28 +29,17 @@ def check_pair(images: Tensor, originals: Tensor) -> None:
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of every image in dB, B, at most :data:`PSNR_LIMIT`.
-
-    Args:
-        images: B×3×H×W in [0, 1].
-        originals: The same.
-    """
+    """Peak signal-to-noise ratio in dB of every image B×3×H×W in [0, 1], B, at most :data:`PSNR_LIMIT`."""
     check_pair(images, originals)
     ratio = peak_signal_noise_ratio(images, originals, data_range=1.0, reduction="none", dim=(1, 2, 3))
     return ratio.clamp(max=PSNR_LIMIT)
 
 
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
-    """Structural similarity of every image, B (Wang et al. 2004): Gaussian window of 11, σ 1.5, on RGB, data range 1.
+    """Structural similarity of every image B×3×H×W in [0, 1], B (Wang et al. 2004): Gaussian window of 11, σ 1.5, on RGB.
 
-    The mean is over windows inside the image, as its authors define it; averages over a padded image differ.
-
-    Args:
-        images: B×3×H×W in [0, 1].
-        originals: The same.
-
-    Raises:
-        ValueError: Images smaller than the window.
+    The mean is over windows inside the image, as its authors define it; averages over a padded image differ. Images that
+    are smaller than the window raise ValueError.
     """
     check_pair(images, originals)
     if min(images.shape[2:]) < WINDOW:

@@ -10,11 +10,7 @@ SPLIT_SIZE = 5000
 
 
 def check_probabilities(probabilities: Tensor) -> Tensor:
-    """Returns class probabilities N×K as they are.
-
-    Raises:
-        ValueError: They are no floating-point matrix with at least one row.
-    """
+    """Returns class probabilities as they are; raises ValueError unless they are floats N×K with at least one row."""
     if probabilities.ndim != 2 or not probabilities.is_floating_point() or not len(probabilities):
         raise ValueError(
             f"probabilities must be floats of shape N×K with N ≥ 1, got {probabilities.dtype} of shape "
@@ -29,17 +25,10 @@ def negative_entropy(probabilities: Tensor) -> Tensor:
 
 
 def score_from_sums(total: Tensor, entropy: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Inception Score from sums over every split.
+    """Inception Score, mean and (population) standard deviation over the splits, float64 [], from sums over every split.
 
-    The mean divergence KL(p‖q) of a split, with q the mean of its p, is mean(Σ p log p) − Σ q log q.
-
-    Args:
-        total: Sum of the probabilities of every split, float64 S×K.
-        entropy: Sum of their Σ p log p, float64 S.
-        count: Samples of every split, S; splits without samples are left out.
-
-    Returns:
-        Mean and (population) standard deviation over the splits, float64 [].
+    The sums are of probabilities p, S×K, of Σ p log p, S, and of samples, S; splits without samples are left out. The mean
+    divergence KL(p‖q) of a split, with q the mean of its p, is mean(Σ p log p) − Σ q log q.
 
     Raises:
         ValueError: There is no sample, or probabilities that are not finite.
@@ -55,17 +44,10 @@ def score_from_sums(total: Tensor, entropy: Tensor, count: Tensor) -> tuple[Tens
 
 
 def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> tuple[Tensor, Tensor]:
-    """Inception Score of class probabilities, over consecutive splits; the last one may be shorter.
-
-    Args:
-        probabilities: N×K, rows sum to 1.
-        split_size: Rows of a split.
-
-    Returns:
-        Mean and standard deviation over the splits, float64 [].
+    """Mean and standard deviation, float64 [], of the Inception Score of probabilities N×K over consecutive splits of rows.
 
     Raises:
-        ValueError: Probabilities of another shape, not finite, or ``split_size`` below 1.
+        ValueError: Probabilities of another shape or not finite, or ``split_size`` below 1.
     """
     check_probabilities(probabilities)
     if split_size < 1:

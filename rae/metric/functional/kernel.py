@@ -20,12 +20,7 @@ def polynomial_kernel(first: Tensor, second: Tensor) -> Tensor:
 
 
 def kernel_sum(first: Tensor, second: Tensor | Iterable[Tensor]) -> Tensor:
-    """Sum of the kernel over all pairs, float64 [], block by block.
-
-    Args:
-        first: N×D.
-        second: M×D, or blocks of it.
-    """
+    """Sum of the kernel over all pairs of points N×D and M×D (or blocks of these), float64 [], block by block."""
     total = torch.zeros((), dtype=torch.float64, device=first.device)
     for other in second.split(BLOCK) if isinstance(second, Tensor) else second:
         for part in other.split(BLOCK):
@@ -39,51 +34,24 @@ def self_kernel_sum(points: Tensor) -> Tensor:
     return ((points.double().square().mean(1) + 1) ** DEGREE).sum()
 
 
-def distance_from_sums(
-    samples: Tensor,
-    sample_diagonal: Tensor,
-    reference: Tensor,
-    reference_diagonal: Tensor,
-    cross: Tensor,
-    counts: list[int],
-) -> Tensor:
-    """Unbiased estimate from sums of the kernel over all pairs; it can be slightly negative.
+def distance_from_sums(sums: Tensor, count: int, reference: Tensor) -> Tensor:
+    """Unbiased estimate of the distance of ``count`` samples to a reference M×D; it can be slightly negative.
 
-    Args:
-        samples: Sum over all pairs of samples.
-        sample_diagonal: Its part of every sample with itself.
-        reference: Sum over all pairs of reference points.
-        reference_diagonal: Its part of every reference point with itself.
-        cross: Sum over all pairs of one of each.
-        counts: Number of samples and of reference points.
-
-    Raises:
-        ValueError: A set has fewer than two points.
+    The three sums of the kernel are over all pairs of samples, over every sample with itself, and over all pairs of a sample
+    and a reference point. Fewer than two points in a set raise ValueError.
     """
-    n, m = counts
-    if min(counts) < 2:
+    n, m = count, len(reference)
+    if min(n, m) < 2:
         raise ValueError(f"the kernel distance needs at least 2 points in both sets, got {n} and {m}")
-    within = (samples - sample_diagonal) / (n * (n - 1)) + (reference - reference_diagonal) / (m * (m - 1))
-    return within - 2 * cross / (n * m)
+    samples, own, cross = sums
+    others = kernel_sum(reference, reference) - self_kernel_sum(reference)
+    return (samples - own) / (n * (n - 1)) + others / (m * (m - 1)) - 2 * cross / (n * m)
 
 
 def kernel_distance(samples: Tensor, reference: Tensor) -> Tensor:
-    """Kernel distance over all pairs of both sets, float64 [].
+    """Kernel distance over all pairs of samples N×D and reference points M×D, float64 [].
 
     The usual mean over random subsets estimates the same quantity; all pairs need no draw and vary less.
-
-    Args:
-        samples: N×D.
-        reference: M×D.
-
-    Raises:
-        ValueError: A set has fewer than two points.
     """
-    return distance_from_sums(
-        kernel_sum(samples, samples),
-        self_kernel_sum(samples),
-        kernel_sum(reference, reference),
-        self_kernel_sum(reference),
-        kernel_sum(samples, reference),
-        [len(samples), len(reference)],
-    )
+    sums = [kernel_sum(samples, samples), self_kernel_sum(samples), kernel_sum(samples, reference)]
+    return distance_from_sums(torch.stack(sums), len(samples), reference)

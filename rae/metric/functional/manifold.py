@@ -23,25 +23,20 @@ BLOCK = 4096
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
+def check_precision(precision: str) -> None:
+    """Raises ValueError for an unknown arithmetic of the distances."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+
+
 @exact_float32()
 def squared_distances(first: Tensor, second: Tensor, precision: str = "float32") -> Tensor:
     """Squared Euclidean distances N×M of points N×D and M×D, as ‖x‖² − 2xy + ‖y‖².
 
-    Args:
-        first: N×D.
-        second: M×D.
-        precision: ``float64``, ``float32``, or ``float16`` for the arithmetic of ADM's suite, in which points, norms,
-            products and distances are rounded to half precision, unless a distance overflows: then the block is done in
-            float32.
-
-    Returns:
-        Distances, float32, or float64 if that is the precision.
-
-    Raises:
-        ValueError: An unknown precision.
+    They are float32, or float64 if that is the precision. ``float16`` is the arithmetic of ADM's suite: points, norms,
+    products and distances are rounded to half precision, unless a distance overflows; then the block is done in float32.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    check_precision(precision)
     if precision == "float16":
         x, y = first.half(), second.half()
         norms = [points.square().float().sum(1).half() for points in (x, y)]
@@ -57,17 +52,11 @@ def squared_distances(first: Tensor, second: Tensor, precision: str = "float32")
 def nearest_distances(
     points: Tensor, neighbours: int, others: Iterable[Tensor] | None = None, precision: str = "float32"
 ) -> Tensor:
-    """Squared distances of every point to its nearest other points.
+    """Squared distances of every point of N×D to its nearest other points, N×neighbours, ascending.
 
-    Args:
-        points: N×D.
-        neighbours: How many neighbours.
-        others: Blocks that together hold the whole set, the points included; None where ``points`` is the whole set.
-        precision: See :func:`squared_distances`.
-
-    Returns:
-        N×neighbours, ascending; column k−1 holds the squared radius that reaches the k-th neighbour. The smallest
-        distance of each row is its own and left out.
+    Column k−1 holds the squared radius that reaches the k-th neighbour. ``others`` are blocks that together hold the whole
+    set, the points included, where ``points`` is a part of it. The smallest distance of each row is a point's own and left
+    out.
 
     Raises:
         ValueError: The set has no more points than ``neighbours``.
@@ -96,25 +85,12 @@ def _smallest(distances: Tensor, count: int) -> Tensor:
 
 @dataclass
 class Overlap:
-    """Which points of two sets lie in balls of the other; parts of the samples are joined by :meth:`merge`."""
+    """Which points of two sets lie in balls of the other."""
 
-    samples_inside: int
-    """Samples in at least one reference ball."""
-    pairs_inside: int
-    """Pairs of a sample and a reference ball that holds it."""
-    reference_inside: Tensor
-    """Whether each reference point lies in at least one sample ball, bool M."""
-    reference_covered: Tensor
-    """Whether each reference ball holds at least one sample, bool M."""
-
-    def merge(self, other: Overlap) -> Overlap:
-        """The overlap of both parts of the samples with the same reference."""
-        return Overlap(
-            self.samples_inside + other.samples_inside,
-            self.pairs_inside + other.pairs_inside,
-            self.reference_inside | other.reference_inside,
-            self.reference_covered | other.reference_covered,
-        )
+    samples_inside: int  # samples in at least one reference ball
+    pairs_inside: int  # pairs of a sample and a reference ball that holds it
+    reference_inside: Tensor  # whether each reference point lies in at least one sample ball, bool M
+    reference_covered: Tensor  # whether each reference ball holds at least one sample, bool M
 
 
 def overlap(
@@ -127,13 +103,8 @@ def overlap(
 ) -> Overlap:
     """Compares samples N×D with reference points M×D, block by block.
 
-    Args:
-        samples: N×D.
-        sample_radii: Squared radius of every sample's ball, N.
-        reference: M×D.
-        reference_radii: Squared radius of every reference point's ball for precision, M.
-        density_radii: The same for density and coverage, M; None for ``reference_radii``.
-        precision: See :func:`squared_distances`.
+    Radii are squared: of every sample's ball, N, and of every reference point's for precision, M, and for density and
+    coverage, M; None there takes those for precision.
     """
     density_radii = reference_radii if density_radii is None else density_radii
     inside = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
@@ -156,17 +127,7 @@ def overlap(
 def precision_recall(
     samples: Tensor, reference: Tensor, neighbours: int = 3, precision: str = "float32"
 ) -> tuple[float, float]:
-    """Improved precision and recall of samples N×D against reference points M×D.
-
-    Args:
-        samples: Features N×D of samples.
-        reference: Features M×D of real images.
-        neighbours: Neighbours that a ball reaches.
-        precision: Arithmetic of the distances: ``float32``, ``float64`` or ``float16``.
-
-    Raises:
-        ValueError: A set has no more points than ``neighbours``.
-    """
+    """Improved precision and recall of features N×D of samples against M×D of real images."""
     radii = [nearest_distances(points, neighbours, precision=precision)[:, -1] for points in (samples, reference)]
     found = overlap(samples, radii[0], reference, radii[1], precision=precision)
     return found.samples_inside / len(samples), found.reference_inside.double().mean().item()
@@ -175,17 +136,7 @@ def precision_recall(
 def density_coverage(
     samples: Tensor, reference: Tensor, neighbours: int = 5, precision: str = "float32"
 ) -> tuple[float, float]:
-    """Density and coverage of samples N×D against reference points M×D.
-
-    Args:
-        samples: Features N×D of samples.
-        reference: Features M×D of real images.
-        neighbours: Neighbours that a ball reaches.
-        precision: Arithmetic of the distances: ``float32``, ``float64`` or ``float16``.
-
-    Raises:
-        ValueError: The reference has no more points than ``neighbours``.
-    """
+    """Density and coverage of features N×D of samples against M×D of real images."""
     radii = nearest_distances(reference, neighbours, precision=precision)[:, -1]
     nothing = torch.zeros(len(samples), dtype=radii.dtype, device=radii.device)
     found = overlap(samples, nothing, reference, radii, precision=precision)
