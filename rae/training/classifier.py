@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rae.image import to_float
 from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, TrainingModule
@@ -45,22 +45,15 @@ class ClassifierModule(TrainingModule):
         seed: int = 42,
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(seed=seed, config=config)
+        super().__init__(optimizer, scheduler, seed, config=config)
         self.network = timm.create_model(model, pretrained=False, num_classes=num_classes, **(model_args or {}))
-        self.optimizer = optimizer
-        self.scheduler = scheduler
         self.label_smoothing = label_smoothing
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def configure_optimizers(self) -> Any:
-        """One optimiser, its schedule stepped after every step."""
-        optimizer = self.optimizer(self.network.parameters())
-        if self.scheduler is None:
-            return optimizer
-        steps = self.steps_per_epoch(self.trainer.accumulate_grad_batches)
-        scheduler = self.scheduler(optimizer, steps_per_epoch=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def networks(self) -> list[nn.Module]:
+        """The classifier."""
+        return [self.network]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images B×3×H×W in [0, 1] => logits B×num_classes."""
