@@ -22,7 +22,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from rae.training.checkpoint_io import StreamedCheckpointIO
 from rae.training.evaluation import Evaluation
 from rae.training.late import Late
-from rae.training.per_step import PerStep, at_least_one
+from rae.training.per_step import PerStep, at_least_one, is_due
 from rae.training.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -41,20 +41,10 @@ class RunCheckpoint(PerStep, Checkpoint):
     On a signal the step under way (of several processes, the next one) is finished and saved before the run stops, on all
     together, after the validation that is due.
 
-    Args:
-        folder: Where the files go.
-        every_n_steps: Optimiser steps between two checkpoints; None for no such interval.
-        keep: How many of the newest files to keep.
-        every_n_epochs: Epochs between two checkpoints; None for no such interval.
-        every_minutes: Minutes between two checkpoints; None for no such interval.
-        monitor: Logged value that tells the best checkpoint, e.g. ``val/psnr`` or, of an evaluation, ``eval/fid``; None for none.
-        mode: ``min`` or ``max``: which values of ``monitor`` are better.
-        keep_best: How many of the best files to keep, beside the newest.
-        background: Whether training goes on while a copy of the state, in host memory, is written; ``last.ckpt`` moves on when
-            the file is whole. The next checkpoint and the end of the run wait for it.
-
-    Raises:
-        ValueError: An interval or number below 1, or an unknown mode.
+    Files go to ``folder`` every so many optimiser steps, epochs or minutes (None for no such interval), and the ``keep`` newest
+    stay. Beside them stay those of the ``keep_best`` best values of ``monitor``, a logged value, e.g. ``val/psnr`` or, of an
+    evaluation, ``eval/fid``; ``mode`` says whether ``min`` or ``max`` is better. With ``background``, training goes on while a
+    copy of the state, in host memory, is written; the next checkpoint and the end of the run wait for it.
     """
 
     def __init__(
@@ -144,19 +134,15 @@ class RunCheckpoint(PerStep, Checkpoint):
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves where it is time to."""
-        step, over, epochs = trainer.global_step, trainer.is_last_batch, trainer.current_epoch + 1
+        step = trainer.global_step
         late = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
         wish = self._agree(trainer, _STOP if self._signals.received is not None else _SAVE if late else 0)
         evaluation = self._evaluation(trainer)
         best = evaluation is not None and evaluation.scored_step == step and self._is_best(trainer, evaluation.scores)
-        wanted = (
-            best
-            or wish > 0
-            or 0 < trainer.max_steps <= step
-            or (over and trainer.max_epochs == epochs)
-            or (over and self.every_n_epochs is not None and epochs % self.every_n_epochs == 0)
-            or (self.every_n_steps is not None and step // self.every_n_steps != self._saved_step // self.every_n_steps)
+        last = 0 < trainer.max_steps <= step or (
+            trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1
         )
+        wanted = best or wish > 0 or last or is_due(trainer, self.every_n_steps, self.every_n_epochs)
         if wanted or self.monitor is not None:
             self._loops = between_steps(trainer)
         if wanted:

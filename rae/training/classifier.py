@@ -16,17 +16,9 @@ from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, Train
 class ClassifierModule(TrainingModule):
     """Supervised training of a timm ViT; its weight file then serves ``encoder.checkpoint=…``.
 
-    Args:
-        model: Name of a timm vision transformer.
-        num_classes: Number of classes.
-        mean: Mean of the images, subtracted before the network, per colour.
-        std: Standard deviation of the images, per colour.
-        optimizer: Makes the optimiser from the parameters.
-        scheduler: Makes the schedule; None for a constant rate.
-        model_args: Arguments of the timm model, e.g. ``{img_size: 32, patch_size: 8, embed_dim: 64}``.
-        label_smoothing: Share of the target spread over all classes, in [0, 1).
-        seed: See :class:`~rae.training.module.TrainingModule`.
-        config: See :class:`~rae.training.module.TrainingModule`.
+    ``model`` is the name of a timm vision transformer and ``model_args`` its arguments, e.g. ``{img_size: 32, patch_size: 8,
+    embed_dim: 64}``; ``mean`` and ``std`` normalise the images' colours; ``label_smoothing``, in [0, 1), is the share of the target
+    spread over all classes. The rest is :class:`~rae.training.module.TrainingModule`'s.
     """
 
     mean: Tensor

@@ -59,13 +59,10 @@ class WeightAverage:
 class EMA(PerStep):
     """Keeps the average of one named submodule of the LightningModule, the one that is trained.
 
-    The averages are part of every checkpoint, and validation (previews and metrics included) runs on them.
+    The averages are part of every checkpoint, and with ``validate`` validation (previews included) runs on them.
 
-    Args:
-        decay: Weight of the past; 0.9978 for the decoder, 0.9995 for the denoiser (paper appendix).
-        network: Name of the submodule, e.g. ``denoiser``.
-        device: Where the averages live; None for beside the weights, ``cpu`` to save device memory.
-        validate: Whether validation runs on the averages.
+    ``decay`` is the weight of the past: 0.9978 for the decoder, 0.9995 for the denoiser (paper appendix). The averages live on
+    ``device``, e.g. ``cpu`` to save device memory; None for beside the weights.
     """
 
     def __init__(self, decay: float, network: str, device: str | None = None, validate: bool = True) -> None:
@@ -130,13 +127,13 @@ class EMA(PerStep):
         """Lets validation see the averages."""
         self._swap(pl_module, self.validate)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException | None = None
+    ) -> None:
         """Gives the live weights back."""
         self._swap(pl_module, False)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives the live weights back before anything saves them."""
-        self._swap(pl_module, False)
+    on_exception = on_validation_end  # before anything saves them
 
     @contextmanager
     def averaged(self, pl_module: L.LightningModule) -> Iterator[None]:

@@ -15,7 +15,7 @@ from rae.generator import PRECISIONS
 from rae.image import QUANTIZE
 from rae.io.files import write_json
 from rae.training.ema import find_ema
-from rae.training.per_step import PerStep, at_least_one
+from rae.training.per_step import PerStep, at_least_one, is_due
 
 log = logging.getLogger(__name__)
 
@@ -32,24 +32,15 @@ class Scores(Protocol):
 
 
 class Evaluation(PerStep):
-    """Scores every so many steps or epochs, on the averaged weights, the live ones, or both.
+    """Scores every so many optimiser steps or epochs (None for no such interval), on the averaged weights, the live ones, or both.
 
     Scores are logged as ``eval/<score>`` (of the live weights ``eval/live/<score>``), which ``callbacks.checkpoint.monitor`` may
     name, and written to ``step_N.json`` with all that identifies them. Nothing that training draws depends on whether and when
     this runs. It must stand behind :class:`~rae.training.ema.EMA` in the list of callbacks.
 
-    Args:
-        metric: A metric of :mod:`rae.metric`; reset before each evaluation.
-        every_n_steps: Optimiser steps between two evaluations; None for no such interval.
-        every_n_epochs: Epochs between two evaluations; None for no such interval.
-        averaged: Whether the moving average of the weights is scored.
-        live: Whether the weights themselves are scored.
-        precision: ``float32`` or ``bfloat16``: arithmetic of the networks, whatever the training's is.
-        quantize: ``floor`` or ``round``: how grey levels become bytes, see :func:`rae.image.to_uint8`.
-        folder: Where ``step_N.json`` goes; None for ``evaluation`` in the trainer's root folder.
-
-    Raises:
-        ValueError: An interval below 1, an unknown precision or rule, nothing to score, or a metric of other images.
+    The metric is one of :mod:`rae.metric`; the networks compute in ``precision``, ``float32`` or ``bfloat16``, whatever the
+    training's is; ``quantize``, ``floor`` or ``round``, makes bytes of grey levels as :func:`rae.image.to_uint8` does. Files go to
+    ``folder``, or to ``evaluation`` in the trainer's root folder.
     """
 
     prefix = "eval/"
@@ -137,10 +128,7 @@ class Evaluation(PerStep):
 
     def after_step(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Scores where it is time to."""
-        epochs = trainer.current_epoch + 1
-        by_steps = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        by_epochs = self.every_n_epochs is not None and trainer.is_last_batch and epochs % self.every_n_epochs == 0
-        if by_steps or by_epochs:
+        if is_due(trainer, self.every_n_steps, self.every_n_epochs):
             self.evaluate(trainer, pl_module)
 
     # --- scoring -----------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class TrainingModule(L.LightningModule):
         self._keys: Keys | None = None
         self._norms: list[tuple[Late, int, Keys | None]] = []
         self._asked: dict[str, list[Any]] = {}
-        self._continued: dict[str, Any] | None = None
+        self._continued, self._steps_before = False, None
 
     def networks(self) -> list[nn.Module]:
         """The networks that are trained, each by an optimiser of its own."""
@@ -131,7 +131,7 @@ class TrainingModule(L.LightningModule):
         if self._encoder is not None:
             self._encoder.take(checkpoint.get("encoder"), "the checkpoint")
             self.__dict__.pop("_encoder_record", None)
-        self._continued = {"steps_per_epoch": checkpoint.get("steps_per_epoch")}
+        self._continued, self._steps_before = True, checkpoint.get("steps_per_epoch")
 
     def on_fit_start(self) -> None:
         """Notes what the configuration says of optimisers and schedules, before a checkpoint's values take their place."""
@@ -139,12 +139,11 @@ class TrainingModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Lets the configuration's optimisers and schedules apply to a continued run, too."""
-        if self._continued is None:
-            return
-        check_epochs(self._continued["steps_per_epoch"], self.steps_per_epoch, self)
-        for change in configure(self.trainer, self._asked):
-            self.print(change)
-        self._continued = None
+        if self._continued:
+            check_epochs(self._steps_before, self.steps_per_epoch, self)
+            for change in configure(self.trainer, self._asked):
+                self.print(change)
+        self._continued = False
 
     # --- compilation -------------------------------------------------------------------------------------------
 
@@ -235,12 +234,10 @@ class TrainingModule(L.LightningModule):
                 self._stop(_told(value, step, keys))
 
     def on_validation_start(self) -> None:
-        """Refuses to validate weights that are not finite."""
+        """Refuses to validate, or to end, with weights that are not finite."""
         self.check_norms()
 
-    def on_train_end(self) -> None:
-        """Refuses to end with weights that are not finite."""
-        self.check_norms()
+    on_train_end = on_validation_start
 
     def _stop(self, text: str) -> NoReturn:
         callback = self.trainer.checkpoint_callback

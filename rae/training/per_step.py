@@ -32,3 +32,10 @@ def at_least_one(callback: str, **counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{callback}.{name}={value} must be at least 1")
+
+
+def is_due(trainer: L.Trainer, every_n_steps: int | None, every_n_epochs: int | None) -> bool:
+    """Whether a step that has just been taken ends an interval; None is no interval."""
+    by_steps = every_n_steps is not None and trainer.global_step % every_n_steps == 0
+    ended = trainer.current_epoch + 1  # where this was an epoch's last batch
+    return by_steps or (every_n_epochs is not None and trainer.is_last_batch and ended % every_n_epochs == 0)

@@ -75,8 +75,8 @@ class ReconstructionPreview(PicturePreview):
 
     name = "reconstruction"
 
-    def __init__(self, count: int = 8, folder: str | None = None, scale: int = 1, live: bool = False) -> None:
-        super().__init__(folder, scale, live)
+    def __init__(self, count: int = 8, **options: Any) -> None:
+        super().__init__(**options)
         self.count = count
         self._pairs: list[Tensor] = []
 
@@ -117,11 +117,9 @@ class SamplePreview(PicturePreview):
         classes: int | list[int] = 8,
         per_class: int = 8,
         seed: int = 0,
-        folder: str | None = None,
-        scale: int = 1,
-        live: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(folder, scale, live)
+        super().__init__(**options)
         self.sampler = sampler
         self.guidance = guidance
         self.classes = classes

@@ -75,15 +75,15 @@ class StepProgress(ProgressBar):
         self._show_values(trainer)
         self._describe("training")
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException | None = None
+    ) -> None:
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Closes the bar, so that messages begin on a line of their own."""
-        self.on_train_end(trainer, pl_module)
+    on_exception = on_train_end  # so that messages begin on a line of their own
 
     def _show_values(self, trainer: L.Trainer) -> None:
         if self._bar is not None:

@@ -69,16 +69,9 @@ class ScoreSamples(Evaluation):
 
     The numbers are those of ``rae-evaluate checkpoint=…`` with the same seed, sampler and guidance on the same weights.
 
-    Args:
-        metric: :class:`rae.metric.GenerationMetrics` or another that takes images.
-        sampler: Sampler, see :mod:`rae.flow`.
-        guidance: Guidance, see :mod:`rae.flow`; None for none.
-        guide: Exported model (folder or hub id) whose denoiser guides, for autoguidance.
-        classes: Classes to draw; None for all.
-        samples_per_class: Samples of each.
-        batch_size: Samples at once.
-        seed: Of the samples; sample i depends on it and on i alone.
-        options: Those of :class:`Evaluation`.
+    The metric takes images alone, as :class:`rae.metric.GenerationMetrics` does. ``guide`` is an exported model (folder or hub id)
+    whose denoiser guides, for autoguidance. ``samples_per_class`` samples of the ``classes``, None for all, are drawn
+    ``batch_size`` at once; sample i depends on ``seed`` and on i alone. ``options`` are those of :class:`Evaluation`.
     """
 
     def __init__(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,18 +23,6 @@ from rae.rng import normal, sample_seeds, uniform
 from rae.training.adversarial_step import decoder_gradients, gan_gradients, last_layer_gradients, reconstruct, trained
 from rae.training.averaging import average_gradients, average_over_processes, several_processes
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
-
-
-@dataclass
-class MicroBatch:
-    """What the discriminator's turn needs of a batch the decoder has seen."""
-
-    images: Tensor
-    """Real images B×3×H×W in [0, 1]."""
-    latents: Tensor
-    """The encoder's latents B×C×h×w, without noise."""
-    epochs: list[int]
-    indices: list[int]
 
 
 class Stage1Module(TrainingModule):
@@ -58,9 +45,6 @@ class Stage1Module(TrainingModule):
         compile: Whether the decoder is compiled, or names of networks: ``decoder``, ``encoder``.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
-
-    Raises:
-        ValueError: ``accumulate`` below 1 or ``noise_tau`` below 0.
     """
 
     frozen = ("autoencoder.encoder.", "loss.", "discriminator.backbone.")
@@ -93,7 +77,7 @@ class Stage1Module(TrainingModule):
         self.augment = augment
         self.noise_tau = noise_tau
         self.accumulate = accumulate
-        self._pending: list[MicroBatch] = []
+        self._pending: list[Batch] = []  # what the discriminator's turn needs: images as floats, latents without noise
         self._gan_gradients: list[Tensor] | None = None
         if compile and accumulate > 1:
             # The two kinds of gradients are then taken from one graph, which a compiled network would use up in the first pass.
@@ -142,10 +126,9 @@ class Stage1Module(TrainingModule):
         images = to_float(batch["image"])
         # Neither RAE.encode nor RAE.decode: what the one normalises the other undoes, and the noise comes before both.
         latents = self.autoencoder.encoder(images)
-        micro = MicroBatch(images, latents, batch["epoch"].tolist(), batch["index"].tolist())
-        self._pending.append(micro)
-        noise = normal(self._seeds("latent noise", micro), latents.shape[1:], device=latents.device)
-        level = uniform(self._seeds("latent noise level", micro), device=latents.device)
+        self._pending.append({**batch, "image": images, "latent": latents})
+        noise = normal(self._seeds("latent noise", batch), latents.shape[1:], device=latents.device)
+        level = uniform(self._seeds("latent noise level", batch), device=latents.device)
         made = reconstruct(self.decoder, add_noise(latents, self.noise_tau, level, noise))
 
         losses = self.loss.reconstruction(made.leaf, images, phases)
@@ -153,7 +136,7 @@ class Stage1Module(TrainingModule):
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "l1")
         if phases.gan and self.discriminator is not None:
-            gan_loss = generator_loss(self._judge(self.discriminator, made.leaf, micro, "augment generator", False))
+            gan_loss = generator_loss(self._judge(self.discriminator, made.leaf, batch, "augment generator", False))
             gan_at_image = gradient_at(made.leaf, gan_loss) / group
             self.log("train/gan", gan_loss.detach())
             if self.accumulate == 1:
@@ -187,13 +170,13 @@ class Stage1Module(TrainingModule):
 
     def _update_discriminator(self, discriminator: DinoDiscriminator) -> None:
         """Takes the discriminator's step on fresh reconstructions by the updated decoder."""
-        for number, micro in enumerate(self._pending):
+        for number, batch in enumerate(self._pending):
             with torch.no_grad():
-                fake = quantize(self.decoder(micro.latents))
+                fake = quantize(self.decoder(batch["latent"]))
             # One power iteration a call in training; only the first micro-batch makes them, as one large batch would.
             training = number == 0
-            fake_logits = self._judge(discriminator, fake, micro, "augment fake", training)
-            real_logits = self._judge(discriminator, micro.images, micro, "augment real", training)
+            fake_logits = self._judge(discriminator, fake, batch, "augment fake", training)
+            real_logits = self._judge(discriminator, batch["image"], batch, "augment real", training)
             loss = self.loss.discriminator(real_logits, fake_logits)
             (loss / len(self._pending)).backward()
             self.log("train/discriminator", loss.detach())
@@ -220,16 +203,16 @@ class Stage1Module(TrainingModule):
             (schedulers if isinstance(schedulers, list) else [schedulers])[number].step()
 
     def _judge(
-        self, discriminator: DinoDiscriminator, images: Tensor, micro: MicroBatch, purpose: str, training: bool
+        self, discriminator: DinoDiscriminator, images: Tensor, batch: Batch, purpose: str, training: bool
     ) -> Tensor:
         """Logits of augmented images."""
         if self.augment is not None:
-            images = self.augment(images, self._seeds(purpose, micro))
+            images = self.augment(images, self._seeds(purpose, batch))
         discriminator.train(training)
         return discriminator(images)
 
-    def _seeds(self, purpose: str, micro: MicroBatch) -> list[int]:
-        return sample_seeds(self.seed, purpose, micro.epochs, micro.indices)
+    def _seeds(self, purpose: str, batch: Batch) -> list[int]:
+        return sample_seeds(self.seed, purpose, batch["epoch"].tolist(), batch["index"].tolist())
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         """Keeps DistributedDataParallel from averaging: it is done here, when a step's gradients are complete."""

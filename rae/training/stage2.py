@@ -36,9 +36,6 @@ class Stage2Module(TrainingModule):
         compile: Whether the denoiser is compiled, or names of networks: ``denoiser``, ``encoder``.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
-
-    Raises:
-        ValueError: ``label_dropout`` outside [0, 1), or a denoiser for other latents.
     """
 
     frozen = ("autoencoder.",)
