@@ -22,7 +22,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from rae.training.checkpoint_io import StreamedCheckpointIO
 from rae.training.evaluation import Evaluation
 from rae.training.late import Late
-from rae.training.per_step import PerStep, at_least_one, is_due
+from rae.training.per_step import PerStep, at_least_one
 from rae.training.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class RunCheckpoint(PerStep, Checkpoint):
         last = 0 < trainer.max_steps <= step or (
             trainer.is_last_batch and trainer.max_epochs == trainer.current_epoch + 1
         )
-        wanted = best or wish > 0 or last or is_due(trainer, self.every_n_steps, self.every_n_epochs)
+        wanted = best or wish > 0 or last or self.is_due(trainer, self.every_n_steps, self.every_n_epochs)
         if wanted or self.monitor is not None:
             self._loops = between_steps(trainer)
         if wanted:

@@ -15,7 +15,7 @@ from rae.generator import PRECISIONS
 from rae.image import QUANTIZE
 from rae.io.files import write_json
 from rae.training.ema import find_ema
-from rae.training.per_step import PerStep, at_least_one, is_due
+from rae.training.per_step import PerStep, at_least_one
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Evaluation(PerStep):
 
     def after_step(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Scores where it is time to."""
-        if is_due(trainer, self.every_n_steps, self.every_n_epochs):
+        if self.is_due(trainer, self.every_n_steps, self.every_n_epochs):
             self.evaluate(trainer, pl_module)
 
     # --- scoring -----------------------------------------------------------------------------------------------
