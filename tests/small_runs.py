@@ -32,12 +32,13 @@ from rae.encoder import tiny_encoder
 from rae.flow import EulerSampler, FlowMatching, FullGrid
 from rae.loss import Stage1Loss
 from rae.metric import CallableDetector
+from rae.training.averaging import average_gradients
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.ema import EMA
 from rae.training.preview import SamplePreview
 from rae.training.schedule import WarmupDecay
 from rae.training.scores import ScoreSamples
-from rae.training.stage1 import Stage1Module, average_gradients
+from rae.training.stage1 import Stage1Module
 from rae.training.stage2 import Stage2Module
 from rae.training.strategy import FullyShardedStrategy
 
@@ -139,15 +140,6 @@ def detector() -> CallableDetector:
     return CallableDetector(lambda images: torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1), 12, "pooled")
 
 
-class NotFinite(L.Callback):
-    """Makes the gradients of the fifth step infinite, once."""
-
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == 4 and not pl_module._rolled_back:
-            for parameter in pl_module.denoiser.parameters():
-                parameter.grad.mul_(float("inf"))
-
-
 class Losses(L.Callback):
     """Keeps the losses of all validations in a file."""
 
@@ -165,7 +157,6 @@ def watched(
     processes: int = 1,
     sharded: bool | None = None,
     checkpoint: Path | None = None,
-    rollback: bool = False,
 ) -> None:
     """Trains for three epochs of two steps, validated, drawn and scored at their ends.
 
@@ -174,7 +165,6 @@ def watched(
         processes: How many share the work.
         sharded: Whether checkpoints are sharded; None where weights are not shared out.
         checkpoint: The one to continue from.
-        rollback: Whether gradients are once not finite, and the run goes back.
     """
     folder.mkdir(exist_ok=True)
     reference = folder / f"reference_{os.environ.get('LOCAL_RANK', 0)}.npz"
@@ -189,18 +179,14 @@ def watched(
         Losses(folder / "losses.pt"),
         RunCheckpoint(str(folder), every_n_steps=3, keep=9),
     ]
-    module = make_module(2)
-    if rollback:
-        module.on_nonfinite = "rollback"
-        callbacks.insert(0, NotFinite())
     strategy = None if sharded is None else FullyShardedStrategy(sharded, process_group_backend="gloo")
     checkpoint = None if checkpoint is None else str(checkpoint)
     options = {"max_epochs": 3, "steps": -1, "checkpoint": checkpoint, "callbacks": tuple(callbacks)}
-    train(2, folder, processes, 20 // processes, 1, module=module, strategy=strategy, **options)
+    train(2, folder, processes, 20 // processes, 1, strategy=strategy, **options)
 
 
 def sharded() -> None:
-    """Runs with both kinds of checkpoints, continued ones, and ones that go back, in one start of two processes.
+    """Runs with both kinds of checkpoints, and continued ones, in one start of two processes.
 
     The folder holds a plain run, ``one``, already.
     """
@@ -209,7 +195,6 @@ def sharded() -> None:
     for name, shares in (("full", False), ("shares", True)):
         watched(folder / name, 2, shares)
         watched(folder / f"{name}_rest", 2, shares, folder / name / "step_00000003.ckpt")
-        watched(folder / f"{name}_back", 2, shares, rollback=True)
     for name in ("one", "shares"):
         watched(folder / f"full_from_{name}", 2, False, folder / name / "step_00000003.ckpt")
 

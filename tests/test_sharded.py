@@ -49,10 +49,9 @@ def scores(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_fully_sharded_runs_are_the_plain_one(tmp_path: Path):
-    """Validated, drawn and scored; continued by as many processes, by one, and after one; gone back."""
+    """Validated, drawn and scored; continued by as many processes, by one, and after one."""
     torch.set_num_threads(1)
     watched(tmp_path / "one")
-    watched(tmp_path / "one_back", rollback=True)
     command = [sys.executable, "-m", "tests.small_runs", "sharded", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=240)
@@ -75,14 +74,11 @@ def test_fully_sharded_runs_are_the_plain_one(tmp_path: Path):
             assert pair[0].std() > 1
         assert_same(state(run), state(tmp_path / f"{name}_rest"))
         assert scores(run)[1:] == scores(tmp_path / f"{name}_rest")
-        assert_same(state(tmp_path / "one_back"), state(tmp_path / f"{name}_back"), atol=2e-6, rtol=1e-5)
     assert_same(state(tmp_path / "shares"), state(tmp_path / "full_from_shares"))
     assert_same(plain, state(tmp_path / "full_from_one"), atol=2e-6, rtol=1e-5)
     for name in ("full", "shares"):
         watched(tmp_path / f"one_from_{name}", checkpoint=tmp_path / name / "step_00000003.ckpt")
         assert_same(plain, state(tmp_path / f"one_from_{name}"), atol=2e-6, rtol=1e-5)
-    back, ahead = state(tmp_path / "one_back"), plain
-    assert max((back[key] - ahead[key]).abs().max().item() for key in back if back[key].ndim) > 1e-3
     live = trained_weights(tmp_path / "shares" / "last.ckpt", "denoiser", averaged=False)
     whole = torch.load(tmp_path / "full" / "last.ckpt", weights_only=True)
     assert_same(live, {key.removeprefix("denoiser."): value for key, value in whole["state_dict"].items()})

@@ -20,10 +20,8 @@ from rae.io.files import write_atomically
 class StreamedCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint straight to the disk that it is for, under a temporary name until it is whole.
 
-    Lightning's own makes it in memory first and then in the system's folder for temporary files.
-
-    Args:
-        background: Whether training goes on while a copy of the checkpoint in host memory is written.
+    Lightning's own makes it in memory first and then in the system's folder for temporary files (its asynchronous one
+    copies it on the device). With ``background``, training goes on while a copy in host memory is written.
     """
 
     def __init__(self, background: bool = False) -> None:
@@ -31,16 +29,7 @@ class StreamedCheckpointIO(TorchCheckpointIO):
         self._work: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a file atomically.
-
-        Args:
-            checkpoint: What it is to hold.
-            path: The file; its folder is made.
-            storage_options: Must be None.
-
-        Raises:
-            TypeError: ``storage_options`` are given.
-        """
+        """Writes a file atomically; its folder is made. TypeError for ``storage_options``."""
         if storage_options is not None:
             raise TypeError("storage_options are not supported: checkpoints are written to a folder")
         if self._thread is not None:  # the next step changes the tensors
@@ -48,23 +37,13 @@ class StreamedCheckpointIO(TorchCheckpointIO):
         self.then(lambda: write_atomically(path, lambda file: torch.save(checkpoint, file)))
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Reads a file, or a folder of shares, which are joined.
-
-        Args:
-            path: The checkpoint.
-            arguments: As Lightning's own takes them.
-            options: The same.
-        """
+        """Reads a file, or a folder of shares, which are joined."""
         if Path(path).is_file():
             return super().load_checkpoint(path, *arguments, **options)
         return changed(read_checkpoint(find_checkpoint(path)), Shared, Shared.join)
 
     def then(self, task: Callable[[], object]) -> None:
-        """Does something once all that was asked for before is done; nothing is done after a failure.
-
-        Args:
-            task: Called without arguments, in the background where checkpoints are written there.
-        """
+        """Calls a task once all that was asked for before is done, in the background too; nothing is done after a failure."""
         if self._thread is None:
             task()
             return

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rae.image import to_float
 from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, TrainingModule
@@ -16,17 +16,9 @@ from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, Train
 class ClassifierModule(TrainingModule):
     """Supervised training of a timm ViT; its weight file then serves ``encoder.checkpoint=…``.
 
-    Args:
-        model: Name of a timm vision transformer.
-        num_classes: Number of classes.
-        mean: Mean of the images, subtracted before the network, per colour.
-        std: Standard deviation of the images, per colour.
-        optimizer: Makes the optimiser from the parameters.
-        scheduler: Makes the schedule; None for a constant rate.
-        model_args: Arguments of the timm model, e.g. ``{img_size: 32, patch_size: 8, embed_dim: 64}``.
-        label_smoothing: Share of the target spread over all classes, in [0, 1).
-        seed: See :class:`~rae.training.module.TrainingModule`.
-        config: See :class:`~rae.training.module.TrainingModule`.
+    ``model`` is the name of a timm vision transformer and ``model_args`` its arguments, e.g. ``{img_size: 32, patch_size: 8,
+    embed_dim: 64}``; ``mean`` and ``std`` normalise the images' colours; ``label_smoothing``, in [0, 1), is the share of the target
+    spread over all classes. The rest is :class:`~rae.training.module.TrainingModule`'s.
     """
 
     mean: Tensor
@@ -45,22 +37,15 @@ class ClassifierModule(TrainingModule):
         seed: int = 42,
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(seed=seed, config=config)
+        super().__init__(optimizer, scheduler, seed, config=config)
         self.network = timm.create_model(model, pretrained=False, num_classes=num_classes, **(model_args or {}))
-        self.optimizer = optimizer
-        self.scheduler = scheduler
         self.label_smoothing = label_smoothing
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def configure_optimizers(self) -> Any:
-        """One optimiser, its schedule stepped after every step."""
-        optimizer = self.optimizer(self.network.parameters())
-        if self.scheduler is None:
-            return optimizer
-        steps = self.steps_per_epoch(self.trainer.accumulate_grad_batches)
-        scheduler = self.scheduler(optimizer, steps_per_epoch=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def networks(self) -> list[nn.Module]:
+        """The classifier."""
+        return [self.network]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images B×3×H×W in [0, 1] => logits B×num_classes."""

@@ -11,26 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from rae.formats.shares import Shared
+from rae.training.per_step import PerStep
 from rae.training.strategy import FullyShardedStrategy, like_shares, reshard
 
-STATE_KEY = "EMA"
+
+def check_decay(decay: float) -> None:
+    """Raises ValueError for a decay outside [0, 1)."""
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"ema decay={decay} must lie in [0, 1); 0 keeps the live weights")
 
 
 class WeightAverage:
     """average <- decay * average + (1 - decay) * weight, for every parameter of a network; buffers are never averaged.
 
-    Args:
-        network: The network to follow; the averages start as a copy of its parameters.
-        decay: Weight of the past, in [0, 1).
-        device: Where the averages live; None for where the parameters are.
-
-    Raises:
-        ValueError: ``decay`` lies outside [0, 1).
+    The averages start as a copy of the parameters; ``device`` is where they live, None for where the parameters are.
     """
 
     def __init__(self, network: nn.Module, decay: float, device: torch.device | str | None = None) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"ema decay={decay} must lie in [0, 1); 0 keeps the live weights")
+        check_decay(decay)
         self.decay = decay
         self.averages: dict[str, Tensor] = {
             name: parameter.detach().to(device or parameter.device, copy=True)
@@ -58,42 +56,33 @@ class WeightAverage:
         return [own[name] for name in self.averages]
 
 
-class EMA(L.Callback):
+class EMA(PerStep):
     """Keeps the average of one named submodule of the LightningModule, the one that is trained.
 
-    The averages are part of every checkpoint, and validation (previews and metrics included) runs on them.
+    The averages are part of every checkpoint, and with ``validate`` validation (previews included) runs on them.
 
-    Args:
-        decay: Weight of the past; 0.9978 for the decoder, 0.9995 for the denoiser (paper appendix).
-        network: Name of the submodule, e.g. ``denoiser``.
-        device: Where the averages live; None for beside the weights, ``cpu`` to save device memory.
-        validate: Whether validation runs on the averages.
+    ``decay`` is the weight of the past: 0.9978 for the decoder, 0.9995 for the denoiser (paper appendix). The averages live on
+    ``device``, e.g. ``cpu`` to save device memory; None for beside the weights.
     """
 
     def __init__(self, decay: float, network: str, device: str | None = None, validate: bool = True) -> None:
         super().__init__()
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"ema decay={decay} must lie in [0, 1); 0 keeps the live weights")
+        check_decay(decay)
         self.decay = decay
         self.network = network
         self.device = device
         self.validate = validate
         self.average: WeightAverage | None = None
         self._restored: dict[str, Tensor | Shared] | None = None
-        self._step = 0
         self._swapped = False
 
     @property
     def state_key(self) -> str:
         """One name whatever the arguments, so that a checkpoint is read by runs with another decay."""
-        return STATE_KEY
+        return "EMA"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses averages elsewhere than the weights that processes share out.
-
-        Raises:
-            ValueError: ``device`` with fully sharded training.
-        """
+        """Raises ValueError for averages elsewhere than the weights that processes share out."""
         if self.device is not None and isinstance(trainer.strategy, FullyShardedStrategy):
             raise ValueError(
                 f"callbacks.ema.device={self.device} does not go with trainer=fsdp, where every process keeps its share of the "
@@ -102,74 +91,69 @@ class EMA(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copies the weights, or takes the averages of the checkpoint."""
-        network = pl_module.get_submodule(self.network)
-        self.average = WeightAverage(network, self.decay, self.device)
-        if self._restored is not None:
-            self.restore(self._restored)
-
-    def restore(self, averages: dict[str, Tensor | Shared]) -> None:
-        """Takes over the averages of a checkpoint.
-
-        Raises:
-            ValueError: They are not of this network.
-        """
-        assert self.average is not None
-        missing = self.average.averages.keys() ^ averages.keys()
-        if missing:
-            raise ValueError(f"the checkpoint's averages do not fit {self.network!r}: {sorted(missing)[:12]}")
-        for name, average in self.average.averages.items():
-            average.copy_(like_shares(averages[name], average))
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes the step that the run begins or continues at, which is known only now."""
-        self._step = trainer.global_step
-        self._restored = None
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Updates once per optimiser step, not per micro-batch."""
-        if trainer.global_step != self._step:
-            self._step = trainer.global_step
-            assert self.average is not None
-            self.average.update(pl_module.get_submodule(self.network))
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lets validation see the averages."""
-        if self.validate and self.average is not None and not self._swapped:
-            self.average.swap(pl_module.get_submodule(self.network))
-            self._swapped = True
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives the live weights back."""
-        if self._swapped:
-            assert self.average is not None
-            self.average.swap(pl_module.get_submodule(self.network))
-            self._swapped = False
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives the live weights back before anything saves them."""
-        self.on_validation_end(trainer, pl_module)
-
-    @contextmanager
-    def averaged(self, pl_module: L.LightningModule) -> Iterator[None]:
-        """Within the context the network holds the averages (where there are any yet)."""
-        swap = self.average is not None and not self._swapped
-        if swap:
-            assert self.average is not None
-            self.average.swap(pl_module.get_submodule(self.network))
-        try:
-            yield
-        finally:
-            if swap and self.average is not None:
-                self.average.swap(pl_module.get_submodule(self.network))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The averages by parameter name, whatever is swapped in at the moment."""
-        if self.average is None:
-            return {}
-        return {"network": self.network, "decay": self.decay, "averages": dict(self.average.averages)}
+        self.average = WeightAverage(pl_module.get_submodule(self.network), self.decay, self.device)
+        self._take_restored()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the averages until the fit starts; strategies that share weights out restore after that."""
         self._restored = state_dict.get("averages")
-        if self.average is not None and self._restored is not None:
-            self.restore(self._restored)
+        self._take_restored()
+
+    def _take_restored(self) -> None:
+        if self.average is None or self._restored is None:
+            return
+        if differing := self.average.averages.keys() ^ self._restored.keys():
+            raise ValueError(f"the checkpoint's averages do not fit {self.network!r}: {sorted(differing)[:12]}")
+        for name, average in self.average.averages.items():
+            average.copy_(like_shares(self._restored[name], average))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forgets what the checkpoint held: a strategy that restores late has done so by now."""
+        super().on_train_start(trainer, pl_module)
+        self._restored = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages by parameter name."""
+        if self.average is None:
+            return {}
+        return {"network": self.network, "decay": self.decay, "averages": dict(self.average.averages)}
+
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Moves the averages on."""
+        assert self.average is not None
+        self.average.update(pl_module.get_submodule(self.network))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lets validation see the averages."""
+        self._swap(pl_module, self.validate)
+
+    def on_validation_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException | None = None
+    ) -> None:
+        """Gives the live weights back."""
+        self._swap(pl_module, False)
+
+    on_exception = on_validation_end  # before anything saves them
+
+    @contextmanager
+    def averaged(self, pl_module: L.LightningModule) -> Iterator[None]:
+        """Within the context the network holds the averages (where there are any yet)."""
+        before = self._swapped
+        self._swap(pl_module, True)
+        try:
+            yield
+        finally:
+            self._swap(pl_module, before)
+
+    def _swap(self, pl_module: L.LightningModule, averaged: bool) -> None:
+        """Lets the network hold its averages, or its live weights."""
+        if self.average is not None and averaged != self._swapped:
+            self.average.swap(pl_module.get_submodule(self.network))
+            self._swapped = averaged
+
+
+def find_ema(trainer: L.Trainer, network: str | None = None) -> EMA | None:
+    """The callback that averages a network's weights, or any network's; None where there is none."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    found = (one for one in callbacks if isinstance(one, EMA) and network in (None, one.network))
+    return next(found, None)

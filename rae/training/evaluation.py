@@ -14,7 +14,8 @@ import torch
 from rae.generator import PRECISIONS
 from rae.image import QUANTIZE
 from rae.io.files import write_json
-from rae.training.ema import EMA
+from rae.training.ema import find_ema
+from rae.training.per_step import PerStep, at_least_one
 
 log = logging.getLogger(__name__)
 
@@ -26,34 +27,20 @@ class Scores(Protocol):
     """Metrics that gather what they are given and say numbers by name."""
 
     update: Callable[..., None]
-
-    def reset(self) -> None:
-        """Forgets what was given."""
-
-    def compute(self) -> dict[str, float]:
-        """Scores by name."""
-        ...
+    reset: Callable[[], None]
+    compute: Callable[[], dict[str, float]]
 
 
-class Evaluation(L.Callback):
-    """Scores every so many steps or epochs, on the averaged weights, the live ones, or both.
+class Evaluation(PerStep):
+    """Scores every so many optimiser steps or epochs (None for no such interval), on the averaged weights, the live ones, or both.
 
     Scores are logged as ``eval/<score>`` (of the live weights ``eval/live/<score>``), which ``callbacks.checkpoint.monitor`` may
     name, and written to ``step_N.json`` with all that identifies them. Nothing that training draws depends on whether and when
     this runs. It must stand behind :class:`~rae.training.ema.EMA` in the list of callbacks.
 
-    Args:
-        metric: A metric of :mod:`rae.metric`; reset before each evaluation.
-        every_n_steps: Optimiser steps between two evaluations; None for no such interval.
-        every_n_epochs: Epochs between two evaluations; None for no such interval.
-        averaged: Whether the moving average of the weights is scored.
-        live: Whether the weights themselves are scored.
-        precision: ``float32`` or ``bfloat16``: arithmetic of the networks, whatever the training's is.
-        quantize: ``floor`` or ``round``: how grey levels become bytes, see :func:`rae.image.to_uint8`.
-        folder: Where ``step_N.json`` goes; None for ``evaluation`` in the trainer's root folder.
-
-    Raises:
-        ValueError: An interval below 1, an unknown precision or rule, nothing to score, or a metric of other images.
+    The metric is one of :mod:`rae.metric`; the networks compute in ``precision``, ``float32`` or ``bfloat16``, whatever the
+    training's is; ``quantize``, ``floor`` or ``round``, makes bytes of grey levels as :func:`rae.image.to_uint8` does. Files go to
+    ``folder``, or to ``evaluation`` in the trainer's root folder.
     """
 
     prefix = "eval/"
@@ -73,11 +60,8 @@ class Evaluation(L.Callback):
         folder: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
-            if value is not None and value < 1:
-                raise ValueError(f"callbacks.evaluation: {name}={value} must be at least 1, or null")
-        choices = {"precision": (precision, PRECISIONS), "quantize": (quantize, QUANTIZE)}
-        for name, (choice, known) in choices.items():
+        at_least_one("callbacks.evaluation", every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
+        for name, choice, known in (("precision", precision, PRECISIONS), ("quantize", quantize, QUANTIZE)):
             if choice not in known:
                 raise ValueError(f"callbacks.evaluation: {name}={choice!r} is unknown; choose {' or '.join(known)}")
         if not (averaged or live):
@@ -102,26 +86,15 @@ class Evaluation(L.Callback):
         """The last scores, by logged name."""
         self.scored_step = -1
         """The step that they are of."""
-        self._seen_step = -1
 
-    # --- what is scored ----------------------------------------------------------------------------------------
+    # --- what is scored: for subclasses --------------------------------------------------------------------------
 
     def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
-        """How many images will be scored, and the class of each; None where they have none.
-
-        Args:
-            trainer: Names the data.
-            pl_module: The module, with its networks.
-        """
+        """How many images will be scored, and the class of each; None where they have none."""
         raise NotImplementedError
 
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Makes this process's share of the images and gives them to the metric.
-
-        Args:
-            trainer: Names the process and the data.
-            pl_module: The module, in evaluation mode, with the weights that are to be scored.
-        """
+        """Makes this process's share of the images with the weights that the module holds, and gives them to the metric."""
         raise NotImplementedError
 
     @property
@@ -132,62 +105,41 @@ class Evaluation(L.Callback):
     # --- when --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Looks for the averages, and checks all that can be before the first evaluation.
+        """Raises ValueError for all that can be found before the first evaluation.
 
-        Raises:
-            ValueError: Averages are to be scored and there are none, or they would be a step behind; or the metric refuses such
-                images, its reference lacks what it needs, or there are fewer images than asked for.
+        That is: no averages where they are to be scored, or averages that would be a step behind; a metric that refuses
+        such images, a reference that lacks what it needs, or fewer images than asked for.
         """
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        averages = [number for number, callback in enumerate(callbacks) if isinstance(callback, EMA)]
-        if self.averaged and not averages:
-            raise ValueError(
-                "callbacks.evaluation.averaged=true, but no callback averages the weights; add rae.training.ema.EMA, or set "
-                "averaged=false and live=true"
-            )
-        if self.averaged and averages[0] > callbacks.index(self):
-            raise ValueError(
-                "the evaluation must stand behind EMA in the list of callbacks, else it scores stale averages"
-            )
+        if self.averaged:
+            ema, callbacks = find_ema(trainer), trainer.callbacks  # type: ignore[attr-defined]
+            if ema is None:
+                raise ValueError(
+                    "callbacks.evaluation.averaged=true, but no callback averages the weights; add rae.training.ema.EMA, or set "
+                    "averaged=false and live=true"
+                )
+            if callbacks.index(ema) > callbacks.index(self):
+                raise ValueError(
+                    "the evaluation must stand behind EMA in the list of callbacks, else it scores stale averages"
+                )
         planned = self.plan(trainer, pl_module)
         if hasattr(self.metric, "prepare"):
             self.metric = self.metric.to(pl_module.device)
             self.metric.prepare(pl_module.autoencoder.image_size, *planned)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes where the run begins."""
-        self._seen_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Scores where it is time to, never between the micro-batches of one step."""
-        step = trainer.global_step
-        if step == self._seen_step:
-            return
-        self._seen_step = step
-        epochs = trainer.current_epoch + 1
-        by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
-        by_epochs = self.every_n_epochs is not None and trainer.is_last_batch and epochs % self.every_n_epochs == 0
-        if by_steps or by_epochs:
+    def after_step(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Scores where it is time to."""
+        if self.is_due(trainer, self.every_n_steps, self.every_n_epochs):
             self.evaluate(trainer, pl_module)
 
     # --- scoring -----------------------------------------------------------------------------------------------
 
     def evaluate(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
-        """Scores the present weights, logs and writes the scores, and returns them by logged name.
-
-        Args:
-            trainer: The trainer of the run.
-            pl_module: The module that is trained.
-
-        Raises:
-            ValueError: A metric without distributed state on several processes.
-        """
-        self.scores = {}
-        if self.averaged:
-            self.scores |= self._score(trainer, pl_module, self._averages(trainer, pl_module), "")
+        """Scores the present weights, logs and writes the scores, and returns them by logged name."""
+        self.scores, self.scored_step = {}, trainer.global_step
+        if self.averaged and (ema := find_ema(trainer)) is not None:
+            self.scores |= self._score(trainer, pl_module, ema.averaged(pl_module), "")
         if self.live:
             self.scores |= self._score(trainer, pl_module, nullcontext(), LIVE)
-        self.scored_step = trainer.global_step
         for name, value in self.scores.items():
             # All processes have the same value: the metric has joined their images.
             pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
@@ -199,10 +151,6 @@ class Evaluation(L.Callback):
             said = ", ".join(f"{name.removeprefix(self.prefix)} {value:.4g}" for name, value in self.scores.items())
             log.info("step %d: %s", self.scored_step, said)
         return self.scores
-
-    def _averages(self, trainer: L.Trainer, pl_module: L.LightningModule) -> AbstractContextManager[None]:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        return next(callback for callback in callbacks if isinstance(callback, EMA)).averaged(pl_module)
 
     def _score(
         self, trainer: L.Trainer, pl_module: Any, weights: AbstractContextManager[None], kind: str

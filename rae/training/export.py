@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning as L
 
 from rae.io.tensors import save_state
-from rae.training.ema import EMA
+from rae.training.ema import find_ema
 
 
 class WriteWeights(L.Callback):
-    """Writes one submodule's weights, averaged where the run keeps averages, when training ends.
+    """Writes the weights of one submodule, e.g. ``autoencoder.decoder``, averaged where the run keeps averages.
 
-    Args:
-        network: Name of the submodule, e.g. ``network`` or ``autoencoder.decoder``.
-        path: The file; ``.safetensors`` or PyTorch's own format by its ending.
+    The file's ending, ``.safetensors`` or another, decides on its format.
     """
 
     def __init__(self, network: str, path: str) -> None:
@@ -25,12 +24,7 @@ class WriteWeights(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the file on the first process."""
-        if not trainer.is_global_zero:
-            return
-        averages = [c for c in trainer.callbacks if isinstance(c, EMA) and c.network == self.network]  # type: ignore[attr-defined]
-        network = pl_module.get_submodule(self.network)
-        if averages:
-            with averages[0].averaged(pl_module):
-                save_state(network.state_dict(), self.path)
-        else:
-            save_state(network.state_dict(), self.path)
+        if trainer.is_global_zero:
+            ema = find_ema(trainer, self.network)
+            with nullcontext() if ema is None else ema.averaged(pl_module):
+                save_state(pl_module.get_submodule(self.network).state_dict(), self.path)

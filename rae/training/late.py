@@ -7,11 +7,7 @@ from torch import Tensor
 
 
 class Late:
-    """A number that a device computes, read by the host later, without waiting for what is queued behind it.
-
-    Args:
-        value: One number, on any device.
-    """
+    """One number that a device computes, read by the host later, without waiting for what is queued behind it."""
 
     def __init__(self, value: Tensor) -> None:
         self._value, self._ready = value.detach(), None

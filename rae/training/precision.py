@@ -9,27 +9,17 @@ import torch
 from lightning.pytorch.plugins.precision.xla import XLAPrecision
 
 PRECISIONS = ("32-true", "bf16-mixed")
+_REASONS = {
+    "bf16": ": averages and small updates would be lost in weights of 8 bits; bf16-mixed keeps the weights in float32",
+    "16": ": the range of float16 asks for a scaled loss, which two optimisers and a check of every gradient rule out",
+}
 
 
 def check_precision(precision: Any) -> None:
-    """Refuses a precision of the Trainer in which the stages cannot train.
-
-    Args:
-        precision: As for Lightning's Trainer.
-
-    Raises:
-        ValueError: Says what to choose instead.
-    """
+    """Raises ValueError for a precision of Lightning's Trainer in which the stages cannot train."""
     if str(precision) in (*PRECISIONS, "32"):
         return
-    if str(precision).startswith("bf16"):
-        why = ": averages and small updates would be lost in weights of 8 bits; bf16-mixed keeps the weights in float32"
-    elif str(precision).startswith("16"):
-        why = (
-            ": the range of float16 asks for a scaled loss, which two optimisers and a check of every gradient rule out"
-        )
-    else:
-        why = ""
+    why = next((reason for begin, reason in _REASONS.items() if str(precision).startswith(begin)), "")
     raise ValueError(f"trainer.precision={precision} cannot be trained in{why}; choose one of {', '.join(PRECISIONS)}")
 
 

@@ -21,10 +21,7 @@ class PicturePreview(L.Callback):
     Args:
         folder: Where the PNG files go; None for ``previews`` in the trainer's root folder.
         scale: Every pixel becomes a square of this side.
-        live: Whether a notebook shows the picture too, each in the place of the one before.
-
-    Raises:
-        ValueError: ``live`` without IPython.
+        live: Whether a notebook shows the picture too, each in the place of the one before; ValueError without IPython.
     """
 
     name = "preview"
@@ -60,8 +57,7 @@ class PicturePreview(L.Callback):
         drawn = self.draw(trainer, pl_module)  # by all: they may share the weights out
         if drawn is None or not trainer.is_global_zero:
             return
-        images, columns = drawn
-        picture = make_grid(images, columns, scale=self.scale)
+        picture = make_grid(*drawn, scale=self.scale)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "previews")
         file = save_png(picture, folder / f"{self.name}_{trainer.global_step:08d}.png")
         if self.live:
@@ -75,19 +71,12 @@ class PicturePreview(L.Callback):
 
 
 class ReconstructionPreview(PicturePreview):
-    """The first held-out images and their reconstructions, side by side.
-
-    Args:
-        count: Number of images.
-        folder: See :class:`PicturePreview`.
-        scale: See :class:`PicturePreview`.
-        live: See :class:`PicturePreview`.
-    """
+    """The first ``count`` held-out images and their reconstructions, side by side; options as of :class:`PicturePreview`."""
 
     name = "reconstruction"
 
-    def __init__(self, count: int = 8, folder: str | None = None, scale: int = 1, live: bool = False) -> None:
-        super().__init__(folder, scale, live)
+    def __init__(self, count: int = 8, **options: Any) -> None:
+        super().__init__(**options)
         self.count = count
         self._pairs: list[Tensor] = []
 
@@ -113,17 +102,10 @@ class ReconstructionPreview(PicturePreview):
 
 
 class SamplePreview(PicturePreview):
-    """Samples of a few classes, each class a row, always from the same noise.
+    """Samples of a few classes, each class a row, always from the noise of one seed; options as of :class:`PicturePreview`.
 
-    Args:
-        sampler: Sampler, see :mod:`rae.flow`.
-        guidance: Guidance without a guide, see :mod:`rae.flow`.
-        classes: Classes to draw; a number takes the first ones.
-        per_class: Samples of each.
-        seed: Seed of the noise.
-        folder: See :class:`PicturePreview`.
-        scale: See :class:`PicturePreview`.
-        live: See :class:`PicturePreview`.
+    ``classes`` lists the rows, or a number takes the first ones; each has ``per_class`` samples. A guidance with a guide
+    does not go.
     """
 
     name = "samples"
@@ -135,11 +117,9 @@ class SamplePreview(PicturePreview):
         classes: int | list[int] = 8,
         per_class: int = 8,
         seed: int = 0,
-        folder: str | None = None,
-        scale: int = 1,
-        live: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(folder, scale, live)
+        super().__init__(**options)
         self.sampler = sampler
         self.guidance = guidance
         self.classes = classes

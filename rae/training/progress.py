@@ -15,11 +15,7 @@ _SELDOM = 15.0  # seconds between two lines where the screen is a file
 class StepProgress(ProgressBar):
     """One bar over all steps of the run, with the values that are logged for the bar and whether it validates just now.
 
-    Args:
-        refresh_rate: Steps between two updates; values are fetched from the device no more often than that.
-
-    Raises:
-        ValueError: ``refresh_rate`` is below 1.
+    Every ``refresh_rate`` steps, at least 1, it moves, and values are fetched from the device.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
@@ -27,25 +23,20 @@ class StepProgress(ProgressBar):
         if refresh_rate < 1:
             raise ValueError(f"callbacks.progress: refresh_rate={refresh_rate} must be at least 1")
         self.refresh_rate = refresh_rate
-        self._enabled = True
+        self.is_enabled = True  # Lightning's module.print asks
         self._bar: Any = None
 
     def disable(self) -> None:
         """Hides the bar, as Lightning does on all processes but the first."""
-        self._enabled = False
+        self.is_enabled = False
 
     def enable(self) -> None:
         """Shows the bar again."""
-        self._enabled = True
-
-    @property
-    def is_enabled(self) -> bool:
-        """Whether it is shown; Lightning's ``module.print`` asks."""
-        return self._enabled
+        self.is_enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Writes a line above the bar."""
-        if self._enabled:
+        if self.is_enabled:
             tqdm.write(" ".join(map(str, args)), file=sys.stderr)
 
     def total_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int | None:
@@ -58,7 +49,7 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the bar where the run begins or goes on."""
-        if self._enabled:
+        if self.is_enabled:
             self._bar = tqdm(
                 total=self.total_steps(trainer, pl_module),
                 initial=trainer.global_step,
@@ -72,7 +63,7 @@ class StepProgress(ProgressBar):
         """Moves the bar."""
         ahead = 0 if self._bar is None else trainer.global_step - self._bar.n
         if ahead >= self.refresh_rate or (ahead and trainer.global_step == self._bar.total):
-            self._bar.set_postfix(self._values(trainer), refresh=False)
+            self._show_values(trainer)
             self._bar.update(ahead)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -81,26 +72,24 @@ class StepProgress(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Shows what validation found."""
-        if self._bar is not None:
-            self._bar.set_postfix(self._values(trainer), refresh=False)
+        self._show_values(trainer)
         self._describe("training")
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException | None = None
+    ) -> None:
         """Closes the bar."""
-        self._close()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Closes the bar, so that messages begin on a line of their own."""
-        self._close()
+    on_exception = on_train_end  # so that messages begin on a line of their own
 
-    def _values(self, trainer: L.Trainer) -> dict[str, str]:
-        return {name: f"{value:.4g}" for name, value in trainer.progress_bar_metrics.items()}
+    def _show_values(self, trainer: L.Trainer) -> None:
+        if self._bar is not None:
+            values = {name: f"{value:.4g}" for name, value in trainer.progress_bar_metrics.items()}
+            self._bar.set_postfix(values, refresh=False)
 
     def _describe(self, text: str) -> None:
         if self._bar is not None:
             self._bar.set_description(text, refresh=sys.stderr.isatty())
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

@@ -21,12 +21,7 @@ def reconstructions(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Reconstructions uint8 B×3×H×W and their originals as the batches hold them, batch by batch, without gradients.
 
-    Args:
-        autoencoder: In evaluation mode.
-        batches: Batches of a data module.
-        device: Where the autoencoder is.
-        precision: ``float32`` or ``bfloat16``: arithmetic of the networks.
-        quantize: See :func:`rae.image.to_uint8`.
+    The networks compute in ``precision``, ``float32`` or ``bfloat16``; ``quantize`` is that of :func:`rae.image.to_uint8`.
     """
     for batch in batches:
         images = batch["image"].to(device)

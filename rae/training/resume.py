@@ -16,21 +16,15 @@ from rae.io.tensors import state_hash
 class AgreeOnResume(L.Callback):
     """Stops all processes where they would not continue the same run: else each would train its own, without a word.
 
-    That happens where every machine has an ``output_dir`` of its own.
-
-    Args:
-        checkpoint: The file or folder that this process continues from; None where it begins.
+    That happens where every machine has an ``output_dir`` of its own. ``checkpoint`` is the file or folder that this process
+    continues from; None where it begins.
     """
 
     def __init__(self, checkpoint: str | None) -> None:
         self.checkpoint = checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Compares step and content of the checkpoints before anything is restored.
-
-        Raises:
-            ValueError: They differ, on every process.
-        """
+        """Compares step and content of the checkpoints before anything is restored; ValueError on every process."""
         if trainer.world_size == 1:
             return
         own = None if self.checkpoint is None else (read_step(self.checkpoint), content_hash(self.checkpoint))
@@ -42,15 +36,10 @@ class AgreeOnResume(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compares step and weights after restoring.
-
-        Raises:
-            RuntimeError: They differ, on every process.
-        """
+        """Compares step and weights after restoring; RuntimeError on every process."""
         if trainer.world_size == 1 or self.checkpoint is None:
             return
-        parameters = dict(pl_module.named_parameters())
-        weights = {name: value for name, value in parameters.items() if value.requires_grad}
+        weights = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}
         whole = not any(isinstance(value, DTensor) for value in weights.values())  # else each has a share of its own
         own = (trainer.global_step, state_hash(weights) if whole else "")
         first = trainer.strategy.broadcast(own)
@@ -72,24 +61,19 @@ _PROGRESS = {"last_epoch", "_step_count", "_last_lr", "lr_lambdas"}
 
 def configured(trainer: L.Trainer) -> dict[str, list[Any]]:
     """What the configuration says of optimisers and schedules; to be called before a checkpoint is restored."""
-    groups = [
-        [{key: value for key, value in group.items() if key not in _RESTORED} for group in optimizer.param_groups]
-        for optimizer in trainer.optimizers
-    ]
-    schedules = [
-        {key: value for key, value in config.scheduler.state_dict().items() if key not in _PROGRESS}
-        for config in trainer.lr_scheduler_configs
-    ]
+    groups = [[_without(group, _RESTORED) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+    schedules = [_without(config.scheduler.state_dict(), _PROGRESS) for config in trainer.lr_scheduler_configs]
     return {"groups": groups, "schedules": schedules}
+
+
+def _without(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def configure(trainer: L.Trainer, asked: Mapping[str, list[Any]]) -> list[str]:
     """Puts the values of :func:`configured` in the place of a checkpoint's, at the step that schedules have reached.
 
-    Schedules other than a LambdaLR, as ours is, keep their course; their rates are scaled.
-
-    Returns:
-        What has changed, in words.
+    Schedules other than a LambdaLR, as ours is, keep their course; their rates are scaled. Says in words what has changed.
     """
     restored = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
     for optimizer, groups in zip(trainer.optimizers, asked["groups"], strict=True):
@@ -119,15 +103,10 @@ def configure(trainer: L.Trainer, asked: Mapping[str, list[Any]]) -> list[str]:
 
 
 def check_epochs(before: int | None, now: int | None, module: Any) -> None:
-    """Refuses other steps per epoch than before where phases or the schedule are counted in epochs, which would then move.
+    """Raises ValueError where a continued run's epoch has other steps than before, and lengths are counted in epochs.
 
-    Args:
-        before: Optimiser steps per epoch of the checkpoint; None where it does not say.
-        now: Those of this run.
-        module: Has perhaps ``scheduler``, a partial, and ``loss``.
-
-    Raises:
-        ValueError: Names what is counted in epochs.
+    Phases (``module.loss``) or the schedule (``module.scheduler``, a partial) would then move. None stands for a checkpoint
+    that does not say, or data that do not end.
     """
     if before is None or now is None or before == now:
         return

@@ -13,25 +13,12 @@ KINDS = ("cosine", "linear", "constant")
 
 
 def rate_factor(
-    step: int,
-    kind: Kind,
-    warmup_steps: int,
-    decay_end_steps: int,
-    final_factor: float,
-    warmup_from_zero: bool,
+    step: int, kind: Kind, warmup_steps: int, decay_end_steps: int, final_factor: float, warmup_from_zero: bool
 ) -> float:
-    """Learning rate of optimiser step ``step``, divided by the base rate.
+    """Learning rate of optimiser step ``step``, counted from 0, divided by the base rate.
 
     During warm-up the factor is (step + 1) / warm-up, so that the first step is not lost, or 1 where the warm-up is at the
     full rate. Then it goes from 1 to ``final_factor`` with progress (step - warm-up) / (end - warm-up), and stays there.
-
-    Args:
-        step: Number of the optimiser step, from 0.
-        kind: Course after the warm-up.
-        warmup_steps: Steps of warm-up; 0 for none.
-        decay_end_steps: Step from which on the factor is ``final_factor``; unused for ``constant``.
-        final_factor: Final rate divided by the base rate.
-        warmup_from_zero: Whether the warm-up rises linearly from zero.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps if warmup_from_zero else 1.0
@@ -47,21 +34,9 @@ def rate_factor(
 class WarmupDecay(LambdaLR):
     """The schedule of :func:`rate_factor` for an optimiser whose groups share one base rate.
 
-    Every length is given in steps or in epochs; epochs become ``int(epochs * steps_per_epoch)`` steps.
-
-    Args:
-        optimizer: Its ``lr`` is the base rate.
-        kind: ``cosine``, ``linear`` or ``constant``.
-        warmup_steps: Warm-up in steps.
-        warmup_epochs: Warm-up in epochs, where not given in steps.
-        decay_end_steps: End of the decay in steps.
-        decay_end_epochs: End of the decay in epochs, where not given in steps.
-        final_lr: Learning rate after the decay.
-        warmup_from_zero: Whether the warm-up rises from zero or stays at the base rate.
-        steps_per_epoch: Optimiser steps in one epoch; needed where an epoch count is given.
-
-    Raises:
-        ValueError: Unknown ``kind``, a missing or double length, or a decay that ends before the warm-up.
+    Warm-up and end of the decay are given in steps or in epochs, of ``int(epochs * steps_per_epoch)`` steps. After the decay
+    the rate is ``final_lr``. ValueError for an unknown ``kind``, a missing or double length, or a decay that ends before the
+    warm-up.
     """
 
     def __init__(
@@ -99,10 +74,8 @@ def _in_steps(name: str, steps: int | None, epochs: float | None, steps_per_epoc
     """One length in steps, from whichever unit was given; None where none was."""
     if steps is not None and epochs is not None:
         raise ValueError(f"scheduler: give {name}_steps={steps} or {name}_epochs={epochs}, not both (null removes one)")
-    if steps is not None:
-        return int(steps)
     if epochs is None:
-        return None
+        return None if steps is None else int(steps)
     if steps_per_epoch is None:
         raise ValueError(f"scheduler: {name}_epochs={epochs} needs steps_per_epoch; or give {name}_steps")
     return int(epochs * steps_per_epoch)

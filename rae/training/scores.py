@@ -14,30 +14,23 @@ from rae.generator import Generator
 from rae.io.describe import describe
 from rae.io.parts import stretch
 from rae.training.evaluation import Evaluation, Scores
+from rae.training.per_step import at_least_one
 from rae.training.reconstructions import reconstructions
 from rae.training.strategy import FullyShardedStrategy
 
 
 class ScoreReconstructions(Evaluation):
-    """Scores reconstructions of the data module's validation images, in stage 1.
+    """Scores reconstructions of the data module's first ``count`` validation images (None for all), in stage 1.
 
-    The numbers are those of ``rae-evaluate checkpoint=… metric=reconstruction`` on the same weights.
-
-    Args:
-        metric: :class:`rae.metric.ReconstructionMetrics` or another that takes images and their originals.
-        count: Images to reconstruct, the first ones; None for all.
-        options: See :class:`Evaluation`.
-
-    Raises:
-        ValueError: A count below 1, or see :class:`Evaluation`.
+    The numbers are those of ``rae-evaluate checkpoint=… metric=reconstruction`` on the same weights. The metric takes images
+    and their originals, as :class:`rae.metric.ReconstructionMetrics` does; ``options`` are those of :class:`Evaluation`.
     """
 
     takes_originals = True
 
     def __init__(self, metric: Scores, count: int | None = None, **options: Any) -> None:
         super().__init__(metric, **options)
-        if count is not None and count < 1:
-            raise ValueError(f"callbacks.evaluation.count={count} must be at least 1, or null for all images")
+        at_least_one("callbacks.evaluation", count=count)
         self.count = count
 
     @property
@@ -46,11 +39,7 @@ class ScoreReconstructions(Evaluation):
         return {**super().identity, "count": self.count}
 
     def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
-        """See :meth:`Evaluation.plan`.
-
-        Raises:
-            ValueError: There are fewer validation images than asked for, or none.
-        """
+        """Raises ValueError where there are fewer validation images than asked for, or none."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "range_dataloader"):
             raise ValueError(
@@ -66,7 +55,7 @@ class ScoreReconstructions(Evaluation):
         return count, None
 
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """See :meth:`Evaluation.update`."""
+        """Each process reconstructs one stretch of the images."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         count, _ = self.plan(trainer, pl_module)
         mine = stretch(count, trainer.global_rank, trainer.world_size)
@@ -80,19 +69,9 @@ class ScoreSamples(Evaluation):
 
     The numbers are those of ``rae-evaluate checkpoint=…`` with the same seed, sampler and guidance on the same weights.
 
-    Args:
-        metric: :class:`rae.metric.GenerationMetrics` or another that takes images.
-        sampler: Sampler, see :mod:`rae.flow`.
-        guidance: Guidance, see :mod:`rae.flow`; None for none.
-        guide: Exported model (folder or hub id) whose denoiser guides, for autoguidance.
-        classes: Classes to draw; None for all.
-        samples_per_class: Samples of each.
-        batch_size: Samples at once.
-        seed: Of the samples; sample i depends on it and on i alone.
-        options: See :class:`Evaluation`.
-
-    Raises:
-        ValueError: A number below 1, or see :class:`Evaluation`.
+    The metric takes images alone, as :class:`rae.metric.GenerationMetrics` does. ``guide`` is an exported model (folder or hub id)
+    whose denoiser guides, for autoguidance. ``samples_per_class`` samples of the ``classes``, None for all, are drawn
+    ``batch_size`` at once; sample i depends on ``seed`` and on i alone. ``options`` are those of :class:`Evaluation`.
     """
 
     def __init__(
@@ -108,9 +87,7 @@ class ScoreSamples(Evaluation):
         **options: Any,
     ) -> None:
         super().__init__(metric, **options)
-        for name, value in (("samples_per_class", samples_per_class), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"callbacks.evaluation.{name}={value} must be at least 1")
+        at_least_one("callbacks.evaluation", samples_per_class=samples_per_class, batch_size=batch_size)
         self.sampler = sampler
         self.guidance = guidance
         self.guide = None if guide is None else load_denoiser(guide)
@@ -132,11 +109,7 @@ class ScoreSamples(Evaluation):
         }
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """See :meth:`Evaluation.on_fit_start`.
-
-        Raises:
-            ValueError: Processes that share weights out would take unequal numbers of steps, and wait for each other for ever.
-        """
+        """Refuses numbers of steps that would differ: processes that share weights out would wait for each other for ever."""
         if isinstance(trainer.strategy, FullyShardedStrategy) and getattr(self.sampler, "evaluations", 0) is None:
             raise ValueError(
                 f"callbacks.evaluation.sampler={type(self.sampler).__name__} takes as many steps as the samples call for, which "
@@ -145,13 +118,13 @@ class ScoreSamples(Evaluation):
         super().on_fit_start(trainer, pl_module)
 
     def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
-        """See :meth:`Evaluation.plan`."""
+        """Class by class."""
         classes = range(pl_module.denoiser.num_classes) if self.classes is None else self.classes
         labels = [label for label in classes for _ in range(self.samples_per_class)]
         return len(labels), labels
 
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """See :meth:`Evaluation.update`."""
+        """The processes draw the batches in turn."""
         guide = None if self.guide is None else self.guide.to(pl_module.device)
         generator = Generator(
             pl_module.autoencoder, pl_module.denoiser, pl_module.flow, self.sampler, self.guidance, guide

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,32 +18,19 @@ from rae.decoder import ViTDecoder
 from rae.discriminator import DiffAugment, DinoDiscriminator, quantize
 from rae.image import to_float
 from rae.latent import add_noise
-from rae.loss import Phases, Stage1Loss, adaptive_weight, generator_loss, gradient_at, last_layer_gradient
+from rae.loss import Phases, Stage1Loss, adaptive_weight, generator_loss, gradient_at
 from rae.rng import normal, sample_seeds, uniform
+from rae.training.adversarial_step import decoder_gradients, gan_gradients, last_layer_gradients, reconstruct, trained
+from rae.training.averaging import average_gradients, average_over_processes, several_processes
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 
 
-@dataclass
-class MicroBatch:
-    """What the discriminator's turn needs of a batch the decoder has seen."""
-
-    images: Tensor
-    """Real images B×3×H×W in [0, 1]."""
-    latents: Tensor
-    """The encoder's latents B×C×h×w, without noise."""
-    epochs: list[int]
-    indices: list[int]
-
-
 class Stage1Module(TrainingModule):
-    """Decoder step, then discriminator step, with one backward pass through each network.
+    """Decoder step, then discriminator step, with one backward pass through each network: see ``adversarial_step.py``.
 
-    The gradients of the reconstruction loss and of the GAN loss are taken at the reconstructed image; the adaptive weight
-    follows from them and the last layer's input; one backward pass through the decoder carries their weighted sum. The
-    discriminator then sees a fresh reconstruction by the updated decoder, from the same tokens without noise.
-
-    Gradients are averaged over processes here, once per optimiser step. The adaptive weight is a function of the averaged
-    gradients, or, with ``loss.adaptive=per_process``, each process's own of its gradients. ``global_step`` counts decoder updates.
+    The discriminator sees a fresh reconstruction by the updated decoder, from the same latents without noise. Gradients
+    are averaged over processes here, once per optimiser step; the adaptive weight is a function of the averaged ones, or,
+    with ``loss.adaptive=per_process``, each process's own of its own. ``global_step`` counts decoder updates.
 
     Args:
         autoencoder: Frozen encoder and the decoder that is trained.
@@ -58,9 +45,6 @@ class Stage1Module(TrainingModule):
         compile: Whether the decoder is compiled, or names of networks: ``decoder``, ``encoder``.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
-
-    Raises:
-        ValueError: ``accumulate`` below 1 or ``noise_tau`` below 0.
     """
 
     frozen = ("autoencoder.encoder.", "loss.", "discriminator.backbone.")
@@ -80,7 +64,7 @@ class Stage1Module(TrainingModule):
         on_nonfinite: OnNonfinite = "stop",
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(seed, on_nonfinite, config)
+        super().__init__(optimizer, scheduler, seed, on_nonfinite, config)
         if accumulate < 1:
             raise ValueError(f"training.accumulate={accumulate} must be at least 1")
         if noise_tau < 0:
@@ -91,11 +75,9 @@ class Stage1Module(TrainingModule):
         self.loss = loss
         self.discriminator = discriminator
         self.augment = augment
-        self.optimizer = optimizer
-        self.scheduler = scheduler
         self.noise_tau = noise_tau
         self.accumulate = accumulate
-        self._pending: list[MicroBatch] = []
+        self._pending: list[Batch] = []  # what the discriminator's turn needs: images as floats, latents without noise
         self._gan_gradients: list[Tensor] | None = None
         if compile and accumulate > 1:
             # The two kinds of gradients are then taken from one graph, which a compiled network would use up in the first pass.
@@ -107,171 +89,130 @@ class Stage1Module(TrainingModule):
         """The network that is trained, and averaged by the EMA."""
         return self.autoencoder.decoder
 
-    def configure_optimizers(self) -> Any:
-        """Two optimisers; the discriminator's schedule advances only when the discriminator is updated."""
-        networks = [self.decoder] + ([self.discriminator] if self.discriminator is not None else [])
-        optimizers = [self.optimizer([p for p in net.parameters() if p.requires_grad]) for net in networks]
-        if self.scheduler is None:
-            return optimizers
-        steps = self.steps_per_epoch(self.accumulate)
-        return optimizers, [self.scheduler(optimizer, steps_per_epoch=steps) for optimizer in optimizers]
+    def networks(self) -> list[nn.Module]:
+        """The decoder and the discriminator, whose schedule advances only when it is updated."""
+        return [self.decoder] + ([self.discriminator] if self.discriminator is not None else [])
 
     def setup(self, stage: str) -> None:
         """Leaves DistributedDataParallel one weight, without which it does not go: it would keep room for all gradients."""
         super().setup(stage)
-        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, trained[1:])
+        names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names[1:])
 
     def on_fit_start(self) -> None:
         """Gives all processes the first one's weights, as DistributedDataParallel would."""
         super().on_fit_start()
-        for parameter in self.parameters() if _several() else ():
-            if parameter.requires_grad:
-                dist.broadcast(parameter.data, 0)
+        for parameter in trained(self) if several_processes() else ():
+            dist.broadcast(parameter.data, 0)
 
     # --- one step ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Gradients of one micro-batch; after ``accumulate`` of them, the decoder's and the discriminator's update."""
         self.remember(batch)
-        phases = self.loss.phases(self.trainer.global_step, self._steps_per_epoch())
+        steps_per_epoch = self.steps_per_epoch or sys.maxsize  # where data do not end, nor does the first epoch
+        phases = self.loss.phases(self.trainer.global_step, steps_per_epoch)
         with self._no_sync():
-            self._decoder_gradients(batch, phases, self.group_size(batch_idx, self.accumulate))
+            self._decoder_gradients(batch, phases, self.group_size(batch_idx))
             if (batch_idx + 1) % self.accumulate and batch_idx + 1 < self.trainer.num_training_batches:
                 return
-            self._update_decoder(phases)
+            self._update_decoder()
             if phases.discriminator and self.discriminator is not None:
                 self._update_discriminator(self.discriminator)
-        self.log_throughput(sum(len(micro.indices) for micro in self._pending))
         self._pending = []
 
     def _decoder_gradients(self, batch: Batch, phases: Phases, group: int) -> None:
         """Adds the gradients of one of ``group`` micro-batches to the decoder."""
         images = to_float(batch["image"])
+        # Neither RAE.encode nor RAE.decode: what the one normalises the other undoes, and the noise comes before both.
         latents = self.autoencoder.encoder(images)
-        micro = MicroBatch(images, latents, batch["epoch"].tolist(), batch["index"].tolist())
-        self._pending.append(micro)
-        noise = normal(self._seeds("latent noise", micro), latents.shape[1:], device=latents.device)
-        level = uniform(self._seeds("latent noise level", micro), device=latents.device)
-        features = self.decoder.forward_features(add_noise(latents, self.noise_tau, level, noise))
-        cut = features.detach().requires_grad_()
-        image = self.decoder.to_image(cut)
-        leaf = image.detach().requires_grad_()
-        losses = self.loss.reconstruction(leaf, images, phases)
-        at_image = gradient_at(leaf, losses["total"]) / group
+        self._pending.append({**batch, "image": images, "latent": latents})
+        noise = normal(self._seeds("latent noise", batch), latents.shape[1:], device=latents.device)
+        level = uniform(self._seeds("latent noise level", batch), device=latents.device)
+        made = reconstruct(self.decoder, add_noise(latents, self.noise_tau, level, noise))
+
+        losses = self.loss.reconstruction(made.leaf, images, phases)
+        at_image = gradient_at(made.leaf, losses["total"]) / group
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "l1")
-        if not (phases.gan and self.discriminator is not None):
-            self._backward(features, cut, image, at_image)
-            return
-        gan_loss = generator_loss(self._judge(self.discriminator, leaf, micro, "augment generator", training=False))
-        gan_at_image = gradient_at(leaf, gan_loss) / group
-        self.log("train/gan", gan_loss.detach())
-        if self.accumulate == 1:
-            weight = self.decoder.last_layer.weight
-            pair = torch.stack([last_layer_gradient(image, weight, at) for at in (at_image, gan_at_image)])
-            scale = self._gan_scale(*(average_over_processes(pair) if self.loss.adaptive == "averaged" else pair))
-            self._backward(features, cut, image, at_image + scale * gan_at_image)
-            return
-        # The adaptive weight is a function of the whole batch's gradients: the two kinds are summed apart until it is known.
-        parameters = self._decoder_parameters()
-        (at_cut,) = torch.autograd.grad(image, cut, gan_at_image, retain_graph=True)
-        last = list(self.decoder.last_layer.parameters())
-        gradients = dict(zip(last, torch.autograd.grad(image, last, gan_at_image, retain_graph=True), strict=True))
-        rest = [p for p in parameters if p not in gradients]
-        gradients |= dict(zip(rest, torch.autograd.grad(features, rest, at_cut, retain_graph=True), strict=True))
-        gan = [gradients[p] for p in parameters]
-        if self._gan_gradients is None:
-            self._gan_gradients = gan
-        else:
-            torch._foreach_add_(self._gan_gradients, gan)
-        self._backward(features, cut, image, at_image)
+        if phases.gan and self.discriminator is not None:
+            gan_loss = generator_loss(self._judge(self.discriminator, made.leaf, batch, "augment generator", False))
+            gan_at_image = gradient_at(made.leaf, gan_loss) / group
+            self.log("train/gan", gan_loss.detach())
+            if self.accumulate == 1:
+                pair = last_layer_gradients(self.decoder, made, at_image, gan_at_image)
+                at_image = at_image + self._gan_scale(pair) * gan_at_image
+            else:
+                gradients = gan_gradients(self.decoder, made, gan_at_image)
+                if self._gan_gradients is None:
+                    self._gan_gradients = gradients
+                else:
+                    torch._foreach_add_(self._gan_gradients, gradients)
+        decoder_gradients(made, at_image)
 
-    def _backward(self, features: Tensor, cut: Tensor, image: Tensor, at_image: Tensor) -> None:
-        """One backward pass through the decoder, from the gradient at the image."""
-        image.backward(at_image)
-        features.backward(cut.grad)
-
-    def _gan_scale(self, reconstruction: Tensor, gan: Tensor) -> Tensor:
-        """Weight of the GAN gradient from the two averaged gradients of the last layer's weight."""
+    def _gan_scale(self, pair: Tensor) -> Tensor:
+        """Weight of the GAN loss from the gradients of both losses at the last layer's weight, stacked."""
+        reconstruction, gan = average_over_processes(pair) if self.loss.adaptive == "averaged" else pair
         adaptive = adaptive_weight(reconstruction, gan, self.loss.adaptive_maximum)
         self.log("train/adaptive_weight", adaptive)
         return self.loss.gan_weight * adaptive
 
-    def _update_decoder(self, phases: Phases) -> None:
-        """Averages the gradients over processes and takes the decoder's step."""
-        parameters = self._decoder_parameters()
-        gradients = gradients_of(parameters)
+    def _update_decoder(self) -> None:
+        """Adds the weighted gradients of the GAN loss, where they were summed apart, and takes the decoder's step."""
         if self._gan_gradients is not None:
+            parameters = trained(self.decoder)
+            gradients = gradients_of(parameters)
             last = next(i for i, p in enumerate(parameters) if p is self.decoder.last_layer.weight)
-            pair = torch.stack([gradients[last], self._gan_gradients[last]])
-            scale = self._gan_scale(*(average_over_processes(pair) if self.loss.adaptive == "averaged" else pair))
+            scale = self._gan_scale(torch.stack([gradients[last], self._gan_gradients[last]]))
             torch._foreach_add_(gradients, list(torch._foreach_mul(self._gan_gradients, scale)))
             self._gan_gradients = None
-        average_gradients(gradients)
-        norm = nn.utils.get_total_norm(gradients)
-        optimizer = self._optimizers()[0]
-        if self.check_finite(norm, parameters):
-            self.log("train/grad_norm", norm)
-        optimizer.step()  # with all gradients removed (a skipped step) it counts and changes nothing
-        optimizer.zero_grad(set_to_none=True)
-        self._advance(0)
+        self._take_step(0, self.decoder, "train/grad_norm")
 
     def _update_discriminator(self, discriminator: DinoDiscriminator) -> None:
         """Takes the discriminator's step on fresh reconstructions by the updated decoder."""
-        for number, micro in enumerate(self._pending):
+        for number, batch in enumerate(self._pending):
             with torch.no_grad():
-                fake = quantize(self.decoder(micro.latents))
+                fake = quantize(self.decoder(batch["latent"]))
             # One power iteration a call in training; only the first micro-batch makes them, as one large batch would.
             training = number == 0
-            fake_logits = self._judge(discriminator, fake, micro, "augment fake", training)
-            real_logits = self._judge(discriminator, micro.images, micro, "augment real", training)
+            fake_logits = self._judge(discriminator, fake, batch, "augment fake", training)
+            real_logits = self._judge(discriminator, batch["image"], batch, "augment real", training)
             loss = self.loss.discriminator(real_logits, fake_logits)
             (loss / len(self._pending)).backward()
             self.log("train/discriminator", loss.detach())
             self.log("train/logits_real", real_logits.detach().mean())
             self.log("train/logits_fake", fake_logits.detach().mean())
-        parameters = [p for p in discriminator.parameters() if p.requires_grad]
+        self._take_step(1, discriminator, "train/discriminator_grad_norm")
+
+    def _take_step(self, number: int, network: nn.Module, norm_name: str) -> None:
+        """Averages a network's gradients over processes; steps its optimiser and schedule and logs the norm."""
+        parameters = trained(network)
         gradients = gradients_of(parameters)
         average_gradients(gradients)
         norm = nn.utils.get_total_norm(gradients)
         if self.check_finite(norm, parameters):
-            self.log("train/discriminator_grad_norm", norm)
-            # The bare optimiser: only the decoder's steps are to be counted.
-            optimizer = self._optimizers(bare=True)[1]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self._advance(1)
-
-    # --- helpers -----------------------------------------------------------------------------------------------
-
-    def _judge(
-        self, discriminator: DinoDiscriminator, images: Tensor, micro: MicroBatch, purpose: str, training: bool
-    ) -> Tensor:
-        """Logits of augmented images."""
-        if self.augment is not None:
-            images = self.augment(images, self._seeds(purpose, micro))
-        discriminator.train(training)
-        return discriminator(images)
-
-    def _seeds(self, purpose: str, micro: MicroBatch) -> list[int]:
-        return sample_seeds(self.seed, purpose, micro.epochs, micro.indices)
-
-    def _optimizers(self, bare: bool = False) -> list[Any]:
-        """The optimisers; bare ones do not count their steps."""
-        optimizers = self.optimizers(use_pl_optimizer=not bare)
-        return optimizers if isinstance(optimizers, list) else [optimizers]
-
-    def _advance(self, number: int) -> None:
+            self.log(norm_name, norm)
+        optimizers: Any = self.optimizers(
+            use_pl_optimizer=number == 0
+        )  # Lightning counts the steps of its own: the decoder's
+        optimizer = optimizers[number] if isinstance(optimizers, list) else optimizers
+        optimizer.step()  # with all gradients removed (a skipped step) it counts and changes nothing
+        optimizer.zero_grad(set_to_none=True)
         schedulers: Any = self.lr_schedulers()
         if schedulers is not None:
             (schedulers if isinstance(schedulers, list) else [schedulers])[number].step()
 
-    def _decoder_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.decoder.parameters() if p.requires_grad]
+    def _judge(
+        self, discriminator: DinoDiscriminator, images: Tensor, batch: Batch, purpose: str, training: bool
+    ) -> Tensor:
+        """Logits of augmented images."""
+        if self.augment is not None:
+            images = self.augment(images, self._seeds(purpose, batch))
+        discriminator.train(training)
+        return discriminator(images)
 
-    def _steps_per_epoch(self) -> int:
-        return max(1, -(-int(self.trainer.num_training_batches) // self.accumulate))
+    def _seeds(self, purpose: str, batch: Batch) -> list[int]:
+        return sample_seeds(self.seed, purpose, batch["epoch"].tolist(), batch["index"].tolist())
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         """Keeps DistributedDataParallel from averaging: it is done here, when a step's gradients are complete."""
@@ -300,37 +241,3 @@ def gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:
     gradients = [parameter.grad for parameter in parameters]
     assert all(gradient is not None for gradient in gradients)
     return gradients  # type: ignore[return-value]
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def average_over_processes(values: Tensor) -> Tensor:
-    """Averages numbers over all processes in place; returns them."""
-    if _several():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
-
-
-def average_gradients(gradients: list[Tensor], most: int = 2**26) -> None:
-    """Averages gradients over all processes in place.
-
-    Args:
-        gradients: Tensors of one device.
-        most: Numbers that are copied into one message, unless one gradient alone has more; 64 M are 256 MB of float32.
-    """
-    if not _several():
-        return
-    groups: list[list[Tensor]] = []
-    for gradient in gradients:
-        group = groups[-1] if groups else []
-        if group and gradient.dtype == group[0].dtype and sum(map(Tensor.numel, group)) + gradient.numel() <= most:
-            group.append(gradient)
-        else:
-            groups.append([gradient])
-    for group in groups:
-        flat = average_over_processes(torch.cat([gradient.flatten() for gradient in group]))
-        pieces = flat.split([gradient.numel() for gradient in group])
-        torch._foreach_copy_(group, [piece.view_as(g) for piece, g in zip(pieces, group, strict=True)])

@@ -36,9 +36,6 @@ class Stage2Module(TrainingModule):
         compile: Whether the denoiser is compiled, or names of networks: ``denoiser``, ``encoder``.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
-
-    Raises:
-        ValueError: ``label_dropout`` outside [0, 1), or a denoiser for other latents.
     """
 
     frozen = ("autoencoder.",)
@@ -57,7 +54,7 @@ class Stage2Module(TrainingModule):
         on_nonfinite: OnNonfinite = "stop",
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(seed, on_nonfinite, config)
+        super().__init__(optimizer, scheduler, seed, on_nonfinite, config)
         if not 0.0 <= label_dropout < 1.0:
             raise ValueError(f"training.label_dropout={label_dropout} must lie in [0, 1)")
         if tuple(denoiser.latent_shape) != tuple(autoencoder.latent_shape):
@@ -68,11 +65,13 @@ class Stage2Module(TrainingModule):
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.denoiser = denoiser
         self.flow = flow
-        self.optimizer = optimizer
-        self.scheduler = scheduler
         self.label_dropout = label_dropout
         self._sharded = False
         self.compile_networks(compile, {"denoiser": denoiser, "encoder": autoencoder.encoder})
+
+    def networks(self) -> list[nn.Module]:
+        """The denoiser."""
+        return [self.denoiser]
 
     def train(self, mode: bool = True) -> Stage2Module:
         """Sets the mode of the denoiser; the autoencoder always stays in evaluation mode."""
@@ -81,17 +80,10 @@ class Stage2Module(TrainingModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """Refuses cached latents and latent statistics of another encoder.
-
-        Raises:
-            ValueError: Names what differs.
-        """
+        """Raises ValueError for cached latents and latent statistics of another encoder."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        described = self.autoencoder.latent.encoder
-        if not isinstance(data, LatentsDataModule) and described is None:
-            return
-        encoder = self.autoencoder.encoder
+        encoder, described = self.autoencoder.encoder, self.autoencoder.latent.encoder
         if isinstance(data, LatentsDataModule):
             data.check_encoder(encoder.differences)
         if described is not None and (differing := encoder.differences(described)):
@@ -113,15 +105,6 @@ class Stage2Module(TrainingModule):
         if mesh is not None and not self._sharded:
             shard(self.denoiser, mesh["data_parallel"])
             self._sharded = True
-
-    def configure_optimizers(self) -> Any:
-        """One optimiser over the denoiser, its schedule stepped after every optimiser step."""
-        optimizer = self.optimizer(self.denoiser.parameters())
-        if self.scheduler is None:
-            return optimizer
-        steps = self.steps_per_epoch(self.trainer.accumulate_grad_batches)
-        scheduler = self.scheduler(optimizer, steps_per_epoch=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
         self,
@@ -163,9 +146,7 @@ class Stage2Module(TrainingModule):
         self.remember(batch)
         loss = self.losses(batch, "train", self.label_dropout).mean()
         self.log("train/loss", loss, prog_bar=True)
-        accumulate = self.trainer.accumulate_grad_batches
-        self.log_throughput(len(batch["index"]) * accumulate)
-        return loss * (accumulate / self.group_size(batch_idx, accumulate))  # Lightning divides by accumulate
+        return loss * (self.micro_batches / self.group_size(batch_idx))  # Lightning divides by accumulate_grad_batches
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss on held-out images, with the same noise and times at every validation."""
@@ -173,11 +154,7 @@ class Stage2Module(TrainingModule):
         self.log("val/loss", loss.mean(), batch_size=len(loss), sync_dist=True, prog_bar=True)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Refuses labels outside the denoiser's classes while they are still in host memory.
-
-        Raises:
-            ValueError: With the labels found and the range allowed.
-        """
+        """Raises ValueError for labels outside the denoiser's classes while they are still in host memory."""
         labels, classes = batch["label"], int(self.denoiser.num_classes)
         wrong = labels[(labels < 0) | (labels >= classes)]
         if len(wrong):

@@ -25,11 +25,8 @@ from rae.layers import adaptive_blocks
 class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for PyTorch's ``fully_shard`` (FSDP2), with all processes sharing the data.
 
-    Checkpoints are read by any number of processes, with this strategy or without.
-
-    Args:
-        sharded_checkpoints: Whether every process writes its share, into a folder; else one file as from one process.
-        options: For Lightning's strategy, e.g. ``process_group_backend``.
+    Checkpoints are read by any number of processes, with this strategy or without. With ``sharded_checkpoints`` every process
+    writes its share, into a folder; else there is one file as from one process. ``options`` are those of Lightning's strategy.
     """
 
     lightning_restore_optimizer = True  # by load_optimizer_state_dict
@@ -62,13 +59,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes a checkpoint with all that is shared out, atomically; all processes must call this.
 
-        Args:
-            checkpoint: What it is to hold.
-            filepath: The file, or the folder where shares are written; the first process's counts.
-            storage_options: For the writer of a single file.
-
-        Raises:
-            OSError: It could not be written, on this process or another one.
+        The first process's path counts. Raises OSError where it could not be written, on this process or another one.
         """
         path = Path(self.broadcast(str(filepath)))
         if self.sharded_checkpoints:
@@ -117,21 +108,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
     # --- reading -----------------------------------------------------------------------------------------------
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Opens a checkpoint, a file or a folder of shares; each process reads its own rows when the state is loaded.
+        """Opens the first process's checkpoint, a file or a folder of shares; no code is ever run from it.
 
-        Args:
-            checkpoint_path: The checkpoint; the first process's counts.
-            weights_only: Has no effect: no code is ever run from a checkpoint.
+        Each process reads its own rows when the state is loaded.
         """
         return read_checkpoint(find_checkpoint(self.broadcast(str(checkpoint_path))))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loads the weights of a checkpoint, each process its rows.
-
-        Args:
-            checkpoint: From :meth:`load_checkpoint`.
-            strict: Whether the names must be exactly the module's.
-        """
+        """Loads the weights of a checkpoint, each process its rows."""
         module = self.lightning_module
         assert module is not None
         own = module.state_dict()
@@ -140,11 +124,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Loads the optimisers' state of a checkpoint, each process its rows.
-
-        Args:
-            checkpoint: From :meth:`load_checkpoint`.
-        """
+        """Loads the optimisers' state of a checkpoint, each process its rows."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             numbers = [number for group in saved["param_groups"] for number in group["params"]]
@@ -157,23 +137,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Shares the weights of a network out, block by block, so that each is gathered only while it runs.
-
-    Args:
-        network: The network; its blocks become units of their own.
-        mesh: The devices.
-    """
+    """Shares the weights of a network out, block by block, so that each is gathered only while it runs."""
     for block in adaptive_blocks(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
 
 
 def reshard(network: nn.Module) -> None:
-    """Lets the parameters of a network be its shares; without gradients, its forward pass leaves the outermost ones gathered.
-
-    Args:
-        network: Any network; nothing is done to one that is not shared out.
-    """
+    """Lets the parameters of a network be its shares; without gradients, its forward pass leaves the outermost ones gathered."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -187,9 +158,7 @@ def whole(value: Tensor) -> Tensor:
 def like_shares(value: Tensor | Shared, shares: Tensor) -> Tensor:
     """A tensor shared out as another of its shape is; whole where the other is not shared, or has another shape.
 
-    Args:
-        value: A whole tensor, or the pieces of one; the same on all processes, each of which reads its own rows.
-        shares: The other tensor.
+    The value, whole or in pieces, is the same on all processes, each of which reads its own rows.
     """
     if not isinstance(shares, DTensor) or value.shape != shares.shape:
         return value.join() if isinstance(value, Shared) else value
