@@ -121,9 +121,8 @@ class Generator(Exportable, nn.Module):
         Raises:
             ValueError: An unknown name, or a number outside [0, num_classes).
         """
-        if isinstance(classes, int | str):
-            classes = [classes]
-        given = classes.reshape(-1).tolist() if isinstance(classes, Tensor) else list(classes)
+        given = classes.tolist() if isinstance(classes, Tensor) else classes
+        given = [given] if isinstance(given, int | str) else list(given)
         labels = [self._label_of(item) if isinstance(item, str) else int(item) for item in given]
         if wrong := [label for label in labels if not 0 <= label < self.num_classes]:
             raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], got {wrong[:8]}")
