@@ -19,6 +19,7 @@ from torch import Tensor
 from rae.app.viewer import GUIDANCES, Viewer, whole, within
 from rae.cli.errors import describe, is_expected
 from rae.flow import AdaptiveSampler
+from rae.report.table import markdown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -173,15 +174,8 @@ def uploaded(payload: dict[str, Any], folder: str) -> Path:
 
 
 def score_table(scores: dict[str, float], has_lpips: bool) -> str:
-    """Scores as a table in Markdown.
-
-    Args:
-        scores: Scores by name.
-        has_lpips: Whether LPIPS can be measured; the reason is given otherwise.
-    """
-    names = " | ".join(_NAMES[name] for name in scores)
-    values = " | ".join(f"{value:.{_DIGITS[name]}f}" for name, value in scores.items())
-    table = f"| {names} |\n|{' --- |' * len(scores)}\n| {values} |"
+    """Scores by name as a table in Markdown; where LPIPS cannot be measured, the reason."""
+    table = markdown([{_NAMES[name]: f"{value:.{_DIGITS[name]}f}" for name, value in scores.items()}])
     return table if has_lpips else f"{table}\n\nNo LPIPS: the weights of its VGG-16 are not on this machine."
 
 

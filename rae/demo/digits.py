@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from rae.cli.errors import compose
+from rae.report.table import columns
 
 
 def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
@@ -211,10 +212,7 @@ def main() -> None:
         print(f"  ({seconds:.0f} s)", flush=True)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     rows = table(folder, time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    print(
-        "\n" + "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    )
+    print(f"\n{columns(rows)}")
     print("\nPictures:")
     for picture in (
         folder / "reconstructions" / "grid.png",
