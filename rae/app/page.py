@@ -67,13 +67,7 @@ def look(viewer: Viewer) -> dict[str, Any]:
 
 
 def build_page(viewer: Viewer, about: str, limits: Limits | None = None) -> gr.Blocks:
-    """The page, to be launched.
-
-    Args:
-        viewer: The model.
-        about: A line that says what it is.
-        limits: What the page first offers and at most allows.
-    """
+    """The page, to be launched; ``about`` is a line that says what the model is."""
     with gr.Blocks(title="rae", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# Representation autoencoder\n{about}: {_facts(viewer)}")
         with gr.Tabs():
@@ -136,13 +130,8 @@ def _reconstruction(viewer: Viewer) -> None:
         upload = gr.Image(
             label="Your image", sources=["upload", "clipboard"], image_mode=None, height=340, elem_id="upload"
         )
-        style: dict[str, Any] = {
-            "format": "png",
-            "interactive": False,
-            "height": 340,
-            "elem_classes": "picture",
-            "buttons": _BUTTONS,
-        }
+        style: dict[str, Any] = {"format": "png", "interactive": False, "height": 340, "buttons": _BUTTONS}
+        style["elem_classes"] = "picture"
         original = gr.Image(label=f"As the model receives it, {side}×{side}", elem_id="original", **style)
         picture = gr.Image(label="Reconstruction", elem_id="reconstruction", **style)
     scores = gr.Markdown(elem_id="scores")
@@ -159,10 +148,6 @@ def _reconstruction(viewer: Viewer) -> None:
 
 def uploaded(payload: dict[str, Any], folder: str) -> Path:
     """The path of an uploaded file: what a browser says is believed only below the folder of the uploads.
-
-    Args:
-        payload: What the browser sends for the image.
-        folder: Where Gradio keeps uploads.
 
     Raises:
         ValueError: Another path.
