@@ -65,7 +65,7 @@ class LatentNormalizer(nn.Module):
         self.register_buffer("mean", self._fit(mean, 0.0, "mean", source))
         neutral = 1.0 - eps if form == "variance" else (1.0 - eps) ** 2
         self.register_buffer("var", self._fit(var, neutral, "var", source))
-        if (self.var < 0).any():
+        if var is not None and (self.var < 0).any():
             raise ValueError(f"{source}: the variance is negative in places; it must be a population variance")
 
     def _fit(self, value: Tensor | None, default: float, name: str, source: str) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rae import metric
 from rae.autoencoder import RAE
+from rae.cost import Step, on_paper, training_step
 from rae.data import SyntheticDataModule
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH
@@ -126,6 +127,14 @@ def train(
     data = SyntheticDataModule(batch, image_size=16, num_classes=4, train_images=40, val_images=8)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     return trainer, module
+
+
+def denoiser_step(denoiser: DiTDH) -> Step:
+    """Cost of a stage-2 step on cached latents, for a denoiser without values."""
+    with torch.device("meta"):
+        decoder = on_paper(ViTDecoder(denoiser.channels, denoiser.grid, 16, 1, 2, 32))
+    module = Stage2Module(RAE(None, decoder), denoiser, FlowMatching(), torch.optim.SGD)
+    return training_step(module, decoder.image_size, cached=True)
 
 
 def ema_of(stage: int) -> EMA:

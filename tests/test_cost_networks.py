@@ -10,10 +10,10 @@ from rae.cli.build import make
 from rae.cli.errors import compose
 from rae.commands.cost import without_weights
 from rae.cost import measure, on_paper, parameters, shares
-from rae.cost.steps import denoiser_forward, denoising, encoding
+from rae.cost.steps import denoising, encoding
 from rae.discriminator import DinoDiscriminator
-from rae.flow import FlowMatching
 from rae.loss import PerceptualLoss
+from tests.small_runs import denoiser_step
 
 TOKENS, CHANNELS, CLASSES = 256, 768, 1000  # of DINOv2-B at 256 px and ImageNet
 
@@ -57,12 +57,12 @@ def test_dit_dh_against_closed_form(size):
     last = 2 * TOKENS * (wide * 2 * wide + wide * CHANNELS)
     linear = first + joints + last + depth * backbone[0] + wide_depth * head[0]
     attention = depth * backbone[1] + wide_depth * head[1]
-    work = denoising(network, FlowMatching())
+    work = denoiser_step(network).work
     assert work.forward == linear + attention
     assert (
         work.backward == 2 * linear - first + 5 * attention // 2
     )  # attention is computed again: five products for two
-    assert denoiser_forward(network).forward == work.forward
+    assert denoising(network).forward == work.forward
 
     def forward():
         return network(torch.randn(1, 768, 16, 16), torch.rand(1), torch.zeros(1, dtype=torch.int64))
@@ -85,7 +85,7 @@ def test_lightning_dit_against_closed_form(size):
     width, depth = SIZES[size]
     products, attention = block(width, TOKENS, 1)
     ends = 512 * width + width**2 + TOKENS * CHANNELS * width + 2 * width**2 + TOKENS * width * CHANNELS
-    assert denoiser_forward(paper("denoiser", f"dit_{size}")).forward == 2 * ends + depth * (products + attention)
+    assert denoising(paper("denoiser", f"dit_{size}")).forward == 2 * ends + depth * (products + attention)
 
 
 @pytest.mark.parametrize(

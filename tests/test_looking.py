@@ -12,7 +12,8 @@ from PIL import Image
 
 from rae.image import make_grid
 from rae.report.neighbours import Nearest
-from rae.report.sweep import Job, markdown, plot, summarise, swept
+from rae.report.sweep import Job, plot, summarise, swept
+from rae.report.table import markdown
 
 
 def test_the_end_of_a_sweep(tmp_path):

@@ -15,8 +15,8 @@ from rae.cli.build import make
 from rae.cli.compose import compose_plainly
 from rae.cli.config import plain
 from rae.cli.errors import compose
-from rae.commands.convert import convert_config
-from rae.commands.original_yaml.config import commands, overrides, read_original, render, translate
+from rae.commands.convert import compose_training, convert_config, read_original
+from rae.formats.original_yaml import commands, overrides, render, translate
 from rae.io.errors import ConfigError
 from rae.io.files import flat
 from tests.original_yaml import (
@@ -33,7 +33,7 @@ def translated(tmp_path: Path, content: dict, root: str, *more: str, devices: in
     """The composed configuration of a command that finds the written file, and the translation."""
     origin = tmp_path / "original.yaml"
     origin.write_text(yaml.safe_dump(content))
-    translation, _ = translate(read_original(origin), devices)
+    translation = translate(read_original(origin), compose_training, devices)
     group = "experiment" if root == "train" else "model"
     file = tmp_path / "conf" / group / "mine.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -60,11 +60,7 @@ def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
 
 
 def open_perceptual(vgg_checkpoint: str | None) -> PerceptualLoss | None:
-    """LPIPS where the weights of its VGG-16 are at hand; nothing is downloaded.
-
-    Args:
-        vgg_checkpoint: Their file; None for torch's hub cache.
-    """
+    """LPIPS where the weights of its VGG-16 are at hand, in a file or torch's hub cache; nothing is downloaded."""
     if vgg_checkpoint is None and not cached_file(VGG_URL).is_file():
         log.info("no LPIPS: VGG-16 is not in %s; vgg_checkpoint=… names another file", cached_file(VGG_URL))
         return None
@@ -72,12 +68,7 @@ def open_perceptual(vgg_checkpoint: str | None) -> PerceptualLoss | None:
 
 
 def class_names(run: DictConfig, num_classes: int) -> list[str]:
-    """The subfolders of the folder of images that a run was trained on; none where it is not here or has other classes.
-
-    Args:
-        run: The run's configuration, or the command's alone.
-        num_classes: Classes of the model.
-    """
+    """The subfolders of the folder of images that a run was trained on; none where it is not here or has other classes."""
     path = OmegaConf.select(run, "data.train_path", throw_on_missing=False)
     folder = Path(path).expanduser() if isinstance(path, str) else None
     if folder is None or not folder.is_dir():
@@ -87,14 +78,7 @@ def class_names(run: DictConfig, num_classes: int) -> list[str]:
 
 
 def serve(cfg: DictConfig, viewer: Viewer, about: str, limits: Limits, folder: str) -> None:
-    """Serves the page until Ctrl-C or SIGTERM.
-
-    Args:
-        cfg: The command's configuration.
-        viewer: The model behind the page.
-        about: A line that says what the model is.
-        limits: What the page first offers and at most allows.
-        folder: Where uploaded and drawn images are kept meanwhile.
+    """Serves the page until Ctrl-C or SIGTERM; uploaded and drawn images are kept in ``folder`` meanwhile.
 
     Raises:
         ConfigError: The address or port cannot be listened on.

@@ -19,6 +19,7 @@ from torch import Tensor
 from rae.app.viewer import GUIDANCES, Viewer, whole, within
 from rae.cli.errors import describe, is_expected
 from rae.flow import AdaptiveSampler
+from rae.report.table import markdown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,13 +67,7 @@ def look(viewer: Viewer) -> dict[str, Any]:
 
 
 def build_page(viewer: Viewer, about: str, limits: Limits | None = None) -> gr.Blocks:
-    """The page, to be launched.
-
-    Args:
-        viewer: The model.
-        about: A line that says what it is.
-        limits: What the page first offers and at most allows.
-    """
+    """The page, to be launched; ``about`` is a line that says what the model is."""
     with gr.Blocks(title="rae", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# Representation autoencoder\n{about}: {_facts(viewer)}")
         with gr.Tabs():
@@ -135,13 +130,8 @@ def _reconstruction(viewer: Viewer) -> None:
         upload = gr.Image(
             label="Your image", sources=["upload", "clipboard"], image_mode=None, height=340, elem_id="upload"
         )
-        style: dict[str, Any] = {
-            "format": "png",
-            "interactive": False,
-            "height": 340,
-            "elem_classes": "picture",
-            "buttons": _BUTTONS,
-        }
+        style: dict[str, Any] = {"format": "png", "interactive": False, "height": 340, "buttons": _BUTTONS}
+        style["elem_classes"] = "picture"
         original = gr.Image(label=f"As the model receives it, {side}×{side}", elem_id="original", **style)
         picture = gr.Image(label="Reconstruction", elem_id="reconstruction", **style)
     scores = gr.Markdown(elem_id="scores")
@@ -159,10 +149,6 @@ def _reconstruction(viewer: Viewer) -> None:
 def uploaded(payload: dict[str, Any], folder: str) -> Path:
     """The path of an uploaded file: what a browser says is believed only below the folder of the uploads.
 
-    Args:
-        payload: What the browser sends for the image.
-        folder: Where Gradio keeps uploads.
-
     Raises:
         ValueError: Another path.
     """
@@ -173,15 +159,8 @@ def uploaded(payload: dict[str, Any], folder: str) -> Path:
 
 
 def score_table(scores: dict[str, float], has_lpips: bool) -> str:
-    """Scores as a table in Markdown.
-
-    Args:
-        scores: Scores by name.
-        has_lpips: Whether LPIPS can be measured; the reason is given otherwise.
-    """
-    names = " | ".join(_NAMES[name] for name in scores)
-    values = " | ".join(f"{value:.{_DIGITS[name]}f}" for name, value in scores.items())
-    table = f"| {names} |\n|{' --- |' * len(scores)}\n| {values} |"
+    """Scores by name as a table in Markdown; where LPIPS cannot be measured, the reason."""
+    table = markdown([{_NAMES[name]: f"{value:.{_DIGITS[name]}f}" for name, value in scores.items()}])
     return table if has_lpips else f"{table}\n\nNo LPIPS: the weights of its VGG-16 are not on this machine."
 
 

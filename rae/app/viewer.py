@@ -84,13 +84,8 @@ class Viewer:
     def reconstruct(self, file: str | Path | IO[bytes], name: str | None = None) -> Reconstruction:
         """One image file, cropped to a square as in validation, through encoder and decoder.
 
-        Args:
-            file: The image file, of any size and of any format that Pillow reads.
-            name: Its name, for messages; None for the path.
-
-        Returns:
-            Both pictures; ``psnr`` in dB, ``ssim`` from images of 11×11 pixels on, and ``lpips`` where there is a perceptual
-            distance.
+        The scores are ``psnr`` in dB, ``ssim`` from images of 11×11 pixels on, and ``lpips`` where there is a perceptual
+        distance; messages call the file ``name``.
 
         Raises:
             ValueError: The file is no image, a damaged one, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
@@ -191,13 +186,7 @@ class Viewer:
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """A whole number within a range.
-
-    Args:
-        name: What it is, for the message.
-        value: Whatever was given; 3.0 counts as whole.
-        low: Smallest that is allowed.
-        high: Largest that is allowed; None for no such limit.
+    """A whole number (3.0 counts as one) within a range, both ends included.
 
     Raises:
         ValueError: Another value, named with what is allowed.
@@ -210,13 +199,7 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def within(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite number within a range.
-
-    Args:
-        name: What it is, for the message.
-        value: Whatever was given.
-        low: Smallest that is allowed.
-        high: Largest that is allowed.
+    """A finite number within a range, both ends included.
 
     Raises:
         ValueError: Another value, named with what is allowed.
@@ -229,12 +212,7 @@ def within(name: str, value: Any, low: float = -math.inf, high: float = math.inf
 
 
 def with_steps(sampler: Any, steps: int) -> Any:
-    """The same sampler on a grid of the same kind with another number of steps.
-
-    Args:
-        sampler: A sampler of :mod:`rae.flow`.
-        steps: Steps, at least 1.
-    """
+    """The same sampler on a grid of the same kind with another number of steps, at least 1."""
     described = describe(sampler.grid)
     key, value = ("points", steps + 1) if isinstance(sampler.grid, OfficialGrid) else ("steps", steps)
     return rebuild({**describe(sampler), "grid": {**described, key: value}})

@@ -205,8 +205,6 @@ def build_module(cfg: DictConfig) -> lightning.LightningModule:
         raise ConfigError(
             "latent.stats=null: give the file that rae-stats made, or latent.stats=none to train on latents as they are"
         )
-    if "autoencoder" in parts and "denoiser" in parts and cfg.get("decoder_checkpoint") is None:
-        log.warning("decoder_checkpoint is not given: pictures of this run are drawn by an untrained decoder")
     return make(cfg.training, **parts)
 
 
@@ -259,4 +257,6 @@ def build(cfg: DictConfig) -> Run:
     check_metric(OmegaConf.select(cfg, "callbacks.evaluation.metric"))
     set_float32(cfg)
     seed(cfg)
+    if cfg.get("denoiser") is not None and cfg.get("decoder_checkpoint") is None:
+        log.warning("decoder_checkpoint is not given: pictures of this run are drawn by an untrained decoder")
     return Run(data=make(cfg.data), module=build_module(cfg), trainer=build_trainer(cfg))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from rae.cli.config import plain
+from rae.cli.errors import compose
 from rae.cli.models import open_model
-from rae.commands.original_yaml.config import commands, read_original, render, translate
 from rae.formats import save_diffusers, save_original
+from rae.formats.original_yaml import commands, render, translate
 from rae.generator import Generator
 from rae.io.errors import ConfigError
 from rae.io.files import write_atomically
@@ -61,8 +67,8 @@ def convert_config(cfg: DictConfig) -> None:
     """
     origin = Path(cfg.config)
     name = cfg.name or re.sub(r"\W+", "_", origin.stem).strip("_").lower()
-    translation, _ = translate(read_original(origin), cfg.devices)
-    group = "experiment" if translation.kind in ("stage1", "stage2") else "model"
+    translation = translate(read_original(origin), compose_training, cfg.devices)
+    group = "experiment" if translation.trains else "model"
     file = Path(cfg.output_dir) / group / f"{name}.yaml"
     if file.exists() and not cfg.force:
         raise FileExistsError(f"{file} exists: choose another name=… or output_dir=…, or replace it with force=true")
@@ -76,3 +82,31 @@ def convert_config(cfg: DictConfig) -> None:
     print("without a counterpart, since")
     for why, keys in translation.reasons().items():
         print(f"  {why}:\n    {', '.join(keys)}")
+
+
+def read_original(path: str | Path) -> Mapping[str, Any]:
+    """A YAML file of the original project, with its interpolations resolved.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ConfigError: It is no YAML file of the original.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"config={path} does not exist: give a YAML file of the original project")
+    try:
+        if found := re.search(r"\$\{[^}]*:", path.read_text()):
+            raise ConfigError(f"config={path} is refused: {found[0]!r} asks for more than values of the file itself")
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except RecursionError:
+        raise ConfigError(f"config={path} cannot be read as YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"config={path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or "stage_1" not in content:
+        raise ConfigError(f"config={path} has no section stage_1: give a YAML file of the original project")
+    return content  # type: ignore[return-value]
+
+
+def compose_training(overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration of ``rae-train`` for overrides, as plain values."""
+    return plain(compose("train", overrides))

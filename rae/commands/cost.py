@@ -1,4 +1,4 @@
-"""rae-cost: what a training and its samples cost, reckoned up from the networks of a configuration, without data or weights."""
+"""rae-cost: what a training and its samples cost, estimated from the networks of a configuration, without data or weights."""
 
 from __future__ import annotations
 
@@ -10,85 +10,38 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rae.autoencoder import RAE
 from rae.cli.build import build_module, make
 from rae.cost import (
     Card,
-    Memory,
     Plan,
     Step,
-    Work,
     evaluations,
     on_paper,
     optimizer_ratio,
     parameters,
     shares,
-    stage0_step,
-    stage1_step,
-    stage2_step,
     static_memory,
+    training_step,
 )
-from rae.cost.steps import decoding, denoiser_forward
+from rae.cost.steps import decoding, denoising, evaluate_once
 from rae.io.errors import ConfigError
 from rae.io.files import write_json
-from rae.report.cost import heading, row, text
+from rae.report.cost import row, text
+from rae.report.table import markdown
 from rae.training.precision import check_precision
 
-_ARITHMETIC = {"float32": "float32", "bfloat16": "bf16", "float16": "bf16"}
 _CHOICES = {"print": ("table", "row"), "float32": ("fp32", "tf32")}
-
-
-class Networks:
-    """The networks of a configuration, made without values, and what the configuration says of their precision.
-
-    Args:
-        cfg: A configuration of ``cost``.
-
-    Raises:
-        ValueError: A precision that cannot be trained in.
-    """
-
-    def __init__(self, cfg: DictConfig) -> None:
-
-        check_precision(cfg.trainer.precision)
-        self.autocast: torch.dtype | None = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
-        bare = without_weights(cfg)
-        self.loss = make(bare.get("loss"))
-        self.flow = make(bare.get("flow"))
-        with torch.device("meta"):
-            made = {name: make(bare.get(name)) for name in ("encoder", "decoder", "discriminator", "denoiser", "guide")}
-            if cfg.stage == 0:
-                made = {"classifier": build_module(bare)}
-        self.autoencoder = None
-        if cfg.stage != 0:
-            if cfg.stage == 2:
-                made["decoder"].requires_grad_(False)
-            self.autoencoder = RAE(made["encoder"], made["decoder"], make(bare.get("latent")))
-        if self.loss is not None and self.loss.perceptual is not None:
-            made["LPIPS"] = self.loss.perceptual
-        self.all = {name: on_paper(network) for name, network in made.items() if network is not None}
-        if self.autoencoder is not None:
-            on_paper(self.autoencoder.latent)
-        self.guide = self.all.pop("guide", None)
-        if self.guide is not None:
-            self.guide.requires_grad_(False)
-        trained = "float32" if self.autocast is None else "bfloat16"
-        kinds = {"trained": trained, "encoder": str(cfg.encoder.get("dtype") or "float32")}
-        self.arithmetic = {
-            network: str(cfg.float32) if _ARITHMETIC[kind] == "float32" else _ARITHMETIC[kind]
-            for network, kind in kinds.items()
-        }
+_NOT_LOADED = {"pretrained": False, "checkpoint": None, "stats": "none", "compile": False}
 
 
 def without_weights(cfg: DictConfig) -> DictConfig:
-    """The configuration with all that loads a file taken out of it."""
+    """The configuration with all that loads a file, and compilation, taken out of it."""
     bare = cfg.copy()
     OmegaConf.set_struct(bare, False)
-    for group in ("encoder", "discriminator", "latent", "loss.perceptual"):
+    bare.decoder_checkpoint = None
+    for group in ("encoder", "discriminator", "latent", "loss.perceptual", "training"):
         node = OmegaConf.select(bare, group)
-        for key, value in (("pretrained", False), ("checkpoint", None), ("stats", "none")):
-            if node is None or "_target_" not in node:
-                continue
+        for key, value in _NOT_LOADED.items() if node is not None and "_target_" in node else ():
             if key in list(node) or (key == "pretrained" and group == "encoder"):  # ??? is among the former
                 node[key] = value
     return bare
@@ -97,16 +50,14 @@ def without_weights(cfg: DictConfig) -> DictConfig:
 def cost(cfg: DictConfig) -> None:
     """Prints the figures and writes ``cost.json``."""
     figures = estimate(cfg)
-    if cfg.print == "row" and _number_in_sweep() == 0:
-        print(heading())  # once in a sweep
-    print(row(figures) if cfg.print == "row" else text(figures))
+    if cfg.print == "row":
+        job = HydraConfig.get().job
+        is_first = OmegaConf.is_missing(job, "num") or job.num == 0
+        lines = markdown([row(figures)]).splitlines()
+        print("\n".join(lines if is_first else lines[2:]))  # one heading for a whole sweep
+    else:
+        print(text(figures))
     write_json(Path(cfg.output_dir) / "cost.json", figures)
-
-
-def _number_in_sweep() -> int:
-    """Which job of a sweep this is; 0 where there is no sweep."""
-    job = HydraConfig.get().job
-    return 0 if OmegaConf.is_missing(job, "num") else int(job.num)
 
 
 def estimate(cfg: DictConfig) -> dict[str, Any]:
@@ -114,182 +65,154 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: A value that is missing or not allowed.
+        ValueError: A precision that cannot be trained in.
     """
     for key, allowed in _CHOICES.items():
         if cfg[key] not in allowed:
             raise ConfigError(f"{key}={cfg[key]} is unknown; choose {' or '.join(allowed)}")
+    check_precision(cfg.trainer.precision)
+    autocast = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
+    encoder_halved = cfg.encoder.get("dtype") in ("bfloat16", "float16")
+    arithmetic = {"trained": "bf16" if autocast else cfg.float32, "encoder": "bf16" if encoder_halved else cfg.float32}
 
-    networks = Networks(cfg)
+    with torch.device("meta"):
+        module: Any = on_paper(build_module(without_weights(cfg)))
+    networks = _networks(module)
+    cached = str(cfg.data["_target_"]).endswith("LatentsDataModule")
+    step = training_step(module, int(cfg.image_size), autocast, cached)
     card: Card = make(cfg.card)
     cards = cfg.cards or _count(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
-    plan = _plan(cfg, cards)
-    step, variants = _steps(cfg, networks)
-    averaged = {0: None, 1: "decoder", 2: "denoiser"}[cfg.stage]
-    ema = OmegaConf.select(cfg, "callbacks.ema")
-    average = networks.all[averaged] if averaged and ema is not None and ema.get("device") is None else None
-    sharded = str(OmegaConf.select(cfg, "strategy._target_")).endswith("FullyShardedStrategy")
-    shared = networks.all.get("denoiser") if sharded else None
-    memory = static_memory(networks.all.values(), average, optimizer_ratio(make(cfg.optimizer)), shared, cards)
     figures: dict[str, Any] = {
         "name": cfg.name,
         "stage": cfg.stage,
         "image_size": cfg.image_size,
         "precision": str(cfg.trainer.precision),
-        "arithmetic": networks.arithmetic,
+        "arithmetic": arithmetic,
         "card": asdict(card),
         "cards": cards,
         "mfu": cfg.mfu,
-        "parameters": {name: _counts(parameters(network)) for name, network in networks.all.items()},
+        "parameters": {
+            name: {kind: parameters(network)[kind] for kind in ("trained", "frozen")}
+            for name, network in networks.items()
+        },
         "pieces": [
             {
                 "name": piece.name,
-                "forward_flops": piece.work.forward,
-                "backward_flops": piece.work.backward,
-                "arithmetic": networks.arithmetic[piece.network],
+                "forward_flops": piece.forward,
+                "backward_flops": piece.backward,
+                "arithmetic": arithmetic[piece.network],
                 "phase": piece.phase,
             }
             for piece in step.pieces
         ],
         "step_flops": step.flops(),
-        "shares": _shares(networks),
-        "memory": _memory(memory, step, variants, cfg, card),
-        "training": _training(plan, step, networks, card, cfg, cards),
+        "shares": {},
+        "memory": _memory(cfg, networks, step, card, cards),
+        "training": _training(cfg, getattr(module, "loss", None), step, card, cards, arithmetic),
     }
     if cfg.stage == 2:
-        try:
-            calls = evaluations(make(cfg.sampler), make(cfg.guidance), networks.flow)
-            figures["sampling"] = _sampling(calls, networks, card, cfg)
-        except ValueError as error:
-            if OmegaConf.select(cfg, "sampler._target_", default="").endswith("AdaptiveSampler"):
-                figures["sampling"] = {"unknown": str(error)}
-            else:
-                raise
+        figures["shares"] = shares(module.denoiser, lambda: evaluate_once(module.denoiser, 1))
+        figures["sampling"] = _sampling(cfg, module, autocast, card, arithmetic["trained"])
     return figures
 
 
-def _counts(found: dict[str, int]) -> dict[str, int]:
-    return {key: found[key] for key in ("trained", "frozen")}
+def _networks(module: Any) -> dict[str, Any]:
+    """The networks of a training module by name."""
+    if not hasattr(module, "autoencoder"):
+        return {"classifier": module}
+    found = {
+        "encoder": module.autoencoder.encoder,
+        "decoder": module.autoencoder.decoder,
+        "discriminator": getattr(module, "discriminator", None),
+        "denoiser": getattr(module, "denoiser", None),
+        "LPIPS": getattr(getattr(module, "loss", None), "perceptual", None),
+    }
+    return {name: network for name, network in found.items() if network is not None}
 
 
 def _count(devices: Any) -> int:
     """Devices of a Trainer's argument; one where only the machine knows."""
-    if isinstance(devices, int):
-        return max(1, devices)
     if OmegaConf.is_list(devices):
         return len(devices)
-    return int(devices) if str(devices).isdigit() else 1
+    return max(1, int(devices)) if str(devices).lstrip("-").isdigit() else 1
 
 
-def _accumulate(cfg: DictConfig) -> int:
-    return int(cfg.training.get("accumulate") or 1) if cfg.stage == 1 else int(cfg.trainer.accumulate_grad_batches)
-
-
-def _plan(cfg: DictConfig, cards: int) -> Plan:
-    steps, epochs = (
-        None if value in (None, -1) else int(value) for value in (cfg.trainer.max_steps, cfg.trainer.max_epochs)
-    )
-    batch = int(cfg.data.batch_size) * cards * _accumulate(cfg)
-    return Plan(int(cfg.images), batch, epochs, steps)
-
-
-def _steps(cfg: DictConfig, networks: Networks) -> tuple[Step, dict[bool, Step]]:
-    """The step as configured, and the steps without and with checkpointing."""
-    autoencoder, precision = networks.autoencoder, networks.autocast
-    if cfg.stage == 0 or autoencoder is None:
-        step = stage0_step(networks.all["classifier"], int(cfg.image_size), precision)
-        return step, {}
-    trained: Any = networks.all["decoder" if cfg.stage == 1 else "denoiser"]
-    configured, variants = trained.checkpointing, {}
-    for checkpointing in (False, True):
-        trained.checkpointing = checkpointing
-        if cfg.stage == 1:
-            judge: Any = networks.all.get("discriminator")
-            variants[checkpointing] = stage1_step(autoencoder, networks.loss, judge, precision, _accumulate(cfg))
-        else:
-            cached = str(cfg.data["_target_"]).endswith("LatentsDataModule")
-            variants[checkpointing] = stage2_step(
-                autoencoder, trained, networks.flow, int(cfg.image_size), precision, cached
-            )
-    trained.checkpointing = configured
-    return variants[configured], variants
-
-
-def _shares(networks: Networks) -> dict[str, int]:
-    """Operations of the denoiser's parts in a forward pass: backbone and head."""
-    denoiser: Any = networks.all.get("denoiser")
-    if denoiser is None:
-        return {}
-    dtype = next(denoiser.parameters()).dtype
-
-    def work() -> Any:
-        noise = torch.randn(1, *denoiser.latent_shape, dtype=dtype)
-        return denoiser(noise, torch.rand(1), torch.zeros(1, dtype=torch.int64))
-
-    return shares(denoiser, work)
-
-
-def _memory(memory: Memory, step: Step, variants: dict[bool, Step], cfg: DictConfig, card: Card) -> dict[str, Any]:
-    batch = int(cfg.data.batch_size)
-    activations = {
-        name: {"kept_per_image": one.kept, "peak_per_image": one.peak, "flops_per_image": one.flops()}
-        for name, one in (("plain", variants.get(False, step)), ("checkpointing", variants.get(True)))
-        if one is not None
-    }
-    total = memory.total + step.fixed + batch * step.peak
-    free = card.memory - memory.total - step.fixed
+def _memory(cfg: DictConfig, networks: dict[str, Any], step: Step, card: Card, cards: int) -> dict[str, Any]:
+    ema = OmegaConf.select(cfg, "callbacks.ema")
+    on_card = ema is not None and ema.get("device") is None
+    averaged = networks.get({1: "decoder", 2: "denoiser"}.get(cfg.stage, "")) if on_card else None
+    sharded = str(OmegaConf.select(cfg, "strategy._target_")).endswith("FullyShardedStrategy")
+    shared = networks.get("denoiser") if sharded else None
+    memory = static_memory(networks.values(), averaged, optimizer_ratio(make(cfg.optimizer)), shared, cards)
+    batch, work = int(cfg.data.batch_size), step.work
+    free = card.memory - memory.total - work.fixed
     return {
         **asdict(memory),
         "static": memory.total,
-        "working": step.fixed,
-        "activations": activations,
-        "peak_per_image": step.peak,
+        "working": work.fixed,
+        "activations": {
+            "checkpointing" if checkpointing else "plain": {
+                "kept_per_image": one.kept,
+                "peak_per_image": one.peak,
+                "flops_per_image": one.flops,
+            }
+            for checkpointing, one in step.works.items()
+        },
+        "peak_per_image": work.peak,
         "batch_per_card": batch,
-        "total": total,
-        "largest_batch": max(0, int(free // max(1, step.peak))),
+        "total": memory.total + work.fixed + batch * work.peak,
+        "largest_batch": max(0, int(free // max(1, work.peak))),
     }
 
 
-def _training(plan: Plan, step: Step, networks: Networks, card: Card, cfg: DictConfig, cards: int) -> dict[str, Any]:
-    by_network = plan.flops(step, networks.loss)
-    flops = sum(by_network.values())
-    by_arithmetic: dict[str, float] = {}
-    for network, count in by_network.items():
-        kind = networks.arithmetic[network]
-        by_arithmetic[kind] = by_arithmetic.get(kind, 0) + count
-    hours = card.seconds(by_arithmetic, cfg.mfu) / 3600
-    phases = [
-        {"share": share, "flops_per_image": step.flops(None, phase), **asdict(phase)}
-        for share, phase in plan.phases(networks.loss)
-    ]
+def _training(
+    cfg: DictConfig, loss: Any, step: Step, card: Card, cards: int, arithmetic: dict[str, str]
+) -> dict[str, Any]:
+    steps, epochs = (
+        None if value in (None, -1) else int(value) for value in (cfg.trainer.max_steps, cfg.trainer.max_epochs)
+    )
+    accumulate = cfg.training.get("accumulate") or 1 if cfg.stage == 1 else cfg.trainer.accumulate_grad_batches
+    plan = Plan(int(cfg.images), int(cfg.data.batch_size) * cards * int(accumulate), epochs, steps)
+    flops: dict[str, float] = {}
+    for network, number in plan.flops(step, loss).items():
+        flops[arithmetic[network]] = flops.get(arithmetic[network], 0) + number
+    total, hours = sum(flops.values()), card.seconds(flops, cfg.mfu) / 3600
+    phases = [] if loss is None else plan.phases(loss)
     return {
         "images_per_epoch": plan.images,
         "batch": plan.batch,
         "epochs": plan.epochs,
         "steps": plan.total_steps,
         "images": plan.total_images,
-        "phases": phases if networks.loss is not None else [],
-        "flops": flops,
+        "phases": [{"share": share, "flops_per_image": step.flops(None, on), **asdict(on)} for share, on in phases],
+        "flops": total,
         "card_hours": hours,
         "hours": hours / cards,
-        "card_hours_all_in": {kind: card.seconds({kind: flops}, cfg.mfu) / 3600 for kind in ("fp32", "tf32", "bf16")},
+        "card_hours_all_in": {kind: card.seconds({kind: total}, cfg.mfu) / 3600 for kind in ("fp32", "tf32", "bf16")},
     }
 
 
-def _sampling(calls: dict[str, int], networks: Networks, card: Card, cfg: DictConfig) -> dict[str, Any]:
-    assert networks.autoencoder is not None
-    once: dict[str, Work] = {"decoder": decoding(networks.autoencoder, networks.autocast)}
-    for name, network in (("denoiser", networks.all["denoiser"]), ("guide", networks.guide)):
-        if calls[name]:
-            once[name] = denoiser_forward(network, networks.autocast)  # type: ignore[arg-type]
-    flops = {name: work.forward * calls.get(name, 1) for name, work in once.items()}
+def _sampling(
+    cfg: DictConfig, module: Any, autocast: torch.dtype | None, card: Card, arithmetic: str
+) -> dict[str, Any]:
+    sampler, guidance = make(cfg.sampler), make(cfg.guidance)
+    try:
+        calls = evaluations(sampler, guidance, module.flow)
+    except ValueError as error:  # an adaptive sampler
+        return {"unknown": str(error)}
+    flops = {"decoder": decoding(module.autoencoder, autocast).forward}
+    flops["denoiser"] = calls["denoiser"] * denoising(module.denoiser, autocast).forward
+    if calls["guide"]:
+        with torch.device("meta"):
+            guide: Any = on_paper(make(cfg.guide))
+        flops["guide"] = calls["guide"] * denoising(guide, autocast).forward
     total = sum(flops.values())
-    hours = card.seconds({networks.arithmetic["trained"]: total * cfg.samples}, cfg.mfu) / 3600
     return {
-        "sampler": str(cfg.sampler["_target_"]).rpartition(".")[2],
-        "guidance": str(cfg.guidance["_target_"]).rpartition(".")[2],
+        "sampler": type(sampler).__name__,
+        "guidance": type(guidance).__name__,
         "calls": calls,
         "flops": flops,
         "flops_per_image": total,
         "samples": int(cfg.samples),
-        "card_hours": hours,
+        "card_hours": card.seconds({arithmetic: total * cfg.samples}, cfg.mfu) / 3600,
     }

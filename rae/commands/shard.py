@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from rae.data.packing.pack import ShardPlan, pack, verify
-from rae.report.cost import size
+from rae.report.table import size
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from rae.cost.budget import Card, Memory, Plan, evaluations, optimizer_ratio, static_memory
 from rae.cost.meter import Work, measure, on_paper, parameters, shares
-from rae.cost.steps import Piece, Step, stage0_step, stage1_step, stage2_step
+from rae.cost.steps import Piece, Step, training_step
 
 __all__ = [
     "Card",
@@ -17,8 +17,6 @@ __all__ = [
     "optimizer_ratio",
     "parameters",
     "shares",
-    "stage0_step",
-    "stage1_step",
-    "stage2_step",
     "static_memory",
+    "training_step",
 ]

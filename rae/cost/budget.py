@@ -19,14 +19,7 @@ from rae.loss import Phases, Stage1Loss
 
 @dataclass(frozen=True)
 class Card:
-    """What a card can do.
-
-    Attributes:
-        name: What it is.
-        fp32: Operations a second with float32 matrices.
-        tf32: The same with float32 matrices rounded to TF32.
-        bf16: The same with bfloat16 or float16 matrices, summed in float32; without sparsity.
-        memory: Bytes.
+    """What a card can do: operations a second with matrices in each arithmetic, without sparsity, and bytes of memory.
 
     Raises:
         ValueError: A number that is not above 0.
@@ -46,10 +39,6 @@ class Card:
     def seconds(self, flops: Mapping[str, float], mfu: float) -> float:
         """Time of operations, given by the arithmetic they are in, at a share of the peak.
 
-        Args:
-            flops: Operations by the name of their peak in this class.
-            mfu: The share, in (0, 1].
-
         Raises:
             ValueError: A share outside (0, 1].
         """
@@ -62,14 +51,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a training is.
-
-    Attributes:
-        images: Images of an epoch.
-        batch: Images of an optimiser step, over all cards.
-        epochs: Passes over the images; None where ``steps`` ends the training.
-        steps: Optimiser steps; None where ``epochs`` ends it.
-    """
+    """How long a training is: images of an epoch and of an optimiser step (over all cards), and the earlier of two ends."""
 
     images: int
     batch: int
@@ -113,12 +95,7 @@ class Plan:
         ]
 
     def flops(self, step: Step, loss: Stage1Loss | None = None) -> dict[str, float]:
-        """Operations of the whole training, by the network whose precision they are in.
-
-        Args:
-            step: What one step takes.
-            loss: Stage 1's loss, by whose starts the phases of the training are weighted; None elsewhere.
-        """
+        """Operations of the whole training by the network whose precision they are in; stage 1's loss says when phases start."""
         phases = self.phases(loss)
         return {
             network: self.total_images * sum(share * step.flops(network, phase) for share, phase in phases)
@@ -128,21 +105,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on every card, apart from activations.
-
-    Attributes:
-        weights: All networks.
-        gradients: Of the trained ones.
-        optimizer: The optimiser's state.
-        average: The moving average of the weights.
-        gathered: What is put together for a while of a network whose weights the cards share out.
-    """
+    """Bytes on every card, apart from activations."""
 
     weights: int
     gradients: int
     optimizer: int
     average: int
     gathered: int = 0
+    """What is put together for a while of a network whose weights the cards share out."""
 
     @property
     def total(self) -> int:
@@ -201,15 +171,7 @@ def optimizer_ratio(factory: Callable[[Any], torch.optim.Optimizer]) -> float:
 
 
 def evaluations(sampler: Any, guidance: Any, flow: FlowMatching) -> dict[str, int]:
-    """How often a sample passes through the denoiser and the guide, found by running the sampler on models that count.
-
-    Args:
-        sampler: A sampler of :mod:`rae.flow` with a fixed number of steps.
-        guidance: A guidance of :mod:`rae.flow`.
-        flow: Gives the shift of the sampler's times.
-
-    Returns:
-        Evaluations of one sample by network, ``denoiser`` and ``guide``.
+    """How often a sample passes through ``denoiser`` and ``guide``, found by running the sampler on models that count.
 
     Raises:
         ValueError: A sampler whose steps depend on the networks.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,11 +21,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from rae.layers import trusted
-
-_ATEN = torch.ops.aten
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -36,11 +40,11 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: 
     return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
-FORMULAS = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-"""The CPU's fused attention, which PyTorch's counter passes over; counted as it counts that of CUDA."""
+# The CPU's fused attention, which PyTorch's counter passes over, is counted as it counts that of CUDA.
+_ATEN = torch.ops.aten
+if _ATEN._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
+    register_flop_formula(_ATEN._scaled_dot_product_flash_attention_for_cpu)(_attention)
+    register_flop_formula(_ATEN._scaled_dot_product_flash_attention_for_cpu_backward)(_attention_backward)
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,9 @@ class Work:
     """What a piece of work costs for one image.
 
     Attributes:
-        forward: Operations of the forward pass.
-        backward: Operations of the backward pass, what is computed again in it included.
-        kept: Bytes alive between the two passes, weights and their gradients not counted.
+        forward: Operations outside of backward passes.
+        backward: Operations of backward passes, what is computed again in them included.
+        kept: Bytes alive when the trained network has run, weights and their gradients not counted.
         peak: Bytes alive at the highest point, for every further image of the batch.
         fixed: Bytes at that point whatever the number of images, e.g. weights in another precision.
     """
@@ -63,17 +67,17 @@ class Work:
 
     @property
     def flops(self) -> int:
-        """Operations of both passes."""
+        """All operations."""
         return self.forward + self.backward
 
 
 class _Meter(TorchDispatchMode):
-    """Counts the bytes of all storages that come into being inside and are still in use."""
+    """Counts operations, and the bytes of all storages that come into being inside and are still in use."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
-        self.peak = 0
+        self.forward = self.backward = 0
+        self.live = self.peak = self.kept = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,7 +85,18 @@ class _Meter(TorchDispatchMode):
         self._note(tree_leaves((args, kwargs)), counted=False)  # what was there before: weights, their gradients
         out = func(*args, **kwargs)
         self._note(tree_leaves(out), counted=True)
+        if func._overloadpacket in flop_registry:
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+            if torch._C._current_graph_task_id() == -1:  # autograd is not at work
+                self.forward += flops
+            else:
+                self.backward += flops
         return out
+
+    def keep(self, *_: Any) -> None:
+        """Notes the bytes alive, when it is first called as a network's hook in training."""
+        if torch.is_grad_enabled() and not self.kept:
+            self.kept = self.live
 
     def _note(self, values: Iterable[Any], counted: bool) -> None:
         for value in values:
@@ -114,83 +129,50 @@ def _fake() -> Iterator[None]:
         yield
 
 
-def _drop(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def on_paper(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replaces all weights and buffers by ones without values; in place. Their gradients vanish as soon as they are complete.
-
-    Args:
-        network: Any module, best made under ``torch.device("meta")``.
-        dtype: Precision of the floating-point weights and buffers; None leaves each its own.
-    """
-
-    def like(value: Tensor) -> Tensor:
-        kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
-        return torch.empty(value.shape, dtype=kind, device="cpu")
-
+def on_paper(network: nn.Module) -> nn.Module:
+    """Replaces all weights, their gradients and buffers by ones without values; in place. Best of a module made on ``meta``."""
     with _mode():
         for module in network.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    fake = nn.Parameter(like(parameter), parameter.requires_grad)
+                    fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                    module._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
                     if parameter.requires_grad:  # gradients are counted with the weights, not with the activations
-                        fake.register_post_accumulate_grad_hook(_drop)
-                    module._parameters[name] = fake
+                        module._parameters[name].grad = torch.empty_like(fake)  # type: ignore[union-attr]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = like(buffer)
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     return network
 
 
-def measure(
-    forward: Callable[[int], Any],
-    backward: Callable[[Any], Any] | None = None,
-    precision: torch.dtype | None = None,
-) -> Work:
-    """Runs work, for its memory with one and with two images: the difference tells what is per image from what is there once.
+def measure(work: Callable[[int], Any], precision: torch.dtype | None = None, trained: nn.Module | None = None) -> Work:
+    """Runs work with one and with two images: the difference tells the memory of an image from what is there once.
 
     Args:
-        forward: Makes its inputs for so many images and returns what the backward pass needs.
-        backward: The backward pass; None for none, and then no graph is built.
+        work: Makes its inputs for so many images and does all that is to be counted.
         precision: Precision of autocast; None for none.
+        trained: The network after whose forward pass the bytes alive are ``kept``; None for none.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    first = 0
-
-    def note() -> None:
-        nonlocal first
-        first = counter.get_total_flops()
-
-    # Apart from the meter: the counter's hooks hold on to tensors.
-    _run(forward, backward, precision, 1, counter, note)
-    held: list[tuple[int, int]] = []
-    for images in (1, 2):
-        meter, kept = _Meter(), list[int]()
-        _run(forward, backward, precision, images, meter, lambda meter=meter, kept=kept: kept.append(meter.live))  # type: ignore[misc]
-        held.append((kept[0], meter.peak))
-    (kept_one, peak_one), (kept_two, peak_two) = held
-    peak = peak_two - peak_one
-    return Work(first, counter.get_total_flops() - first, kept_two - kept_one, peak, max(0, peak_one - peak))
+    one, two = (_run(work, images, precision, trained) for images in (1, 2))
+    peak = two.peak - one.peak
+    return Work(one.forward, one.backward, two.kept - one.kept, peak, max(0, one.peak - peak))
 
 
-def _run(
-    forward: Callable[[int], Any],
-    backward: Callable[[Any], Any] | None,
-    precision: torch.dtype | None,
-    images: int,
-    watcher: AbstractContextManager[Any],
-    between: Callable[[], Any],
-) -> None:
-    """Both passes under a watcher, with a look between them."""
-    graph = torch.enable_grad() if backward is not None else torch.no_grad()
+def operations(work: Callable[[int], Any], precision: torch.dtype | None = None) -> Work:
+    """Runs work with one image, for its operations alone; arguments as of :func:`measure`."""
+    meter = _run(work, 1, precision, None)
+    return Work(meter.forward, meter.backward)
+
+
+def _run(work: Callable[[int], Any], images: int, precision: torch.dtype | None, trained: nn.Module | None) -> _Meter:
+    meter = _Meter()
+    hook = None if trained is None else trained.register_forward_hook(meter.keep)
     autocast = torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None)
-    with _fake(), watcher, graph, autocast:
-        result = forward(images)
-        between()
-        if backward is not None:
-            backward(result)
+    with _fake(), meter, autocast:
+        work(images)
+    if hook is not None:
+        hook.remove()
+    return meter
 
 
 def shares(network: nn.Module, work: Callable[[], Any]) -> dict[str, int]:
@@ -200,7 +182,7 @@ def shares(network: nn.Module, work: Callable[[], Any]) -> dict[str, int]:
         network: The network that ``work`` calls.
         work: Calls it, on inputs that it makes.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter = FlopCounterMode(display=False)
     with _fake(), torch.no_grad(), counter:
         work()
     counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}

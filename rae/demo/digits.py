@@ -15,93 +15,61 @@ from importlib import import_module
 from pathlib import Path
 
 from rae.cli.errors import compose
+from rae.report.table import columns
 
 
 def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
-    """The demo as titles and ordinary commands, each of which can be copied and run alone.
-
-    Args:
-        folder: Where all results go.
-        guidance: Scale of the classifier-free guidance.
-    """
+    """The demo as titles and ordinary commands, each of which can be copied and run alone; all results go to ``folder``."""
     encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
-    statistics = f"latent.stats={folder}/stats/stat.pt"
+    parts = [encoder, f"decoder_checkpoint={folder}/stage1", f"latent.stats={folder}/stats/stat.pt"]
+    drawn = [f"checkpoint={folder}/stage2", "samples_per_class=36", "force=true"]
+    guided = ["guidance=cfg", f"guidance.scale={guidance}"]
+
+    def command(name: str, *overrides: str, to: str) -> list[str]:
+        return [f"rae-{name}", *overrides, f"output_dir={folder}/{to}"]
+
+    def scored(samples: str, to: str) -> list[str]:
+        return command("evaluate", f"samples={folder}/{samples}/samples.npz", "metric=digits", to=to)
+
     return [
         (
             "0. A representation encoder of our own: a tiny ViT learns to classify digits",
-            ["rae-train", "experiment=digits_encoder", f"output_dir={folder}/encoder"],
+            command("train", "experiment=digits_encoder", to="encoder"),
         ),
         (
             "1. Stage 1: a ViT decoder learns to draw images from the frozen encoder's tokens",
-            ["rae-train", "experiment=digits_stage1", encoder, f"output_dir={folder}/stage1"],
+            command("train", "experiment=digits_stage1", encoder, to="stage1"),
         ),
         (
             "   Reconstructions of held-out digits",
-            ["rae-reconstruct", f"checkpoint={folder}/stage1", f"output_dir={folder}/reconstructions"],
+            command("reconstruct", f"checkpoint={folder}/stage1", to="reconstructions"),
         ),
         (
             "2. Mean and variance of the latents over the training digits",
-            ["rae-stats", "experiment=digits_stats", encoder, f"output_dir={folder}/stats", "force=true"],
+            command("stats", "experiment=digits_stats", encoder, "force=true", to="stats"),
         ),
         (
             "3. Stage 2: a DiT-DH learns to draw latents from noise and a class",
-            [
-                "rae-train",
-                "experiment=digits_stage2",
-                encoder,
-                f"decoder_checkpoint={folder}/stage1",
-                statistics,
-                f"output_dir={folder}/stage2",
-            ],
+            command("train", "experiment=digits_stage2", *parts, to="stage2"),
         ),
         (
             "4. Samples: 36 of each class, the classes as rows of one picture",
-            [
-                "rae-sample",
-                f"checkpoint={folder}/stage2",
-                "samples_per_class=36",
-                f"output_dir={folder}/samples",
-                "force=true",
-            ],
+            command("sample", *drawn, to="samples"),
         ),
         (
             "   The same with classifier-free guidance",
-            [
-                "rae-sample",
-                f"checkpoint={folder}/stage2",
-                "samples_per_class=36",
-                "guidance=cfg",
-                f"guidance.scale={guidance}",
-                f"output_dir={folder}/samples_cfg",
-                "force=true",
-            ],
+            command("sample", *drawn, *guided, to="samples_cfg"),
         ),
-        (
-            "5. Scores, by a classifier that saw real training digits only",
-            ["rae-evaluate", f"samples={folder}/samples/samples.npz", "metric=digits", f"output_dir={folder}/scores"],
-        ),
-        (
-            "   Scores with guidance",
-            [
-                "rae-evaluate",
-                f"samples={folder}/samples_cfg/samples.npz",
-                "metric=digits",
-                f"output_dir={folder}/scores_cfg",
-            ],
-        ),
+        ("5. Scores, by a classifier that saw real training digits only", scored("samples", "scores")),
+        ("   Scores with guidance", scored("samples_cfg", "scores_cfg")),
     ]
 
 
 def small_model(folder: str | Path = "outputs/small") -> Path:
     """A small model of digits, trained in this process within about a minute, without a word: for notebooks and first steps.
 
-    What is there already is not made again, so that all notebooks of a folder share one.
-
-    Args:
-        folder: Where encoder, decoder, statistics and denoiser go.
-
-    Returns:
-        The stage-2 run's folder, for ``rae.load``; the stage-1 run is ``stage1`` beside it.
+    What is there already is not made again, so that all notebooks of a folder share one. Returns the stage-2 run's folder, for
+    ``rae.load``; the stage-1 run is ``stage1`` beside it.
     """
     folder = Path(folder).resolve()
     encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
@@ -144,43 +112,23 @@ def read_json(path: Path) -> dict[str, float]:
 
 
 def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:
-    """Rows (what, measured, yardstick) from the files that the commands wrote.
-
-    Args:
-        folder: Where they wrote.
-        wall: Wall-clock seconds of the whole demo.
-        cpu: CPU seconds of all its commands.
-    """
-    encoder = read_json(folder / "encoder" / "summary.json")
-    stage1 = read_json(folder / "stage1" / "summary.json")
-    stage2 = read_json(folder / "stage2" / "summary.json")
-    plain = read_json(folder / "scores" / "scores.json")
-    guided = read_json(folder / "scores_cfg" / "scores.json")
-    reconstruction = read_json(folder / "reconstructions" / "scores.json")
+    """Rows (what, measured, yardstick) from the files that the commands wrote, and the seconds that they took."""
+    encoder, stage1, stage2 = (read_json(folder / run / "summary.json") for run in ("encoder", "stage1", "stage2"))
+    plain, guided, reconstruction = (
+        read_json(folder / run / "scores.json") for run in ("scores", "scores_cfg", "reconstructions")
+    )
 
     def rows_of(name: str, scores: dict[str, float], floor: str) -> list[tuple[str, str, str]]:
+        real, worst = f"{floor}; judge on real {scores['judge_accuracy']:.1%}", f"{scores['accuracy_worst_class']:.1%}"
+        yardstick = f"≤ 3 × {scores['frechet_real']:.2f} (real against real)"
+        held_out = f"held-out digits {scores['nearest_train_held_out']:.1f}"
+        nearer = f"{scores['share_nearer_than_any_held_out']:.1%}"
         return [
-            (
-                f"{name}: label accuracy",
-                f"{scores['accuracy']:.1%}",
-                f"{floor}; judge on real {scores['judge_accuracy']:.1%}",
-            ),
-            (f"{name}: worst class", f"{scores['accuracy_worst_class']:.1%}", ""),
-            (
-                f"{name}: Fréchet distance",
-                f"{scores['frechet']:.2f}",
-                f"≤ 3 × {scores['frechet_real']:.2f} (real against real)",
-            ),
-            (
-                f"{name}: nearest training digit",
-                f"{scores['nearest_train_samples']:.1f}",
-                f"held-out digits {scores['nearest_train_held_out']:.1f}",
-            ),
-            (
-                f"{name}: nearer than any held-out digit is",
-                f"{scores['share_nearer_than_any_held_out']:.1%}",
-                "0 % = no copies",
-            ),
+            (f"{name}: label accuracy", f"{scores['accuracy']:.1%}", real),
+            (f"{name}: worst class", worst, ""),
+            (f"{name}: Fréchet distance", f"{scores['frechet']:.2f}", yardstick),
+            (f"{name}: nearest training digit", f"{scores['nearest_train_samples']:.1f}", held_out),
+            (f"{name}: nearer than any held-out digit is", nearer, "0 % = no copies"),
             (f"{name}: spread within a class", f"{scores['spread_samples']:.1f}", f"real {scores['spread_real']:.1f}"),
         ]
 
@@ -211,17 +159,10 @@ def main() -> None:
         print(f"  ({seconds:.0f} s)", flush=True)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     rows = table(folder, time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    print(
-        "\n" + "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    )
+    print(f"\n{columns(rows)}")
     print("\nPictures:")
-    for picture in (
-        folder / "reconstructions" / "grid.png",
-        folder / "samples" / "grid.png",
-        folder / "samples_cfg" / "grid.png",
-    ):
-        print(f"  {picture.resolve()}")
+    for name in ("reconstructions", "samples", "samples_cfg"):
+        print(f"  {(folder / name / 'grid.png').resolve()}")
 
 
 if __name__ == "__main__":

@@ -52,12 +52,7 @@ class DigitsScores:
         self._labels: list[np.ndarray] = []
 
     def update(self, images: Tensor, labels: Tensor | None, index: Tensor | None = None) -> None:
-        """Adds samples.
-
-        Args:
-            images: uint8 B×3×H×W, H = W = ``image_size``.
-            labels: The digits that they should show, B.
-            index: Not needed: the order is of no consequence.
+        """Adds samples uint8 B×3×H×W, H = W = ``image_size``, with the digits that they should show, B; in any order.
 
         Raises:
             ValueError: Images that are no bytes or of another size, or samples without labels.

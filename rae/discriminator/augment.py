@@ -33,15 +33,7 @@ class DiffAugment:
         self.cutout = cutout
 
     def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Augments.
-
-        Args:
-            images: B×3×H×W in [0, 1] units, not necessarily clamped.
-            seeds: One seed a sample.
-
-        Returns:
-            Images of the same shape and units; gradients flow to ``images``.
-        """
+        """Images B×3×H×W in [0, 1] units, not necessarily clamped, augmented by one seed a sample; gradients flow through."""
         draws = uniform(seeds, (8,), images.device)
         draws = draws.to(torch.promote_types(draws.dtype, images.dtype))
         x = images * 2 - 1

@@ -26,11 +26,6 @@ class SpectralConv1d(nn.Module):
     """Circular 1-D convolution whose weight is divided by its largest singular value, u·(W v).
 
     In training every call makes one power iteration (v first, then u) in place; in evaluation the stored vectors are used.
-
-    Args:
-        channels: Input channels.
-        out: Output channels.
-        kernel: Odd kernel size.
     """
 
     u: Tensor
@@ -61,12 +56,7 @@ class SpectralConv1d(nn.Module):
 
 
 class TokenNorm(nn.Module):
-    """Batch norm with a virtual batch of one: every sample's channels over its own tokens; no running statistics.
-
-    Args:
-        channels: Channels.
-        eps: Added to the variance.
-    """
+    """Batch norm with a virtual batch of one: every sample's channels over its own tokens; no running statistics."""
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -81,13 +71,7 @@ class TokenNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Features of one depth => one logit a token.
-
-    Args:
-        channels: Width of the features.
-        kernel: Kernel of the residual convolution.
-        norm_eps: Epsilon of the norms.
-    """
+    """Features of one depth => one logit a token; ``kernel`` is that of the residual convolution."""
 
     def __init__(self, channels: int, kernel: int = 9, norm_eps: float = 1e-6) -> None:
         super().__init__()

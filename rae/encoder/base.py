@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rae.io.describe import Described
 from rae.io.tensors import load_strict, state_hash
-from rae.layers import at_least_float, tokens_to_grid
+from rae.layers import at_least_float, resize_position_table, tokens_to_grid
 
 REDUCTIONS = ("sum", "mean")
 _PUBLISHED = "published:"
@@ -127,22 +127,14 @@ class Encoder(Described, nn.Module, ABC):
         return dict(self.state_dict())
 
     def differences(self, described: Mapping[str, Any], but: Sequence[str] = ()) -> str:
-        """What tells this encoder from one that was described, in words; empty where nothing does.
+        """What tells this encoder from the (part of a) fingerprint ``described``, in words; entries ``but`` may differ.
 
-        Args:
-            described: A :meth:`fingerprint`, or some of its entries. Former versions hashed resized weights; so does this, then.
-            but: Entries that may differ.
+        Former versions hashed resized weights; where the fingerprint is of one, so does this.
         """
-        own = self.fingerprint()
-        former = not str(described.get("weights", _PUBLISHED)).startswith(_PUBLISHED)
-        if former:
-            own["weights"] = state_hash(self.state_dict())
-        found = differences(described, own, but)
-        return (
-            f"{found} (a hash of a former version, which depends on the CPU: make it anew)"
-            if former and found
-            else found
-        )
+        if str(described.get("weights", _PUBLISHED)).startswith(_PUBLISHED):
+            return differences(described, self.fingerprint(), but)
+        found = differences(described, self.fingerprint() | {"weights": state_hash(self.state_dict())}, but)
+        return found and f"{found} (a hash of a former version, which depends on the CPU: make it anew)"
 
     def record(self) -> dict[str, Any]:
         """What a run keeps of its encoder: the fingerprint, and the weights where they cannot be had again."""
@@ -175,12 +167,7 @@ class Encoder(Described, nn.Module, ABC):
             self.check(record["fingerprint"], source, but)
 
     def check(self, described: Mapping[str, Any], source: str, but: Sequence[str] = ()) -> None:
-        """Refuses to be another encoder than the one that something was made with.
-
-        Args:
-            described: See :meth:`differences`.
-            source: What was made with it, for the message.
-            but: See :meth:`differences`.
+        """Refuses to be another encoder than the one that ``source`` was made with; see :meth:`differences`.
 
         Raises:
             ValueError: Names what differs.
@@ -189,12 +176,7 @@ class Encoder(Described, nn.Module, ABC):
             raise ValueError(f"{source} was made with another encoder: {found}; give its weights and options")
 
     def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
-        """Loads what :meth:`published_state` gave, strictly.
-
-        Args:
-            state: The weights.
-            source: Where they come from, for messages.
-            adopt: See :func:`rae.io.tensors.load_strict`.
+        """Loads what :meth:`published_state` gave, strictly; arguments as of :func:`rae.io.tensors.load_strict`.
 
         Raises:
             ValueError: Keys or shapes that do not fit, all listed.
@@ -247,12 +229,51 @@ class Encoder(Described, nn.Module, ABC):
         return tokens_to_grid(self.tokens(pixels))
 
 
-def check_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
-    """The chosen layers, the last one where none is given.
+class TransformerEncoder(Encoder):
+    """An encoder around a vision ``network`` with a position table, which is resized for the grid when weights are loaded."""
 
-    Args:
-        layers: Numbers of blocks from 0, or None.
-        depth: Number of blocks.
+    network: Any
+    pos_antialias: bool
+    """Whether the table is resized with antialiasing."""
+    table_name: str
+    """Its key."""
+    _published_table: Tensor | None = None
+
+    def check_facts(self, model: str, channels: int, stride: int) -> None:
+        """Compares what the configuration says of the network with what it is.
+
+        Raises:
+            ValueError: They differ.
+        """
+        for name, value in {"channels": channels, "stride": stride}.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"encoder.{name}={getattr(self, name)} differs from {model}'s {value}; set it to {value}"
+                )
+
+    def published_state(self) -> dict[str, Tensor]:
+        """The network's weights with the position table as it was loaded, before it was resized."""
+        state = dict(self.network.state_dict())
+        return state if self._published_table is None else state | {self.table_name: self._published_table}
+
+    def load_network(self, state: dict[str, Tensor], prefix_tokens: int, source: str, adopt: bool) -> None:
+        """Loads the network's weights strictly, the position table resized where it has another size.
+
+        Raises:
+            ValueError: Keys or shapes that do not fit, all listed.
+        """
+        table, own = state.get(self.table_name), self.network.state_dict().get(self.table_name)
+        self._published_table = None
+        if table is not None and own is not None and table.shape != own.shape:
+            self._published_table = table.clone()  # a view would keep the whole file in memory
+            batched = table if table.ndim == 3 else table[None]
+            resized = resize_position_table(batched, self.grid, prefix_tokens, self.pos_antialias)
+            state[self.table_name] = resized if table.ndim == 3 else resized[0]
+        load_strict(self.network, state, source, adopt)
+
+
+def check_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
+    """The chosen layers of ``depth`` blocks, counted from 0; the last one where none is given.
 
     Raises:
         ValueError: An empty list, a repeated layer, or one that the network does not have.
@@ -266,14 +287,10 @@ def check_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
 
 
 def differences(described: Mapping[str, Any], found: Mapping[str, Any], but: Sequence[str] = ()) -> str:
-    """What tells two fingerprints of encoders apart, in words; empty where nothing does.
+    """What tells the fingerprints of the encoder that was described and of the one found apart, in words.
 
-    The same weights in another precision have another hash, so that hashes are compared within one precision only.
-
-    Args:
-        described: Fingerprint of the encoder that something was made with, or some of its entries.
-        found: Fingerprint of the one there is.
-        but: Entries that may differ.
+    The same weights in another precision have another hash, so that hashes are compared within one precision only. Entries
+    ``but``, and those that the description lacks, may differ. Empty where nothing differs.
     """
     first, second = described.get("weights"), found.get("weights")
     comparable = described.get("dtype", "float32") == found.get("dtype", "float32") and (

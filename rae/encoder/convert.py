@@ -129,9 +129,6 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames a state dict to timm's names; one that is in timm's naming already is returned as it is.
 
     timm's class token of DINOv2 is the published one plus its position; the position table then has rows for patches only.
-
-    Args:
-        state: State dict of a timm or transformers vision transformer.
     """
     bare = {_unwrap(key): value for key, value in state.items() if not key.startswith(_IGNORED)}
     family = next((f for f in FAMILIES.values() if f.marker in bare), None)
@@ -193,11 +190,7 @@ def from_timm(
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the image tower of a CLIP model to open_clip's names, without ``visual.``.
-
-    Args:
-        state: State dict in timm's naming, or in open_clip's, of the whole model or of the image tower alone.
-    """
+    """The image tower of a CLIP model in open_clip's names without ``visual.``, from timm's names or open_clip's."""
     if any(key.startswith("visual.") for key in state):
         return {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
     if "patch_embed.proj.weight" not in state:
@@ -226,12 +219,8 @@ def _rename(key: str, names: Mapping[str, str]) -> str:
 
 def _unwrap(key: str) -> str:
     """Takes the model's own prefixes off a key."""
-    changed = True
-    while changed:
-        changed = False
-        for wrapper in _WRAPPERS:
-            if key.startswith(wrapper):
-                key, changed = key[len(wrapper) :], True
+    while wrapper := next((wrapper for wrapper in _WRAPPERS if key.startswith(wrapper)), None):
+        key = key.removeprefix(wrapper)
     return key
 
 

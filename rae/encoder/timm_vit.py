@@ -14,11 +14,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from rae.encoder.base import Encoder, check_layers
+from rae.encoder.base import TransformerEncoder, check_layers
 from rae.encoder.convert import to_timm
 from rae.io.hub import read_weights
-from rae.io.tensors import load_strict
-from rae.layers import resize_position_table
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
 
@@ -45,19 +43,11 @@ _UNUSED = ("norm.", "fc_norm.", "head.", "head_dist.", "head_drop.", "attn_pool.
 """Keys of published checkpoints that an encoder has no use for: final affine, pooling, classifier, mask token."""
 
 
-class TimmEncoder(Encoder):
+class TimmEncoder(TransformerEncoder):
     """A timm vision transformer as encoder.
 
-    Args:
+    Arguments beside those of :class:`~rae.encoder.base.Encoder`:
         model: Name of the timm architecture.
-        channels: See :class:`~rae.encoder.base.Encoder`.
-        stride: See :class:`~rae.encoder.base.Encoder`.
-        input_size: See :class:`~rae.encoder.base.Encoder`.
-        mean: See :class:`~rae.encoder.base.Encoder`.
-        std: See :class:`~rae.encoder.base.Encoder`.
-        layers: See :class:`~rae.encoder.base.Encoder`.
-        reduce: See :class:`~rae.encoder.base.Encoder`.
-        dtype: See :class:`~rae.encoder.base.Encoder`.
         pretrained: Whether weights are loaded; False leaves random ones.
         checkpoint: Local weight file, in timm's or transformers' naming.
         hub_id: Hub repository to take the weights from where there is no file; None for timm's own.
@@ -71,6 +61,8 @@ class TimmEncoder(Encoder):
         ValueError: Unknown model or option, facts that differ from the network's, or weights that do not fit.
         FileNotFoundError: The weights cannot be had.
     """
+
+    table_name = "pos_embed"
 
     def __init__(
         self,
@@ -96,7 +88,6 @@ class TimmEncoder(Encoder):
         self.model_name = model
         self.pos_antialias = pos_antialias
         self.network_options = {"act": act, "norm_eps": norm_eps, "model_args": dict(model_args or {})}
-        self._published_table: Tensor | None = None
         self.network: Any = self._build(model, act, norm_eps, dict(model_args or {}))
         self.hub_id: str | None = hub_id or self.network.pretrained_cfg.get("hf_hub_id")
         check_layers(self.layers, len(self.network.blocks))
@@ -134,12 +125,7 @@ class TimmEncoder(Encoder):
         for name in ("blocks", "norm", "patch_embed", "embed_dim"):
             if not hasattr(network, name):
                 raise ValueError(f"encoder.model={model!r} is no vision transformer: it has no {name}")
-        facts = {"channels": network.embed_dim, "stride": network.patch_embed.patch_size[0]}
-        for name, value in facts.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"encoder.{name}={getattr(self, name)} differs from {model}'s {value}; set it to {value}"
-                )
+        self.check_facts(model, network.embed_dim, network.patch_embed.patch_size[0])
         norm = network.norm
         eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm_eps or 1e-6
         network.norm = nn.LayerNorm(network.embed_dim, eps=eps, elementwise_affine=False)
@@ -149,39 +135,20 @@ class TimmEncoder(Encoder):
         return network
 
     def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
-        """Loads weights in timm's or transformers' naming, strictly; a position table of another size is resized.
-
-        Args:
-            state: The weights.
-            source: Where they come from, for messages.
-            adopt: See :func:`rae.io.tensors.load_strict`.
-
-        Raises:
-            ValueError: Keys or shapes that do not fit, all listed.
-        """
-        renamed = to_timm(state)
+        """Loads weights in timm's or transformers' naming, strictly; a position table of another size is resized."""
         own = self.network.state_dict()
-        kept = {key: value for key, value in renamed.items() if key in own or not key.startswith(_UNUSED)}
-        self._published_table = None
-        if "pos_embed" in kept and "pos_embed" in own and kept["pos_embed"].shape != own["pos_embed"].shape:
-            prefix = 0 if getattr(self.network, "no_embed_class", False) else self.network.num_prefix_tokens
-            self._published_table = kept["pos_embed"].clone()  # a view would keep the whole file in memory
-            kept["pos_embed"] = resize_position_table(kept["pos_embed"], self.grid, prefix, self.pos_antialias)
-        load_strict(self.network, kept, source, adopt)
-
-    def published_state(self) -> dict[str, Tensor]:
-        """The network's weights with the position table as it was loaded, before it was resized."""
-        state = dict(self.network.state_dict())
-        return state if self._published_table is None else state | {"pos_embed": self._published_table}
+        kept = {key: value for key, value in to_timm(state).items() if key in own or not key.startswith(_UNUSED)}
+        prefix = 0 if getattr(self.network, "no_embed_class", False) else self.network.num_prefix_tokens
+        self.load_network(kept, prefix, source, adopt)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See :attr:`Encoder.identity`."""
+        """The base's, with what makes the network."""
         known = {"model": self.model_name, "pos_antialias": self.pos_antialias}
         return super().identity | known | self.network_options
 
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
-        """See :meth:`Encoder.layer_tokens`."""
+        """The blocks' outputs through the final norm without affine."""
         chosen = check_layers(layers, len(self.network.blocks))
         outputs: list[Tensor] = self.network.forward_intermediates(
             pixels, indices=chosen, norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True
@@ -192,15 +159,7 @@ class TimmEncoder(Encoder):
 def tiny_encoder(
     input_size: int = 32, channels: int = 32, stride: int = 8, depth: int = 2, seed: int = 0
 ) -> TimmEncoder:
-    """A small encoder with random weights, for tests and first steps without downloads.
-
-    Args:
-        input_size: Side that images are resized to.
-        channels: Channels of the latent.
-        stride: Pixels that a token spans.
-        depth: Number of blocks.
-        seed: Seed of the weights.
-    """
+    """A small encoder with random weights, for tests and first steps without downloads."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return TimmEncoder(

@@ -14,12 +14,7 @@ Velocity = Callable[[Tensor, "float | Tensor"], Tensor]
 
 
 def expand_time(t: float | Tensor, x: Tensor) -> Tensor:
-    """The time as one value a sample, B.
-
-    Args:
-        t: A time, or times B, which are returned as they are.
-        x: The batch B×….
-    """
+    """The time as one value a sample of x, B; times B are returned as they are."""
     return t if isinstance(t, Tensor) else torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)
 
 

@@ -99,13 +99,7 @@ class FlowMatching(Described):
         return (x - data) / like(t.clamp(min=DATA_TIME_FLOOR), x)
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Velocity that a prediction implies at x_t B×… and times B.
-
-        Args:
-            output: The prediction, of x's shape.
-            x: Points B×….
-            t: Times B.
-        """
+        """Velocity that a prediction implies at x_t B×… and times B."""
         if self.prediction == "velocity":
             return output
         if self.prediction == "data":

@@ -34,12 +34,7 @@ class PathSample:
 
 
 def like(values: Tensor, x: Tensor) -> Tensor:
-    """Values B (or a scalar) shaped so that they broadcast over x B×….
-
-    Args:
-        values: One value a sample, B, or a scalar.
-        x: What they are to be multiplied with, B×….
-    """
+    """Values B (or a scalar) shaped so that they broadcast over x B×…."""
     return values.reshape(-1, *(1,) * (x.ndim - 1)) if values.ndim else values
 
 
@@ -72,12 +67,7 @@ class Path(Described, ABC):
         return self.log_slope(t) * c.sigma**2 - c.sigma * c.d_sigma
 
     def interpolate(self, data: Tensor, noise: Tensor, t: Tensor) -> PathSample:
-        """The point at time t and the velocity alpha'·data + sigma'·noise.
-
-        Args:
-            data: Clean latents B×….
-            noise: Standard normal noise of the same shape.
-            t: Times B in [0, 1].
+        """The point between latents and standard normal noise B×… at times t B, and the velocity alpha'·data + sigma'·noise.
 
         Raises:
             ValueError: ``data`` and ``noise`` differ in shape, or t is not one value a sample in [0, 1].
@@ -94,71 +84,38 @@ class Path(Described, ABC):
         return PathSample(x_t, velocity)
 
     def drift(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Drift of the generating SDE, −(alpha'/alpha)·x, and the factor of the score in the velocity, broadcast over x.
-
-        Args:
-            x: Points B×….
-            t: Times B.
-        """
+        """Drift of the generating SDE, −(alpha'/alpha)·x, at x B×… and t B, and the factor of the score in the velocity."""
         return -like(self.log_slope(t), x) * x, like(self.score_factor(t), x)
 
     def score_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Score ∇log p_t(x) of a velocity field (SiT eq. 9).
-
-        Args:
-            velocity: Velocity at x, of its shape.
-            x: Points B×….
-            t: Times B above 0.
-        """
+        """Score ∇log p_t(x) of a velocity field at x B×… and times t B above 0 (SiT eq. 9)."""
         c = self.coefficients(t)
         ratio = like(c.alpha / c.d_alpha, x)
         sigma, d_sigma = like(c.sigma, x), like(c.d_sigma, x)
         return (ratio * velocity - x) / (sigma**2 - ratio * d_sigma * sigma)
 
     def noise_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Noise that a velocity field implies.
-
-        Args:
-            velocity: Velocity at x, of its shape.
-            x: Points B×….
-            t: Times B.
-        """
+        """Noise that a velocity at x B×… and times t B implies."""
         c = self.coefficients(t)
         ratio = like(c.alpha / c.d_alpha, x)
         return (ratio * velocity - x) / (ratio * like(c.d_sigma, x) - like(c.sigma, x))
 
     def data_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Data that a velocity field implies; x − t·v on the linear path, and defined at both ends.
-
-        Args:
-            velocity: Velocity B×….
-            x: State B×… at time t.
-            t: Times B, or a scalar.
-        """
+        """Data that a velocity at x B×… and t (B or a scalar) implies; x − t·v on the linear path, and defined at both ends."""
         c = self.coefficients(t)
         alpha, d_alpha, sigma, d_sigma = (like(value, x) for value in (c.alpha, c.d_alpha, c.sigma, c.d_sigma))
         return (d_sigma * x - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
 
     def velocity_from_score(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Velocity field of a score.
+        """Velocity of a score at x B×… and times t B.
 
         For linear and GVP the inverse of :meth:`score_from_velocity`. For VP it follows the published code, where it is not.
-
-        Args:
-            score: Score at x, of its shape.
-            x: Points B×….
-            t: Times B.
         """
         drift, factor = self.drift(x, t)
         return factor * score - drift
 
     def diffusion(self, t: Tensor, form: str = "sigma", norm: float = 1.0) -> Tensor:
-        """Diffusion coefficient D(t) of the reverse SDE, B (SiT table 2).
-
-        Args:
-            t: Times B.
-            form: One of ``constant``, ``sbdm``, ``sigma``, ``linear``, ``decreasing``, ``increasing-decreasing``.
-            norm: Scale of the coefficient.
+        """Diffusion coefficient D(t) of the reverse SDE, B, in one of :data:`DIFFUSION_FORMS` scaled by ``norm`` (SiT table 2).
 
         Raises:
             ValueError: Unknown form.

@@ -25,13 +25,6 @@ Batch = tuple[Tensor, Tensor | None, Tensor]
 def iterate_shards(path: Path, batch_size: int) -> Iterator[ImageBatch]:
     """Batches of the images of a folder of tar shards, in the order of names and keys; all must be of one size.
 
-    Args:
-        path: The folder.
-        batch_size: Images at once.
-
-    Returns:
-        Batches as :func:`rae.metric.iterate_npz` gives them.
-
     Raises:
         ValueError: There is no image, they are of several sizes, or one is damaged.
     """
@@ -43,22 +36,16 @@ def iterate_shards(path: Path, batch_size: int) -> Iterator[ImageBatch]:
     for start in range(0, len(entries), batch_size):
         chunk = entries[start : start + batch_size]
         contents = read_ranges([(shard, first, size) for shard, _, first, size, _ in chunk])
-        images = [
-            decode_image(io.BytesIO(content), f"{entry[0]}:{entry[1]}")
-            for content, entry in zip(contents, chunk, strict=True)
-        ]
-        shape = shape or images[0].shape
-        for image, entry in zip(images, chunk, strict=True):
-            same_size(image, shape, f"{entry[0]}:{entry[1]}", str(path))
+        images = []
+        for content, (shard, key, *_) in zip(contents, chunk, strict=True):
+            images.append(decode_image(io.BytesIO(content), f"{shard}:{key}"))
+            shape = shape or images[0].shape
+            same_size(images[-1], shape, f"{shard}:{key}", str(path))
         yield ImageBatch(torch.stack(images), torch.tensor([entry[-1] for entry in chunk]) if labelled else None)
 
 
 def checked_path(key: str, given: str) -> Path:
     """Where the images are that a key of the configuration names.
-
-    Args:
-        key: The key, for messages.
-        given: Its value.
 
     Raises:
         FileNotFoundError: There is nothing of that name.
@@ -75,12 +62,7 @@ def checked_path(key: str, given: str) -> Path:
 def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """Batches of the images that a key of the configuration names, each process its share of the batches.
 
-    Args:
-        key: The key, for messages.
-        given: Its value: an .npz, a folder of images, or a folder of tar shards.
-        batch_size: Images at once.
-        rank: Number of this process.
-        world_size: Number of processes.
+    The value may be an .npz, a folder of images, or a folder of tar shards.
 
     Raises:
         FileNotFoundError: There is nothing of that name.
@@ -104,14 +86,7 @@ def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size
 def open_pairs(
     samples: str, originals: str, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reconstructions uint8 B×3×H×W with their originals, paired in the order in which both are read.
-
-    Args:
-        samples: Where the reconstructions are, see :func:`open_images`.
-        originals: Where the originals are.
-        batch_size: Pairs at once.
-        rank: Number of this process.
-        world_size: Number of processes.
+    """Reconstructions uint8 B×3×H×W with their originals, paired in the order in which both are read; see :func:`open_images`.
 
     Raises:
         ValueError: One holds more images than the other.
@@ -136,11 +111,8 @@ def open_pairs(
 def describe_samples(given: str) -> dict[str, Any]:
     """What is known of samples in files: their path, and what ``rae-sample`` wrote of how they were drawn."""
     path = Path(given).expanduser()
-    described: dict[str, Any] = {"path": str(path)}
-    beside = (
-        path.parent if path.is_file() else path if (path / "samples.json").is_file() else path.parent
-    ) / "samples.json"
-    if beside.is_file():
-        known = parse_json(beside.read_bytes(), str(beside))
-        described |= known if isinstance(known, dict) else {}
-    return described
+    for file in (path / "samples.json", path.parent / "samples.json"):
+        if file.is_file():
+            known = parse_json(file.read_bytes(), str(file))
+            return {"path": str(path), **(known if isinstance(known, dict) else {})}
+    return {"path": str(path)}

@@ -53,10 +53,7 @@ def set_float32(cfg: DictConfig) -> None:
 def processes_of(devices: Any, num_nodes: int, prefix: str = "") -> tuple[Any, int]:
     """Devices of a machine, each with a process, and machines: as configured, or as many as torchrun has started.
 
-    Args:
-        devices: The value of the key ``devices``; 1 and ``auto`` leave the number to torchrun.
-        num_nodes: The value of the key ``num_nodes``; 1 leaves the number to torchrun.
-        prefix: What stands before the names of both keys in messages.
+    ``devices`` of 1 or ``auto`` and ``num_nodes`` of 1 leave the number to torchrun; ``prefix`` stands before both in messages.
 
     Raises:
         ConfigError: torchrun or SLURM has started another number of processes than configured.
@@ -84,9 +81,6 @@ def start(cfg: DictConfig) -> Fabric:
     """Starts as many processes as ``devices`` and ``num_nodes`` say, or joins those that torchrun or SLURM has started.
 
     Each of them runs the rest of the command.
-
-    Args:
-        cfg: Configuration of a command with ``device``, ``devices`` and ``num_nodes``.
 
     Raises:
         ConfigError: A number below 1, or another one than torchrun or SLURM has started.
@@ -116,15 +110,7 @@ def start(cfg: DictConfig) -> Fabric:
 
 
 def begin(fabric: Fabric, parts: Parts, *folders: Path | None) -> list[int]:
-    """Claims the folder of some work, and further ones that it writes into, and shares out what is left of it.
-
-    Args:
-        fabric: The processes.
-        parts: The work; its folder is claimed.
-        folders: Further folders, see :meth:`rae.io.parts.Parts.claim`.
-
-    Returns:
-        The parts that fall to this process.
+    """Claims the folder of some work, and further ones that it writes into, and gives the parts left to this process.
 
     Raises:
         ValueError: The folder holds other work.
@@ -159,16 +145,10 @@ def first(fabric: Fabric) -> Iterator[bool]:
 def batches_of(
     data: ImageDataModule, split: str, parts: Parts, mine: list[int], fabric: Fabric, what: str, replace: bool = True
 ) -> Iterator[tuple[int, Iterator[dict[str, Any]]]]:
-    """Every part of this process with its batches, loaded ahead over the ends of parts, with a progress bar.
+    """Every part of this process (``mine``) with its batches, loaded ahead over the ends of parts, with a progress bar.
 
-    Args:
-        data: The data module.
-        split: ``train`` or ``val``.
-        parts: The work.
-        mine: Parts of this process.
-        fabric: The processes; the bar of the first one counts for all.
-        what: Name of the bar.
-        replace: See :meth:`~rae.data.ImageDataModule.range_dataloader`.
+    ``what`` names the bar, which the first process shows for all; ``replace`` is that of
+    :meth:`~rae.data.ImageDataModule.range_dataloader`.
     """
     ranges = [parts.items(part) for part in mine]
     batches = iter(data.range_dataloader(split, ranges, replace))

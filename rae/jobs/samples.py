@@ -32,17 +32,11 @@ from rae.rng import sample_seed
 
 _WRITERS = 2  # threads that compress and write while the next images are sampled
 _WAITING = 4  # parts that may wait for them
-
-
 _MOST_INTERPOLATIONS = 1_000  # images in a row of one picture
 
 
 def class_list(classes: object, num_classes: int) -> list[int]:
     """The classes to draw: ``all``, or the list given.
-
-    Args:
-        classes: The value of the key ``classes``.
-        num_classes: Classes of the model.
 
     Raises:
         ConfigError: Neither of the two, or a class outside the range.
@@ -62,10 +56,6 @@ def label_list(cfg: DictConfig, num_classes: int) -> list[int]:
 
     ``labels=equal`` draws ``samples_per_class`` of each of the ``classes``, class by class; ``random`` draws ``count`` labels,
     each from the seed and the sample's number; a file lists them (text, .npy, or an .npz with ``arr_1``).
-
-    Args:
-        cfg: Configuration with ``labels``, ``classes``, ``samples_per_class``, ``count`` and ``seed``.
-        num_classes: Classes of the model.
 
     Raises:
         ConfigError: A number below 1, or a label outside the range.
@@ -118,13 +108,7 @@ def check_interpolations(cfg: DictConfig) -> None:
 
 
 def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dict[str, Any]:
-    """All that the samples depend on: weights, sampler, guidance, labels, seed, precision, rule of the bytes.
-
-    Args:
-        cfg: Configuration with ``seed``, ``precision``, ``float32`` and ``quantize``.
-        generator: The model; the encoder does not count.
-        labels: Label of every sample.
-    """
+    """All that the samples depend on: weights (without encoder), sampler, guidance, labels, seed, precision, rule of the bytes."""
     weights = {
         key: value for key, value in generator.state_dict().items() if not key.startswith("autoencoder.encoder.")
     }
@@ -157,16 +141,13 @@ def draw(
 
     Args:
         cfg: Configuration with ``seed``, ``batch_size``, ``part_size``, ``precision`` and ``quantize``.
-        fabric: The processes; each draws its share of the parts.
+        fabric: The processes; each draws its share of the parts, all of which are done when it returns.
         generator: Draws.
         labels: Label of every sample.
         folder: Where the parts are kept: .npy files uint8 n×H×W×3.
         plan: From :func:`plan_of`.
         png: Folder for one PNG a sample; None for none.
         shards: Folder for tar shards of PNGs with labels, one a part; None for none.
-
-    Returns:
-        The parts, all of them done once all processes are.
     """
     parts = Parts(
         folder, {**plan, "png": png is not None, "shards": shards is not None}, len(labels), cfg.part_size, ".npy"
@@ -224,7 +205,7 @@ def _write(
     names = [f"{number:06d}_class{labels[number]:04d}" for number in numbers]
     if png is not None:
         for name, content in zip(names, encoded, strict=True):
-            write_atomically(png / f"{name}.png", _writer(content))
+            write_atomically(png / f"{name}.png", lambda file, content=content: file.write(content))  # type: ignore[misc]
     if shards is not None:
 
         def write_tar(file: IO[bytes]) -> None:
@@ -242,20 +223,10 @@ def _png(image: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def _writer(content: bytes) -> Any:
-    return lambda file: file.write(content)
-
-
 def read_parts(
     parts: Parts, batch_size: int, wanted: Sequence[int] | None = None
 ) -> Iterator[tuple[NDArray[np.uint8], range]]:
-    """Images uint8 n×H×W×3 with their numbers, of all parts or of those wanted, without holding more than a batch.
-
-    Args:
-        parts: Samples that are drawn.
-        batch_size: Most images at once; no batch goes over the end of a part.
-        wanted: Numbers of the parts; None for all.
-    """
+    """Images uint8 n×H×W×3 with their numbers, of all parts or of those wanted, at most ``batch_size`` of one part at once."""
     for part in range(len(parts)) if wanted is None else wanted:
         items = parts.items(part)
         images = np.load(parts.path(part), mmap_mode="r")
@@ -264,12 +235,9 @@ def read_parts(
 
 
 def write_npz(path: Path, parts: Parts, labels: Sequence[int] | None) -> Path:
-    """Packs all parts into an .npz as the evaluation suites read it (``arr_0`` uint8 N×H×W×3, ``arr_1`` int64 N), part by part.
+    """Packs all parts into an .npz as the evaluation suites read it, part by part: ``arr_0`` uint8 N×H×W×3, ``arr_1`` int64 N.
 
-    Args:
-        path: The file.
-        parts: Samples that are drawn.
-        labels: Label of every sample; None leaves ``arr_1`` out.
+    Without labels there is no ``arr_1``.
     """
     _, height, width, _ = np.load(parts.path(0), mmap_mode="r").shape
 
@@ -289,22 +257,13 @@ def write_npz(path: Path, parts: Parts, labels: Sequence[int] | None) -> Path:
 
 
 def pick(parts: Parts, numbers: Sequence[int]) -> torch.Tensor:
-    """Some of the samples, uint8 n×3×H×W.
-
-    Args:
-        parts: Samples that are drawn.
-        numbers: Which ones, in this order.
-    """
+    """The samples of these numbers, uint8 n×3×H×W."""
     rows = [np.load(parts.path(number // parts.size), mmap_mode="r")[number % parts.size] for number in numbers]
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
 
 
 def finished(description: Path, plan: dict[str, Any]) -> bool:
-    """Whether a folder holds these very samples already.
-
-    Args:
-        description: The folder's ``samples.json``.
-        plan: What the samples that are wanted depend on, from :func:`plan_of`.
+    """Whether the folder of a ``samples.json`` holds the very samples of this plan already.
 
     Raises:
         ConfigError: It holds other ones.

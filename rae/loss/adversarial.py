@@ -10,13 +10,9 @@ LOSSES = ("hinge", "vanilla")
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "hinge", reduction: str = "mean") -> Tensor:
-    """½·(loss of real + loss of fake) of logits of any shape.
+    """½·(loss of real + loss of fake) of logits of any shape, their ``mean`` or ``sum``.
 
-    Args:
-        real: Logits of real images.
-        fake: Logits of reconstructions.
-        kind: ``hinge``: relu(1 − real) and relu(1 + fake); ``vanilla``: softplus(−real) and softplus(fake).
-        reduction: ``mean`` or ``sum`` over all logits.
+    ``hinge`` is relu(1 − real) and relu(1 + fake); ``vanilla`` is softplus(−real) and softplus(fake).
 
     Raises:
         ValueError: Unknown kind or reduction.
@@ -31,12 +27,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "hinge", reductio
 
 
 def generator_loss(fake: Tensor, reduction: str = "mean") -> Tensor:
-    """Minus the mean (or sum) of the logits of reconstructions; what the original calls "vanilla".
-
-    Args:
-        fake: Logits of reconstructions, of any shape.
-        reduction: ``mean`` or ``sum``.
-    """
+    """Minus the mean (or sum) of the logits of reconstructions, of any shape; what the original calls "vanilla"."""
     return -_reduce(fake, reduction)
 
 
@@ -47,13 +38,6 @@ def _reduce(values: Tensor, reduction: str) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, gan: Tensor, maximum: float = 1e4, eps: float = 1e-6) -> Tensor:
-    """W = ‖∇ reconstruction‖ / (‖∇ GAN‖ + eps), clamped to [0, maximum], without gradient.
-
-    Args:
-        reconstruction: Gradient of the reconstruction loss with respect to the last layer's weight.
-        gan: Gradient of the generator's GAN loss with respect to the same.
-        maximum: Largest weight.
-        eps: Added to the GAN gradient's norm.
-    """
+    """W = ‖∇ reconstruction‖ / (‖∇ GAN‖ + eps), clamped to [0, maximum], of both losses' gradients at the last layer's weight."""
     with torch.no_grad():
         return (reconstruction.norm() / (gan.norm() + eps)).clamp(0, maximum)

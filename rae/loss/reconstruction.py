@@ -81,12 +81,7 @@ class Stage1Loss(nn.Module):
         self.unit = unit
 
     def phases(self, step: int, steps_per_epoch: int) -> Phases:
-        """Which parts are on in optimiser step ``step``, counted from 0.
-
-        Args:
-            step: Number of the optimiser step.
-            steps_per_epoch: Optimiser steps in an epoch.
-        """
+        """Which parts are on in optimiser step ``step``, counted from 0."""
         factor = steps_per_epoch if self.unit == "epochs" else 1
         perceptual, discriminator, gan = (step >= int(start * factor) for start in self.starts)
         return Phases(
@@ -96,13 +91,7 @@ class Stage1Loss(nn.Module):
         )
 
     def reconstruction(self, images: Tensor, target: Tensor, phases: Phases) -> dict[str, Tensor]:
-        """``l1``, ``lpips`` (where on) and their weighted sum ``total`` of images B×3×H×W in [0, 1].
-
-        Args:
-            images: Reconstructions B×3×H×W in [0, 1], not clamped.
-            target: The originals.
-            phases: What is on.
-        """
+        """``l1``, ``lpips`` (where on) and their weighted sum ``total`` of reconstructions, not clamped, and originals B×3×H×W."""
         losses = {"l1": (images - target).abs().mean()}
         losses["total"] = losses["l1"]
         if phases.perceptual:
@@ -112,25 +101,12 @@ class Stage1Loss(nn.Module):
         return losses
 
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Loss of the discriminator from its logits.
-
-        Args:
-            real: Logits of originals.
-            fake: Logits of reconstructions.
-        """
+        """Loss of the discriminator from its logits of originals and reconstructions."""
         return discriminator_loss(real, fake, self.adversarial)
 
 
 def gradient_at(image: Tensor, loss: Tensor) -> Tensor:
-    """Gradient of a loss at an image that was cut off the decoder's graph (``detach().requires_grad_()``).
-
-    Args:
-        image: The image B×3×H×W, a leaf.
-        loss: A scalar computed from it; its graph is freed.
-
-    Returns:
-        B×3×H×W.
-    """
+    """Gradient of a loss, whose graph is freed, at an image B×3×H×W that was cut off the decoder's graph."""
     return torch.autograd.grad(loss, image)[0]
 
 
@@ -138,10 +114,5 @@ def last_layer_gradient(image: Tensor, weight: Tensor, at_image: Tensor) -> Tens
     """Gradient with respect to the last layer's weight of the loss whose gradient at the image is given.
 
     Only the last layer is differentiated: one matrix product, instead of a second pass through loss and discriminator.
-
-    Args:
-        image: Image as a function of the last layer, with its graph.
-        weight: The last layer's weight.
-        at_image: Gradient of the loss at the image.
     """
     return torch.autograd.grad(image, weight, at_image, retain_graph=True)[0]

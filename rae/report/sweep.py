@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from rae.io.files import write_atomically
 from rae.report.job import Job
-from rae.report.table import read_scores, write_csv
+from rae.report.table import markdown, read_scores, write_csv
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +52,6 @@ def _number(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text.strip("'\"")
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a table in Markdown, numbers with five digits."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, ["---"] * len(names)]
-    for row in rows:
-        values = [row.get(name, "") for name in names]
-        lines.append([f"{value:.5g}" if isinstance(value, float) else str(value) for value in values])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What the commands write about results: scores with all that identifies them, as JSON, CSV and a table."""
+"""What the commands write about results: scores with all that identifies them, as JSON and CSV; and tables of anything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -50,20 +50,46 @@ def _cell(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else json.dumps(value)
 
 
+def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names that any of the rows has."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Writes rows under the names that any of them has."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, _names(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table in Markdown under the names that any of them has, numbers with five digits."""
+    names = _names(rows)
+    lines = [names, ["---"] * len(names)]
+    for row in rows:
+        values = [row.get(name, "") for name in names]
+        lines.append([f"{value:.5g}" if isinstance(value, float) else str(value) for value in values])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def columns(rows: Iterable[Sequence[Any]], right: bool = False) -> str:
+    """Rows as lines of text in columns; all columns but the first to the right where asked for."""
+    table = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    aligned = [
+        [cell.rjust(width) if right and place else cell.ljust(width) for place, (cell, width) in enumerate(cells)]
+        for cells in (list(zip(row, widths, strict=True)) for row in table)
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
 def table(scores: Mapping[str, Any]) -> str:
-    """Scores as lines of text."""
-    width = max(map(len, scores), default=0)
-    return "\n".join(
-        f"{name:<{width}}  {value:.4f}" if isinstance(value, float) else f"{name:<{width}}  {value}"
-        for name, value in scores.items()
-    )
+    """Scores as lines of text, numbers with four digits."""
+    return columns((name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in scores.items())
+
+
+def size(value: float) -> str:
+    """Bytes: 16.77 GB, or MB below one."""
+    return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.1f} MB"

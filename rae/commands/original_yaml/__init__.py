@@ -1,1 +1,0 @@
-"""The YAML files of the authors' code, key by key."""
