@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from rae.decoder import ViTDecoder
 from rae.encoder import Encoder
+from rae.image import center_crop, open_rgb, to_float, to_pil, to_tensor, to_uint8
 from rae.io.export import Exportable
 from rae.latent import LatentNormalizer
 
@@ -81,3 +84,34 @@ class RAE(Exportable, nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images B×3×H×W in [0, 1] => reconstructions B×3×H'×W', not clamped."""
         return self.decode(self.encode(images))
+
+    def reconstruct(self, image: str | Path | IO[bytes] | Image.Image) -> Image.Image:
+        """One image through encoder and decoder: ``model.reconstruct("photo.jpg").save("again.png")``.
+
+        Args:
+            image: An image file of any size and of any format that Pillow reads, or a PIL image; its centre is cropped to a
+                square as in validation (ADM's crop).
+
+        Returns:
+            A PIL image of ``image_size`` pixels a side.
+
+        Raises:
+            OSError: The file is no image.
+            RuntimeError: The model has no encoder.
+        """
+        opened = image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
+        pixels = to_tensor(center_crop(opened, self.image_size))[None]
+        with torch.no_grad():
+            drawn = self(to_float(pixels.to(self.latent.mean.device)))
+        return to_pil(to_uint8(drawn)[0].cpu())
+
+    def __repr__(self) -> str:
+        """What it encodes and decodes with; ``print(model.decoder)`` shows a network."""
+        name = "no encoder" if self.encoder is None else type(self.encoder).__name__
+        if self.encoder is not None and hasattr(self.encoder, "model_name"):
+            name = f"{name}({self.encoder.model_name})"
+        parameters = sum(weight.numel() for weight in self.decoder.parameters()) / 1e6
+        return (
+            f"RAE({name}, latents {'×'.join(map(str, self.latent_shape))}, {type(self.decoder).__name__} "
+            f"{parameters:.1f} M parameters, images {self.image_size}×{self.image_size} px)"
+        )

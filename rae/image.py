@@ -1,20 +1,24 @@
-"""Images to bytes, to files and to one picture of many."""
+"""Images from files, to bytes, to files and to one picture of many."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rae.io.files import write_atomically
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 """How the names of image files end, in small letters."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+"""Pillow's formats of image files that are read; others of Pillow start programs (EPS) or are hardly ever tried."""
+_BIG_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's names of greyscale with more than 8 bits
 
 QUANTIZE = ("floor", "round")
 """How grey levels between two bytes become one: the lower one, of which all published scores are, or the nearer one."""
@@ -139,3 +143,103 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_png(image: Tensor, path: str | Path) -> Path:
     """Writes one uint8 3×H×W image as PNG, atomically."""
     return write_atomically(path, lambda file: to_pil(image).save(file, format="PNG"))
+
+
+# --- files to pixels ---------------------------------------------------------------------------------------------
+
+
+def open_rgb(file: str | Path | IO[bytes], least: int | None = None, most: int | None = None) -> Image.Image:
+    """Opens any image as 8-bit RGB, turned the way its EXIF orientation says.
+
+    Transparency is laid on white, 16-bit grey is reduced to 8 bits, and of an animation the first frame is taken. A JPEG may
+    be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps ``least`` pixels; None decodes it whole.
+    ``most`` pixels may an image have, so that a small file cannot fill the memory; None for twice
+    ``PIL.Image.MAX_IMAGE_PIXELS``, Pillow's own limit.
+
+    Raises:
+        OSError: No image of :data:`FORMATS`, a truncated one, or one of too many pixels.
+        ValueError: Pixels whose range the file does not tell (floating point, more than 16 bits).
+    """
+    with _opened(file) as opened:
+        if most is not None and opened.width * opened.height > most:
+            raise OSError(f"{opened.width}×{opened.height} pixels are more than the {most:,} allowed")
+        opened.seek(0)
+        if least is not None:
+            opened.draft(None, (least, least))
+        opened.load()
+        ImageOps.exif_transpose(opened, in_place=True)
+        image: Image.Image = opened
+    if image.mode in _BIG_GREY:
+        image = _reduce_to_bytes(image)
+    elif image.mode == "F":
+        raise ValueError("the image holds floating-point grey values, whose range is unknown; save it with 8 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_plainly(file: str | Path | IO[bytes]) -> Image.Image:
+    """Opens an image as torchvision's loader does, and so the original: EXIF orientation and transparency are ignored."""
+    with _opened(file) as opened:
+        return opened.convert("RGB")
+
+
+def _opened(file: str | Path | IO[bytes]) -> Image.Image:
+    """The image with its header read alone."""
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:  # its text names the object in memory, other in every run
+        raise OSError("no image of a known format") from error
+    except Image.DecompressionBombError as error:
+        raise OSError(str(error)) from error
+
+
+def _reduce_to_bytes(image: Image.Image) -> Image.Image:
+    """Grey values 0..65535 to 0..255; Pillow's own conversion would clip all above 255 to white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(
+            f"the image holds grey values {values.min()}..{values.max()}, more than 16 bits; save it with 8 bits"
+        )
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def resize_image(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """Rows first, then columns, as Pillow always did. Pillow 13 chooses the order; that moves tall images' pixels by up to 20."""
+    width, height = size
+    return image.resize((width, image.height), resample).resize((width, height), resample)
+
+
+def halve(image: Image.Image, size: int) -> Image.Image:
+    """Halves with BOX while the image stays large enough: part of the definition, and keeps strong reductions cheap."""
+    while min(image.size) >= 2 * size:
+        image = resize_image(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Centre crop of ADM (Dhariwal & Nichol 2021), that of the reference statistics of ImageNet and of stage 2.
+
+    The image may have any size; a small one is enlarged.
+    """
+    image = halve(image, size)
+    return whole_crop(image, *centre_of(image, size), size)
+
+
+def centre_of(image: Image.Image, size: int) -> tuple[int, int, int, int]:
+    """Width and height where the shorter side is ``size``, the longer one rounded to the nearest; left and top of the crop."""
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    return width, height, (width - size) // 2, (height - size) // 2
+
+
+def whole_crop(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Image.Image:
+    """The square at ``left``, ``top`` of a bicubic resize to ``width``×``height``."""
+    image = resize_image(image, (width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 3×H×W."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()

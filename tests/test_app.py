@@ -17,11 +17,10 @@ from rae.cli.checks import check_files
 from rae.cli.config import absolute_paths
 from rae.cli.errors import compose
 from rae.cli.models import open_generator
-from rae.data.transforms import center_crop
 from rae.denoiser import DiTDH
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, EulerMaruyamaSampler, EulerSampler, FullGrid, OfficialGrid
 from rae.generator import Generator
-from rae.image import to_uint8
+from rae.image import center_crop, to_uint8
 from rae.io.errors import ConfigError
 from rae.loss import PerceptualLoss
 from tests.small_runs import make_module

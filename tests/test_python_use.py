@@ -7,11 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
 import rae
+from rae.data import ImageTransform
 from rae.flow import ClassifierFreeGuidance, HeunSampler, NoGuidance, OfficialGrid
 from rae.generator import Generator, readable_names
-from rae.image import latent_colours
+from rae.image import latent_colours, save_png, to_float, to_tensor, to_uint8
 from rae.io.errors import ConfigError
 from rae.training.preview import ReconstructionPreview
 from tests.small_models import make_generator
@@ -56,6 +59,25 @@ def test_a_call_takes_settings_and_changes_nothing_else():
         with pytest.raises(ValueError, match=message):
             draw(3, **wrong)
     assert repr(draw).startswith("Generator(32×32 px, 10 classes, DiTDH 0.1 M parameters, HeunSampler(3 steps, 6 eval")
+
+
+def test_a_photograph_is_reconstructed_in_one_line(tmp_path):
+    photograph = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)
+    path = save_png(photograph, tmp_path / "photo.png")
+    make_generator().autoencoder.save_pretrained(tmp_path / "export")
+    model = rae.load(tmp_path / "export")
+    model.reconstruct(path).save(tmp_path / "again.png")
+    with Image.open(path) as opened:
+        drawn = model.reconstruct(opened)
+        expected = model(to_float(ImageTransform(32, "center_crop", exact=True)(opened, 0)[None]))
+    assert drawn.size == (32, 32)
+    assert torch.equal(to_tensor(drawn), to_uint8(expected)[0])
+    assert torch.equal(to_tensor(Image.open(tmp_path / "again.png")), to_tensor(drawn))
+    assert repr(model) == (
+        "RAE(TimmEncoder(vit_tiny_patch16_224), latents 32×4×4, ViTDecoder 0.0 M parameters, images 32×32 px)"
+    )
+    with pytest.raises(OSError, match="no image of a known format"):
+        model.reconstruct(tmp_path / "export" / "config.json")
 
 
 def test_classes_have_names(tmp_path):

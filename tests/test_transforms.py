@@ -9,18 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rae.data.transforms import (
-    ImageTransform,
-    center_crop,
-    flip_of,
-    open_for,
-    open_rgb,
-    random_corner,
-    resize_shorter,
-    resized_crop,
-    to_tensor,
-)
-from rae.image import to_float
+from rae.data.transforms import ImageTransform, flip_of, open_for, random_corner, resize_shorter, resized_crop
+from rae.image import center_crop, open_rgb, to_float, to_tensor
 from rae.rng import uniform
 
 

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from rae.autoencoder import RAE
-from rae.data.transforms import ImageTransform, open_rgb
+from rae.data.transforms import ImageTransform
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, NoGuidance, OfficialGrid
 from rae.generator import Generator
-from rae.image import to_float, to_uint8
+from rae.image import open_rgb, to_float, to_uint8
 from rae.io.describe import describe, rebuild
 from rae.metric import ReconstructionMetrics
 

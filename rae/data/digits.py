@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rae.data.loader import Sample, SeededDataset
 from rae.data.module import ImageDataModule
-from rae.data.transforms import to_tensor
+from rae.image import to_tensor
 
 SIDE = 8  # pixels of the original images
 _PEAK = 16  # their largest grey value

@@ -13,52 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from rae.image import centre_of, halve, open_plainly, open_rgb, resize_image, to_tensor, whole_crop
 from rae.rng import uniform
 
 _MODES = ("random_crop", "center_crop")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
-"""Pillow's formats of image files that are read; others of Pillow start programs (EPS) or are hardly ever tried."""
-_BIG_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's names of greyscale with more than 8 bits
-
-
-def open_rgb(file: str | Path | IO[bytes], least: int | None = None, most: int | None = None) -> Image.Image:
-    """Opens any image as 8-bit RGB, turned the way its EXIF orientation says.
-
-    Transparency is laid on white, 16-bit grey is reduced to 8 bits, and of an animation the first frame is taken. A JPEG may
-    be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps ``least`` pixels; None decodes it whole.
-    ``most`` pixels may an image have, so that a small file cannot fill the memory; None for twice
-    ``PIL.Image.MAX_IMAGE_PIXELS``, Pillow's own limit.
-
-    Raises:
-        OSError: No image of :data:`FORMATS`, a truncated one, or one of too many pixels.
-        ValueError: Pixels whose range the file does not tell (floating point, more than 16 bits).
-    """
-    with _opened(file) as opened:
-        if most is not None and opened.width * opened.height > most:
-            raise OSError(f"{opened.width}×{opened.height} pixels are more than the {most:,} allowed")
-        opened.seek(0)
-        if least is not None:
-            opened.draft(None, (least, least))
-        opened.load()
-        ImageOps.exif_transpose(opened, in_place=True)
-        image: Image.Image = opened
-    if image.mode in _BIG_GREY:
-        image = _reduce_to_bytes(image)
-    elif image.mode == "F":
-        raise ValueError("the image holds floating-point grey values, whose range is unknown; save it with 8 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def open_plainly(file: str | Path | IO[bytes]) -> Image.Image:
-    """Opens an image as torchvision's loader does, and so the original: EXIF orientation and transparency are ignored."""
-    with _opened(file) as opened:
-        return opened.convert("RGB")
 
 
 def open_for(transform: ImageTransform, file: str | Path | IO[bytes]) -> Image.Image:
@@ -66,58 +27,9 @@ def open_for(transform: ImageTransform, file: str | Path | IO[bytes]) -> Image.I
     return open_plainly(file) if transform.exact else open_rgb(file, transform.least)
 
 
-def _opened(file: str | Path | IO[bytes]) -> Image.Image:
-    """The image with its header read alone."""
-    try:
-        return Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError as error:  # its text names the object in memory, other in every run
-        raise OSError("no image of a known format") from error
-    except Image.DecompressionBombError as error:
-        raise OSError(str(error)) from error
-
-
-def _reduce_to_bytes(image: Image.Image) -> Image.Image:
-    """Grey values 0..65535 to 0..255; Pillow's own conversion would clip all above 255 to white."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(
-            f"the image holds grey values {values.min()}..{values.max()}, more than 16 bits; save it with 8 bits"
-        )
-    return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Rows first, then columns, as Pillow always did. Pillow 13 chooses the order; that moves tall images' pixels by up to 20."""
-    width, height = size
-    return image.resize((width, image.height), resample).resize((width, height), resample)
-
-
-def _halve(image: Image.Image, size: int) -> Image.Image:
-    """Halves with BOX while the image stays large enough: part of the definition, and keeps strong reductions cheap."""
-    while min(image.size) >= 2 * size:
-        image = _resize(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
-    return image
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Centre crop of ADM (Dhariwal & Nichol 2021), that of the reference statistics of ImageNet and of stage 2.
-
-    The image may have any size; a small one is enlarged.
-    """
-    image = _halve(image, size)
-    return whole_crop(image, *_centre(image, size), size)
-
-
-def _centre(image: Image.Image, size: int) -> tuple[int, int, int, int]:
-    """Width and height where the shorter side is ``size``, the longer one rounded to the nearest; left and top of the crop."""
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    return width, height, (width - size) // 2, (height - size) // 2
-
-
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
     """Bicubic resize of an RGB image so that the shorter side is ``size``; the longer one is rounded down."""
-    return _resize(image, _shorter_size(image, size), Image.Resampling.BICUBIC)
+    return resize_image(image, _shorter_size(image, size), Image.Resampling.BICUBIC)
 
 
 def _shorter_size(image: Image.Image, size: int) -> tuple[int, int]:
@@ -132,12 +44,6 @@ def random_corner(image: tuple[int, int], size: int, u_top: float, u_left: float
     if min(image) < size:
         raise ValueError(f"size {size} is larger than the image, {width}×{height}; resize the image first")
     return int(u_left * (width - size + 1)), int(u_top * (height - size + 1))
-
-
-def whole_crop(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Image.Image:
-    """The square at ``left``, ``top`` of a bicubic resize to ``width``×``height``."""
-    image = _resize(image, (width, height), Image.Resampling.BICUBIC)
-    return image.crop((left, top, left + size, top + size))
 
 
 def resized_crop(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Tensor:
@@ -171,11 +77,6 @@ def mirrored(u: float) -> bool:
 def flip_of(seed: int) -> bool:
     """Whether the image with this seed of its draws is mirrored, where flips are on."""
     return mirrored(uniform([seed], (3,))[0, 2].item())
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 3×H×W."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
 class ImageTransform:
@@ -229,8 +130,8 @@ class ImageTransform:
         # All three are always drawn: switching the flip on does not move the crops.
         u_top, u_left, u_flip = uniform([seed], (3,))[0].tolist()
         if self.mode == "center_crop":
-            image = _halve(image, size)
-            place = _centre(image, size)
+            image = halve(image, size)
+            place = centre_of(image, size)
         else:
             resized = _shorter_size(image, self.resize)
             place = (*resized, *random_corner(resized, size, u_top, u_left))

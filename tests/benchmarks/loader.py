@@ -25,7 +25,8 @@ from torchvision.datasets import ImageFolder
 
 from rae.data import ImageFolderDataModule, ImageTransform, ShardsDataModule
 from rae.data.packing.pack import ShardPlan, pack
-from rae.data.transforms import center_crop, open_for
+from rae.data.transforms import open_for
+from rae.image import center_crop
 
 BATCH = 64
 SIZE = 256

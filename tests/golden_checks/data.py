@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rae.data.transforms import center_crop, resize_shorter
+from rae.data.transforms import resize_shorter
+from rae.image import center_crop
 from tests.golden_checks import Case, Check
 
 

@@ -22,7 +22,8 @@ from webdataset import TarWriter
 from rae.data.loader import check_share, first_line
 from rae.data.packing.origin import Source, find_sources
 from rae.data.shards import INDEX, index_name, read_index
-from rae.data.transforms import open_rgb, resize_shorter
+from rae.data.transforms import resize_shorter
+from rae.image import open_rgb
 from rae.io.files import file_hash, parse_json, write_atomically, write_json
 from rae.io.parts import PLAN, claim
 from rae.rng import sample_seed
