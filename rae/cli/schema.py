@@ -16,60 +16,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
-import yaml
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, InterpolationToMissingValueError, MissingMandatoryValue
 
-from rae.cli.groups import command_files, conf_dir
+from rae.cli.groups import conf_dir
+from rae.cli.own_keys import own_keys
 from rae.io.errors import ConfigError
 
 _LARGEST, _LARGEST_SEED = 2**31, 2**63
-_KEY = re.compile(r"^(\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$")
-_CHOICES = re.compile(r"^([\w-]+(?: \| [\w-]+)+)(?=[:,;]| \(|$)")
 _UNTYPED = (Any, inspect.Parameter.empty)
-_TYPES: dict[str, Any] = {
-    "name": str | int,
-    "device": str,  # cuda:1 is one too; rae.cli.build.device says which there are
-    "devices": int | Literal["auto"],
-    "labels": str,
-    "classes": str | int | list[int],
-    "samples_per_class": int,
-    "count": int | None,
-    "decoder_checkpoint": str | None,
-    "guide_checkpoint": str | None,
-    "compile": bool | str,
-    "interpolations": int | None,
-    "samples": str | None,
-    "originals": str | None,
-    "checkpoint": str | None,
-    "images": str | None,
-    "neighbours": int | None,
-    "neighbours_of": str | None,
-    "resume": bool | str,
-    "cards": int | None,
-    "synsets": str | None,
-    "resize": int | None,
-    "splits": list[str],
-    "store_encoder": bool | None,
-    "push_to_hub": str | None,
-    "config": str,
-    "kind": Literal["training", "validation"] | None,
-    "source": str | None,
-    "vgg_checkpoint": str | None,
-    "names": list[str],
-    "port": int | None,
-}
-"""What a command's own keys take where their default does not tell."""
-_ELSEWHERE: dict[tuple[str, str], Any] = {
-    ("reference", "images"): bool,
-    ("shard", "images"): str,
-    ("cost", "images"): int,
-    ("cost", "samples"): int,
-    ("convert_config", "name"): str | None,
-    **{(name, "checkpoint"): str for name in ("sample", "reconstruct", "app", "convert")},
-}
-"""The same of keys that mean something else in one command."""
 _ELSEWHERE_RUN = ("cost", "convert_config")
 """Commands that speak of other machines."""
 _BUILD_NOTHING = ("download", "convert_config")
@@ -96,7 +52,7 @@ def check_values(cfg: DictConfig, config: str) -> None:
     Raises:
         ConfigError: Names the first such key, its value and what it takes.
     """
-    own = _own_keys(config)
+    own = own_keys(config)
     for name in sorted(cfg, key=lambda name: name not in own):  # the command's own first: classes take time to import
         key, value = str(name), _value(cfg, name)
         if key == "hydra" or (config in _BUILD_NOTHING and isinstance(value, DictConfig)):
@@ -127,28 +83,6 @@ def _check_devices(key: str, value: Any) -> None:
         key, value = "data.num_workers", value.get("num_workers")
     if key in ("num_workers", "data.num_workers") and type(value) is int and value > _MOST_WORKERS:
         raise ConfigError(f"{key}={value}: must be at most {_MOST_WORKERS:,}: each is a process")
-
-
-def _own_keys(config: str) -> dict[str, Any]:
-    """The kinds of a command's own keys."""
-    hints: dict[str, Any] = {}
-    roots = [config, "train"] if config == "cost" else [config]
-    files = [file for root in roots for file in command_files(root)]
-    files += sorted((conf_dir() / "stage").glob("*.yaml")) if "train" in roots else []
-    for line in (line for file in files if file.is_file() for line in file.read_text().splitlines()):
-        if (found := _KEY.match(line)) and found[1] not in ("defaults", "hydra"):
-            key, default, comment = found[1], yaml.safe_load(found[2] or "null"), found[3] or ""
-            if key in hints:
-                continue
-            if (config, key) in _ELSEWHERE:
-                hints[key] = _ELSEWHERE[config, key]
-            elif key in _TYPES:
-                hints[key] = _TYPES[key]
-            elif isinstance(default, str) and (choices := _CHOICES.match(comment)):
-                hints[key] = Literal[tuple(choices[1].split(" | "))]
-            elif default is not None:
-                hints[key] = type(default)
-    return hints
 
 
 def _value(node: Any, name: Any) -> Any:

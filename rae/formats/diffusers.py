@@ -6,10 +6,12 @@ their networks follow from a few numbers, and an export is refused where ours di
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -332,10 +334,9 @@ def _rounded(values: Tensor) -> list[float]:
 
 def _installed_generation(name: str) -> int:
     """The generation of names that the installed transformers gives this kind of encoder; 4, the published one, without it."""
-    try:
-        import transformers  # noqa: PLC0415 (slow; only exports need it, and do without)
-    except ImportError:
+    if find_spec("transformers") is None:
         return 4
+    transformers = importlib.import_module("transformers")  # slow; only exports need it, and do without
     kinds = {"dinov2": "Dinov2WithRegisters", "siglip2": "SiglipVision", "mae": "ViTMAE"}
     settings = getattr(transformers, f"{kinds[name]}Config")(hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
     with torch.device("meta"):

@@ -36,6 +36,7 @@ class InceptionV3(nn.Module):
         super().__init__()
         from torch_fidelity import feature_extractor_inceptionv3 as blocks  # noqa: PLC0415 (slow to import)
 
+        self._resize = blocks.interpolate_bilinear_2d_like_tensorflow1x
         self.Conv2d_1a_3x3 = blocks.BasicConv2d(3, 32, kernel_size=3, stride=2)
         self.Conv2d_2a_3x3 = blocks.BasicConv2d(32, 32, kernel_size=3)
         self.Conv2d_2b_3x3 = blocks.BasicConv2d(32, 64, kernel_size=3, padding=1)
@@ -56,11 +57,7 @@ class InceptionV3(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Bytes => pool, spatial features flattened in the order row, column, channel, and logits without bias."""
-        from torch_fidelity.interpolate_compat_tensorflow import (  # noqa: PLC0415 (slow to import)
-            interpolate_bilinear_2d_like_tensorflow1x,
-        )
-
-        x = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(SIDE, SIDE), align_corners=False)
+        x = self._resize(images.float(), size=(SIDE, SIDE), align_corners=False)
         x = (x - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # B×64×147×147
         x = F.max_pool2d(x, kernel_size=3, stride=2)

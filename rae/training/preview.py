@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,12 @@ class PicturePreview(L.Callback):
 
     def show(self, path: Path) -> None:
         """Shows a PNG file in the notebook: below the cell at first, then in place."""
-        from IPython.display import Image, display  # noqa: PLC0415 (notebooks have it, nothing else needs it)
-
+        notebook = importlib.import_module("IPython.display")  # notebooks have it, nothing else needs it
+        image = notebook.Image(filename=str(path))
         if self._shown is None:
-            self._shown = display(Image(filename=str(path)), display_id=True)
+            self._shown = notebook.display(image, display_id=True)
         else:
-            self._shown.update(Image(filename=str(path)))
+            self._shown.update(image)
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
         """Images uint8 B×3×H×W and how many stand in a row; None where there is nothing to draw."""
