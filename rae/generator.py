@@ -21,8 +21,8 @@ from rae.io.export import Exportable
 from rae.layers import trusted
 from rae.rng import normal, sample_seed
 
-PRECISIONS = ("float32", "bfloat16")
-"""Arithmetic of the networks that samples can be drawn in; published numbers are of float32 (with TF32 products)."""
+PRECISIONS = ("32-true", "bf16-mixed")
+"""Arithmetic of the networks that samples can be drawn in; published numbers are of float32 with TF32 products."""
 OUTPUTS = ("float", "uint8", "pil")
 IMAGENET = "imagenet1k"
 """Stands for the names of ImageNet's 1,000 classes."""
@@ -278,7 +278,7 @@ class Generator(Exportable, nn.Module):
         labels: Tensor | Sequence[int],
         seed: int = 0,
         indices: Sequence[int] | None = None,
-        precision: str = "float32",
+        precision: str = "32-true",
         quantize: str = "floor",
     ) -> Tensor:
         """Samples images uint8 B×3×H×W, as they are scored and written.
@@ -287,7 +287,7 @@ class Generator(Exportable, nn.Module):
             labels: See :meth:`latents`.
             seed: See :meth:`latents`.
             indices: See :meth:`latents`.
-            precision: ``float32`` or ``bfloat16``: arithmetic of the networks.
+            precision: ``32-true`` or ``bf16-mixed``, in Lightning's words: arithmetic of the networks.
             quantize: See :func:`rae.image.to_uint8`.
 
         Raises:
@@ -295,7 +295,7 @@ class Generator(Exportable, nn.Module):
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision} is unknown; choose {' or '.join(PRECISIONS)}")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             images = self(labels, seed, indices, progress=False)
         return to_uint8(images.float(), quantize)  # in bfloat16 neighbouring grey levels are one number
 

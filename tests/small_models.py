@@ -8,7 +8,7 @@ from rae.autoencoder import RAE
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiT, DiTDH
 from rae.encoder import tiny_encoder
-from rae.flow import AutoGuidance, FlowMatching, HeunSampler, OfficialGrid
+from rae.flow import AutoGuidance, FlowMatching, HeunSampler, PublishedGrid
 from rae.generator import Generator
 from rae.latent import LatentNormalizer
 
@@ -34,7 +34,7 @@ def make_generator() -> Generator:
     randomise(denoiser, 1)
     randomise(guide, 2)
     flow = FlowMatching(shift=1.37)
-    return Generator(make_autoencoder(), denoiser, flow, HeunSampler(OfficialGrid(4)), AutoGuidance(1.4), guide).eval()
+    return Generator(make_autoencoder(), denoiser, flow, HeunSampler(PublishedGrid(4)), AutoGuidance(1.4), guide).eval()
 
 
 KINDS = {

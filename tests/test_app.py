@@ -18,7 +18,7 @@ from rae.cli.config import absolute_paths
 from rae.cli.errors import compose
 from rae.cli.models import open_generator
 from rae.denoiser import DiTDH
-from rae.flow import AutoGuidance, ClassifierFreeGuidance, EulerMaruyamaSampler, EulerSampler, FullGrid, OfficialGrid
+from rae.flow import AutoGuidance, ClassifierFreeGuidance, EulerMaruyamaSampler, EulerSampler, FullGrid, PublishedGrid
 from rae.generator import Generator
 from rae.image import center_crop, to_uint8
 from rae.io.errors import ConfigError
@@ -32,7 +32,7 @@ def generator(sampler=None, guidance=None, guide=None) -> Generator:
     """A generator with random weights: images of 16 pixels, 4 classes."""
     module = make_module(2)
     torch.nn.init.normal_(module.denoiser.label_embedding.table.weight, std=5)  # so that classes differ visibly
-    sampler = sampler or EulerSampler(OfficialGrid(6))
+    sampler = sampler or EulerSampler(PublishedGrid(6))
     return Generator(module.autoencoder, module.denoiser, module.flow, sampler, guidance, guide).eval()
 
 
@@ -87,7 +87,7 @@ def test_samples_are_those_of_the_generator(name, kind):
         model.autoencoder,
         model.denoiser,
         model.flow,
-        EulerSampler(OfficialGrid(5)),
+        EulerSampler(PublishedGrid(5)),
         kind(1.5, (0.2, 0.9)),
         guide,
     )
@@ -109,7 +109,7 @@ def test_samples_are_those_of_the_generator(name, kind):
 
 @pytest.mark.parametrize(
     "sampler",
-    [EulerSampler(FullGrid(3)), EulerMaruyamaSampler(OfficialGrid(9), last_step_size=0.1)],
+    [EulerSampler(FullGrid(3)), EulerMaruyamaSampler(PublishedGrid(9), last_step_size=0.1)],
     ids=["ode", "sde"],
 )
 def test_steps_change_the_grid_alone(sampler):

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from rae.app.command import open_viewer
-from rae.flow import ClassifierFreeGuidance, EulerSampler, OfficialGrid
+from rae.flow import ClassifierFreeGuidance, EulerSampler, PublishedGrid
 from rae.generator import Generator
 from rae.image import to_uint8
 from tests.test_app import configuration, generator, picture
@@ -208,6 +208,6 @@ def click_through_samples(page, model):
     assert done == sorted(done)
     assert "Class 2, samples 0 to 5 of seed 11, cfg 2.5" in page.find_element("id", "samples").text
     same = Generator.from_pretrained(model)
-    same.sampler, same.guidance = EulerSampler(OfficialGrid(201)), ClassifierFreeGuidance(2.5)
+    same.sampler, same.guidance = EulerSampler(PublishedGrid(201)), ClassifierFreeGuidance(2.5)
     expected = to_uint8(same([2] * 6, seed=11)).permute(0, 2, 3, 1).numpy()
     assert np.abs(images_of(page, "#samples").astype(int) - expected).max() <= 1

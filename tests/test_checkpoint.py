@@ -19,7 +19,7 @@ from rae.flow import (
     EulerMaruyamaSampler,
     FlowMatching,
     GVPPath,
-    OfficialGrid,
+    PublishedGrid,
     UniformTime,
     VPPath,
 )
@@ -38,7 +38,7 @@ from tests.small_models import make_autoencoder, make_diffusers, make_generator,
 def test_descriptions_make_the_same_objects_again():
     made = [
         FlowMatching(GVPPath(), "noise", "velocity", UniformTime(0.9), 2.5),
-        EulerMaruyamaSampler(OfficialGrid(7), VPPath(0.2, 11.0), "sbdm", last_step="tweedie"),
+        EulerMaruyamaSampler(PublishedGrid(7), VPPath(0.2, 11.0), "sbdm", last_step="tweedie"),
         ClassifierFreeGuidance(1.5, (0.1, 0.9)),
         DiT(32, 4, 32, 1, 4, num_classes=3, norm="layer"),
     ]
@@ -65,7 +65,7 @@ def test_descriptions_of_ones_own_classes_and_of_what_has_none():
     with pytest.raises(TypeError, match="cannot be described"):
         describe(Mine(torch.zeros(1)))
     with pytest.raises(ValueError, match="cannot be made from its description"):
-        rebuild({"_target_": "rae.flow.OfficialGrid", "points": 5, "more": 1})
+        rebuild({"_target_": "rae.flow.PublishedGrid", "points": 5, "more": 1})
 
 
 # --- exports of our own ------------------------------------------------------------------------------------------

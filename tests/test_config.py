@@ -19,7 +19,7 @@ from rae.cli.groups import SHARED, command_files, conf_dir, config_groups, norma
 from rae.cli.help import GROUPS, help_groups, help_keys
 from rae.cli.schema import check_values
 from rae.io.errors import ConfigError
-from rae.jobs.processes import set_float32
+from rae.jobs.processes import set_matmul
 
 CONF = conf_dir()
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -305,10 +305,10 @@ def test_float32_matrices_are_multiplied_as_the_key_says():
     before = torch.get_float32_matmul_precision()
     try:
         for choice, setting in (("tf32", "high"), ("fp32", "highest")):
-            set_float32(compose("sample", ["checkpoint=x", f"float32={choice}"]))
+            set_matmul(compose("sample", ["checkpoint=x", f"matmul={choice}"]))
             assert torch.get_float32_matmul_precision() == setting
-        with pytest.raises(ConfigError, match="float32=half is unknown; choose fp32 or tf32"):
-            set_float32(compose("train", ["float32=half"]))
+        with pytest.raises(ConfigError, match="matmul=half is unknown; choose fp32 or tf32"):
+            set_matmul(compose("train", ["matmul=half"]))
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -18,7 +18,7 @@ from rae.commands.download import download, files_of
 from rae.commands.reconstruct import reconstruct
 from rae.commands.sample import sample
 from rae.denoiser import DiTDH
-from rae.flow import ClassifierFreeGuidance, EulerSampler, OfficialGrid
+from rae.flow import ClassifierFreeGuidance, EulerSampler, PublishedGrid
 from rae.formats import denoiser_from_original, save_original
 from rae.generator import Generator
 from rae.io.errors import ConfigError
@@ -190,7 +190,7 @@ def test_convert_is_a_command(tmp_path: Path):
 @pytest.mark.slow
 def test_sampler_of_an_export_is_kept_for_python(tmp_path: Path):
     model = make_generator()
-    model.sampler = EulerSampler(OfficialGrid(3))
+    model.sampler = EulerSampler(PublishedGrid(3))
     again = Generator.from_pretrained(model.save_pretrained(tmp_path / "out"))
     assert isinstance(again.sampler, EulerSampler)
     assert again.sampler.grid.points == 3

@@ -28,7 +28,7 @@ from rae.flow import (
     FlowMatching,
     HeunSampler,
     NoGuidance,
-    OfficialGrid,
+    PublishedGrid,
 )
 from rae.io.errors import ConfigError
 from rae.loss import Phases, Stage1Loss
@@ -222,11 +222,11 @@ def test_state_of_optimisers():
 @pytest.mark.parametrize(
     ("sampler", "guidance", "denoiser", "guide"),
     [
-        (EulerSampler(OfficialGrid(50)), NoGuidance(), 49, 0),
-        (EulerSampler(OfficialGrid(50)), AutoGuidance(1.5), 49, 49),
-        (EulerSampler(OfficialGrid(50)), ClassifierFreeGuidance(1.5), 98, 0),
-        (EulerSampler(OfficialGrid(50)), ClassifierFreeGuidance(1.0), 49, 0),
-        (HeunSampler(OfficialGrid(11)), NoGuidance(), 20, 0),
+        (EulerSampler(PublishedGrid(50)), NoGuidance(), 49, 0),
+        (EulerSampler(PublishedGrid(50)), AutoGuidance(1.5), 49, 49),
+        (EulerSampler(PublishedGrid(50)), ClassifierFreeGuidance(1.5), 98, 0),
+        (EulerSampler(PublishedGrid(50)), ClassifierFreeGuidance(1.0), 49, 0),
+        (HeunSampler(PublishedGrid(11)), NoGuidance(), 20, 0),
     ],
 )
 def test_evaluations_of_a_sample(sampler, guidance, denoiser, guide):
@@ -234,7 +234,7 @@ def test_evaluations_of_a_sample(sampler, guidance, denoiser, guide):
 
 
 def test_guidance_outside_its_interval_costs_nothing():
-    sampler = EulerSampler(OfficialGrid(50))
+    sampler = EulerSampler(PublishedGrid(50))
     inside = sum(0.25 <= time <= 0.75 for time in sampler.grid.times(1.0).tolist()[:-1])
     found = evaluations(sampler, ClassifierFreeGuidance(1.5, (0.25, 0.75)), FlowMatching())
     assert found["denoiser"] == 49 + inside
@@ -243,7 +243,7 @@ def test_guidance_outside_its_interval_costs_nothing():
 
 def test_adaptive_samplers_have_no_number():
     with pytest.raises(ValueError, match="adaptive"):
-        evaluations(AdaptiveSampler(OfficialGrid(50)), NoGuidance(), FlowMatching())
+        evaluations(AdaptiveSampler(PublishedGrid(50)), NoGuidance(), FlowMatching())
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_precision_chooses_the_arithmetic():
     assert arithmetic("trainer.precision=bf16-mixed")["arithmetic"] == {"trained": "bf16", "encoder": "fp32"}
     with pytest.raises(ValueError, match="bf16-mixed keeps the weights in float32; choose one of 32-true, bf16-mixed"):
         arithmetic("trainer.precision=bf16-true")
-    whole = arithmetic("float32=tf32", "card=a100")
+    whole = arithmetic("matmul=tf32", "card=a100")
     assert whole["arithmetic"] == {"trained": "tf32", "encoder": "tf32"}
     assert whole["card"]["name"].startswith("A100")
 
@@ -308,7 +308,7 @@ def test_precision_chooses_the_arithmetic():
     ("overrides", "message"),
     [
         (["print=csv"], "print=csv is unknown; choose table or row"),
-        (["float32=bf16"], "float32=bf16 is unknown; choose fp32 or tf32"),
+        (["matmul=bf16"], "matmul=bf16 is unknown; choose fp32 or tf32"),
         (["trainer.precision=64-true"], r"trainer\.precision=64-true cannot be trained in; choose one of 32-true"),
         (["mfu=40"], r"mfu=40 must lie in \(0, 1\]"),
     ],

@@ -15,7 +15,7 @@ from rae.autoencoder import RAE
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH
 from rae.encoder import tiny_encoder
-from rae.flow import EulerSampler, FlowMatching, OfficialGrid
+from rae.flow import EulerSampler, FlowMatching, PublishedGrid
 from rae.generator import Generator
 from rae.io.errors import ConfigError
 from rae.jobs.images import open_images, open_pairs
@@ -50,7 +50,7 @@ def exported(tmp_path_factory) -> Path:
     for network in (decoder, denoiser):
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-    generator = Generator(RAE(encoder, decoder), denoiser, FlowMatching(), EulerSampler(OfficialGrid(5)))
+    generator = Generator(RAE(encoder, decoder), denoiser, FlowMatching(), EulerSampler(PublishedGrid(5)))
     return generator.save_pretrained(tmp_path_factory.mktemp("model") / "export")
 
 

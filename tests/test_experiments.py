@@ -75,14 +75,14 @@ def test_the_list_names_every_experiment_with_its_size_hardware_hours_and_score(
 
 
 def test_matrices_are_multiplied_as_for_the_published_numbers():
-    assert {recipe(name).float32 for name in STAGE1 + STAGE2} == {"tf32"}
+    assert {recipe(name).matmul for name in STAGE1 + STAGE2} == {"tf32"}
     models = [path.stem for path in (conf_dir() / "model").glob("*.yaml")]
-    assert {compose("reconstruct", [f"model={name}"]).float32 for name in models} == {"tf32"}
+    assert {compose("reconstruct", [f"model={name}"]).matmul for name in models} == {"tf32"}
     for command in ("sample", "evaluate", "app"):
-        assert compose(command, ["model=mae_b_256"]).float32 == "tf32"
-    assert {compose(command).float32 for command in ("stats", "cache_latents")} == {"tf32"}
-    assert compose("sample", ["checkpoint=run"]).float32 == "fp32"
-    assert compose("sample", ["model=dit_dh_xl_256", "float32=fp32"]).float32 == "fp32"
+        assert compose(command, ["model=mae_b_256"]).matmul == "tf32"
+    assert {compose(command).matmul for command in ("stats", "cache_latents")} == {"tf32"}
+    assert compose("sample", ["checkpoint=run"]).matmul == "fp32"
+    assert compose("sample", ["model=dit_dh_xl_256", "matmul=fp32"]).matmul == "fp32"
 
 
 @pytest.mark.parametrize("name", STAGE1)

@@ -62,7 +62,7 @@ def cuda(monkeypatch):
 
     monkeypatch.setattr("rae.rng._rows", rows)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    for kind in (flow.OfficialGrid, flow.FullGrid):  # the host knows the times
+    for kind in (flow.PublishedGrid, flow.FullGrid):  # the host knows the times
         monkeypatch.setattr(kind, "times", known(kind.times))
 
     @contextmanager
@@ -129,7 +129,7 @@ def test_samplers_and_guidances(cuda, sampler, guidance):
     model = make_generator()
     node = compose("train", ["stage=2", f"sampler={sampler}"]).sampler
     model.sampler, model.guidance = make(node), GUIDANCES[guidance]
-    model.sampler.grid = flow.OfficialGrid(4)
+    model.sampler.grid = flow.PublishedGrid(4)
     labels = torch.tensor([1, 7])  # which the host knows too
     with cuda():
         moved(model)
@@ -263,7 +263,7 @@ def test_states_of_metrics(cuda):
 def test_previews(cuda, monkeypatch):
     monkeypatch.setattr(torch, "as_tensor", known(torch.as_tensor))  # the host knows the labels
     model = make_generator()
-    model.sampler.grid = flow.OfficialGrid(3)
+    model.sampler.grid = flow.PublishedGrid(3)
     preview, pairs = SamplePreview(model.sampler, GUIDANCES["cfg"], [1, 7], 2), ReconstructionPreview(2)
     with cuda(), torch.no_grad():
         moved(model)

@@ -54,7 +54,7 @@ def test_shift_is_the_papers_and_inverts():
 
 
 def test_grids_are_what_their_names_say():
-    official = flow.OfficialGrid(50).times(math.sqrt(48))
+    official = flow.PublishedGrid(50).times(math.sqrt(48))
     assert len(official) == 50
     assert official[-1].item() == pytest.approx(0.0069, abs=1e-4)
     full = flow.FullGrid(50).times(math.sqrt(48))
@@ -133,7 +133,7 @@ def test_guidance_decides_per_sample_for_a_tensor_of_times():
         (lambda: flow.AutoGuidance(2)(Counting(), torch.tensor([0])), "guide"),
         (lambda: flow.LogitNormalTime(std=0), "std=0"),
         (lambda: flow.UniformTime(maximum=1.5), "1.5"),
-        (lambda: flow.OfficialGrid(1), "points=1"),
+        (lambda: flow.PublishedGrid(1), "points=1"),
         (lambda: flow.VPPath(2.0, 1.0), "beta_min=2.0"),
         (lambda: flow.check_time(torch.tensor([0.5, 1.2])), "1.2"),
         (

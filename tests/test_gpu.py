@@ -175,7 +175,7 @@ def test_sampling(sampler, guidance):
         GUIDANCES[guidance],
     )
     if hasattr(model.sampler, "grid"):
-        model.sampler.grid = flow.OfficialGrid(5)
+        model.sampler.grid = flow.PublishedGrid(5)
     expected = drawn(model)
     for ours, theirs in zip(drawn(model.to(DEVICE)), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

@@ -118,7 +118,7 @@ def test_evaluations_that_cannot_be_are_refused(tmp_path, reference):
     for options, message in (
         ({"averaged": False}, "averaged=false and live=false leave no weights"),
         ({"every_n_steps": 0}, "every_n_steps=0 must be at least 1"),
-        ({"precision": "half"}, "precision='half' is unknown; choose float32 or bfloat16"),
+        ({"precision": "half"}, "precision='half' is unknown; choose 32-true or bf16-mixed"),
         ({"samples_per_class": 0}, "samples_per_class=0 must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_image
 
 import rae
 from rae.data import ImageTransform
-from rae.flow import ClassifierFreeGuidance, HeunSampler, NoGuidance, OfficialGrid
+from rae.flow import ClassifierFreeGuidance, HeunSampler, NoGuidance, PublishedGrid
 from rae.generator import Generator, readable_names
 from rae.image import latent_colours, save_png, to_float, to_tensor, to_uint8
 from rae.io.errors import ConfigError
@@ -46,7 +46,7 @@ def test_a_call_takes_settings_and_changes_nothing_else():
     draw = make_generator()
     before = draw([3], seed=1)
     images = draw(3, seed=1, steps=2, guidance_scale=1)
-    plain = Generator(draw.autoencoder, draw.denoiser, draw.flow, HeunSampler(OfficialGrid(3))).eval()
+    plain = Generator(draw.autoencoder, draw.denoiser, draw.flow, HeunSampler(PublishedGrid(3))).eval()
     assert torch.equal(images, plain([3], seed=1))
     assert torch.equal(draw([3], seed=1), before)
     assert torch.equal(plain(3, guidance_scale=2.5), plain.configured(guidance_scale=2.5)(torch.tensor(3)))

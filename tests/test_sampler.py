@@ -43,7 +43,7 @@ def test_order_of_convergence(sampler: type[flow.ODESampler], order: int):
 @pytest.mark.parametrize("sampler", list(TORCHDIFFEQ))
 def test_equals_torchdiffeq(sampler: type[flow.ODESampler]):
     start = torch.tensor([1.0, -2.0], dtype=torch.float64)
-    grid = flow.OfficialGrid(7)
+    grid = flow.PublishedGrid(7)
     times = grid.times(3.0)
     expected = odeint(lambda t, x: field(x, float(t)), start, times.double(), method=TORCHDIFFEQ[sampler])[-1]
     torch.testing.assert_close(sampler(grid).sample(field, start, shift=3.0), expected, atol=1e-7, rtol=1e-7)
@@ -57,7 +57,7 @@ def test_counts_and_reports_its_steps(sampler: type[flow.ODESampler]):
         calls.append(t)
         return field(x, t)
 
-    grid = flow.OfficialGrid(6)
+    grid = flow.PublishedGrid(6)
     made = sampler(grid)
     end = made.sample(counted, torch.ones(2), 2.0, on_step=lambda number, t, x: seen.append((number, t, x)))
     assert made.evaluations in (None, len(calls))
@@ -83,7 +83,7 @@ def gaussian_velocity(x: Tensor, t: float, std: float = 0.5) -> Tensor:
 def test_sde_reaches_the_data_distribution(sampler: type[flow.SDESampler], diffusion: str):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(20000, generator=generator)
-    made = sampler(flow.OfficialGrid(150), diffusion=diffusion, norm=0.5)
+    made = sampler(flow.PublishedGrid(150), diffusion=diffusion, norm=0.5)
     end = made.sample(gaussian_velocity, noise, step_noise=lambda step: torch.randn(20000, generator=generator))
     assert end.std().item() == pytest.approx(0.5, rel=0.04)
 
@@ -92,7 +92,7 @@ def test_sde_reaches_the_data_distribution(sampler: type[flow.SDESampler], diffu
 def test_last_steps_agree_where_they_must(last_step: str):
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(20000, generator=generator)
-    made = flow.EulerMaruyamaSampler(flow.OfficialGrid(150), last_step=last_step)
+    made = flow.EulerMaruyamaSampler(flow.PublishedGrid(150), last_step=last_step)
     end = made.sample(gaussian_velocity, noise, step_noise=lambda s: torch.randn(20000, generator=generator))
     assert end.std().item() == pytest.approx(0.5, rel=0.05)
 

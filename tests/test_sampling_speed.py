@@ -50,7 +50,7 @@ def generator(guidance: str = "none", sampler=flow.EulerSampler) -> Generator:
     encoder = tiny_encoder()
     decoder = ViTDecoder(32, 4, 32, 1, 4, 64, patch=8, mean=encoder.mean, std=encoder.std)
     guide = denoiser(2, 16) if guidance == "autoguidance" else None
-    drawer = sampler(flow.OfficialGrid(POINTS))
+    drawer = sampler(flow.PublishedGrid(POINTS))
     flow_matching = flow.FlowMatching(shift=SHIFT)
     return Generator(RAE(encoder, decoder), denoiser(1), flow_matching, drawer, GUIDANCE[guidance], guide).eval()
 

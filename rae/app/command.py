@@ -20,7 +20,7 @@ from rae.cli.models import open_model
 from rae.data.folder import class_folders
 from rae.io.errors import ConfigError
 from rae.io.hub import cached_file
-from rae.jobs.processes import pick_device, set_float32
+from rae.jobs.processes import pick_device, set_matmul
 from rae.loss.perceptual import VGG_URL, PerceptualLoss
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
         ConfigError: There would be nothing to show.
     """
     device = pick_device(cfg.device)
-    set_float32(cfg)
+    set_matmul(cfg)
     model, run = open_model(cfg, cfg.encode, keep_guide=True)  # so that the page can offer autoguidance
     if isinstance(model, RAE) and not cfg.encode:
         raise ConfigError(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rae.autoencoder import RAE
 from rae.data.transforms import ImageTransform
-from rae.flow import AutoGuidance, ClassifierFreeGuidance, NoGuidance, OfficialGrid
-from rae.generator import Generator
+from rae.flow import AutoGuidance, ClassifierFreeGuidance, NoGuidance, PublishedGrid
+from rae.generator import PRECISIONS, Generator
 from rae.image import open_rgb, to_float, to_uint8
 from rae.io.describe import describe, rebuild
 from rae.metric import ReconstructionMetrics
@@ -41,7 +41,7 @@ class Viewer:
     Args:
         model: A generator, or an autoencoder, which only reconstructs.
         perceptual: Perceptual distance of images in [0, 1] for LPIPS; None leaves it out.
-        precision: ``float32`` or ``bfloat16``: arithmetic of the networks.
+        precision: ``32-true`` or ``bf16-mixed``: arithmetic of the networks.
         batch_size: Samples at once.
         class_names: Names of the classes 0, 1, …; empty where they are not known.
 
@@ -53,12 +53,12 @@ class Viewer:
         self,
         model: RAE | Generator,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
-        precision: str = "float32",
+        precision: str = "32-true",
         batch_size: int = 16,
         class_names: Sequence[str] = (),
     ) -> None:
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision={precision} is unknown; choose one of float32, bfloat16")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision} is unknown; choose {' or '.join(PRECISIONS)}")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         self.generator = model if isinstance(model, Generator) else None
@@ -182,7 +182,7 @@ class Viewer:
         return f"{label} ({self.class_names[label]})" if label < len(self.class_names) else str(label)
 
     def _arithmetic(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -214,7 +214,7 @@ def within(name: str, value: Any, low: float = -math.inf, high: float = math.inf
 def with_steps(sampler: Any, steps: int) -> Any:
     """The same sampler on a grid of the same kind with another number of steps, at least 1."""
     described = describe(sampler.grid)
-    key, value = ("points", steps + 1) if isinstance(sampler.grid, OfficialGrid) else ("steps", steps)
+    key, value = ("points", steps + 1) if isinstance(sampler.grid, PublishedGrid) else ("steps", steps)
     return rebuild({**describe(sampler), "grid": {**described, key: value}})
 
 

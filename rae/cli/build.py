@@ -21,7 +21,7 @@ from rae.formats import Bundle, read
 from rae.formats.bundle import assemble_autoencoder
 from rae.io.errors import ConfigError
 from rae.io.files import differing
-from rae.jobs.processes import processes_of, set_float32
+from rae.jobs.processes import processes_of, set_matmul
 from rae.training.precision import XLAMixedPrecision, check_precision
 
 log = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ def build(cfg: DictConfig) -> Run:
     if cfg.get("data") is not None:
         check_paths(cfg.data)
     check_metric(OmegaConf.select(cfg, "callbacks.evaluation.metric"))
-    set_float32(cfg)
+    set_matmul(cfg)
     seed(cfg)
     if cfg.get("denoiser") is not None and cfg.get("decoder_checkpoint") is None:
         log.warning("decoder_checkpoint is not given: pictures of this run are drawn by an untrained decoder")

@@ -127,6 +127,21 @@ def check_paths(data: DictConfig) -> None:
             raise ConfigError(f"data.{key}={path} does not exist; give the path of the images, shards or latents")
 
 
+def refuse_existing(cfg: DictConfig, *files: Path) -> None:
+    """The rule of all commands about results that are there: they are replaced with ``force=true`` alone.
+
+    Args:
+        cfg: The command's configuration, with ``force``.
+        files: What it is about to write.
+
+    Raises:
+        ConfigError: One of them exists.
+    """
+    for file in files:
+        if file.exists() and not cfg.force:
+            raise ConfigError(f"{str(file)!r} exists: force=true replaces it, name=… or output_dir=… writes elsewhere")
+
+
 def wants_guide(cfg: DictConfig) -> bool:
     """Whether autoguidance is chosen, which needs a guide."""
     return str(OmegaConf.select(cfg, "guidance._target_")).endswith(".AutoGuidance")

@@ -96,6 +96,9 @@ def _first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
+RENAMED = {"float32": "matmul"}
+"""Former names of keys."""
+
 # --- faults in overrides -----------------------------------------------------------------------------------------
 
 
@@ -174,6 +177,8 @@ def _unknown_key(
         key = override.key_or_group
         if key.startswith("hydra.") or override.is_add() or override.is_force_add() or _exists(cfg, key):
             continue
+        if key in RENAMED:
+            return f"there is no key {key!r}: it is called {RENAMED[key]!r} now"
         if (reason := _group_lacks(key, cfg, choices, groups)) is not None:
             return f"there is no key {key!r}: {reason}"
         parent = key.rpartition(".")[0]

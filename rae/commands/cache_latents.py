@@ -83,7 +83,7 @@ def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDa
         "image_size": data.image_size,
         "num_classes": data.num_classes,
         "dtype": cfg.dtype,
-        "float32": cfg.float32,
+        "float32": cfg.matmul,
         "flips": cfg.flips,
         "checksums": "crc32",
         "normalised": False,

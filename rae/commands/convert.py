@@ -12,10 +12,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rae.cli.checks import refuse_existing
 from rae.cli.config import plain
 from rae.cli.errors import compose
 from rae.cli.models import open_model
-from rae.formats import save_diffusers, save_original
+from rae.formats import diffusers, export, original, save_diffusers, save_original
 from rae.formats.original_yaml import commands, render, translate
 from rae.generator import Generator
 from rae.io.errors import ConfigError
@@ -23,7 +24,12 @@ from rae.io.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("rae", "diffusers", "original")
+WRITTEN = {
+    "rae": (export.CONFIG, export.WEIGHTS),
+    "diffusers": (diffusers.CONFIG, diffusers.WEIGHTS),
+    "original": (original.DECODER, original.STATISTICS, original.DENOISER),
+}
+"""What is written, by the format."""
 
 
 def convert(cfg: DictConfig) -> None:
@@ -32,15 +38,19 @@ def convert(cfg: DictConfig) -> None:
     Raises:
         ConfigError: An unknown format, or an upload of another one than ours.
     """
-    if cfg.to not in FORMATS:
-        raise ConfigError(f"to={cfg.to!r} is unknown; choose one of {', '.join(FORMATS)}")
+    if cfg.to not in WRITTEN:
+        raise ConfigError(f"to={cfg.to!r} is unknown; choose one of {', '.join(WRITTEN)}")
     if cfg.push_to_hub is not None and cfg.to != "rae":
         raise ConfigError(f"push_to_hub={cfg.push_to_hub} goes with to=rae, not with to={cfg.to}")
 
     folder = Path(cfg.output_dir)
+    written = [folder / name for name in WRITTEN[cfg.to]]
+    refuse_existing(cfg, *written)
     model, _ = open_model(cfg, encode=cfg.to != "original")
     denoiser = model.denoiser if isinstance(model, Generator) else None
     autoencoder = model.autoencoder if isinstance(model, Generator) else model
+    for file in written:
+        file.unlink(missing_ok=True)
     if cfg.to == "rae":
         model.save_pretrained(folder, cfg.store_encoder)
     elif cfg.to == "diffusers":
@@ -70,8 +80,7 @@ def convert_config(cfg: DictConfig) -> None:
     translation = translate(read_original(origin), compose_training, cfg.devices)
     group = "experiment" if translation.trains else "model"
     file = Path(cfg.output_dir) / group / f"{name}.yaml"
-    if file.exists() and not cfg.force:
-        raise FileExistsError(f"{file} exists: choose another name=… or output_dir=…, or replace it with force=true")
+    refuse_existing(cfg, file)
     text = render(translation, name, origin.name)
     write_atomically(file, lambda stream: stream.write(text.encode()))
     print(f"written: {file}")

@@ -30,7 +30,7 @@ from rae.report.cost import row, text
 from rae.report.table import markdown
 from rae.training.precision import check_precision
 
-_CHOICES = {"print": ("table", "row"), "float32": ("fp32", "tf32")}
+_CHOICES = {"print": ("table", "row"), "matmul": ("fp32", "tf32")}
 _NOT_LOADED = {"pretrained": False, "checkpoint": None, "stats": "none", "compile": False}
 
 
@@ -73,7 +73,7 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     check_precision(cfg.trainer.precision)
     autocast = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
     encoder_halved = cfg.encoder.get("dtype") in ("bfloat16", "float16")
-    arithmetic = {"trained": "bf16" if autocast else cfg.float32, "encoder": "bf16" if encoder_halved else cfg.float32}
+    arithmetic = {"trained": "bf16" if autocast else cfg.matmul, "encoder": "bf16" if encoder_halved else cfg.matmul}
 
     with torch.device("meta"):
         module: Any = on_paper(build_module(without_weights(cfg)))

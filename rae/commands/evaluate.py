@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rae.cli.build import keep_still, make, seed
-from rae.cli.checks import check_metric
+from rae.cli.checks import check_metric, refuse_existing
 from rae.cli.config import save_config
 from rae.cli.models import open_autoencoder, open_generator
 from rae.commands.reconstruct import checked_count, model_identity, open_data
@@ -186,6 +186,7 @@ def evaluate(cfg: DictConfig) -> None:
         raise ConfigError(f"batch_size={cfg.batch_size} must be at least 1")
     check_given(cfg)
     folder = Path(cfg.output_dir)
+    refuse_existing(cfg, folder / "scores.json")
     fabric = start(cfg)
     seed(cfg)
     metric = make(cfg.metric)  # before the images: what does not fit is to be said at once

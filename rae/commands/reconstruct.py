@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 
 from rae.autoencoder import RAE
 from rae.cli.build import make, seed
-from rae.cli.checks import check_metric
+from rae.cli.checks import check_metric, refuse_existing
 from rae.cli.config import plain, save_config
 from rae.cli.models import open_autoencoder
 from rae.data import ImageDataModule, ImageFolderDataModule, ShardsDataModule
@@ -97,7 +97,7 @@ def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[s
         "images": images,
         "count": cfg.count,
         "precision": cfg.precision,
-        "float32": cfg.float32,
+        "float32": cfg.matmul,
         "quantize": cfg.quantize,
     }
 
@@ -111,6 +111,7 @@ def reconstruct(cfg: DictConfig) -> None:
     check_interpolations(cfg)
     check_metric(cfg.metric)
     folder = Path(cfg.output_dir)
+    refuse_existing(cfg, folder / "scores.json")
     fabric = start(cfg)
     seed(cfg)
     autoencoder, run = open_autoencoder(cfg)

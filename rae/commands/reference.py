@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rae.cli.build import check_images, keep_still, make, seed
+from rae.cli.checks import refuse_existing
 from rae.cli.config import save_config
 from rae.io.errors import ConfigError
 from rae.io.parts import stretch
@@ -29,8 +30,7 @@ def reference(cfg: DictConfig) -> None:
         ConfigError: The file exists and ``force`` is false, or the images are not the same in every epoch.
     """
     target = Path(cfg.output_dir) / f"{cfg.name}.npz"
-    if target.exists() and not cfg.force:
-        raise ConfigError(f"{str(target)!r} exists: force=true replaces it, name=… or output_dir=… writes elsewhere")
+    refuse_existing(cfg, target)
     if cfg.split not in ("train", "val"):
         raise ConfigError(f"split={cfg.split} is unknown; choose train or val")
 

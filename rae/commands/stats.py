@@ -11,11 +11,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from rae.cli.build import check_images, make, seed
-from rae.cli.checks import check_paths
+from rae.cli.checks import check_paths, refuse_existing
 from rae.cli.config import plain, save_config
 from rae.data import ImageDataModule
 from rae.image import to_float
-from rae.io.errors import ConfigError
 from rae.io.files import write_json
 from rae.io.parts import Parts
 from rae.io.tensors import read_file, save_state
@@ -84,8 +83,7 @@ def stats(cfg: DictConfig) -> None:
         ConfigError: ``stat.pt`` exists and ``force`` is false, or the data are no images or random crops.
     """
     target = Path(cfg.output_dir) / "stat.pt"
-    if target.exists() and not cfg.force:
-        raise ConfigError(f"{str(target)!r} exists: force=true replaces it, output_dir=… writes elsewhere")
+    refuse_existing(cfg, target)
 
     check_images(cfg, "statistics")
 
@@ -100,7 +98,7 @@ def stats(cfg: DictConfig) -> None:
         "data": describe_data(cfg, data, "train"),
         "image_size": cfg.image_size,
         "seed": cfg.seed,
-        "float32": cfg.float32,
+        "float32": cfg.matmul,
     }
     parts = Parts(target.with_name("parts"), plan, data.samples("train"), cfg.part_size, ".safetensors")
     mine = begin(fabric, parts)

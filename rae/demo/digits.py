@@ -29,7 +29,7 @@ def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
         return [f"rae-{name}", *overrides, f"output_dir={folder}/{to}"]
 
     def scored(samples: str, to: str) -> list[str]:
-        return command("evaluate", f"samples={folder}/{samples}/samples.npz", "metric=digits", to=to)
+        return command("evaluate", f"samples={folder}/{samples}/samples.npz", "metric=digits", "force=true", to=to)
 
     return [
         (
@@ -42,7 +42,7 @@ def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
         ),
         (
             "   Reconstructions of held-out digits",
-            command("reconstruct", f"checkpoint={folder}/stage1", to="reconstructions"),
+            command("reconstruct", f"checkpoint={folder}/stage1", "force=true", to="reconstructions"),
         ),
         (
             "2. Mean and variance of the latents over the training digits",

@@ -14,7 +14,15 @@ from rae.flow.ode import (
 from rae.flow.path import Coefficients, GVPPath, LinearPath, Path, PathSample, VPPath, check_time
 from rae.flow.sampler import Sampler
 from rae.flow.sde import EulerMaruyamaSampler, SDESampler, StochasticHeunSampler
-from rae.flow.time import FullGrid, LogitNormalTime, OfficialGrid, UniformTime, dimension_shift, shift_time
+from rae.flow.time import (
+    FullGrid,
+    LogitNormalTime,
+    OfficialGrid,
+    PublishedGrid,
+    UniformTime,
+    dimension_shift,
+    shift_time,
+)
 
 __all__ = [
     "AdaptiveSampler",
@@ -37,6 +45,7 @@ __all__ = [
     "OfficialGrid",
     "Path",
     "PathSample",
+    "PublishedGrid",
     "RK4Sampler",
     "SDESampler",
     "Sampler",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rae.flow.sampler import OnStep, Sampler, StepNoise, Velocity
-from rae.flow.time import FullGrid, OfficialGrid
+from rae.flow.time import FullGrid, PublishedGrid
 from rae.layers import trusted
 
 
@@ -16,11 +16,11 @@ class ODESampler(Sampler):
     """Fixed-step sampler: walks down the times of a grid, which is on the host, so that no step waits for the device.
 
     Args:
-        grid: Grid of times; :class:`~rae.flow.time.OfficialGrid` is that of the published numbers.
+        grid: Grid of times; :class:`~rae.flow.time.PublishedGrid` is that of the published numbers.
     """
 
-    def __init__(self, grid: OfficialGrid | FullGrid | None = None) -> None:
-        self.grid = grid if grid is not None else OfficialGrid()
+    def __init__(self, grid: PublishedGrid | FullGrid | None = None) -> None:
+        self.grid = grid if grid is not None else PublishedGrid()
 
     @property
     def evaluations(self) -> int | None:
@@ -138,7 +138,7 @@ class AdaptiveSampler(ODESampler):
 
     stages = 0
 
-    def __init__(self, grid: OfficialGrid | FullGrid | None = None, atol: float = 1e-6, rtol: float = 1e-3) -> None:
+    def __init__(self, grid: PublishedGrid | FullGrid | None = None, atol: float = 1e-6, rtol: float = 1e-3) -> None:
         super().__init__(grid)
         if not (atol > 0 and rtol > 0):
             raise ValueError(f"sampler.atol={atol} and sampler.rtol={rtol} must be above 0")

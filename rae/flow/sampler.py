@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from rae.flow.time import FullGrid, OfficialGrid
+from rae.flow.time import FullGrid, PublishedGrid
 from rae.io.describe import Described
 
 Velocity = Callable[..., Tensor]
@@ -22,7 +22,7 @@ class Sampler(Described, ABC):
     """Whether a step draws noise."""
     stages: int
     """Evaluations of the velocity in one step."""
-    grid: OfficialGrid | FullGrid
+    grid: PublishedGrid | FullGrid
     """Times, on the host, so that no step waits for the device."""
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rae.flow.path import DIFFUSION_FORMS, LinearPath, Path, VPPath
 from rae.flow.sampler import OnStep, Sampler, StepNoise, Velocity
-from rae.flow.time import FullGrid, OfficialGrid
+from rae.flow.time import FullGrid, PublishedGrid
 
 LAST_STEPS = ("mean", "tweedie", "euler", "none")
 
@@ -39,14 +39,14 @@ class SDESampler(Sampler):
 
     def __init__(
         self,
-        grid: OfficialGrid | FullGrid | None = None,
+        grid: PublishedGrid | FullGrid | None = None,
         path: Path | None = None,
         diffusion: str = "sigma",
         norm: float = 1.0,
         last_step: str | None = "mean",
         last_step_size: float = 0.04,
     ) -> None:
-        self.grid = grid if grid is not None else OfficialGrid(250)
+        self.grid = grid if grid is not None else PublishedGrid(250)
         self.path = path if path is not None else LinearPath()
         self.diffusion = diffusion
         self.norm = norm

@@ -113,7 +113,7 @@ class LogitNormalTime(TimeDistribution):
         return torch.sigmoid(normal).clamp(max=self.maximum).to(device=u.device, dtype=u.dtype)
 
 
-class OfficialGrid(Described):
+class PublishedGrid(Described):
     """The grid of the published numbers: ``points`` times from 1 down to shift(0.001), so ``points − 1`` steps.
 
     It does not reach 0: with 50 points and shift 6.93 the last time is about 0.0069, and the image is decoded from there.
@@ -135,9 +135,9 @@ class OfficialGrid(Described):
         """Number of steps."""
         return self.points - 1
 
-    def with_steps(self, steps: int) -> OfficialGrid:
+    def with_steps(self, steps: int) -> PublishedGrid:
         """A grid of the same kind with another number of steps; ValueError below 1."""
-        return OfficialGrid(_at_least_one(steps) + 1)
+        return PublishedGrid(_at_least_one(steps) + 1)
 
     def times(self, shift: float, start: float = 0.0, end: float = 0.999) -> Tensor:
         """Descending times 1 − linspace(start, end, points), shifted; float32 on the CPU.
@@ -148,6 +148,10 @@ class OfficialGrid(Described):
             end: Where 1 − t ends.
         """
         return shift_time(1 - torch.linspace(start, end, self.points), check_shift(shift))
+
+
+OfficialGrid = PublishedGrid
+"""Its former name, in exports and configurations of former versions."""
 
 
 class FullGrid(Described):

@@ -189,7 +189,7 @@ def _choose_encoder(t: Translation) -> None:
 
 def _choose_networks(t: Translation) -> None:
     """Stage, sizes, solver, guidance, arithmetic and processes."""
-    t.put("float32", "tf32", "the original's scripts")
+    t.put("matmul", "tf32", "the original's scripts")
     if t.kind == "stage1":
         t.put("loss.adaptive", "per_process", "the original's scripts")
     stats = "stage_1.params.normalization_stat_path"

@@ -38,16 +38,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def set_float32(cfg: DictConfig) -> None:
-    """Sets how GPUs multiply float32 matrices from here on, as ``float32`` says; those of scores stay exact in any case.
+def set_matmul(cfg: DictConfig) -> None:
+    """Sets how GPUs multiply float32 matrices from here on, as ``matmul`` says; those of scores stay exact in any case.
 
     Raises:
         ConfigError: An unknown choice.
     """
     choices = {"fp32": "highest", "tf32": "high"}
-    if cfg.get("float32", "fp32") not in choices:
-        raise ConfigError(f"float32={cfg.float32} is unknown; choose {' or '.join(choices)}")
-    torch.set_float32_matmul_precision(choices[cfg.get("float32", "fp32")])
+    if cfg.get("matmul", "fp32") not in choices:
+        raise ConfigError(f"matmul={cfg.matmul} is unknown; choose {' or '.join(choices)}")
+    torch.set_float32_matmul_precision(choices[cfg.get("matmul", "fp32")])
 
 
 def processes_of(devices: Any, num_nodes: int, prefix: str = "") -> tuple[Any, int]:
@@ -89,7 +89,7 @@ def start(cfg: DictConfig) -> Fabric:
     for key in ("devices", "num_nodes"):
         if not isinstance(cfg[key], int) or cfg[key] < 1:
             raise ConfigError(f"{key}={cfg[key]} must be a number of at least 1")
-    set_float32(cfg)
+    set_matmul(cfg)
     device = pick_device(cfg.device)
     devices, num_nodes = processes_of(cfg.devices, cfg.num_nodes)
     several = devices * num_nodes > 1

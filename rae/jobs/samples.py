@@ -119,7 +119,7 @@ def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dic
         "shift": float(generator.flow.shift),
         "seed": cfg.seed,
         "precision": cfg.precision,
-        "float32": cfg.float32,
+        "float32": cfg.matmul,
         "quantize": cfg.quantize,
         "samples": len(labels),
         "labels": hashlib.sha256(np.asarray(labels, dtype=np.int64).tobytes()).hexdigest(),

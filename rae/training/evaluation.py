@@ -38,7 +38,7 @@ class Evaluation(PerStep):
     name, and written to ``step_N.json`` with all that identifies them. Nothing that training draws depends on whether and when
     this runs. It must stand behind :class:`~rae.training.ema.EMA` in the list of callbacks.
 
-    The metric is one of :mod:`rae.metric`; the networks compute in ``precision``, ``float32`` or ``bfloat16``, whatever the
+    The metric is one of :mod:`rae.metric`; the networks compute in ``precision``, ``32-true`` or ``bf16-mixed``, whatever the
     training's is; ``quantize``, ``floor`` or ``round``, makes bytes of grey levels as :func:`rae.image.to_uint8` does. Files go to
     ``folder``, or to ``evaluation`` in the trainer's root folder.
     """
@@ -55,7 +55,7 @@ class Evaluation(PerStep):
         every_n_epochs: int | None = 1,
         averaged: bool = True,
         live: bool = False,
-        precision: str = "float32",
+        precision: str = "32-true",
         quantize: str = "floor",
         folder: str | None = None,
     ) -> None:

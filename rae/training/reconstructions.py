@@ -16,15 +16,15 @@ def reconstructions(
     autoencoder: RAE,
     batches: Iterable[Any],
     device: torch.device,
-    precision: str = "float32",
+    precision: str = "32-true",
     quantize: str = "floor",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Reconstructions uint8 B×3×H×W and their originals as the batches hold them, batch by batch, without gradients.
 
-    The networks compute in ``precision``, ``float32`` or ``bfloat16``; ``quantize`` is that of :func:`rae.image.to_uint8`.
+    The networks compute in ``precision``, ``32-true`` or ``bf16-mixed``; ``quantize`` is that of :func:`rae.image.to_uint8`.
     """
     for batch in batches:
         images = batch["image"].to(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             drawn = autoencoder(to_float(images))
         yield to_uint8(drawn.float(), quantize), images

@@ -37,7 +37,7 @@ from rae.autoencoder import RAE
 from rae.cli.build import build_autoencoder, build_module, make
 from rae.cli.errors import compose
 from rae.data import SyntheticDataModule
-from rae.flow import AutoGuidance, ClassifierFreeGuidance, EulerSampler, NoGuidance, OfficialGrid
+from rae.flow import AutoGuidance, ClassifierFreeGuidance, EulerSampler, NoGuidance, PublishedGrid
 from rae.generator import Generator
 from rae.io.files import write_json
 from rae.training.checkpoint_io import StreamedCheckpointIO
@@ -295,7 +295,7 @@ class Bench(Device):
         scale, interval = GUIDANCE[method]
         rules = {"none": NoGuidance, "cfg": ClassifierFreeGuidance, "autoguidance": AutoGuidance}
         rule = rules[method]() if method == "none" else rules[method](scale, interval)
-        made = Generator(autoencoder, denoiser, make(cfg.flow), EulerSampler(OfficialGrid(points)), rule, weak)
+        made = Generator(autoencoder, denoiser, make(cfg.flow), EulerSampler(PublishedGrid(points)), rule, weak)
         return made.to(self.device).eval()
 
     def plain_sampling(self, generator: Generator, method: str, labels: Tensor) -> Callable[[], Tensor]:

@@ -30,7 +30,7 @@ def build(guidance: str) -> Any:
         EulerSampler,
         FlowMatching,
         NoGuidance,
-        OfficialGrid,
+        PublishedGrid,
         dimension_shift,
     )
     from rae.generator import Generator
@@ -44,7 +44,7 @@ def build(guidance: str) -> Any:
         return made
 
     shift = dimension_shift(768, 16, 16)
-    grid = OfficialGrid(POINTS)
+    grid = PublishedGrid(POINTS)
     limit = sum(grid.times(shift)[[-ACTING["cfg"] - 2, -ACTING["cfg"] - 1]].tolist()) / 2
     rule = {
         "none": NoGuidance(),

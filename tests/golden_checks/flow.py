@@ -84,7 +84,7 @@ def check_time_shift(case: Case) -> dict[str, Tensor]:
         shift = shift_of(dimension)
         for steps in config["grid_steps"]:
             key = f"outputs/ode_grid/dim{dimension}/steps{steps}"
-            computed[key] = flow.OfficialGrid(steps).times(shift, low, high)
+            computed[key] = flow.PublishedGrid(steps).times(shift, low, high)
         maximum = config["train_interval"][1]
         times: dict[str, TimeDistribution] = {
             "uniform": flow.UniformTime(maximum),
@@ -114,7 +114,7 @@ def check_ode_sampling(case: Case) -> dict[str, Tensor]:
         run = config["runs"].get(name)
         exact = run["shift"] if run else (config["shift"] if float(shift[5:]) != 1 else 1.0)
         tolerances = {"atol": config["atol"], "rtol": config["rtol"]} if method == "dopri5" else {}
-        sampler = ODE[method](flow.OfficialGrid(int(steps[5:])), **tolerances)
+        sampler = ODE[method](flow.PublishedGrid(int(steps[5:])), **tolerances)
         velocity = guidances[prefix](model, y, null_label=model.null_label, guide=guide)
         times: list[float] = []
 
@@ -142,7 +142,7 @@ def check_sde_sampling(case: Case) -> dict[str, Tensor]:
     computed: dict[str, Tensor] = {}
     for name, run in config["runs"].items():
         arguments = {
-            "grid": flow.OfficialGrid(config["num_steps"]),
+            "grid": flow.PublishedGrid(config["num_steps"]),
             "path": make_path(run["path"], config),
             "diffusion": FORMS.get(run["diffusion_form"], run["diffusion_form"]),
             "norm": run["diffusion_norm"],

@@ -19,7 +19,7 @@ from torch import nn
 from rae.cli.build import _precision
 from rae.cli.errors import compose
 from rae.data import SyntheticDataModule
-from rae.flow import ClassifierFreeGuidance, EulerSampler, FlowMatching, OfficialGrid
+from rae.flow import ClassifierFreeGuidance, EulerSampler, FlowMatching, PublishedGrid
 from rae.generator import Generator
 from rae.training.precision import XLAMixedPrecision
 from tests.small_runs import make_module
@@ -123,7 +123,7 @@ def test_encoding_sampling_and_decoding_agree_with_the_cpu():
     module = make_module(2)
     autoencoder = module.autoencoder
     draw = Generator(
-        autoencoder, module.denoiser, FlowMatching(), EulerSampler(OfficialGrid(6)), ClassifierFreeGuidance(1.5)
+        autoencoder, module.denoiser, FlowMatching(), EulerSampler(PublishedGrid(6)), ClassifierFreeGuidance(1.5)
     ).eval()
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     latents = autoencoder.encode(images)
