@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rae.app.command import app, class_names, open_perceptual, open_viewer
-from rae.app.viewer import Viewer, calls, with_steps
+from rae.app.command import app, open_perceptual, open_viewer
+from rae.app.viewer import Viewer
 from rae.cli.checks import check_files
 from rae.cli.config import absolute_paths
 from rae.cli.errors import compose
@@ -113,7 +113,7 @@ def test_samples_are_those_of_the_generator(name, kind):
     ids=["ode", "sde"],
 )
 def test_steps_change_the_grid_alone(sampler):
-    changed = with_steps(sampler, 7)
+    changed = sampler.with_steps(7)
     assert type(changed) is type(sampler)
     assert type(changed.grid) is type(sampler.grid)
     assert changed.grid.steps == 7
@@ -121,7 +121,7 @@ def test_steps_change_the_grid_alone(sampler):
     assert getattr(changed, "last_step_size", None) == getattr(sampler, "last_step_size", None)
     reports = []
     Viewer(generator(sampler)).sample(0, steps=7, count=1, on_progress=lambda *report: reports.append(report[:2]))
-    assert reports == [(number, calls(changed)) for number in range(1, calls(changed) + 1)]
+    assert reports == [(number, changed.calls) for number in range(1, changed.calls + 1)]
 
 
 @pytest.mark.parametrize(
@@ -176,16 +176,11 @@ def test_lpips_only_where_its_weights_are(monkeypatch, tmp_path):
         open_perceptual(str(tmp_path / "absent.pth"))
 
 
-def test_class_names_are_those_of_the_folder_that_is_here(tmp_path):
-    for name in ("dog", "cat"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "list.txt").touch()
-    run = compose("train", ["stage=2", "data=folder", f"data.train_path={tmp_path}"])
-    assert class_names(run, 2) == ["cat", "dog"]
-    assert class_names(run, 3) == []
-    assert class_names(compose("sample"), 2) == []
-    assert Viewer(generator(), class_names=["cat", "dog"]).title_of(1) == "1 (dog)"
-    assert Viewer(generator()).title_of(1) == "1"
+def test_classes_are_shown_with_their_names(exports):
+    model = generator()
+    assert Viewer(model).title_of(1) == "1"
+    model.class_names = ("cat", "dog", "cow", "hen")
+    assert Viewer(model).title_of(1) == "1 (dog)"
 
 
 def test_without_an_encoder_only_samples_are_drawn(exports):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,3 +283,17 @@ def test_two_processes_end_as_one(folder, tmp_path, name):
         for other in others:
             for key in one:
                 torch.testing.assert_close(other[key], one[key], rtol=1e-6, atol=1e-6)
+
+
+def test_names_of_classes_travel_with_the_latents(folder, cached):
+    names = sorted(path.name for path in (folder / "train").iterdir())
+    common = ["data.batch_size=8", "data.num_workers=0", "data.num_classes=5"]
+    for more in (
+        ["data=imagenet", f"data.train_path={folder}/train"],
+        ["data=latents", f"data.train_path={cached}/train"],
+    ):
+        made, saved = build(small(*more, *common)), {}
+        assert made.data.class_names == names
+        made.module._trainer, made.module.steps_per_epoch = SimpleNamespace(datamodule=made.data), 1
+        made.module.on_save_checkpoint(saved)
+        assert saved["class_names"] == names

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from starlette.middleware import Middleware
 
 from rae.app.guard import UPLOAD, Guard
@@ -17,7 +17,6 @@ from rae.app.page import Limits, build_page, look
 from rae.app.viewer import Viewer
 from rae.autoencoder import RAE
 from rae.cli.models import open_model
-from rae.data.folder import class_folders
 from rae.io.errors import ConfigError
 from rae.io.hub import cached_file
 from rae.jobs.processes import pick_device, set_matmul
@@ -46,14 +45,13 @@ def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
     """
     device = pick_device(cfg.device)
     set_matmul(cfg)
-    model, run = open_model(cfg, cfg.encode, keep_guide=True)  # so that the page can offer autoguidance
+    model, _ = open_model(cfg, cfg.encode, keep_guide=True)  # so that the page can offer autoguidance
     if isinstance(model, RAE) and not cfg.encode:
         raise ConfigError(
             f"checkpoint={cfg.checkpoint} is an autoencoder, which only reconstructs: leave out encode=false"
         )
     perceptual = open_perceptual(cfg.vgg_checkpoint) if cfg.encode else None
-    names = class_names(run, getattr(model, "num_classes", 0))
-    viewer = Viewer(model.to(device), perceptual, cfg.precision, cfg.batch_size, names)
+    viewer = Viewer(model.to(device), perceptual, cfg.precision, cfg.batch_size)
     path = Path(cfg.checkpoint)
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else cfg.checkpoint
     return viewer, f"{shown} on {device}"
@@ -65,16 +63,6 @@ def open_perceptual(vgg_checkpoint: str | None) -> PerceptualLoss | None:
         log.info("no LPIPS: VGG-16 is not in %s; vgg_checkpoint=… names another file", cached_file(VGG_URL))
         return None
     return PerceptualLoss(vgg_checkpoint)
-
-
-def class_names(run: DictConfig, num_classes: int) -> list[str]:
-    """The subfolders of the folder of images that a run was trained on; none where it is not here or has other classes."""
-    path = OmegaConf.select(run, "data.train_path", throw_on_missing=False)
-    folder = Path(path).expanduser() if isinstance(path, str) else None
-    if folder is None or not folder.is_dir():
-        return []
-    names = class_folders(folder)
-    return names if len(names) == num_classes else []
 
 
 def serve(cfg: DictConfig, viewer: Viewer, about: str, limits: Limits, folder: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from rae.autoencoder import RAE
 from rae.data.transforms import ImageTransform
-from rae.flow import AutoGuidance, ClassifierFreeGuidance, NoGuidance, PublishedGrid
+from rae.flow import AutoGuidance, ClassifierFreeGuidance, NoGuidance
 from rae.generator import PRECISIONS, Generator
 from rae.image import open_rgb, to_float, to_uint8
-from rae.io.describe import describe, rebuild
 from rae.metric import ReconstructionMetrics
 
 GUIDANCES = {"none": NoGuidance, "cfg": ClassifierFreeGuidance, "autoguidance": AutoGuidance}
@@ -43,7 +42,6 @@ class Viewer:
         perceptual: Perceptual distance of images in [0, 1] for LPIPS; None leaves it out.
         precision: ``32-true`` or ``bf16-mixed``: arithmetic of the networks.
         batch_size: Samples at once.
-        class_names: Names of the classes 0, 1, …; empty where they are not known.
 
     Raises:
         ValueError: An unknown precision, or a batch size below 1.
@@ -55,7 +53,6 @@ class Viewer:
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         precision: str = "32-true",
         batch_size: int = 16,
-        class_names: Sequence[str] = (),
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision} is unknown; choose {' or '.join(PRECISIONS)}")
@@ -66,7 +63,6 @@ class Viewer:
         self.perceptual = perceptual
         self.precision = precision
         self.batch_size = batch_size
-        self.class_names = list(class_names)
         self.transform = ImageTransform(self.autoencoder.image_size, "center_crop", exact=True)
 
     @property
@@ -148,7 +144,7 @@ class Viewer:
         label = whole("class", label, 0, generator.num_classes - 1)
         seed = whole("seed", seed, 0)
         count = whole("count", count, 1)
-        length = calls(generator.sampler)
+        length = generator.sampler.calls
         starts = range(0, count, self.batch_size)
         images = []
         for turn, start in enumerate(starts):
@@ -174,12 +170,13 @@ class Viewer:
         within("guidance scale", scale)
         kind = GUIDANCES[guidance]
         chosen = NoGuidance() if kind is NoGuidance else kind(float(scale), own.guidance.interval)
-        sampler = own.sampler if steps is None else with_steps(own.sampler, whole("steps", steps, 1))
+        sampler = own.sampler if steps is None else own.sampler.with_steps(whole("steps", steps, 1))
         return Generator(own.autoencoder, own.denoiser, own.flow, sampler, chosen, own.guide).eval()
 
     def title_of(self, label: int) -> str:
         """A class as its number, with its name where that is known."""
-        return f"{label} ({self.class_names[label]})" if label < len(self.class_names) else str(label)
+        names = self.generator.class_names if self.generator is not None else ()
+        return f"{label} ({names[label]})" if label < len(names) else str(label)
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
@@ -209,15 +206,3 @@ def within(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         allowed = f" in {low:g} … {high:g}" if math.isfinite(high) else ", e.g. 1.5"
         raise ValueError(f"{name} must be a number{allowed}; 1 is none, got {value!r}")
     return float(value)
-
-
-def with_steps(sampler: Any, steps: int) -> Any:
-    """The same sampler on a grid of the same kind with another number of steps, at least 1."""
-    described = describe(sampler.grid)
-    key, value = ("points", steps + 1) if isinstance(sampler.grid, PublishedGrid) else ("steps", steps)
-    return rebuild({**describe(sampler), "grid": {**described, key: value}})
-
-
-def calls(sampler: Any) -> int:
-    """How often a sampler calls ``on_step`` in one run: for every step of the grid and a last, deterministic one."""
-    return sampler.grid.steps + (getattr(sampler, "last_step", "none") != "none")

@@ -201,6 +201,7 @@ def evaluate(cfg: DictConfig) -> None:
             metric.update(*images, **options)
             bar.update(len(images[0]))
             shown.extend(images[0][: (cfg.neighbours or 0) - len(shown)])
+    log.info("computing the scores")
     scores = {name: float(value) for name, value in metric.compute().items()}
     identity = {**source.identity, "metric": getattr(metric, "identity", None), "versions": versions()}
     fabric.barrier()

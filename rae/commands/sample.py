@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
+from tqdm import tqdm
 
 from rae.cli.config import save_config
 from rae.cli.models import open_generator
@@ -101,7 +102,7 @@ def write_interpolations(cfg: DictConfig, generator: Generator, labels: Sequence
     """
     classes = list(dict.fromkeys(labels))[: cfg.grid_rows]
     rows = []
-    for row, label in enumerate(classes):
+    for row, label in enumerate(tqdm(classes, desc="interpolations", delay=2)):
         images = generator.interpolate(label, (2 * row, 2 * row + 1), cfg.interpolations, cfg.seed)
         rows.append(to_uint8(images, cfg.quantize).cpu())
     scale = grid_scale(rows[0].shape[-1])

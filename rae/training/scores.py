@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from tqdm import tqdm
 
 from rae.flow import Guidance, Sampler
 from rae.formats.open import load_denoiser
@@ -132,7 +133,8 @@ class ScoreSamples(Evaluation):
         labels = self.plan(trainer, pl_module)[1] or []
         starts = range(0, len(labels), self.batch_size)
         rank, world = trainer.global_rank, trainer.world_size
-        for turn in range(0, len(starts), world):
+        turns = range(0, len(starts), world)
+        for turn in tqdm(turns, desc="scoring samples", leave=False, delay=2, disable=rank != 0):
             # Weights that are shared out are gathered by all processes together: those without a batch draw one in vain.
             start = starts[min(turn + rank, len(starts) - 1)]
             numbers = range(start, min(start + self.batch_size, len(labels)))
