@@ -285,7 +285,7 @@ def test_two_processes_end_as_one(folder, tmp_path, name):
                 torch.testing.assert_close(other[key], one[key], rtol=1e-6, atol=1e-6)
 
 
-def test_names_of_classes_travel_with_the_latents(folder, cached):
+def test_names_of_classes_travel_with_the_latents(folder, cached, monkeypatch):
     names = sorted(path.name for path in (folder / "train").iterdir())
     common = ["data.batch_size=8", "data.num_workers=0", "data.num_classes=5"]
     for more in (
@@ -294,6 +294,7 @@ def test_names_of_classes_travel_with_the_latents(folder, cached):
     ):
         made, saved = build(small(*more, *common)), {}
         assert made.data.class_names == names
-        made.module._trainer, made.module.steps_per_epoch = SimpleNamespace(datamodule=made.data), 1
+        made.module._trainer = SimpleNamespace(datamodule=made.data)
+        monkeypatch.setattr(type(made.module), "steps_per_epoch", 1)
         made.module.on_save_checkpoint(saved)
         assert saved["class_names"] == names
