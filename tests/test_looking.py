@@ -12,7 +12,7 @@ from PIL import Image
 
 from rae.image import make_grid
 from rae.report.neighbours import Nearest
-from rae.report.sweep import Job, plot, summarise, swept
+from rae.report.sweep import Job, list_jobs, plot, summarise, swept
 from rae.report.table import markdown
 
 
@@ -39,6 +39,14 @@ def test_the_end_of_a_sweep(tmp_path):
     assert markdown([{"a": 1.0, "b": "x"}]).splitlines() == ["| a | b |", "| --- | --- |", "| 1 | x |"]
     plot([{"sampler": "euler", "fid": 1.0}, {"sampler": "heun", "fid": 2.0}], ["sampler"], tmp_path / "names.png")
     assert (tmp_path / "names.png").is_file()
+
+
+def test_a_sweep_ends_in_a_row_for_every_job(capsys, tmp_path):
+    jobs = [Job([f"optimizer.lr={lr}", "name=x"], tmp_path / lr, lr == "3") for lr in ("1e-4", "3")]
+    list_jobs(jobs)
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "| optimizer.lr | result | folder |"
+    assert rows[2:] == [f"| 0.0001 | finished | {tmp_path}/1e-4 |", f"| 3 | failed | {tmp_path}/3 |"]
 
 
 def test_nearest_images_are_those_of_brute_force():

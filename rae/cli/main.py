@@ -236,6 +236,9 @@ def _without_fixed_keys(arguments: list[str]) -> list[str]:
     return [*arguments, f"hydra.job.config.override_dirname.exclude_keys=[{keys}]"]
 
 
+_LIST_JOBS = "rae.report.sweep:list_jobs"
+
+
 # --- the commands ------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +266,7 @@ def train() -> None:
             print(list_experiments())
         _reader_left()
     else:
-        entry("train", "rae.commands.train:train")()
+        entry("train", "rae.commands.train:train", _LIST_JOBS)()
 
 
 def shard() -> None:
@@ -285,8 +288,8 @@ def demo() -> None:
 
 stats = entry("stats", "rae.commands.stats:stats")
 cache_latents = entry("cache_latents", "rae.commands.cache_latents:cache_latents")
-reconstruct = entry("reconstruct", "rae.commands.reconstruct:reconstruct")
-sample = entry("sample", "rae.commands.sample:sample")
+reconstruct = entry("reconstruct", "rae.commands.reconstruct:reconstruct", _LIST_JOBS)
+sample = entry("sample", "rae.commands.sample:sample", _LIST_JOBS)
 app = entry("app", "rae.app.command:app")
 reference = entry("reference", "rae.commands.reference:reference")
 evaluate = entry("evaluate", "rae.commands.evaluate:evaluate", "rae.report.sweep:summarise")

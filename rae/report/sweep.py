@@ -17,6 +17,15 @@ from rae.report.table import markdown, read_scores, write_csv
 log = logging.getLogger(__name__)
 
 
+def list_jobs(jobs: Sequence[Job]) -> None:
+    """Prints a row for every job: what tells it from the others, how it ended, and its folder."""
+    rows = [
+        {**setting, "result": "failed" if job.failed else "finished", "folder": str(job.folder)}
+        for job, setting in zip(jobs, swept(jobs), strict=True)
+    ]
+    print(markdown(rows))
+
+
 def summarise(jobs: Sequence[Job]) -> None:
     """Writes ``sweep.csv`` and ``sweep.png`` beside the jobs' folders, and prints the table.
 
