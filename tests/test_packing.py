@@ -155,7 +155,7 @@ def test_verify_names_every_damaged_shard(images, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; give the folder that rae-shard wrote"):
         verify(out)
     out.mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no index\.json: packing was not finished"):
+    with pytest.raises(FileNotFoundError, match=r"no index\.json: there are no shards, or packing was not finished"):
         verify(out)
     plan = ShardPlan.of(images, images_per_shard=5)
     pack(plan, out)

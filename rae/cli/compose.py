@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,11 @@ def _divide(numerator: int, denominator: int) -> int:
     return numerator // denominator
 
 
+def _workers(most: int) -> int:
+    """Processes that load ahead: ``most``, or one a core where there are fewer; results do not depend on it."""
+    return min(most, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def _folder_name(overrides: str) -> str:
     """Turns the swept keys and values into the name of one folder, with signs that need no quotes."""
     name = re.sub(r"[^\w.+-]+", "-", re.sub("[\"']", "", overrides)).strip("-")
@@ -30,11 +36,12 @@ def _folder_name(overrides: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Makes ``${div:a,b}``, ``${mul:a,b}``, ``${min:a,b}``, ``${folder_name:…}`` and those of the help known to OmegaConf."""
+    """Makes ``${div:a,b}``, ``${mul:a,b}``, ``${min:a,b}``, ``${workers:a}``, ``${folder_name:…}`` and those of the help known to OmegaConf."""
     resolvers: dict[str, Callable[..., Any]] = {
         "div": _divide,
         "mul": lambda a, b: a * b,
         "min": min,
+        "workers": _workers,
         "folder_name": _folder_name,
         "help_groups": help_groups,
         "help_keys": help_keys,

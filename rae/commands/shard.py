@@ -36,7 +36,7 @@ def shard(cfg: DictConfig) -> None:
         check=cfg.check,
     )
     index = pack(plan, folder, cfg.prefix, cfg.num_workers, cfg.max_bad_share)
-    classes = f" of {len(index['classes'])} classes" if index["classes"] else ""
+    classes = f" of {len(index['classes'])} classes" if index["classes"] else " without labels (synsets=… gives them)"
     written = f"{size(index['bytes'])} in {len(index['shards'])} shards"
     print(f"{index['images']} images{classes}, {written}; {len(index['broken'])} left out")
     log.info("data=shards data.train_path=%s trains from them", folder)
