@@ -36,7 +36,7 @@ def _folder_name(overrides: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Makes ``${div:a,b}``, ``${mul:a,b}``, ``${min:a,b}``, ``${workers:a}``, ``${folder_name:…}`` and those of the help known to OmegaConf."""
+    """Makes the resolvers that conf/README.md lists known to OmegaConf."""
     resolvers: dict[str, Callable[..., Any]] = {
         "div": _divide,
         "mul": lambda a, b: a * b,

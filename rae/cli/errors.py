@@ -22,7 +22,8 @@ from rae.io.errors import ConfigError
 _FOREIGN = (
     "MisconfigurationException",
     "OutOfMemoryError",
-)  # of Lightning and torch, known by name to spare the import
+    "UsageError",
+)  # of Lightning, torch and wandb, known by name to spare the import
 
 _RESOLVING = re.compile(r"^\w+ (raised )?while resolving interpolation: ")
 

@@ -194,7 +194,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"output_dir={str(folder)!r} does not exist; give the folder that rae-shard wrote")
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no {INDEX}: there are no shards, or packing was not finished, and rae-shard images=… goes on with it"
+            f"{str(folder)!r} holds no {INDEX}: there are no shards, or packing was not finished: the same command goes on"
         )
     index: dict[str, Any] = parse_json((folder / INDEX).read_bytes(), str(folder / INDEX))
     faults = []
