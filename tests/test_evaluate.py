@@ -366,4 +366,4 @@ def test_neighbours_of_samples(samples, reference, tmp_path):
     with Image.open(tmp_path / "neighbours.png") as picture:
         assert picture.height == 3 * (64 + 2) + 2
     with pytest.raises(ConfigError, match="does not name training images: add neighbours_of="):
-        run("evaluate", *given, replaced=node)
+        run("evaluate", *given, "force=true", replaced=node)
