@@ -44,9 +44,7 @@ SLOW = [pytest.mark.slow]
 SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}
 
 
-@pytest.mark.parametrize(
-    "size", ["s", pytest.param("b", marks=SLOW), pytest.param("l", marks=SLOW), pytest.param("xl", marks=SLOW)]
-)
+@pytest.mark.parametrize("size", [pytest.param(size, marks=SLOW) for size in SIZES])
 def test_dit_dh_against_closed_form(size):
     width, depth = SIZES[size]
     wide, wide_depth = 2048, 2

@@ -66,10 +66,7 @@ def test_generated_pages_are_what_their_script_writes():
 
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=[pytest.mark.slow] if page.stem in ("from_original", "recipes") else [])
-        for page in GUIDES
-    ],
+    [pytest.param(page, marks=[] if page.name == "README.md" else [pytest.mark.slow]) for page in GUIDES],
     ids=name,
 )
 def test_commands_on_the_pages_compose(page):

@@ -182,6 +182,7 @@ def test_of_shards_on_a_server_only_what_is_needed_is_read(data, server):
     assert sum(state["bytes"]) - before == shards.places[[3, 0, 7], 1].sum()
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_now_and_then_is_asked_again(data, server):
     address, state = server
     shards = TarShards(f"{address}/shards/train-0000.tar", TRANSFORM)
