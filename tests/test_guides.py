@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 _ELSEWHERE = ("rae-demo", "rae-app")  # the demo is what CI's reader runs; the page has tests of its own
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def home(trained, tmp_path_factory) -> Path:
     """A folder as a reader has it after the demo, with some photographs."""
     folder = tmp_path_factory.mktemp("home")

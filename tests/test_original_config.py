@@ -303,7 +303,7 @@ def test_the_command_takes_a_bare_path_and_writes_once(tmp_path):
     assert "misc.time_dist_shift_dim=196608" in done.stdout
     assert compose_plainly("sample", [f"model={written.stem}"], [tmp_path / "ours"]).denoiser.depth == 28
     cfg = compose("convert_config", [f"config={origin}", f"output_dir={tmp_path / 'ours'}"])
-    with pytest.raises(FileExistsError, match=r"ditdh_xl_dinov2_b.yaml exists: .* force=true"):
+    with pytest.raises(ConfigError, match=r"ditdh_xl_dinov2_b.yaml' exists: force=true replaces it"):
         convert_config(cfg)
     cfg.force = True
     convert_config(cfg)

@@ -51,6 +51,8 @@ WEIGHT_FILES = (
     ),
 )
 """Keys of local files with a frozen network's weights."""
+_WITHOUT_WEIGHTS = ("cost", "download", "convert_config")
+"""Commands that read no weights."""
 _TRAINS_ON = ("train", "stats", "cache_latents")
 """Commands that read the training split."""
 
@@ -84,7 +86,7 @@ def check_files(cfg: DictConfig, config: str) -> None:
             raise FileNotFoundError(
                 f"{key}: checkpoint {value!r} does not exist{hint}: give a trained run's folder or a .ckpt file"
             )
-    for key in WEIGHT_FILES:
+    for key in WEIGHT_FILES if config not in _WITHOUT_WEIGHTS else ():
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and not Path(value).expanduser().is_file():
             raise FileNotFoundError(
