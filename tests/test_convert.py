@@ -194,3 +194,17 @@ def test_sampler_of_an_export_is_kept_for_python(tmp_path: Path):
     again = Generator.from_pretrained(model.save_pretrained(tmp_path / "out"))
     assert isinstance(again.sampler, EulerSampler)
     assert again.sampler.grid.points == 3
+
+
+def test_a_refused_conversion_leaves_the_export_that_is_there(tmp_path: Path):
+    source, target = make_generator().save_pretrained(tmp_path / "model"), tmp_path / "target"
+    given = [f"checkpoint={source}", f"output_dir={target}"]
+    convert(compose("convert", given))
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    with pytest.raises(ConfigError, match="exists: force=true replaces it"):
+        convert(compose("convert", given))
+    with pytest.raises(ValueError, match="would be another network"):
+        convert(compose("convert", [*given, "to=diffusers", "force=true"]))
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    convert(compose("convert", [*given, "force=true"]))
+    assert {file.name for file in target.iterdir()} == before.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,22 @@ def convert(cfg: DictConfig) -> None:
     model, _ = open_model(cfg, encode=cfg.to != "original")
     denoiser = model.denoiser if isinstance(model, Generator) else None
     autoencoder = model.autoencoder if isinstance(model, Generator) else model
-    for file in written:
-        file.unlink(missing_ok=True)
-    if cfg.to == "rae":
-        model.save_pretrained(folder, cfg.store_encoder)
-    elif cfg.to == "diffusers":
-        save_diffusers(autoencoder, folder)
-        if denoiser is not None:
-            log.info("diffusers has a class for the autoencoder alone; the denoiser is left out")
-    else:
-        save_original(autoencoder, folder, denoiser)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # what is refused replaces nothing
+        made = Path(scratch) / "model"
+        if cfg.to == "rae":
+            model.save_pretrained(made, cfg.store_encoder)
+        elif cfg.to == "diffusers":
+            save_diffusers(autoencoder, made)
+            if denoiser is not None:
+                log.info("diffusers has a class for the autoencoder alone; the denoiser is left out")
+        else:
+            save_original(autoencoder, made, denoiser)
+        for file in written:
+            if (made / file.name).exists():
+                (made / file.name).replace(file)
+            else:
+                file.unlink(missing_ok=True)
     log.info(
         "written to %s: %s", folder, ", ".join(sorted(file.name for file in folder.iterdir() if file.suffix != ".log"))
     )

@@ -74,7 +74,7 @@ class ImageFolderDataModule(StoredDataModule):
 
     ``mode``, ``resize``, ``flip``, ``exact`` and ``fast_decode`` say how training images are cropped, see
     :class:`~rae.data.transforms.ImageTransform`; those for validation are cropped from the centre, exactly and unflipped.
-    ``unlabelled`` gives all images label 0, whatever the subfolders.
+    ``unlabelled`` gives all images label 0 and ignores subfolders as classes.
     """
 
     def __init__(
