@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rae.autoencoder import RAE
+from rae.condition import Conditions
 from rae.denoiser import Denoiser
-from rae.flow import AutoGuidance, FlowMatching, Guidance, NoGuidance, Sampler
+from rae.flow import AutoGuidance, FlowMatching, Guidance, InternalGuidance, NoGuidance, Sampler
 from rae.image import to_pil, to_uint8
 from rae.io.export import Exportable
 from rae.layers import trusted
@@ -27,6 +28,8 @@ OUTPUTS = ("float", "uint8", "pil")
 IMAGENET = "imagenet1k"
 """Stands for the names of ImageNet's 1,000 classes."""
 _WORDNET = re.compile(r"n\d{8}")
+Classes = Tensor | Sequence[int | str] | int | str
+"""One class or several, by number or by name."""
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -71,6 +74,11 @@ class Generator(Exportable, nn.Module):
             raise ValueError(f"class_names has {len(self.class_names)} names for {self.num_classes} classes")
         if isinstance(self.guidance, AutoGuidance) and guide is None:
             raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
+        if isinstance(self.guidance, InternalGuidance) and not denoiser.has_base:
+            raise ValueError(
+                f"internal guidance needs a denoiser with a base head (denoiser.base_depth); this {type(denoiser).__name__} has "
+                "none: choose guidance=cfg or none"
+            )
         for name, network in (("denoiser", denoiser), ("guide", guide)):
             shape = getattr(network, "latent_shape", None)
             if shape is not None and tuple(shape) != tuple(autoencoder.latent_shape):
@@ -113,7 +121,7 @@ class Generator(Exportable, nn.Module):
             other.guidance = self.guidance.with_scale(guidance_scale)
         return other
 
-    def labels_of(self, classes: Tensor | Sequence[int | str] | int | str) -> Tensor:
+    def labels_of(self, classes: Classes) -> Tensor:
         """Labels int64 B of classes given by number or by name, one or several.
 
         A name is that of a class, or one of its synonyms ("goldfish" for "goldfish, Carassius auratus"); case does not matter.
@@ -127,6 +135,23 @@ class Generator(Exportable, nn.Module):
         if wrong := [label for label in labels if not 0 <= label < self.num_classes]:
             raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], got {wrong[:8]}")
         return torch.tensor(labels, dtype=torch.int64)
+
+    def conditions_of(self, told: Classes | Conditions) -> dict[str, Tensor]:
+        """What the denoiser is told, tensors B×… by name: of classes (see :meth:`labels_of`), or as they are given.
+
+        Raises:
+            ValueError: Unknown classes, or conditions that the denoiser does not take.
+        """
+        if isinstance(told, Mapping):
+            conditions = dict(told)
+        elif "label" in self.denoiser.told.names:
+            conditions = {"label": self.labels_of(told)}
+        else:
+            raise ValueError(f"this model is not told a class; give a mapping of {list(self.denoiser.told.names)}")
+        if not conditions:
+            raise ValueError(f"conditions are empty; give {list(self.denoiser.told.names)}")
+        self.denoiser.told.check(conditions, len(next(iter(conditions.values()))))
+        return conditions
 
     def _label_of(self, name: str) -> int:
         known: dict[str, int] = {}
@@ -161,15 +186,16 @@ class Generator(Exportable, nn.Module):
                 network.compile(**{"dynamic": False, "mode": mode, **options})
         self._captured = mode in ("reduce-overhead", "max-autotune")
 
-    def _callable(self, network: Denoiser) -> Callable[..., Tensor]:
+    def _callable(self, network: Denoiser) -> Callable[..., Any]:
         """The network as the sampler calls it."""
         if not self._captured:
             return network
 
-        def call(*inputs: Tensor) -> Tensor:
+        def call(*inputs: Tensor, **conditions: Any) -> Any:
             # A CUDA graph writes every result to the same place, and samplers of higher order keep several.
             torch.compiler.cudagraph_mark_step_begin()
-            return network(*inputs).clone()
+            output = network(*inputs, **conditions)
+            return tuple(head.clone() for head in output) if isinstance(output, tuple) else output.clone()
 
         return call
 
@@ -186,7 +212,7 @@ class Generator(Exportable, nn.Module):
     @torch.no_grad()
     def latents(
         self,
-        labels: Tensor | Sequence[int | str] | int | str,
+        labels: Classes | Conditions,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         on_step: Callable[[int, float, Tensor], None] | None = None,
@@ -195,7 +221,8 @@ class Generator(Exportable, nn.Module):
         """Samples normalised latents.
 
         Args:
-            labels: Classes, B integers in [0, num_classes) or names; one of them stands for itself alone.
+            labels: Classes, B integers in [0, num_classes) or names; one of them stands for itself alone. For denoisers that are
+                told something else, the tensors by name.
             seed: Seed of the whole set of samples.
             indices: Number of every sample in that set; 0, 1, … where not given.
             on_step: Called after every step with its number, the time reached and the latents.
@@ -207,10 +234,11 @@ class Generator(Exportable, nn.Module):
         Raises:
             ValueError: A label outside the range, or as many indices as labels are not given.
         """
-        labels = self.labels_of(labels)
-        indices = range(len(labels)) if indices is None else indices
-        if len(indices) != len(labels):
-            raise ValueError(f"indices must number as many as labels: {len(indices)} for {len(labels)}")
+        conditions = self.conditions_of(labels)
+        batch = len(next(iter(conditions.values())))
+        indices = range(batch) if indices is None else indices
+        if len(indices) != batch:
+            raise ValueError(f"indices must number as many as labels: {len(indices)} for {batch}")
         shape = self.autoencoder.latent_shape
         noise = self.noise(seed, indices) if noise is None else noise.to(self.device)
 
@@ -218,10 +246,11 @@ class Generator(Exportable, nn.Module):
             return normal([sample_seed(seed, "step", i, step) for i in indices], shape, device=self.device)
 
         guide = self.flow.velocity_model(self._callable(self.guide)) if self.guide is not None else None
+        conditions = {name: value.to(self.device) for name, value in conditions.items()}
         velocity = self.guidance(
             self.flow.velocity_model(self._callable(self.denoiser)),
-            labels.to(self.device),
-            null_label=self.denoiser.null_label,
+            conditions,
+            null=self.denoiser.told.null(conditions),
             guide=guide,
         )
         with trusted():
@@ -229,7 +258,7 @@ class Generator(Exportable, nn.Module):
 
     def __call__(
         self,
-        labels: Tensor | Sequence[int | str] | int | str,
+        labels: Classes | Conditions,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         *,
@@ -265,7 +294,7 @@ class Generator(Exportable, nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        labels: Tensor | Sequence[int | str] | int | str,
+        labels: Classes | Conditions,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         on_step: Callable[[int, float, Tensor], None] | None = None,
@@ -275,7 +304,7 @@ class Generator(Exportable, nn.Module):
 
     def draw(
         self,
-        labels: Tensor | Sequence[int],
+        labels: Classes | Conditions,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         precision: str = "32-true",

@@ -7,16 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rae.condition import LabelEmbedding, drop
 from rae.denoiser import DiT, DiTDH
 from rae.formats.denoiser import denoiser_from_config, original_to_ours, ours_to_original
 from rae.io.tensors import load_strict
 from rae.layers import (
     Attention,
-    LabelEmbedding,
     RMSNorm,
     RotaryEmbedding2D,
     SwiGLU,
-    drop_labels,
     grid_to_tokens,
     patchify,
     tokens_to_grid,
@@ -171,8 +170,9 @@ def test_swiglu_is_its_formula():
 
 def test_label_dropout_follows_the_draws():
     labels = torch.tensor([3, 1, 4])
-    assert drop_labels(labels, torch.tensor([0.05, 0.1, 0.5]), 0.1, 9).tolist() == [9, 1, 4]
-    assert LabelEmbedding(9, 4)(torch.tensor([9])).shape == (1, 4)
+    null = LabelEmbedding(9, 4).null({"label": labels})
+    dropped = drop({"label": labels}, null, torch.tensor([0.05, 0.1, 0.5]), 0.1)
+    assert dropped["label"].tolist() == [9, 1, 4]
 
 
 def test_original_weights_go_there_and_back():

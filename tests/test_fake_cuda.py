@@ -19,6 +19,8 @@ from rae import flow
 from rae.cli.build import make
 from rae.cli.errors import compose
 from rae.cli.groups import config_groups
+from rae.condition import LabelTokens
+from rae.denoiser import InContextDiTDH
 from rae.discriminator import DiffAugment
 from rae.image import QUANTIZE, to_float, to_uint8
 from rae.loss import PerceptualLoss
@@ -110,6 +112,7 @@ GUIDANCES = {
     "none": flow.NoGuidance(),
     "cfg": flow.ClassifierFreeGuidance(1.5, (0.0, 0.85)),
     "autoguidance": flow.AutoGuidance(1.4, (0.1, 1.0)),
+    "internal": flow.InternalGuidance(1.4, (0.1, 1.0), cfg_scale=1.5, cfg_interval=(0.0, 0.85)),
 }
 
 
@@ -129,6 +132,8 @@ def test_samplers_and_guidances(cuda, sampler, guidance):
     model = make_generator()
     node = compose("train", ["stage=2", f"sampler={sampler}"]).sampler
     model.sampler, model.guidance = make(node), GUIDANCES[guidance]
+    if guidance == "internal":
+        model.denoiser = InContextDiTDH(32, 4, 32, 2, 4, 48, 1, 4, LabelTokens(10), base_depth=1)
     model.sampler.grid = flow.PublishedGrid(4)
     labels = torch.tensor([1, 7])  # which the host knows too
     with cuda():

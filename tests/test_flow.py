@@ -92,8 +92,9 @@ class Counting:
 
 def test_guidance_computes_only_what_it_uses():
     x, label = torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 2])
+    told, null = {"label": label}, {"label": torch.full_like(label, 7)}
     model, guide = Counting(), Counting()
-    cfg = flow.ClassifierFreeGuidance(1.5, (0.2, 0.8))(model, label, null_label=7)
+    cfg = flow.ClassifierFreeGuidance(1.5, (0.2, 0.8))(model, told, null)
     inside = cfg(x, 0.5)
     assert model.batches == [6]
     torch.testing.assert_close(inside[:, 0, 0, 0], 7 + 1.5 * (label - 7.0))
@@ -101,20 +102,20 @@ def test_guidance_computes_only_what_it_uses():
         model.batches.clear()
         cfg(x, t)
         assert model.batches == [expected], t
-    auto = flow.AutoGuidance(2.0, (0.0, 0.5))(model, label, guide=guide)
+    auto = flow.AutoGuidance(2.0, (0.0, 0.5))(model, told, guide=guide)
     auto(x, 0.6)
     assert guide.batches == []
     auto(x, 0.5)
     assert guide.batches == [3]
     model.batches.clear()
-    flow.ClassifierFreeGuidance(1.0)(model, label, null_label=7)(x, 0.5)
+    flow.ClassifierFreeGuidance(1.0)(model, told, null)(x, 0.5)
     assert model.batches == [3]
 
 
 def test_guidance_decides_per_sample_for_a_tensor_of_times():
-    x, label = torch.zeros(4, 1, 1, 1), torch.tensor([1, 1, 1, 1])
+    x, ones = torch.zeros(4, 1, 1, 1), torch.ones(4)
     model = Counting()
-    velocity = flow.ClassifierFreeGuidance(2.0, (0.2, 0.8))(model, label, null_label=3)
+    velocity = flow.ClassifierFreeGuidance(2.0, (0.2, 0.8))(model, {"label": ones}, {"label": 3 * ones})
     out = velocity(x, torch.tensor([0.1, 0.2, 0.8, 0.9]))
     assert out.flatten().tolist() == [1, -1, -1, 1]
     assert sorted(model.batches) == [2, 4]
@@ -129,8 +130,8 @@ def test_guidance_decides_per_sample_for_a_tensor_of_times():
         (lambda: flow.FlowMatching(flow.VPPath(), "data"), "linear path"),
         (lambda: flow.dimension_shift(4, 2, 2), "4×2×2.*base=4096.*at most 16"),
         (lambda: flow.ClassifierFreeGuidance(2, (0.8, 0.2)), r"0\.8, 0\.2"),
-        (lambda: flow.ClassifierFreeGuidance(2)(Counting(), torch.tensor([0])), "null_label"),
-        (lambda: flow.AutoGuidance(2)(Counting(), torch.tensor([0])), "guide"),
+        (lambda: flow.ClassifierFreeGuidance(2)(Counting(), {"label": torch.tensor([0])}), "null"),
+        (lambda: flow.AutoGuidance(2)(Counting(), {"label": torch.tensor([0])}), "guide"),
         (lambda: flow.LogitNormalTime(std=0), "std=0"),
         (lambda: flow.UniformTime(maximum=1.5), "1.5"),
         (lambda: flow.PublishedGrid(1), "points=1"),

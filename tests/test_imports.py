@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "rae"
-MATERIALS = ["rng", "io", "image", "layers"]
+MATERIALS = ["rng", "io", "image", "layers", "condition"]
 PARTS = ["flow", "loss", "latent", "encoder", "decoder", "denoiser", "discriminator", "metric", "data"]
 ORDER = [*MATERIALS, *PARTS, "autoencoder", "generator", "formats", "training", "jobs", "cost", "report", "cpu", "cli"]
 ORDER += ["commands", "app", "demo"]

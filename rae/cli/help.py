@@ -20,6 +20,7 @@ GROUPS = {
     "decoder": "network from latents back to images",
     "discriminator": "adversary of the decoder",
     "loss": "loss of the decoder",
+    "condition": "what a denoiser is told in context: label, text, navigation",
     "denoiser": "diffusion transformer on the latents",
     "flow": "path between data and noise, prediction, training times, shift",
     "guidance": "guidance of the samples",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rae.cost.meter import parameters
 from rae.cost.steps import ALL, Step
 from rae.flow import FlowMatching
-from rae.layers import adaptive_blocks
+from rae.layers import denoiser_blocks
 from rae.loss import Phases, Stage1Loss
 
 
@@ -154,7 +154,7 @@ def static_memory(
 
 def _gathered(network: nn.Module) -> int:
     """Bytes of whole weights and gradients at a time: two blocks', as the next is fetched while one runs, and what is in none."""
-    blocks = [parameters(block)["trained_bytes"] for block in adaptive_blocks(network)]
+    blocks = [parameters(block)["trained_bytes"] for block in denoiser_blocks(network)]
     outside = parameters(network)["trained_bytes"] - sum(blocks)
     return 2 * (outside + 2 * max(blocks, default=0))
 
@@ -182,15 +182,15 @@ def evaluations(sampler: Any, guidance: Any, flow: FlowMatching) -> dict[str, in
         )
     counts = {"denoiser": 0, "guide": 0}
 
-    def counting(name: str) -> Callable[..., Tensor]:
-        def model(x: Tensor, *conditions: Tensor) -> Tensor:
+    def counting(name: str) -> Callable[..., Any]:
+        def model(x: Tensor, t: Tensor, base: bool = False, **conditions: Tensor) -> Any:
             counts[name] += len(x)
-            return torch.zeros_like(x)
+            return (x, x) if base else x
 
         return model
 
-    label = torch.zeros(1, dtype=torch.int64)
-    velocity = guidance(counting("denoiser"), label, null_label=1, guide=counting("guide"))
+    label = {"label": torch.zeros(1, dtype=torch.int64)}
+    velocity = guidance(counting("denoiser"), label, null=label, guide=counting("guide"))
     start = torch.zeros(1, 1, 1, 1)
     sampler.sample(velocity, start, shift=flow.shift, step_noise=lambda _: start)
     return counts

@@ -162,5 +162,5 @@ def denoising(denoiser: Denoiser, precision: torch.dtype | None = None) -> Work:
 
 def evaluate_once(denoiser: Denoiser, images: int) -> Tensor:
     """One evaluation of a denoiser, for so many latents."""
-    label = torch.zeros(images, dtype=torch.int64)
-    return denoiser(torch.randn(images, *denoiser.latent_shape), torch.rand(images), label)
+    told = denoiser.told.nothing(images)
+    return denoiser(torch.randn(images, *denoiser.latent_shape), torch.rand(images), **told)

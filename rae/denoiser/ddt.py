@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.denoiser.base import Denoiser, PatchEmbedding, make_blocks, position_buffer
+from rae.denoiser.base import LabelDenoiser, PatchEmbedding, make_blocks, position_buffer
 from rae.layers import FinalLayer, RotaryEmbedding2D, unpatchify
 
 
-class DiTDH(Denoiser):
+class DiTDH(LabelDenoiser):
     """A narrow, deep backbone makes a condition for every token; a wide, shallow head denoises with it.
 
     Args:
@@ -79,7 +79,7 @@ class DiTDH(Denoiser):
             t: Times B in [0, 1].
             label: Labels B in [0, num_classes]; ``num_classes`` means no class.
         """
-        self.check(x_t, t, label)
+        self.check(x_t, t, {"label": label})
         time = self.time_embedding(t)  # B×D
         # SiLU twice on purpose: the released models have one outside and one inside every modulation.
         condition = F.silu(F.silu(time + self.label_embedding(label)))[:, None]  # B×1×D

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.denoiser.base import Denoiser, PatchEmbedding, make_blocks, position_buffer
+from rae.denoiser.base import LabelDenoiser, PatchEmbedding, make_blocks, position_buffer
 from rae.layers import FinalLayer, RotaryEmbedding2D, unpatchify
 
 
-class DiT(Denoiser):
+class DiT(LabelDenoiser):
     """Diffusion transformer with RMSNorm, SwiGLU and rotary embedding (LightningDiT).
 
     Args:
@@ -75,7 +75,7 @@ class DiT(Denoiser):
             t: Times B in [0, 1].
             label: Labels B in [0, num_classes]; ``num_classes`` means no class.
         """
-        self.check(x_t, t, label)
+        self.check(x_t, t, {"label": label})
         x = self.patch_embedding(x_t) + self.position  # B×N×D
         c = self.time_embedding(t) + self.label_embedding(label)  # B×D
         condition = F.silu(c)[:, None]  # B×1×D

@@ -1,6 +1,6 @@
 """Flow matching: paths, times, objective, guidance and samplers. Models are callables."""
 
-from rae.flow.guidance import AutoGuidance, ClassifierFreeGuidance, Guidance, NoGuidance
+from rae.flow.guidance import AutoGuidance, ClassifierFreeGuidance, Guidance, InternalGuidance, NoGuidance
 from rae.flow.objective import FlowMatching
 from rae.flow.ode import (
     AdaptiveSampler,
@@ -37,6 +37,7 @@ __all__ = [
     "Guidance",
     "Heun3Sampler",
     "HeunSampler",
+    "InternalGuidance",
     "LinearPath",
     "LogitNormalTime",
     "MidpointSampler",

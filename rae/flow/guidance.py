@@ -1,16 +1,22 @@
-"""Guidance: how the prediction for a class is pushed away from a weaker one. Each class wraps a denoiser, once a batch."""
+"""Guidance: how a prediction is pushed away from a weaker one. Each class wraps a denoiser, once a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rae.condition import Conditions, concatenate, select
 from rae.io.describe import Described
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Model = Callable[..., Any]
+"""Denoiser (x, t B, conditions by name) -> velocity; with ``base=True`` the pair (full, base)."""
 Velocity = Callable[[Tensor, "float | Tensor"], Tensor]
+Field = Callable[[Tensor, Tensor, Conditions], Tensor]
 
 
 def expand_time(t: float | Tensor, x: Tensor) -> Tensor:
@@ -18,7 +24,7 @@ def expand_time(t: float | Tensor, x: Tensor) -> Tensor:
     return t if isinstance(t, Tensor) else torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)
 
 
-class Guidance(Described):
+class Guidance(Described, ABC):
     """Base: an interval of times, and the decision where the guiding forward runs.
 
     Outside the interval only the plain prediction is computed. A float time (the samplers') is decided on the host; a tensor
@@ -33,61 +39,90 @@ class Guidance(Described):
     """
 
     def __init__(self, scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)) -> None:
-        low, high = interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"guidance.interval=({low}, {high}) must be [t_min, t_max] with 0 ≤ t_min ≤ t_max ≤ 1")
         self.scale = float(scale)
-        self.interval = (float(low), float(high))
+        self.interval = check_interval(interval, "guidance.interval")
+
+    @abstractmethod
+    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None) -> Field:
+        """The velocity field (x, times B, conditions) at a time, which is the same function wherever the same forwards run."""
 
     def __call__(
-        self, model: Model, label: Tensor, null_label: int | None = None, guide: Model | None = None
+        self, model: Model, conditions: Conditions, null: Conditions | None = None, guide: Model | None = None
     ) -> Velocity:
         """Binds the guidance to a batch.
 
         Args:
-            model: Denoiser (x, t B, label B) -> velocity.
-            label: Labels B.
-            null_label: The label for "no class"; classifier-free guidance needs it.
+            model: Denoiser (x, t B, conditions by name) -> velocity.
+            conditions: What it is told, tensors B×… by name.
+            null: The null condition, of the same names and shapes; classifier-free guidance needs it.
             guide: The weaker denoiser; autoguidance needs it.
 
         Returns:
             Velocity field of x B×… and a time (float, or one value a sample).
+
+        Raises:
+            ValueError: The null condition, the guide or a base head is missing.
         """
-        raise NotImplementedError
+        self.check(null, guide)
+
+        def velocity(x: Tensor, t: float | Tensor) -> Tensor:
+            times = expand_time(t, x)
+            if not isinstance(t, Tensor):
+                return self.field(t, model, null, guide)(x, times, conditions)
+            out = torch.empty_like(x)
+            groups: dict[tuple[bool, ...], list[int]] = {}
+            for row, value in enumerate(t.tolist()):
+                groups.setdefault(self.active(value), []).append(row)
+            for members in groups.values():
+                rows = torch.tensor(members, device=x.device)
+                own_null = None if null is None else select(null, rows)
+                field = self.field(float(t[members[0]]), model, own_null, guide)
+                out.index_copy_(0, rows, field(x[rows], times[rows], select(conditions, rows)))
+            return out
+
+        return velocity
+
+    def check(self, null: Conditions | None, guide: Model | None) -> None:
+        """Raises ValueError where something is missing that this guidance needs."""
 
     def with_scale(self, scale: float) -> Guidance:
         """The same guidance, in the same interval, with another strength."""
-        return type(self)(float(scale), self.interval)
+        return type(self)(**{**self.arguments, "scale": float(scale)})
 
     def __repr__(self) -> str:
         """Name, strength and interval."""
         return f"{type(self).__name__}(scale={self.scale:g}, interval={list(self.interval)})"
 
     def acts_at(self, t: float) -> bool:
-        """Whether the guiding forward runs at time t (a shifted grid's first time may be one ulp above 1)."""
-        return self.scale != 1 and self.interval[0] <= min(t, 1.0) <= self.interval[1]
+        """Whether the guiding forward runs at time t."""
+        return self.scale != 1 and inside(t, self.interval)
 
-    def _bind(self, plain: Model, guided: Model, label: Tensor) -> Velocity:
-        """Chooses between the plain and the guided field by the time."""
+    def active(self, t: float) -> tuple[bool, ...]:
+        """Which of its parts act at time t."""
+        return (self.acts_at(t),)
 
-        def velocity(x: Tensor, t: float | Tensor) -> Tensor:
-            times = expand_time(t, x)
-            if not isinstance(t, Tensor):
-                return (guided if self.acts_at(t) else plain)(x, times, label)
-            inside = (times.clamp(max=1) >= self.interval[0]) & (times.clamp(max=1) <= self.interval[1])
-            if self.scale == 1 or not inside.any():
-                return plain(x, times, label)
-            if inside.all():
-                return guided(x, times, label)
-            chosen, rest = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
-            pushed = guided(x[chosen], times[chosen], label[chosen])
-            return (
-                torch.empty_like(x)
-                .index_copy_(0, chosen, pushed)
-                .index_copy_(0, rest, plain(x[rest], times[rest], label[rest]))
-            )
 
-        return velocity
+def check_interval(interval: Sequence[float], name: str) -> tuple[float, float]:
+    """The interval as floats.
+
+    Raises:
+        ValueError: It is reversed or outside [0, 1].
+    """
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"{name}=({low}, {high}) must be [t_min, t_max] with 0 ≤ t_min ≤ t_max ≤ 1")
+    return float(low), float(high)
+
+
+def inside(t: float, interval: tuple[float, float]) -> bool:
+    """Whether a time lies in an interval, ends included, as float32 numbers (a shifted grid's first may be one ulp above 1)."""
+    time, low, high = (np.float32(value) for value in (min(t, 1.0), *interval))
+    return bool(low <= time <= high)
+
+
+def plain(model: Model) -> Field:
+    """The model's own prediction."""
+    return lambda x, t, conditions: model(x, t, **conditions)
 
 
 class NoGuidance(Guidance):
@@ -104,50 +139,110 @@ class NoGuidance(Guidance):
         """The name."""
         return "NoGuidance()"
 
-    def __call__(
-        self, model: Model, label: Tensor, null_label: int | None = None, guide: Model | None = None
-    ) -> Velocity:
-        """See :meth:`Guidance.__call__`."""
-        return self._bind(model, model, label)
+    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None) -> Field:
+        """See :meth:`Guidance.field`."""
+        return plain(model)
 
 
 class ClassifierFreeGuidance(Guidance):
-    """g = u + w·(c − u), with u the prediction for no class; one doubled batch inside the interval."""
+    """g = u + w·(c − u), with u the prediction for the null condition; one doubled batch inside the interval (Ho & Salimans)."""
 
-    def __call__(
-        self, model: Model, label: Tensor, null_label: int | None = None, guide: Model | None = None
-    ) -> Velocity:
-        """See :meth:`Guidance.__call__`.
+    def check(self, null: Conditions | None, guide: Model | None) -> None:
+        """Raises ValueError without a null condition."""
+        if null is None:
+            raise ValueError("classifier-free guidance needs null, the condition that tells the denoiser nothing")
 
-        Raises:
-            ValueError: Without a null label.
-        """
-        if null_label is None:
-            raise ValueError("classifier-free guidance needs null_label, the label for no class")
+    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None) -> Field:
+        """See :meth:`Guidance.field`."""
+        if not self.acts_at(t):
+            return plain(model)
+        assert null is not None
 
-        def guided(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-            labels = torch.cat([label, torch.full_like(label, null_label)])
-            conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+        def guided(x: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
+            both = model(torch.cat([x, x]), torch.cat([times, times]), **concatenate(conditions, null))
+            conditional, unconditional = both.chunk(2)
             return torch.lerp(unconditional, conditional, self.scale)
 
-        return self._bind(model, guided, label)
+        return guided
 
 
 class AutoGuidance(Guidance):
-    """g = weak + w·(strong − weak), with weak the prediction of a smaller, less trained model for the same class."""
+    """g = weak + w·(strong − weak), with weak the prediction of a smaller, less trained model for the same class (Karras 2024)."""
 
-    def __call__(
-        self, model: Model, label: Tensor, null_label: int | None = None, guide: Model | None = None
-    ) -> Velocity:
-        """See :meth:`Guidance.__call__`.
-
-        Raises:
-            ValueError: Without a guide.
-        """
+    def check(self, null: Conditions | None, guide: Model | None) -> None:
+        """Raises ValueError without a guide."""
         if guide is None:
             raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
 
-        def guided(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-            return torch.lerp(guide(x, t, label), model(x, t, label), self.scale)
+    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None) -> Field:
+        """See :meth:`Guidance.field`."""
+        if not self.acts_at(t):
+            return plain(model)
+        assert guide is not None
+        return lambda x, times, conditions: torch.lerp(
+            guide(x, times, **conditions), model(x, times, **conditions), self.scale
+        )
 
-        return self._bind(model, guided, label)
+
+class InternalGuidance(Guidance):
+    """g = base + w·(full − base), with base the denoiser's own earlier output: one forward, no second model (RAEv2 §4).
+
+    Classifier-free guidance may be added: then both branches are guided internally first. The paper writes full + w'·(full − base),
+    so w = 1 + w'.
+
+    Args:
+        scale: Strength; 1 is none.
+        interval: Smallest and largest time at which it acts, both included.
+        null_scale: Its strength on the null branch of classifier-free guidance; None for ``scale``.
+        cfg_scale: Strength of classifier-free guidance; 1 is none.
+        cfg_interval: Smallest and largest time at which that acts, both included.
+
+    Raises:
+        ValueError: A reversed interval or one outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        scale: float = 1.78,
+        interval: tuple[float, float] = (0.1, 1.0),
+        null_scale: float | None = None,
+        cfg_scale: float = 1.0,
+        cfg_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__(scale, interval)
+        self.null_scale = self.scale if null_scale is None else float(null_scale)
+        self.cfg = ClassifierFreeGuidance(cfg_scale, check_interval(cfg_interval, "guidance.cfg_interval"))
+
+    def check(self, null: Conditions | None, guide: Model | None) -> None:
+        """Raises ValueError without the null condition, where classifier-free guidance is added."""
+        if self.cfg.scale != 1:
+            self.cfg.check(null, guide)
+
+    def acts_at(self, t: float) -> bool:
+        """Whether the base head runs at time t."""
+        null_acts = self.cfg.acts_at(t) and self.null_scale != 1
+        return (self.scale != 1 or null_acts) and inside(t, self.interval)
+
+    def active(self, t: float) -> tuple[bool, ...]:
+        """Which of the two guidances act at time t."""
+        return (self.acts_at(t), self.cfg.acts_at(t))
+
+    def __repr__(self) -> str:
+        """Name, strengths and intervals."""
+        cfg = f", cfg_scale={self.cfg.scale:g}, cfg_interval={list(self.cfg.interval)}" if self.cfg.scale != 1 else ""
+        return f"{super().__repr__()[:-1]}{cfg})"
+
+    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None) -> Field:
+        """See :meth:`Guidance.field`."""
+        if not self.acts_at(t):
+            return self.cfg.field(t, model, null, guide)
+        doubled = self.cfg.acts_at(t)
+
+        def pushed(x: Tensor, times: Tensor, **conditions: Tensor) -> Tensor:
+            full, base = model(x, times, base=True, **conditions)
+            if not doubled or self.null_scale == self.scale:
+                return torch.lerp(base, full, self.scale)
+            halves = zip(base.chunk(2), full.chunk(2), (self.scale, self.null_scale), strict=True)
+            return torch.cat([torch.lerp(weak, strong, scale) for weak, strong, scale in halves])
+
+        return self.cfg.field(t, pushed, null, guide)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rae.flow.path import LinearPath, Path, like
+from rae.flow.path import LinearPath, Path, PathSample, like
 from rae.flow.time import LogitNormalTime, TimeDistribution, check_shift, shift_time
 from rae.io.describe import Described
 from rae.layers import at_least_float
@@ -17,7 +18,7 @@ WEIGHTINGS = ("none", "velocity", "likelihood")
 DATA_TIME_FLOOR = 0.05
 """Smallest time by which a data prediction is divided when it is turned into a velocity."""
 
-Model = Callable[..., Tensor]
+Model = Callable[..., Any]
 
 
 class FlowMatching(Described):
@@ -29,9 +30,14 @@ class FlowMatching(Described):
         weighting: Weight of the loss of ``noise`` and ``score`` predictions: ``none``, ``velocity`` or ``likelihood``.
         time: Distribution of the training times before the shift; logit-normal(0, 1) where not given.
         shift: Shift of the times, at least 1; see :func:`~rae.flow.time.dimension_shift`.
+        time_floor: Smallest time by which the distance to the data is divided where it makes a velocity: 0.05 for ``data``
+            predictions where not given. For ``velocity`` predictions it shrinks the target below that time (RAEv2); None leaves
+            the target as it is.
+        base_weight: Weight of the loss of a base head's prediction, beside 1 for the full one.
 
     Raises:
-        ValueError: Unknown prediction or weighting, shift below 1, or ``data`` prediction on another than the linear path.
+        ValueError: Unknown prediction or weighting, shift below 1, a floor outside (0, 1), a negative weight, or ``data``
+            prediction or a floor on another than the linear path.
     """
 
     def __init__(
@@ -41,28 +47,41 @@ class FlowMatching(Described):
         weighting: str = "none",
         time: TimeDistribution | None = None,
         shift: float = 1.0,
+        time_floor: float | None = None,
+        base_weight: float = 1.0,
     ) -> None:
         if prediction not in PREDICTIONS:
             raise ValueError(f"flow.prediction={prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"flow.weighting={weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
         self.path = path if path is not None else LinearPath()
-        if prediction == "data" and not isinstance(self.path, LinearPath):
-            raise ValueError(f"flow.prediction='data' needs the linear path, got {type(self.path).__name__}")
+        if (prediction == "data" or time_floor is not None) and not isinstance(self.path, LinearPath):
+            raise ValueError(
+                f"flow.prediction={prediction!r} with flow.time_floor={time_floor} needs the linear path, "
+                f"got {type(self.path).__name__}"
+            )
+        if time_floor is not None and (not 0 < time_floor < 1 or prediction not in ("data", "velocity")):
+            raise ValueError(
+                f"flow.time_floor={time_floor} must lie in (0, 1), for data and velocity predictions; null for none"
+            )
+        if base_weight < 0:
+            raise ValueError(f"flow.base_weight={base_weight} must not be negative; 1 is published")
         self.prediction = prediction
         self.weighting = weighting
         self.time = time if time is not None else LogitNormalTime()
         self.shift = check_shift(shift)
+        self.time_floor = time_floor
+        self.base_weight = base_weight
 
     def sample_time(self, u: Tensor) -> Tensor:
         """Shifted training times B in [0, 1) of uniform draws B."""
         return shift_time(self.time(u), self.shift)
 
-    def loss(self, model: Model, data: Tensor, noise: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        """Loss of every sample, B: the mean over its values.
+    def loss(self, model: Model, data: Tensor, noise: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        """Loss of every sample, B: the mean over its values, summed over the model's outputs with their weights.
 
         Args:
-            model: ``model(x_t, t, **conditions)`` -> prediction of x_t's shape.
+            model: ``model(x_t, t, **conditions)`` -> prediction of x_t's shape, or the pair (full, base) of them.
             data: Clean latents B×….
             noise: Standard normal noise of the same shape.
             t: Times B in [0, 1].
@@ -73,11 +92,18 @@ class FlowMatching(Described):
         """
         point = self.path.interpolate(data, noise, t)
         output = model(point.x_t, t, **conditions)
+        full, *base = output if isinstance(output, tuple) else (output,)
+        loss = self._loss(full, data, noise, t, point)
+        return loss + self.base_weight * self._loss(base[0], data, noise, t, point) if base else loss
+
+    def _loss(self, output: Tensor, data: Tensor, noise: Tensor, t: Tensor, point: PathSample) -> Tensor:
+        """Loss B of one output."""
         if output.shape != data.shape:
             raise ValueError(f"the model returned shape {tuple(output.shape)}, required is {tuple(data.shape)}")
         output = at_least_float(output)
         if self.prediction == "velocity":
-            error = output - point.velocity
+            floored = self.time_floor is not None
+            error = output - (self._data_velocity(data, point.x_t, t) if floored else point.velocity)
         elif self.prediction == "data":
             error = self._data_velocity(output, point.x_t, t) - self._data_velocity(data, point.x_t, t)
         else:
@@ -93,10 +119,9 @@ class FlowMatching(Described):
         sigma, factor = self.path.coefficients(t).sigma, self.path.score_factor(t)
         return (factor / sigma) ** 2 if self.weighting == "velocity" else factor / sigma**2
 
-    @staticmethod
-    def _data_velocity(data: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """(x_t − data) / max(t, 0.05), the velocity of the linear path."""
-        return (x - data) / like(t.clamp(min=DATA_TIME_FLOOR), x)
+    def _data_velocity(self, data: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """(x_t − data) / max(t, floor), the velocity of the linear path."""
+        return (x - data) / like(t.clamp(min=self.time_floor or DATA_TIME_FLOOR), x)
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Velocity that a prediction implies at x_t B×… and times B."""
@@ -115,7 +140,10 @@ class FlowMatching(Described):
         if self.prediction == "velocity":
             return model
 
-        def velocity(x: Tensor, t: Tensor, *arguments: Tensor, **conditions: Tensor) -> Tensor:
-            return self.velocity(model(x, t, *arguments, **conditions), x, t)
+        def velocity(x: Tensor, t: Tensor, **conditions: Any) -> Any:
+            output = model(x, t, **conditions)
+            if isinstance(output, tuple):
+                return tuple(self.velocity(head, x, t) for head in output)
+            return self.velocity(output, x, t)
 
         return velocity

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rae.denoiser import Denoiser, DiT, DiTDH
+from rae.formats import raev2
 from rae.io.tensors import load_strict
 
 _COMMON = (
@@ -102,8 +103,15 @@ def load_denoiser(denoiser: Denoiser, state: Mapping[str, Tensor], source: str, 
     Raises:
         ValueError: Weights that do not fit; all keys are listed.
     """
-    ours = not any(key.startswith(("t_embedder.", "x_embedder.", "s_embedder.")) for key in state)
-    load_strict(denoiser, state if ours else original_to_ours(state, denoiser), source, adopt)
+    if any(key.startswith(raev2.MARK) for key in state):
+        if not isinstance(denoiser, raev2.InContext):
+            raise ValueError(
+                f"{source} are weights of RAEv2, whose denoisers are told in context; this one is a {type(denoiser).__name__}"
+            )
+        state = raev2.to_ours(state, denoiser)
+    elif any(key.startswith(("t_embedder.", "x_embedder.", "s_embedder.")) for key in state):
+        state = original_to_ours(state, denoiser)
+    load_strict(denoiser, state, source, adopt)
 
 
 def original_to_ours(state: Mapping[str, Tensor], model: Denoiser) -> dict[str, Tensor]:

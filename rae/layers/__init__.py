@@ -1,9 +1,9 @@
 """Building blocks of all networks."""
 
 from rae.layers.attention import Attention
-from rae.layers.block import AdaptiveBlock, Block, FinalLayer, adaptive_blocks
+from rae.layers.block import AdaptiveBlock, Block, ContextBlock, FinalLayer, OutputLayer, denoiser_blocks
 from rae.layers.checks import may_look, trusted
-from rae.layers.embedding import LabelEmbedding, TimeEmbedding, drop_labels
+from rae.layers.embedding import TimeEmbedding
 from rae.layers.mlp import GELUMlp, SwiGLU
 from rae.layers.norm import RMSNorm, at_least_float, modulate
 from rae.layers.patch import grid_to_tokens, patchify, tokens_to_grid, unpatchify
@@ -13,16 +13,16 @@ __all__ = [
     "AdaptiveBlock",
     "Attention",
     "Block",
+    "ContextBlock",
     "FinalLayer",
     "GELUMlp",
-    "LabelEmbedding",
+    "OutputLayer",
     "RMSNorm",
     "RotaryEmbedding2D",
     "SwiGLU",
     "TimeEmbedding",
-    "adaptive_blocks",
     "at_least_float",
-    "drop_labels",
+    "denoiser_blocks",
     "grid_to_tokens",
     "may_look",
     "modulate",

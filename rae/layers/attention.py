@@ -33,12 +33,13 @@ class Attention(nn.Module):
         self.k_norm = kind(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: RotaryEmbedding2D | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: RotaryEmbedding2D | None = None, mask: Tensor | None = None) -> Tensor:
         """B×N×D => B×N×D.
 
         Args:
             x: Tokens B×N×D.
             rope: Rotary embedding of queries and keys; None for none.
+            mask: Tokens that are seen, bool B×1×1×N; None for all, which the fused kernels are quicker with.
         """
         batch, count, width = x.shape
         qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)
@@ -46,5 +47,5 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope(q), rope(k)
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)  # B×heads×N×head_dim
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask)  # B×heads×N×head_dim
         return self.proj(out.transpose(1, 2).reshape(batch, count, width))  # B×N×D

@@ -64,9 +64,31 @@ class AdaptiveBlock(nn.Module):
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
-def adaptive_blocks(network: nn.Module) -> list[AdaptiveBlock]:
-    """The adaptive blocks inside a network: the units in which its weights are shared out among devices."""
-    return [module for module in network.modules() if isinstance(module, AdaptiveBlock)]
+class ContextBlock(nn.Module):
+    """Block without modulation, for tokens among which the condition stands (RAEv2): RMSNorm, attention, RMSNorm, SwiGLU.
+
+    Args:
+        width: Width of the tokens.
+        heads: Attention heads; every query and key is RMS-normed before its rotary embedding.
+        hidden: Width of the feed-forward layer, of which SwiGLU takes two thirds.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = make_norm("rms", width)
+        self.attn = Attention(width, heads, qk_norm=True, norm="rms")
+        self.norm2 = make_norm("rms", width)
+        self.mlp = make_mlp("swiglu", width, hidden)
+
+    def forward(self, x: Tensor, rope: RotaryEmbedding2D | None = None, mask: Tensor | None = None) -> Tensor:
+        """Tokens B×N×D => B×N×D; ``mask`` as of :class:`~rae.layers.attention.Attention`."""
+        x = x + self.attn(self.norm1(x), rope, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+def denoiser_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a diffusion transformer: the units in which its weights are shared out among devices."""
+    return [module for module in network.modules() if isinstance(module, AdaptiveBlock | ContextBlock)]
 
 
 class FinalLayer(nn.Module):
@@ -91,3 +113,23 @@ class FinalLayer(nn.Module):
         """Tokens B×N×D and the condition after its SiLU => B×N×out."""
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class OutputLayer(nn.Module):
+    """Norm and linear map to the prediction's values, without modulation; starts at zero.
+
+    Args:
+        width: Width of the tokens.
+        out: Values per token.
+    """
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm = make_norm("rms", width)
+        self.linear = nn.Linear(width, out)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens B×N×D => B×N×out."""
+        return self.linear(self.norm(x))

@@ -1,4 +1,4 @@
-"""Embeddings of time and of class labels."""
+"""Embedding of the time."""
 
 from __future__ import annotations
 
@@ -34,33 +34,3 @@ class TimeEmbedding(nn.Module):
         angle = 2 * math.pi * t.float()[:, None] * self.frequencies  # B×frequencies
         features = torch.cat([angle.sin(), angle.cos()], dim=1)  # B×(2·frequencies)
         return self.fc2(F.silu(self.fc1(features.to(self.fc1.bias.dtype))))  # B×width
-
-
-class LabelEmbedding(nn.Module):
-    """Table with one row a class and a last one for "no class", which classifier-free guidance needs.
-
-    Args:
-        num_classes: Number of classes; the null label is ``num_classes``.
-        width: Width of the embedding.
-    """
-
-    def __init__(self, num_classes: int, width: int) -> None:
-        super().__init__()
-        self.table = nn.Embedding(num_classes + 1, width)
-        nn.init.normal_(self.table.weight, std=0.02)
-
-    def forward(self, label: Tensor) -> Tensor:
-        """Labels B in [0, num_classes] => B×width."""
-        return self.table(label)
-
-
-def drop_labels(labels: Tensor, draws: Tensor, probability: float, null_label: int) -> Tensor:
-    """Replaces labels by the null label where the draw lies below the probability.
-
-    Args:
-        labels: B integers.
-        draws: Uniform draws in [0, 1), B.
-        probability: Share to drop.
-        null_label: The label that stands for "no class".
-    """
-    return torch.where(draws < probability, torch.full_like(labels, null_label), labels)

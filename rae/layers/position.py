@@ -40,6 +40,7 @@ class RotaryEmbedding2D(nn.Module):
         head_dim: Dimensions of a head, divisible by 4.
         grid: Side of the grid.
         theta: Base of the frequencies.
+        extra: Largest number of tokens after those of the grid, such as a condition's, which do not turn.
 
     Raises:
         ValueError: ``head_dim`` is not divisible by 4.
@@ -48,7 +49,7 @@ class RotaryEmbedding2D(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, grid: int, theta: float = 10000.0) -> None:
+    def __init__(self, head_dim: int, grid: int, theta: float = 10000.0, extra: int = 0) -> None:
         super().__init__()
         if head_dim % 4:
             raise ValueError(f"head_dim={head_dim} must be divisible by 4 for two-dimensional rotary embedding")
@@ -58,13 +59,15 @@ class RotaryEmbedding2D(nn.Module):
         rows = line[:, None, :].expand(-1, grid, -1)
         columns = line[None, :, :].expand(grid, -1, -1)
         angle = torch.cat([rows, columns], dim=2).reshape(grid * grid, head_dim)
+        angle = torch.cat([angle, angle.new_zeros(extra, head_dim)])
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turns queries or keys B×heads×N×head_dim; N must be the grid's."""
+        """Turns queries or keys B×heads×N×head_dim; N must be the grid's, or that and up to ``extra`` more."""
+        count = x.shape[-2]
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-        return (x * self.cos + turned * self.sin).to(x.dtype)
+        return (x * self.cos[:count] + turned * self.sin[:count]).to(x.dtype)
 
 
 def resize_position_table(table: Tensor, grid: int, prefix: int, antialias: bool) -> Tensor:

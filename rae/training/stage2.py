@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rae.autoencoder import RAE
+from rae.condition import drop
 from rae.data.latents import LatentsDataModule
 from rae.denoiser import Denoiser
 from rae.flow import FlowMatching
 from rae.image import to_float
-from rae.layers import drop_labels
 from rae.rng import normal, sample_seeds, to_device, uniform
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 from rae.training.strategy import shard, whole
@@ -31,7 +31,8 @@ class Stage2Module(TrainingModule):
         flow: Path, prediction, time distribution and shift.
         optimizer: Makes the optimiser from the parameters.
         scheduler: Makes the schedule from the optimiser and ``steps_per_epoch``; None for a constant rate.
-        label_dropout: Share of labels replaced by the null class, in [0, 1); 0 forgoes classifier-free guidance.
+        label_dropout: Share of labels (or of whatever else the denoiser is told) replaced by the null condition, in [0, 1);
+            0 forgoes classifier-free guidance.
         seed: Seed of every draw.
         compile: Whether the denoiser is compiled, or names of networks: ``denoiser``, ``encoder``.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
@@ -138,8 +139,11 @@ class Stage2Module(TrainingModule):
         noise = normal(seeds("noise"), latents.shape[1:], device=latents.device)
         t = to_device(self.flow.sample_time(uniform(seeds("time"))), latents.device)
         draws = uniform(seeds("label"), device=latents.device)
-        label = drop_labels(batch["label"], draws, label_dropout, self.denoiser.null_label)
-        return self.flow.loss(self.denoiser, latents, noise, t, label=label)
+        told = self.denoiser.told
+        conditions = {name: batch[name] for name in told.names if name in batch}
+        conditions = drop(conditions, told.null(conditions), draws, label_dropout)
+        heads = {"base": True} if self.denoiser.has_base else {}
+        return self.flow.loss(self.denoiser, latents, noise, t, **heads, **conditions)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, as Lightning is to sum it over the micro-batches of a step."""
@@ -155,6 +159,8 @@ class Stage2Module(TrainingModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Raises ValueError for labels outside the denoiser's classes while they are still in host memory."""
+        if "label" not in self.denoiser.told.names:
+            return batch
         labels, classes = batch["label"], int(self.denoiser.num_classes)
         wrong = labels[(labels < 0) | (labels >= classes)]
         if len(wrong):

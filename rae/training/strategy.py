@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from rae.formats.run import find_checkpoint, read_checkpoint
 from rae.formats.shares import Shared, changed, write_rest, write_share
-from rae.layers import adaptive_blocks
+from rae.layers import denoiser_blocks
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -138,7 +138,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     """Shares the weights of a network out, block by block, so that each is gathered only while it runs."""
-    for block in adaptive_blocks(network):
+    for block in denoiser_blocks(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
 

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from rae import flow
+from rae.condition import drop
+from rae.denoiser import InContextDiTDH
 from rae.flow.time import TimeDistribution
+from rae.formats.raev2 import denoiser_from_raev2, from_ours
 from tests.golden_checks import Case
-from tests.golden_checks.denoiser import models
+from tests.golden_checks.denoiser import guidances, models
 
 FORMS = {"SBDM": "sbdm", "inccreasing-decreasing": "increasing-decreasing"}
 ODE = {
@@ -101,7 +104,7 @@ def check_ode_sampling(case: Case) -> dict[str, Tensor]:
     config = case.config
     model, guide = models(case.other(config["weights_from"]))
     noise, y = case.inputs["noise"], case.inputs["y"]
-    guidances = {
+    by_prefix = {
         "": flow.NoGuidance(),
         "cfg_": flow.ClassifierFreeGuidance(config["cfg_scale"], tuple(config["interval"])),
         "autoguidance_": flow.AutoGuidance(config["autoguidance_scale"], tuple(config["interval"])),
@@ -115,7 +118,7 @@ def check_ode_sampling(case: Case) -> dict[str, Tensor]:
         exact = run["shift"] if run else (config["shift"] if float(shift[5:]) != 1 else 1.0)
         tolerances = {"atol": config["atol"], "rtol": config["rtol"]} if method == "dopri5" else {}
         sampler = ODE[method](flow.PublishedGrid(int(steps[5:])), **tolerances)
-        velocity = guidances[prefix](model, y, null_label=model.null_label, guide=guide)
+        velocity = by_prefix[prefix](model, {"label": y}, model.told.null({"label": y}), guide)
         times: list[float] = []
 
         def recording(x: Tensor, t: float, velocity=velocity, times=times) -> Tensor:
@@ -137,7 +140,7 @@ def check_ode_sampling(case: Case) -> dict[str, Tensor]:
 def check_sde_sampling(case: Case) -> dict[str, Tensor]:
     config = case.config
     model, _ = models(case.other(config["weights_from"]))
-    velocity = flow.NoGuidance()(model, case.inputs["y"])
+    velocity = flow.NoGuidance()(model, {"label": case.inputs["y"]})
     noise, steps = case.inputs["noise_init"], case.inputs["noise_steps"]
     computed: dict[str, Tensor] = {}
     for name, run in config["runs"].items():
@@ -165,7 +168,96 @@ def check_sde_sampling(case: Case) -> dict[str, Tensor]:
     return computed
 
 
+def check_train_time_v2(case: Case) -> dict[str, Tensor]:
+    uniform = torch.special.ndtr(case.inputs["normals"].double())
+    computed = {}
+    for dimension in case.config["dims"]:
+        for name in case.config["distributions"]:
+            mean, std = map(float, name.removeprefix("logit-normal_").split("_"))
+            shift = flow.dimension_shift(int(dimension), 1, 1, base=case.config["base"])
+            objective = flow.FlowMatching(time=flow.LogitNormalTime(mean, std, maximum=1.0), shift=shift)
+            computed[f"outputs/t/dim{dimension}/{name}"] = objective.sample_time(uniform).float()
+    return computed
+
+
+def check_training_loss_v2(case: Case) -> dict[str, Tensor]:
+    config, inputs = case.config, case.inputs
+    t, data, noise = inputs["t"], inputs["data"], inputs["noise"]
+    full, base = inputs["full_output"], inputs["base_output"]
+    computed = {"outputs/x_t": flow.LinearPath().interpolate(data, noise, t).x_t}
+    for key, prediction in (("x", "data"), ("velocity", "velocity")):
+        objective = flow.FlowMatching(
+            prediction=prediction, time_floor=config["t_eps"], base_weight=config["base_model_coeff"]
+        )
+        computed[f"outputs/{key}/loss_per_sample"] = objective.loss(lambda x, t: full, data, noise, t)
+        computed[f"outputs/{key}/base_loss_per_sample"] = objective.loss(lambda x, t: base, data, noise, t)
+        total = objective.loss(lambda x, t: (full, base), data, noise, t)
+        computed[f"outputs/{key}/total"] = total.mean()[None]
+        velocity = objective.velocity(full, computed["outputs/x_t"], t)
+        computed[f"outputs/{key}/velocity_from_output"] = velocity
+    # The alignment term is off in every published recipe; the library has none.
+    error = inputs["repa_prediction"] - inputs["repa_target"]
+    computed["outputs/repa_loss"] = config["repa_coeff"] * error.square().mean()[None]
+
+    model, labels = in_context_model(case.other(config["weights_from"])), {"label": inputs["y"]}
+    dropped = drop(labels, model.told.null(labels), inputs["dropout_uniform"], config["cfg_dropout_prob"])
+    computed["outputs/labels_after_dropout"] = dropped["label"].float()
+    objective = flow.FlowMatching(prediction="data", time_floor=config["t_eps"], base_weight=config["model_base_coeff"])
+    sample = (inputs["model_data"], inputs["model_noise"], t)
+
+    def base_alone(x: Tensor, t: Tensor) -> Tensor:
+        return model(x, t, base=True, **dropped)[1]
+
+    with torch.enable_grad():
+        total = objective.loss(model, *sample, base=True, **dropped).mean()
+        total.backward()
+    computed["outputs/model/total"] = total.detach()[None]
+    computed["outputs/model/loss_base"] = objective.loss(base_alone, *sample).mean().detach()[None]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    computed["outputs/model/grad_norm"] = torch.stack([g.norm() for g in gradients]).norm()[None]
+    for name, value in from_ours_gradients(model).items():
+        computed[f"outputs/model/grad/{name}"] = value
+    return computed
+
+
+def from_ours_gradients(model: InContextDiTDH) -> dict[str, Tensor]:
+    """The gradients under RAEv2's names."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad if parameter.grad is not None else torch.zeros_like(parameter))
+    return from_ours(model)
+
+
+def in_context_model(case: Case) -> InContextDiTDH:
+    model = denoiser_from_raev2(case.config, case.part("weights/"))
+    assert isinstance(model, InContextDiTDH)
+    return model
+
+
+@torch.no_grad()
+def check_ode_sampling_v2(case: Case) -> dict[str, Tensor]:
+    config, told = case.config, {"label": case.inputs["y"]}
+    model = in_context_model(case.other(config["weights_from"]))
+    computed = {}
+    for key in case.outputs:
+        if "/grid/steps" in key:
+            computed[key] = flow.FullGrid(int(key.rpartition("steps")[2])).times(config["shift"])
+            continue
+        run = config["runs"][key.removeprefix("outputs/")]
+        objective = flow.FlowMatching(
+            prediction={"x": "data"}.get(run["prediction"], run["prediction"]), time_floor=config["t_eps"]
+        )
+        guidance = guidances(config)[run["guidance"]]
+        velocity = guidance(objective.velocity_model(model), told, null=model.told.null(told))
+        sampler = flow.EulerSampler(flow.FullGrid(run["num_steps"]))
+        computed[key] = sampler.sample(velocity, case.inputs["noise"], shift=run["shift"])
+    return computed
+
+
 CHECKS = {
+    "train_time_v2": check_train_time_v2,
+    "training_loss_v2": check_training_loss_v2,
+    "ode_sampling_v2": check_ode_sampling_v2,
     "paths": check_paths,
     "training_loss": check_training_loss,
     "time_shift": check_time_shift,

@@ -1,0 +1,232 @@
+"""Diffusion transformers that read the condition as tokens among the image's, with a second, earlier output (RAEv2 §4).
+
+Sequence of the backbone: image tokens, row by row; then learned tokens plus the time embedding; then the condition's tokens. The
+blocks have no modulation; the rotary embedding turns image tokens alone. A base head predicts from the image tokens after block
+``base_depth``: the objective trains it beside the full output, internal guidance steers away from it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rae.condition import Condition, Conditions, learned_tokens
+from rae.denoiser.base import Denoiser, PatchEmbedding, make_blocks
+from rae.layers import ContextBlock, FinalLayer, OutputLayer, RotaryEmbedding2D, unpatchify
+
+
+class InContextDenoiser(Denoiser):
+    """Base: tokens of image, time and condition through the backbone.
+
+    Args:
+        channels: Channels of the latent.
+        grid: Side of the latent.
+        width: Width of the backbone.
+        depth: Blocks of the backbone.
+        heads: Attention heads of the backbone.
+        condition: What the denoiser is told; any of :mod:`rae.condition` that makes tokens, for this denoiser alone.
+        patch: Side of a patch.
+        mlp_ratio: Width of the feed-forward layers divided by the width.
+        time_tokens: Number of learned tokens to which the time is added.
+        base_depth: Blocks before the base head; None for no base head.
+        checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
+
+    Raises:
+        ValueError: Sizes that do not divide, a base head deeper than the backbone, or a condition that makes no tokens.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        grid: int,
+        width: int,
+        depth: int,
+        heads: int,
+        condition: Condition,
+        patch: int,
+        mlp_ratio: float,
+        time_tokens: int,
+        base_depth: int | None,
+        checkpointing: bool,
+    ) -> None:
+        super().__init__(channels, grid, patch, width, checkpointing)
+        if base_depth is not None and not 1 <= base_depth <= depth:
+            raise ValueError(
+                f"denoiser.base_depth={base_depth} must lie in [1, {depth}], the backbone's depth; null for no base head"
+            )
+        self.base_depth = base_depth
+        self.has_base = base_depth is not None
+        self.patches = (grid // patch) ** 2
+        self.backbone_embedding = PatchEmbedding(channels, width, patch)
+        self.time_tokens = learned_tokens(time_tokens, width)
+        condition.build(width, self.latent_shape, patch)
+        self.condition = condition
+        self.backbone = nn.ModuleList(ContextBlock(width, heads, int(width * mlp_ratio)) for _ in range(depth))
+        self.backbone_rope = RotaryEmbedding2D(width // heads, grid // patch, extra=time_tokens + condition.tokens)
+
+    @property
+    def told(self) -> Condition:
+        """What the denoiser is told."""
+        return self.condition
+
+    def run_backbone(
+        self, x_t: Tensor, time: Tensor, conditions: Conditions, base: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Image tokens B×N×D after all blocks and, if asked for, after the first ``base_depth`` of them.
+
+        Args:
+            x_t: Latents B×C×H×W.
+            time: Time embedding B×D, without the learned tokens.
+            conditions: Tensors by name, B×….
+            base: Whether the base head's input is wanted.
+
+        Raises:
+            ValueError: The base head is wanted of a denoiser that has none.
+        """
+        if base and self.base_depth is None:
+            raise ValueError("this denoiser has no base head, which internal guidance needs: train one with base_depth")
+        image = self.backbone_embedding(x_t)  # B×N×D
+        told, seen = self.condition(**conditions)  # B×M×D, B×M
+        x = torch.cat([image, self.time_tokens + time[:, None], told], dim=1)  # B×(N+T+M)×D
+        mask = None
+        if seen is not None:
+            before = seen.new_ones(len(seen), x.shape[1] - seen.shape[1])
+            mask = torch.cat([before, seen], dim=1)[:, None, None]  # B×1×1×(N+T+M)
+        first = self.base_depth if base else 0
+        x = self.run_blocks(self.backbone[:first], x, self.backbone_rope, mask)
+        early = x[:, : self.patches] if base else None
+        x = self.run_blocks(self.backbone[first:], x, self.backbone_rope, mask)
+        return x[:, : self.patches], early
+
+    def to_latent(self, tokens: Tensor) -> Tensor:
+        """Output tokens B×N×(p·p·C) => B×C×H×W."""
+        return unpatchify(tokens, self.patch, self.channels)
+
+
+class InContextDiTDH(InContextDenoiser):
+    """In-context backbone whose image tokens condition a wide, shallow head, as in :class:`~rae.denoiser.ddt.DiTDH`.
+
+    Args:
+        channels: Channels of the latent.
+        grid: Side of the latent.
+        width: Width of the backbone.
+        depth: Blocks of the backbone.
+        heads: Attention heads of the backbone.
+        head_width: Width of the head.
+        head_depth: Blocks of the head.
+        head_heads: Attention heads of the head.
+        condition: See :class:`InContextDenoiser`.
+        patch: Side of a patch of both.
+        mlp_ratio: Width of the feed-forward layers divided by the width.
+        time_tokens: See :class:`InContextDenoiser`.
+        base_depth: See :class:`InContextDenoiser`.
+        checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
+
+    Raises:
+        ValueError: See :class:`InContextDenoiser`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        grid: int,
+        width: int,
+        depth: int,
+        heads: int,
+        head_width: int,
+        head_depth: int,
+        head_heads: int,
+        condition: Condition,
+        patch: int = 1,
+        mlp_ratio: float = 4.0,
+        time_tokens: int = 4,
+        base_depth: int | None = 8,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            channels, grid, width, depth, heads, condition, patch, mlp_ratio, time_tokens, base_depth, checkpointing
+        )
+        out = patch * patch * channels
+        self.head_embedding = PatchEmbedding(channels, head_width, patch)
+        self.projection = nn.Linear(width, head_width) if width != head_width else nn.Identity()
+        self.head = make_blocks(head_depth, head_width, head_heads, mlp_ratio, qk_norm=True, norm="rms", mlp="swiglu")
+        self.head_rope = RotaryEmbedding2D(head_width // head_heads, grid // patch)
+        self.final = FinalLayer(head_width, out)
+        self.base_final = FinalLayer(width, out) if self.has_base else None
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, *, base: bool = False, **conditions: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Prediction B×C×H×W for x_t B×C×H×W at times B; with ``base`` the pair (full, base) of them.
+
+        Args:
+            x_t: Latents between data and noise, B×C×H×W.
+            t: Times B in [0, 1].
+            base: Whether the base head's prediction is wanted too.
+            conditions: The condition's tensors by name, B×….
+        """
+        self.check(x_t, t, conditions)
+        time = self.time_embedding(t)  # B×D
+        tokens, early = self.run_backbone(x_t, time, conditions, base)  # B×N×D each
+        s = F.silu(self.projection(F.silu(time[:, None] + tokens)))  # B×N×D_head
+        x = self.run_blocks(self.head, self.head_embedding(x_t), s, self.head_rope)  # B×N×D_head
+        full = self.to_latent(self.final(x, s))
+        if early is None:
+            return full
+        assert self.base_final is not None
+        h = F.silu(time[:, None] + early)
+        return full, self.to_latent(self.base_final(h, F.silu(h)))  # h modulates itself
+
+
+class InContextDiT(InContextDenoiser):
+    """In-context transformer of one width, without modulation anywhere.
+
+    Args:
+        channels: Channels of the latent.
+        grid: Side of the latent.
+        width: Width of the tokens.
+        depth: Number of blocks.
+        heads: Attention heads.
+        condition: See :class:`InContextDenoiser`.
+        patch: Side of a patch.
+        mlp_ratio: Width of the feed-forward layers divided by the width.
+        time_tokens: See :class:`InContextDenoiser`.
+        base_depth: See :class:`InContextDenoiser`.
+        checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
+
+    Raises:
+        ValueError: See :class:`InContextDenoiser`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        grid: int,
+        width: int,
+        depth: int,
+        heads: int,
+        condition: Condition,
+        patch: int = 1,
+        mlp_ratio: float = 4.0,
+        time_tokens: int = 4,
+        base_depth: int | None = 8,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            channels, grid, width, depth, heads, condition, patch, mlp_ratio, time_tokens, base_depth, checkpointing
+        )
+        self.final = OutputLayer(width, patch * patch * channels)
+        self.base_final = OutputLayer(width, patch * patch * channels) if self.has_base else None
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, *, base: bool = False, **conditions: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """See :meth:`InContextDiTDH.forward`."""
+        self.check(x_t, t, conditions)
+        tokens, early = self.run_backbone(x_t, self.time_embedding(t), conditions, base)  # B×N×D each
+        full = self.to_latent(self.final(tokens))
+        if early is None:
+            return full
+        assert self.base_final is not None
+        return full, self.to_latent(self.base_final(early))

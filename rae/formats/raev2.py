@@ -1,0 +1,192 @@
+"""Denoisers of RAEv2 (``nyu-visionx/RAEv2-models``) in their own naming: configuration, weights in, weights out.
+
+Decoders, latent statistics and training checkpoints have the layout of the first RAE's, see :mod:`rae.formats.original`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae.condition import Condition, LabelTokens, NavigationTokens, TextTokens
+from rae.denoiser import InContextDiT, InContextDiTDH
+
+MARK = "ctx_embedder."
+"""Begins some keys of every state dict in this naming, and of no other."""
+_NAMES = (
+    ("t_embedder.W", "time_embedding.frequencies"),
+    ("t_embedder.learnable_tokens", "time_tokens"),
+    ("t_embedder.mlp.0.", "time_embedding.fc1."),
+    ("t_embedder.mlp.2.", "time_embedding.fc2."),
+    ("ctx_embedder.learnable_tokens", "condition.learned"),
+    ("ctx_embedder.embedding_table.", "condition.table."),
+    ("ctx_embedder.norm.", "condition.norm."),
+    ("ctx_embedder.proj.", "condition.proj."),
+    ("ctx_embedder.context_patch_embed.", "condition.frame_embedding."),
+    ("ctx_embedder.action_proj.", "condition.action_embedding."),
+    ("ctx_embedder.action_tokens", "condition.action_learned"),
+    ("ctx_embedder.time_emb.W", "condition.elapsed_embedding.frequencies"),
+    ("ctx_embedder.time_emb.learnable_tokens", "condition.elapsed_learned"),
+    ("ctx_embedder.time_emb.mlp.0.", "condition.elapsed_embedding.fc1."),
+    ("ctx_embedder.time_emb.mlp.2.", "condition.elapsed_embedding.fc2."),
+)
+_TWO_WIDTHS = (
+    ("s_embedder.", "backbone_embedding."),
+    ("x_embedder.", "head_embedding."),
+    ("s_projector.", "projection."),
+    ("final_layer.adaln_modulation.1.", "final.modulation."),
+    ("final_layer.", "final."),
+    ("base_final_layer.adaln_modulation.1.", "base_final.modulation."),
+    ("base_final_layer.", "base_final."),
+)
+_ONE_WIDTH = (
+    ("x_embedder.", "backbone_embedding."),
+    ("final_layer.norm_final.", "final.norm."),
+    ("final_layer.", "final."),
+    ("base_final_layer.norm_final.", "base_final.norm."),
+    ("base_final_layer.", "base_final."),
+)
+_JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}
+"""Linear layers that we have in one piece."""
+
+InContext = InContextDiTDH | InContextDiT
+
+
+def denoiser_from_config(config: Mapping[str, Any]) -> InContext:
+    """Builds a denoiser from RAEv2's arguments, with fresh weights.
+
+    Args:
+        config: Arguments of their classes: ``hidden_size``, ``depth``, ``num_heads`` (pairs for DiT-DH, single numbers for the
+            variant of one width), ``in_channels``, ``input_size``, ``base_model_depth``, ``arch`` with ``num_t_tokens`` and
+            ``num_c_tokens``, ``condition_type`` (text, nwm; else labels).
+
+    Raises:
+        ValueError: An unknown condition, or backbone and head of different patches.
+    """
+    width, depth, heads = config["hidden_size"], config["depth"], config["num_heads"]
+    patch = config.get("patch_size", 1)
+    patches = {patch} if isinstance(patch, int) else set(patch)
+    if len(patches) != 1:
+        raise ValueError(f"patch_size={patch} of RAEv2: backbone and head must have the same patch here")
+    common: dict[str, Any] = {
+        "channels": config["in_channels"],
+        "grid": config["input_size"],
+        "patch": patches.pop(),
+        "mlp_ratio": config.get("mlp_ratio", 4.0),
+        "time_tokens": config["arch"]["num_t_tokens"],
+        "base_depth": config["base_model_depth"],
+    }
+    common["condition"] = _condition(config, common["patch"])
+    if isinstance(width, int):
+        return InContextDiT(width=width, depth=depth, heads=heads, **common)
+    return InContextDiTDH(
+        width=width[0],
+        depth=depth[0],
+        heads=heads[0],
+        head_width=width[1],
+        head_depth=depth[1],
+        head_heads=heads[1],
+        **common,
+    )
+
+
+def _condition(config: Mapping[str, Any], patch: int) -> Condition:
+    kind, arch = config.get("condition_type", "label"), config["arch"]
+    if kind == "text":
+        return TextTokens(config["context_dim"], arch["num_c_tokens"])
+    if kind == "nwm":
+        return NavigationTokens(
+            config["in_channels"], config["input_size"], config["frames"], patch, arch["n_action_tokens"]
+        )
+    if kind not in ("label", "class"):
+        raise ValueError(f"condition_type={kind!r} of RAEv2 is unknown; known are label, text and nwm")
+    return LabelTokens(config["num_classes"], arch["num_c_tokens"])
+
+
+def denoiser_from_raev2(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> InContext:
+    """Builds a denoiser from RAEv2's arguments and state dict, in evaluation mode.
+
+    Raises:
+        ValueError: See :func:`denoiser_from_config`; or weights that do not fit (all keys are listed).
+    """
+    model = denoiser_from_config(config)
+    model.load_state_dict(to_ours(state, model))
+    return model.eval()
+
+
+def to_ours(state: Mapping[str, Tensor], model: InContext) -> dict[str, Tensor]:
+    """Renames RAEv2's keys and joins what we have in one piece; its rotary tables are compared with ours and left out.
+
+    Args:
+        state: State dict in RAEv2's naming.
+        model: The denoiser that it is for.
+
+    Raises:
+        ValueError: A rotary table differs from the one that the architecture implies: other token counts or another grid.
+    """
+    tables = _tables(model)
+    depth, out = len(model.backbone), {}
+    for key, value in state.items():
+        if "rope.freqs_" in key:
+            _check_table(key, value, tables)
+        elif block := re.match(r"blocks\.(\d+)\.(.*)", key):
+            number, rest = int(block[1]), block[2].replace("adaln_modulation.1.", "modulation.")
+            out[f"backbone.{number}.{rest}" if number < depth else f"head.{number - depth}.{rest}"] = value
+        else:
+            out[_renamed(key, _table_of_names(model))] = value
+    for joined, parts in _JOINED.items():
+        for key in [key for key in out if f".{parts[0]}." in key]:
+            names = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+            if all(name in out for name in names):
+                out[key.replace(f".{parts[0]}.", f".{joined}.")] = torch.cat([out.pop(name) for name in names])
+    return out
+
+
+def from_ours(model: InContext) -> dict[str, Tensor]:
+    """The denoiser's weights under RAEv2's keys, rotary tables included."""
+    back = tuple((ours, theirs) for theirs, ours in _table_of_names(model))
+    out: dict[str, Tensor] = dict(_tables(model))
+    for key, value in model.state_dict().items():
+        block = re.match(r"(backbone|head)\.(\d+)\.(.*)\.(\w+)$", key)
+        if not block:
+            out[_renamed(key, back)] = value
+            continue
+        number = int(block[2]) + (len(model.backbone) if block[1] == "head" else 0)
+        layer = block[3].replace("modulation", "adaln_modulation.1")
+        parts = _JOINED.get(layer, (layer,))
+        for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
+            out[f"blocks.{number}.{part}.{block[4]}"] = piece.clone()
+    return out
+
+
+def _table_of_names(model: InContext) -> tuple[tuple[str, str], ...]:
+    return (*_NAMES, *(_TWO_WIDTHS if isinstance(model, InContextDiTDH) else _ONE_WIDTH))
+
+
+def _renamed(key: str, names: tuple[tuple[str, str], ...]) -> str:
+    for old, new in names:
+        if key.startswith(old):
+            return new + key[len(old) :]
+    return key
+
+
+def _tables(model: InContext) -> dict[str, Tensor]:
+    """RAEv2's rotary buffers, as ours have them."""
+    ropes = {"rope": model.backbone_rope}
+    if isinstance(model, InContextDiTDH):
+        ropes = {"enc_rope": model.backbone_rope, "dec_rope": model.head_rope}
+    return {f"{name}.freqs_{part}": getattr(rope, part) for name, rope in ropes.items() for part in ("cos", "sin")}
+
+
+def _check_table(key: str, value: Tensor, tables: Mapping[str, Tensor]) -> None:
+    own = tables.get(key)
+    if own is None or own.shape != value.shape or not torch.allclose(own.cpu(), value.to(own.dtype), atol=1e-4):
+        raise ValueError(
+            f"{key} of the file has shape {tuple(value.shape)} and is not the rotary table of this denoiser "
+            f"({'it has none' if own is None else tuple(own.shape)}): rows are image, time and condition tokens, so "
+            "denoiser.time_tokens, the condition's tokens, or the grid differ"
+        )
