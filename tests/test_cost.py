@@ -230,7 +230,7 @@ def test_state_of_optimisers():
     ],
 )
 def test_evaluations_of_a_sample(sampler, guidance, denoiser, guide):
-    assert evaluations(sampler, guidance, FlowMatching()) == {"denoiser": denoiser, "guide": guide}
+    assert evaluations(sampler, guidance, FlowMatching()) == {"denoiser": denoiser, "base": 0, "guide": guide}
 
 
 def test_guidance_outside_its_interval_costs_nothing():

@@ -9,9 +9,10 @@ from rae.autoencoder import RAE
 from rae.cli.build import make
 from rae.cli.errors import compose
 from rae.commands.cost import without_weights
-from rae.cost import measure, on_paper, parameters, shares
+from rae.cost import evaluations, measure, on_paper, parameters, shares
 from rae.cost.steps import denoising, encoding
 from rae.discriminator import DinoDiscriminator
+from rae.flow import EulerSampler, FlowMatching, FullGrid, InternalGuidance
 from rae.loss import PerceptualLoss
 from tests.small_runs import denoiser_step
 
@@ -42,6 +43,22 @@ def block_parameters(width):
 
 SLOW = [pytest.mark.slow]
 SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}
+
+
+@pytest.mark.slow
+def test_in_context_dit_dh_against_closed_form():
+    """RAEv2's ImageNet size: 12 tokens of time and label go through the backbone, none through the head."""
+    network = paper("denoiser", "in_context_dit_dh_xl", "encoder=dinov3_l")
+    width, depth, wide, channels, tokens = 1440, 28, 2048, 1024, TOKENS + 4 + 8
+    backbone, head = block(width, tokens, 0), block(wide, TOKENS, TOKENS)
+    joints = 2 * (512 * width + width**2 + TOKENS * (channels * (width + wide) + width * wide))
+    full = joints + depth * sum(backbone) + 2 * sum(head) + 2 * TOKENS * (wide * 2 * wide + wide * channels)
+    base = 2 * TOKENS * (width * 2 * width + width * channels)
+    assert denoising(network).forward == full
+    assert denoising(network, base=True).forward == full + base
+    sampler, guidance = EulerSampler(FullGrid(10)), InternalGuidance(1.78, (0.1, 1.0), None, 2.0, (0.0, 0.45))
+    calls = evaluations(sampler, guidance, FlowMatching())  # times 1, 0.9, …, 0.1: at five of them the batch is doubled
+    assert calls == {"denoiser": 6 + 2 * 4, "base": 6 + 2 * 4, "guide": 0}
 
 
 @pytest.mark.parametrize("size", [pytest.param(size, marks=SLOW) for size in SIZES])

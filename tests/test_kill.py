@@ -26,14 +26,20 @@ SMALL = [
     *("decoder.width=32", "decoder.depth=1", "decoder.mlp_width=64", "callbacks.checkpoint.every_n_steps=4"),
     *("trainer.log_every_n_steps=1", "trainer.val_check_interval=7", "trainer.enable_progress_bar=false"),
 ]
-STAGES = {
+STAGES: dict[int | str, list[str]] = {
     1: ["experiment=digits_stage1", *SMALL, "discriminator.pretrained=false", "discriminator.checkpoint=null",
         "loss.discriminator_start=2", "loss.gan_start=3", "scheduler.warmup_steps=3"],
     2: ["experiment=digits_stage2", *SMALL, "latent.stats=none", "decoder_checkpoint=null", "denoiser.width=32", "denoiser.depth=1",
         "denoiser.head_width=64", "scheduler.warmup_steps=3", "callbacks.preview.classes=2", "callbacks.preview.per_class=2",
         "sampler.grid.points=4"],
 }  # fmt: skip
-KILLS = {1: {"between:6": 4, "save:8": 7, "step:11": 8}, 2: {"step:6": 4, "save:8": 4, "step:13": 12}}
+STAGES["raev2"] = [*STAGES[2], "denoiser=in_context_dit_dh_xl", "denoiser.heads=2", "denoiser.head_heads=2",
+    "denoiser.head_depth=1", "denoiser.base_depth=1", "flow=raev2", "optimizer=muon", "guidance=internal"]  # fmt: skip
+KILLS: dict[int | str, dict[str, int]] = {
+    1: {"between:6": 4, "save:8": 7, "step:11": 8},
+    2: {"step:6": 4, "save:8": 4, "step:13": 12},
+}
+KILLS["raev2"] = KILLS[2]
 """Where each stage is killed, and the step of the last checkpoint then; stage 1 also saves the best validation, at step 7."""
 TWO = ["trainer.devices=2", "strategy=ddp"]
 
@@ -84,8 +90,8 @@ def logged(folder: Path) -> dict[tuple[int, str], str]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_killed_run_ends_bitwise_where_an_undisturbed_one_does(stage: int, processes: int, tmp_path: Path):
+@pytest.mark.parametrize("stage", [1, 2, "raev2"])
+def test_a_killed_run_ends_bitwise_where_an_undisturbed_one_does(stage: int | str, processes: int, tmp_path: Path):
     overrides = STAGES[stage] + (TWO if processes == 2 else [])
     finish(start([*overrides, f"output_dir={tmp_path}/whole"]), killed=False)
     killed = [*overrides, f"output_dir={tmp_path}/killed"]

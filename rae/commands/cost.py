@@ -201,7 +201,9 @@ def _sampling(
     except ValueError as error:  # an adaptive sampler
         return {"unknown": str(error)}
     flops = {"decoder": decoding(module.autoencoder, autocast).forward}
-    flops["denoiser"] = calls["denoiser"] * denoising(module.denoiser, autocast).forward
+    flops["denoiser"] = (calls["denoiser"] - calls["base"]) * denoising(module.denoiser, autocast).forward
+    if calls["base"]:
+        flops["denoiser"] += calls["base"] * denoising(module.denoiser, autocast, base=True).forward
     if calls["guide"]:
         with torch.device("meta"):
             guide: Any = on_paper(make(cfg.guide))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,11 +23,14 @@ def files_of(cfg: DictConfig) -> list[str]:
     Raises:
         ConfigError: No model is given.
     """
-    keys = (*_FILES, "guide_checkpoint") if cfg.guide else _FILES
+    keys = (
+        *_FILES,
+        *(["guide_checkpoint"] if cfg.guide else []),
+        *(["encoder.checkpoint"] if cfg.encoder_weights else []),
+    )
     root = Path(cfg.collection)
-    names = [
-        Path(value).relative_to(root).as_posix() for key in keys if (value := OmegaConf.select(cfg, key)) is not None
-    ]
+    files = [Path(value) for key in keys if (value := OmegaConf.select(cfg, key)) is not None]
+    names = [file.relative_to(root).as_posix() for file in files if file.is_relative_to(root)]
     if not names:
         raise ConfigError(
             f"model=… must be given, one of {', '.join(config_groups()['model'])}; or everything=true for the whole collection"
@@ -46,6 +50,6 @@ def download(cfg: DictConfig) -> None:
     else:
         for name in files_of(cfg):
             log.info("%s", fetch(cfg.repository, name, cfg.revision, folder))
-    hub_id = cfg.encoder.get("hub_id") if cfg.get("encoder") is not None else None
-    if cfg.encoder_weights and hub_id is not None:
-        log.info("%s", fetch_weights(hub_id, cfg.encoder.revision, "encoder.checkpoint"))
+    encoder: Any = cfg.get("encoder") or {}
+    if cfg.encoder_weights and encoder.get("checkpoint") is None and encoder.get("hub_id") is not None:
+        log.info("%s", fetch_weights(encoder["hub_id"], encoder["revision"], "encoder.checkpoint"))

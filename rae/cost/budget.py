@@ -171,7 +171,9 @@ def optimizer_ratio(factory: Callable[[Any], torch.optim.Optimizer]) -> float:
 
 
 def evaluations(sampler: Any, guidance: Any, flow: FlowMatching) -> dict[str, int]:
-    """How often a sample passes through ``denoiser`` and ``guide``, found by running the sampler on models that count.
+    """How often a sample passes through ``denoiser``, in these through its ``base`` head, and through ``guide``.
+
+    Found by running the sampler on models that count.
 
     Raises:
         ValueError: A sampler whose steps depend on the networks.
@@ -180,11 +182,12 @@ def evaluations(sampler: Any, guidance: Any, flow: FlowMatching) -> dict[str, in
         raise ValueError(
             "an adaptive sampler takes as many steps as the networks' outputs call for; choose another one"
         )
-    counts = {"denoiser": 0, "guide": 0}
+    counts = {"denoiser": 0, "base": 0, "guide": 0}
 
     def counting(name: str) -> Callable[..., Any]:
         def model(x: Tensor, t: Tensor, base: bool = False, **conditions: Tensor) -> Any:
             counts[name] += len(x)
+            counts["base"] += len(x) * base
             return (x, x) if base else x
 
         return model

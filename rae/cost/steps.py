@@ -155,12 +155,13 @@ def decoding(autoencoder: RAE, precision: torch.dtype | None = None) -> Work:
 
 
 @torch.no_grad()
-def denoising(denoiser: Denoiser, precision: torch.dtype | None = None) -> Work:
-    """One evaluation for one latent, without graph, in the precision of autocast."""
-    return operations(lambda images: evaluate_once(denoiser, images), precision)
+def denoising(denoiser: Denoiser, precision: torch.dtype | None = None, base: bool = False) -> Work:
+    """One evaluation for one latent, without graph, in the precision of autocast; with ``base`` its base head too."""
+    return operations(lambda images: evaluate_once(denoiser, images, base), precision)
 
 
-def evaluate_once(denoiser: Denoiser, images: int) -> Tensor:
+def evaluate_once(denoiser: Denoiser, images: int, base: bool = False) -> Any:
     """One evaluation of a denoiser, for so many latents."""
     told = denoiser.told.nothing(images)
-    return denoiser(torch.randn(images, *denoiser.latent_shape), torch.rand(images), **told)
+    heads = {"base": True} if base else {}
+    return denoiser(torch.randn(images, *denoiser.latent_shape), torch.rand(images), **heads, **told)

@@ -21,7 +21,7 @@ from rae.training.late import Late
 from rae.training.precision import XLAMixedPrecision, check_precision
 from rae.training.resume import check_epochs, configure, configured
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[Any], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
 Batch = dict[str, Tensor]
 Keys = tuple[Tensor, Tensor]
@@ -189,7 +189,11 @@ class TrainingModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """An optimiser over each of the networks, with a schedule that is stepped after its every step."""
-        optimizers = [self.optimizer([p for p in net.parameters() if p.requires_grad]) for net in self.networks()]
+        by_name = getattr(getattr(self.optimizer, "func", self.optimizer), "by_name", False)
+        optimizers = []
+        for network in self.networks():
+            weights = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
+            optimizers.append(self.optimizer(weights if by_name else [weight for _, weight in weights]))
         if self.scheduler is None:
             return optimizers
         self.trainer.fit_loop.setup_data()  # so that the number of batches is known

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rae.training.ema import WeightAverage
+from rae.training.muon import MuonAdamW
 from rae.training.schedule import WarmupDecay
 from tests.golden_checks import Case
 
@@ -64,4 +65,32 @@ def check_lr_schedule(case: Case) -> dict[str, Tensor]:
     return computed
 
 
-CHECKS = {"ema": check_ema, "lr_schedule": check_lr_schedule}
+def check_muon(case: Case) -> dict[str, Tensor]:
+    config, computed = case.config, {}
+    first, gradients = case.part("inputs/param/"), case.part("inputs/grad/")
+    assert sorted(name for name in first if first[name].ndim == 2) == sorted(config["muon_parameters"])
+    runs = (
+        ("exact", config["weight_decay"], "float32"),
+        ("exact_with_decay", config["weight_decay_of_second_run"], "float32"),
+        ("half", config["weight_decay"], "float32"),  # as exact: the published rounding lies within its tolerance
+    )
+    for run, decay, dtype in runs:
+        weights = {name: nn.Parameter(value.clone()) for name, value in first.items()}
+        optimizer = MuonAdamW(
+            weights.items(),
+            config["lr"],
+            config["momentum"],
+            decay,
+            config["adamw"]["betas"],
+            config["adamw"]["eps"],
+            dtype=dtype,
+        )
+        for step in range(config["steps"]):
+            for name, weight in weights.items():
+                weight.grad = gradients[name][step].clone()
+            optimizer.step()
+            computed |= {f"outputs/{run}/step{step + 1}/{name}": w.detach().clone() for name, w in weights.items()}
+    return computed
+
+
+CHECKS = {"ema": check_ema, "lr_schedule": check_lr_schedule, "muon": check_muon}
