@@ -14,6 +14,7 @@ from rae.metric.functional import (
     inception_score,
     kernel_distance,
     manifold,
+    mind,
     nearest_distances,
     precision_recall,
     squared_distances,
@@ -67,6 +68,19 @@ def test_kernel_distance_equals_torch_fidelity(monkeypatch):
     expected = mmd2(*kernels)
     monkeypatch.setattr("rae.metric.functional.kernel.BLOCK", 40)
     assert kernel_distance(torch.from_numpy(x), torch.from_numpy(y)).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_mind_of_shifted_gaussians_is_three_times_the_squared_shift():
+    x, y = points(4000, 3, 8), points(3000, 4, 8, shift=0.5)
+    assert mind(x, y, 300).item() == pytest.approx(3 * 8 * 0.5**2, rel=0.1)
+    assert mind(x, x).item() == 0
+    assert mind(y, x, 300).item() == pytest.approx(mind(x, y, 300).item(), rel=0.05)
+    x[0, 0] = torch.nan
+    for samples, words in ((x, "samples hold NaN"), (y[:, :3], "one width")):
+        with pytest.raises(ValueError, match=words):
+            mind(samples, y)
+    with pytest.raises(ValueError, match="directions=0"):
+        mind(y, y, 0)
 
 
 def test_half_precision_is_that_of_adm_and_falls_back_where_it_overflows():

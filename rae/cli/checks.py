@@ -72,6 +72,7 @@ def check_files(cfg: DictConfig, config: str) -> None:
         raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
     if config != "download" and cfg.get("decoder") is not None and "collection" in cfg:
         check_published(cfg)
+    check_denoiser(cfg)
     if config == "evaluate" and (cfg.samples is None) == (cfg.checkpoint is None):
         raise ConfigError(
             f"samples={cfg.samples} and checkpoint={cfg.checkpoint}: give one of them, samples=… (an .npz, a folder of images "
@@ -103,6 +104,29 @@ def check_files(cfg: DictConfig, config: str) -> None:
         if str(data.get("_target_")).startswith("rae.data.") and data.get("train_path", "") is None:
             raise no_train_path(str(data["_target_"]).rpartition(".")[2])
         check_paths(data)
+
+
+def check_denoiser(cfg: DictConfig) -> None:
+    """Refuses a condition or a guidance that the configuration's denoiser cannot take.
+
+    Raises:
+        ConfigError: Names both.
+    """
+    denoiser, condition = cfg.get("denoiser"), cfg.get("condition")
+    if denoiser is None:
+        return
+    in_context = denoiser.get("condition") is not None
+    kind = "" if condition is None else str(condition.get("_target_")).rpartition(".")[2]
+    if not in_context and kind not in ("", "LabelTokens") and str(denoiser.get("_target_")).startswith("rae."):
+        raise ConfigError(
+            f"condition is a {kind}, but {denoiser._target_} is told a class label alone; choose denoiser=in_context_dit_dh_xl"
+        )
+    internal = str(OmegaConf.select(cfg, "guidance._target_")).endswith(".InternalGuidance")
+    if internal and denoiser.get("base_depth") is None:
+        raise ConfigError(
+            f"guidance=internal needs a base head, which {denoiser._target_} is without: choose denoiser=in_context_dit_dh_xl with "
+            "denoiser.base_depth, or guidance=cfg"
+        )
 
 
 def _may_be_on_the_hub(source: str) -> bool:
@@ -156,6 +180,9 @@ def check_published(cfg: DictConfig) -> None:
         ConfigError: Names them, and the command that fetches them.
     """
     wanted = ["checkpoint", "decoder_checkpoint", "latent.stats"]
+    encoder = OmegaConf.select(cfg, "encoder.checkpoint", throw_on_missing=False)
+    if encoder is not None and Path(encoder).is_relative_to(cfg.collection):
+        wanted.append("encoder.checkpoint")
     if wants_guide(cfg):
         wanted.append("guide_checkpoint")
     found = {key: OmegaConf.select(cfg, key) for key in wanted}

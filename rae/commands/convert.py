@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 WRITTEN = {
     "rae": (export.CONFIG, export.WEIGHTS),
     "diffusers": (diffusers.CONFIG, diffusers.WEIGHTS),
-    "original": (original.DECODER, original.STATISTICS, original.DENOISER),
+    **original.LAYOUTS,
 }
 """What is written, by the format."""
 
@@ -47,7 +47,7 @@ def convert(cfg: DictConfig) -> None:
     folder = Path(cfg.output_dir)
     written = [folder / name for name in WRITTEN[cfg.to]]
     refuse_existing(cfg, *written)
-    model, _ = open_model(cfg, encode=cfg.to != "original")
+    model, _ = open_model(cfg, encode=cfg.to not in original.LAYOUTS)
     denoiser = model.denoiser if isinstance(model, Generator) else None
     autoencoder = model.autoencoder if isinstance(model, Generator) else model
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def convert(cfg: DictConfig) -> None:
             if denoiser is not None:
                 log.info("diffusers has a class for the autoencoder alone; the denoiser is left out")
         else:
-            save_original(autoencoder, made, denoiser)
+            save_original(autoencoder, made, denoiser, cfg.to)
         for file in written:
             if (made / file.name).exists():
                 (made / file.name).replace(file)

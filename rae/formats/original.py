@@ -1,4 +1,7 @@
-"""Files of the original project: decoder, latent statistics, denoiser, training checkpoints (``nyu-visionx/RAE-collections``)."""
+"""Files of the original projects: decoder, latent statistics, denoiser, training checkpoints.
+
+Hub: ``nyu-visionx/RAE-collections`` and ``nyu-visionx/RAEv2-models``; the same keys but for the denoisers'.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,18 @@ from torch import Tensor
 
 from rae.autoencoder import RAE
 from rae.denoiser import Denoiser
+from rae.formats import raev2
 from rae.formats.bundle import Bundle
 from rae.formats.decoder import state_from_ours
 from rae.formats.denoiser import ours_to_original
 from rae.io.tensors import read_file, save_state
 from rae.latent import LatentNormalizer
 
-DECODER, STATISTICS, DENOISER = "model.pt", "stat.pt", "stage2_model.pt"
-"""Names of the files in the published collection."""
+LAYOUTS = {
+    "original": ("model.pt", "stat.pt", "stage2_model.pt"),
+    "raev2": ("decoder.pt", "stats.pt", "checkpoint.pt"),
+}
+"""Names of the files of decoder, statistics and denoiser in the published collections."""
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _OF_DENOISERS = ("t_embedder.", "time_embedding.")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
@@ -78,28 +85,48 @@ def statistics(latent: LatentNormalizer) -> dict[str, Tensor]:
     return {"mean": latent.mean.clone(), "var": var.clone()}
 
 
-def save_original(autoencoder: RAE, folder: str | Path, denoiser: Denoiser | None = None) -> Path:
-    """Writes ``model.pt``, ``stat.pt`` and, with a denoiser, ``stage2_model.pt`` as the original project reads them.
+def save_original(
+    autoencoder: RAE, folder: str | Path, denoiser: Denoiser | None = None, layout: str = "original"
+) -> Path:
+    """Writes decoder, latent statistics and, with a denoiser, its weights as the original projects read them.
 
     Args:
         autoencoder: Its decoder and latent statistics are written.
         folder: Folder to write into.
         denoiser: Written too, where it is given.
+        layout: ``original``: ``model.pt``, ``stat.pt``, ``stage2_model.pt``; ``raev2``: ``decoder.pt``, ``stats.pt`` and
+            ``checkpoint.pt``, which holds the weights as ``ema``.
 
     Raises:
         FileExistsError: One of the files is there already.
+        ValueError: An unknown layout, or a model that readers of the layout would take for another.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    in_context = isinstance(denoiser, raev2.InContext)
+    if autoencoder.decoder.output != ("raw" if layout == "raev2" else "encoder") or (
+        denoiser is not None and in_context != (layout == "raev2")
+    ):
+        raise ValueError(
+            f"to={layout}: original is for decoders with output=encoder and label denoisers, raev2 for output=raw and denoisers "
+            f"told in context; this model has output={autoencoder.decoder.output} and "
+            f"{'no denoiser' if denoiser is None else type(denoiser).__name__}"
+        )
+    decoder, stats, weights = LAYOUTS[layout]
     folder = Path(folder).expanduser()
     files: dict[str, Mapping[str, Tensor]] = {
-        DECODER: state_from_ours(autoencoder.decoder, "original"),
-        STATISTICS: statistics(autoencoder.latent),
+        decoder: state_from_ours(autoencoder.decoder, "original"),
+        stats: statistics(autoencoder.latent),
     }
-    if denoiser is not None:
-        files[DENOISER] = ours_to_original(denoiser)
+    if isinstance(denoiser, raev2.InContext):
+        files[weights] = raev2.from_ours(denoiser)
+    elif denoiser is not None:
+        files[weights] = ours_to_original(denoiser)
     refuse_existing(folder, *files)
     for name, state in files.items():
+        wrapped = name == weights and layout == "raev2"
         with torch.no_grad():
-            save_state(state, folder / name)
+            save_state(state, folder / name, below="ema" if wrapped else None)
     return folder
 
 

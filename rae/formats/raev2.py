@@ -1,6 +1,6 @@
-"""Denoisers of RAEv2 (``nyu-visionx/RAEv2-models``) in their own naming: configuration, weights in, weights out.
+"""Files of RAEv2 (``nyu-visionx/RAEv2-models``): denoisers in their own naming, and what a collection of them holds.
 
-Decoders, latent statistics and training checkpoints have the layout of the first RAE's, see :mod:`rae.formats.original`.
+Decoders, latent statistics and training checkpoints have the layout of the first RAE's, which :mod:`rae.formats.original` reads.
 """
 
 from __future__ import annotations

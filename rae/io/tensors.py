@@ -155,10 +155,15 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_state(state: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> Path:
-    """Writes tensors atomically: as safetensors, with texts as metadata, where the name ends so, else in PyTorch's format."""
+def save_state(
+    state: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None, below: str | None = None
+) -> Path:
+    """Writes tensors atomically: as safetensors, with texts as metadata, where the name ends so, else in PyTorch's format.
+
+    The latter may hold them ``below`` a name, as training checkpoints do.
+    """
     path = Path(path).expanduser()
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     if path.suffix != ".safetensors":
-        return write_atomically(path, lambda file: torch.save(tensors, file))
+        return write_atomically(path, lambda file: torch.save({below: tensors} if below else tensors, file))
     return write_atomically(path, lambda file: file.write(serialize(tensors, metadata)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from torch import Tensor
 
 from rae.condition import normalize_action
 from rae.denoiser import Denoiser
+from rae.encoder.text import hidden_states
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, Guidance, InternalGuidance, NoGuidance
 from rae.formats.denoiser import denoiser_from_original
 from rae.formats.raev2 import denoiser_from_raev2, from_ours
@@ -99,5 +101,19 @@ def check_in_context(case: Case) -> dict[str, Tensor]:
     return computed
 
 
+def check_text_encoder(case: Case) -> dict[str, Tensor]:
+    config = {key: value for key, value in case.config.items() if key not in ("model", "max_length", "padding_side")}
+    kind = getattr(transformers, case.config["model"].replace("ForCausalLM", "Config"))
+    network = transformers.AutoModel.from_config(kind(**config), dtype=torch.float32).eval()
+    weights = {
+        key.removeprefix("model."): value for key, value in case.part("weights/").items() if key != "lm_head.weight"
+    }
+    network.load_state_dict(weights)
+    ids = case.inputs["input_ids"]
+    mask = ids != case.config["pad_id"]
+    return {"outputs/attention_mask": mask, "outputs/features": hidden_states(network, ids, mask)}
+
+
 CHECKS = {"dit_dh": check_denoiser, "lightning_dit": check_denoiser}
 CHECKS |= {"dit_dh_ig": check_in_context, "lightning_dit_ig": check_in_context}
+CHECKS["text_encoder"] = check_text_encoder

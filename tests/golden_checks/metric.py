@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rae.metric.functional import frechet_distance, inception_score, moments, nearest_distances, precision_recall
+from rae.image import to_uint8
+from rae.metric.functional import frechet_distance, inception_score, mind, moments, nearest_distances, precision_recall
+from rae.metric.functional.mind import sliced_distance
 from tests.golden_checks import Case, Check
 
 
@@ -33,4 +36,29 @@ def check_frechet(case: Case) -> dict[str, Tensor]:
     return computed | {f"outputs/{key}": torch.as_tensor(value).reshape(1) for key, value in numbers.items()}
 
 
-CHECKS: dict[str, Check] = {"frechet": check_frechet}
+def check_distribution_metrics(case: Case) -> dict[str, Tensor]:
+    """FDr6, MIND, Inception Score of permuted rows, and bytes."""
+    config, inputs = case.config, case.inputs
+    generated, reference = inputs["features_gen"], inputs["features_ref"]
+    first, second = moments(generated), moments(reference)
+    directions, seed = config["mind"]["projections"], config["mind"]["seed"]
+    found = mind(generated, reference, directions, seed)
+    rows = [inputs[f"mind_rows_{name}"] for name in ("gen", "ref")]
+    given = sliced_distance(generated[rows[0]], reference[rows[1]], inputs["mind_directions"])
+    torch.testing.assert_close(found, given)  # our draws are the published ones
+    ratios = inputs["raw_distances"].double() / torch.tensor(list(config["normalisers"].values()), dtype=torch.float64)
+    size = len(inputs["logits"]) // config["inception_splits"]
+    order = np.random.RandomState(0).permutation(len(inputs["logits"]))
+    permuted = inputs["logits"].double().softmax(1)[order][: size * config["inception_splits"]]
+    numbers = {
+        "frechet": frechet_distance(*first[:2], *second[:2]),
+        "fdr6": ratios.mean(),
+        "mind": found,
+        "inception_score": inception_score(permuted, size)[0],
+    }
+    computed = {f"outputs/{key}": value.reshape(1) for key, value in numbers.items()}
+    computed |= {"outputs/mean_gen": first.mean, "outputs/cov_gen": first.covariance, "outputs/fdr": ratios}
+    return computed | {"outputs/pixels_8bit": to_uint8(inputs["pixels"]).float()}
+
+
+CHECKS: dict[str, Check] = {"frechet": check_frechet, "distribution_metrics": check_distribution_metrics}

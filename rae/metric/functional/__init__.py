@@ -12,6 +12,7 @@ from rae.metric.functional.manifold import (
     precision_recall,
     squared_distances,
 )
+from rae.metric.functional.mind import mind
 
 __all__ = [
     "Moments",
@@ -20,6 +21,7 @@ __all__ = [
     "frechet_distance",
     "inception_score",
     "kernel_distance",
+    "mind",
     "moments",
     "moments_from_sums",
     "nearest_distances",
