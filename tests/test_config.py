@@ -244,6 +244,7 @@ def test_numbers_are_quoted_where_they_name_files():
             ["encoder=dinov"],
             r"encoder=dinov: there is no such choice; did you mean 'dinov\w+'\? choose one of .*digits",
         ),
+        (["encoder.reduce=mean"], "no key 'encoder.reduce': it is called 'encoder.fusion' now"),
         (["encodr=dinov2"], "no key 'encodr'; did you mean 'encoder'"),
         (["stage=2", "optimizer.lrr=1"], "no key 'optimizer.lrr'; did you mean 'optimizer.lr'"),
         (["lr=1"], "did you mean 'optimizer.lr'"),

@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import rae
 from rae.autoencoder import RAE
-from rae.cli.build import Run, build
+from rae.cli.build import Run, build, make
+from rae.cli.config import check_same_run, plain
 from rae.cli.errors import compose
 from rae.encoder import TimmEncoder, timm_vit
 from rae.formats import assemble, find_checkpoint, read
 from rae.formats.run import read_encoder
 from rae.image import to_float
+from rae.io.describe import rebuild
+from rae.io.errors import ConfigError
 from rae.io.tensors import state_hash
 from tests.digits_runs import run
 
@@ -89,6 +93,37 @@ def test_hashes_of_former_versions_are_compared_by_their_own_rule(tmp_path: Path
     encoder.network.pos_embed.data += 2e-8 * torch.randn_like(encoder.network.pos_embed)
     assert "a hash of a former version, which depends on the CPU" in encoder.differences(former)
     assert encoder.differences({}).startswith("weights None and not")
+
+
+NEW = ("fusion", "pooled_layer", "resize_first", "interpolation", "final_norm", "final_norm_eps", "rope_bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("layers", "reduce", "fusion"), [(None, "sum", "last"), ([1], "mean", "last"), ([0, 1], "sum", "sum")]
+)
+def test_what_former_versions_called_reduce_is_understood(layers, reduce: str, fusion: str):
+    former = {"_target_": "rae.encoder.TimmEncoder", **FACTS, "input_size": 32, "pretrained": False, "layers": layers}
+    former["reduce"] = reduce
+    for encoder in (make(OmegaConf.create({"encoder": former}).encoder), rebuild(former)):
+        assert encoder.fusion == fusion
+        assert "reduce" not in encoder.arguments
+        said = {key: value for key, value in encoder.fingerprint().items() if key not in NEW} | {"reduce": reduce}
+        assert not encoder.differences(said)
+        if layers == [0, 1]:
+            assert encoder.differences(said | {"reduce": "mean"}) == "fusion mean and not sum"
+    with pytest.raises(ConfigError, match=r"encoder\.reduce='mean' is called encoder\.fusion now"):
+        make(OmegaConf.create({"encoder": former | {"reduce": "mean", "fusion": "sum"}}).encoder)
+
+
+def test_a_run_of_a_former_version_is_continued():
+    cfg = compose("train", ["experiment=digits_small_stage1", *RANDOM])
+    former = plain(cfg)
+    former["encoder"] = {key: value for key, value in former["encoder"].items() if key not in NEW} | {"reduce": "sum"}
+    del former["decoder"]["output"]
+    check_same_run(cfg, former, "outputs/x")
+    former["encoder"]["layers"], former["decoder"]["output"] = [0, 1], "raw"
+    with pytest.raises(ConfigError, match=r"encoder.fusion was 'sum' and is now 'last'; decoder.output was 'raw' and"):
+        check_same_run(compose("train", ["experiment=digits_small_stage1", *RANDOM]), former, "outputs/x")
 
 
 def test_every_revision_is_a_commit_or_is_said_to_be_unknown():
@@ -207,8 +242,8 @@ def test_a_changed_encoder_file_is_refused_wherever_its_run_is_opened(tmp_path: 
     assert record.keys() == {"fingerprint"}  # the file has the weights
     later = compose("train", ["experiment=digits_small_stage2", weights, "latent.stats=none"])
     later.decoder_checkpoint = str(folder)
-    for make in (lambda: rae.load(folder), lambda: build(later)):
-        make()
+    for opened in (lambda: rae.load(folder), lambda: build(later)):
+        opened()
     save_file({key: value + 1e-6 for key, value in encoder.network.state_dict().items()}, path)
     again = stage1(folder, weights).module
     hashes = [value.removeprefix("published:")[:12] for value in (record["fingerprint"]["weights"], hash_of(again))]

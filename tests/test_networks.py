@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
 
 from rae.autoencoder import RAE
 from rae.decoder import ViTDecoder
@@ -59,12 +60,99 @@ def test_tokens_have_no_mean_and_unit_variance_without_affine():
     torch.testing.assert_close(latents.var(1, unbiased=False), torch.ones(2, 4, 4), atol=1e-3, rtol=0)
 
 
-def test_layers_are_summed_or_averaged():
+def test_layers_are_fused():
     images = torch.rand(1, 3, 32, 32)
-    single = [encoder(layers=[layer])(images) for layer in (0, 2)]
-    torch.testing.assert_close(encoder(layers=[0, 2])(images), single[0] + single[1])
-    torch.testing.assert_close(encoder(layers=[0, 2], reduce="mean")(images), (single[0] + single[1]) / 2)
-    torch.testing.assert_close(encoder()(images), single[1])
+    first, last = (encoder(layers=[layer])(images) for layer in (0, 2))
+    torch.testing.assert_close(encoder(layers=[0, 2], fusion="sum")(images), first + last)
+    torch.testing.assert_close(encoder(layers=[0, 2], fusion="mean")(images), (first + last) / 2)
+    for layers in ([0, 2], [2, 0]):  # the deepest is averaged over its positions, in whatever order they are listed
+        pooled = encoder(layers=layers, fusion="mean_plus_pooled")(images)
+        torch.testing.assert_close(pooled, (first + last) / 2 + last.mean((2, 3), keepdim=True))
+    shallow = encoder(layers=[0, 2], fusion="mean_plus_pooled", pooled_layer=0)(images)
+    torch.testing.assert_close(shallow, (first + last) / 2 + first.mean((2, 3), keepdim=True))
+    torch.testing.assert_close(encoder()(images), last)
+    torch.testing.assert_close(encoder(fusion="mean")(images), last, atol=0, rtol=0)
+
+
+def test_the_final_norm_is_plain_the_checkpoints_or_none(tmp_path):
+    images = torch.rand(2, 3, 32, 32)
+    source = encoder(final_norm="affine")
+    state = {key: value + 0.1 * torch.randn_like(value) for key, value in source.network.state_dict().items()}
+    save_file(state, tmp_path / "vit.safetensors")
+    load = {"pretrained": True, "checkpoint": str(tmp_path / "vit.safetensors")}
+    plain, affine, none = (encoder(final_norm=kind, **load)(images) for kind in ("plain", "affine", "none"))
+    weight, bias = state["norm.weight"].view(-1, 1, 1), state["norm.bias"].view(-1, 1, 1)
+    torch.testing.assert_close(affine, plain * weight + bias)
+    normed = F.layer_norm(none.movedim(1, -1), (32,), eps=1e-6).movedim(-1, 1)
+    torch.testing.assert_close(plain, normed)
+    wide = encoder(final_norm_eps=1.0, **load)(images)
+    torch.testing.assert_close(wide, F.layer_norm(none.movedim(1, -1), (32,), eps=1.0).movedim(-1, 1))
+    del state["norm.weight"]
+    save_file(state, tmp_path / "vit.safetensors")
+    with pytest.raises(ValueError, match=r"missing: norm\.weight"):
+        encoder(final_norm="affine", **load)
+
+
+def test_images_are_normalised_before_or_after_they_are_resized():
+    model, images = encoder(resize_first=False, interpolation="bilinear"), torch.rand(2, 3, 50, 70)
+    pixels = F.interpolate((images - model.image_mean) / model.image_std, (32, 32), mode="bilinear")
+    torch.testing.assert_close(model(images).flatten(2).transpose(1, 2), model.tokens(pixels))
+    torch.testing.assert_close(model(images), encoder(interpolation="bilinear")(images), atol=1e-4, rtol=1e-4)
+
+
+# --- DINOv3 ------------------------------------------------------------------------------------------------------
+
+DINOV3 = {"model": "vit_small_patch16_dinov3_qkvb", "stride": 16, "input_size": 64}
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def dinov3(**options) -> TimmEncoder:
+    return encoder(**({**DINOV3, "model_args": SMALL} | options))
+
+
+def hub_file(model: TimmEncoder) -> dict[str, torch.Tensor]:
+    """The encoder's weights under the names of DINOv3's own files."""
+    names = {"reg_token": "storage_tokens", "gamma_": "ls", "fc1_g": "w1", "fc1_x": "w2"}
+    state = {"rope_embed.periods": model.network.rope.periods.clone(), "mask_token": torch.zeros(1, 32)}
+    for key, value in model.network.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        state[f"{key}.gamma" if ".ls" in key else key] = value.clone()
+    for block in range(2):
+        query, value = (state.pop(f"blocks.{block}.attn.{part}_bias", torch.zeros(32)) for part in "qv")
+        state[f"blocks.{block}.attn.qkv.bias"] = torch.cat([query, torch.full((32,), 7.0), value])
+        state[f"blocks.{block}.attn.qkv.bias_mask"] = torch.cat([torch.ones(32), torch.zeros(32), torch.ones(32)])
+    return state
+
+
+def test_dinov3_reads_its_own_files(tmp_path):
+    first = dinov3(rope_bfloat16=True)
+    for parameter in first.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    state, images, file = hub_file(first), torch.rand(1, 3, 64, 64), str(tmp_path / "dinov3.pt")
+    torch.save(state, file)
+    again = dinov3(rope_bfloat16=True, pretrained=True, checkpoint=file)
+    torch.testing.assert_close(again(images), first(images), atol=0, rtol=0)
+    with pytest.raises(ValueError, match=r"periods.*rope_bfloat16=false; try true"):
+        dinov3(pretrained=True, checkpoint=file)
+    plain = {"model": "vit_small_patch16_dinov3", "rope_bfloat16": True, "pretrained": True, "checkpoint": file}
+    with pytest.raises(ValueError, match=r"biases of queries and values.*vit_small_patch16_dinov3_qkvb"):
+        dinov3(**plain)
+    torch.save(
+        {key: value * 0 if "qkv.bias" in key and "mask" not in key else value for key, value in state.items()}, file
+    )
+    assert "blocks.0.attn.q_bias" not in dinov3(**plain).network.state_dict()
+    torch.save({key: value for key, value in state.items() if "mask" not in key}, file)
+    with pytest.raises(ValueError, match="keys have biases"):
+        dinov3(rope_bfloat16=True, pretrained=True, checkpoint=file)
+
+
+def test_the_rounded_periods_survive_a_change_of_precision():
+    model, exact = dinov3(rope_bfloat16=True), dinov3()
+    periods = model.network.rope.periods.clone()
+    assert torch.equal(periods, exact.network.rope.periods.bfloat16().float())
+    assert not torch.equal(periods, exact.network.rope.periods)
+    assert torch.equal(copy.deepcopy(model).bfloat16().float().network.rope.periods, periods)
 
 
 def test_encoder_precision_is_its_own():
@@ -142,7 +230,14 @@ def test_arguments_that_timm_does_not_take_are_refused():
         ({"input_size": 30}, r"input_size=30.*24 and 32"),
         ({"layers": [3]}, r"layers=\[3\].*0 to 2"),
         ({"layers": []}, "layers"),
-        ({"reduce": "max"}, "max.*sum or mean"),
+        ({"fusion": "max"}, "max.*last, sum, mean, mean_plus_pooled"),
+        ({"layers": [0, 2]}, r"fusion=last.*layers=\[0, 2\].*fusion=sum"),
+        ({"layers": [0, 2], "fusion": "mean", "pooled_layer": 0}, r"pooled_layer=0.*not mean;.*deepest"),
+        ({"layers": [0, 2], "fusion": "mean_plus_pooled", "pooled_layer": 1}, r"pooled_layer=1.*\[0, 2\]"),
+        ({"final_norm": "rms"}, "final_norm='rms'.*plain, affine, none"),
+        ({"final_norm": "none", "final_norm_eps": 1e-5}, "final_norm_eps=1e-05.*null"),
+        ({"interpolation": "nearest"}, "nearest.*bicubic or bilinear"),
+        ({"rope_bfloat16": True}, "rope_bfloat16=true needs DINOv3.*vit_tiny_patch16_224 has not"),
         ({"act": "relu"}, "relu.*gelu"),
         ({"dtype": "int8"}, "int8.*bfloat16"),
         ({"model": "vit_tinny"}, "vit_tinny"),
@@ -252,6 +347,15 @@ def test_decoder_parameters_follow_from_the_table(size: str, sizes: tuple[int, i
     block = 4 * width * (width + 1) + 2 * width * mlp + width + mlp + 4 * width
     expected = (768 + 1) * width + width + depth * block + 2 * width + (width + 1) * 768
     assert sum(parameter.numel() for parameter in model.parameters()) == expected, size
+
+
+def test_a_raw_decoder_draws_the_image_itself():
+    z, colours = torch.randn(2, 32, 4, 4), {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
+    raw = decoder(output="raw", **colours)
+    torch.testing.assert_close(raw(z), decoder()(z), atol=0, rtol=0)
+    assert raw.arguments["output"] == "raw"
+    with pytest.raises(ValueError, match=r"decoder\.output='rgb'.*encoder.*raw"):
+        decoder(output="rgb")
 
 
 def test_decoder_speaks_in_the_encoders_pixels_and_starts_with_a_zero_token():

@@ -12,13 +12,14 @@ import lightning
 from hydra.utils import get_class, instantiate
 from lightning import seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rae.autoencoder import RAE
 from rae.cli.checks import check_metric, check_paths
 from rae.cli.config import check_complete, plain
 from rae.formats import Bundle, read
 from rae.formats.bundle import assemble_autoencoder
+from rae.io.describe import renewed
 from rae.io.errors import ConfigError
 from rae.io.files import differing
 from rae.jobs.processes import processes_of, set_matmul
@@ -44,6 +45,7 @@ def make(node: Any, **objects: Any) -> Any:
         return None
     if node.get("_partial_", False):
         return instantiate(node, _convert_="all", **objects)
+    node = _renewed(node)
     try:
         # Objects go to the call itself: Hydra would copy them into the configuration first.
         return instantiate(node, _partial_=True, _convert_="all")(**objects)
@@ -64,6 +66,23 @@ def make(node: Any, **objects: Any) -> Any:
         raise ConfigError(
             f"{node._get_full_key(None)}: the sizes {numbers} {why} ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _renewed(node: DictConfig) -> DictConfig:
+    """The node with the arguments of a former version as its class takes them now."""
+    given = OmegaConf.to_container(node)
+    assert isinstance(given, dict)
+    try:
+        current = renewed(given)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if current != given:
+        node = node.copy()
+        with open_dict(node):
+            for key in given.keys() - current.keys():
+                node.pop(key)
+            node.update({key: value for key, value in current.items() if key not in given})
+    return node
 
 
 def make_all(nodes: DictConfig | None) -> list[Any]:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rae.cli.checks import WEIGHT_FILES
 from rae.cli.groups import command_files, conf_dir
+from rae.io.describe import completed
 from rae.io.errors import ConfigError
 from rae.io.files import differing, write_atomically
 
@@ -102,7 +103,7 @@ def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> N
     changes = [
         f"{key} was {old!r} and is now {new!r}"
         for section in _NETWORKS
-        for key, old, new in differing(before.get(section), now.get(section), section)
+        for key, old, new in differing(completed(before.get(section)), completed(now.get(section)), section)
     ]
     if changes:
         more = f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""

@@ -97,7 +97,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
-RENAMED = {"float32": "matmul"}
+RENAMED = {"float32": "matmul", "encoder.reduce": "encoder.fusion"}
 """Former names of keys."""
 
 # --- faults in overrides -----------------------------------------------------------------------------------------

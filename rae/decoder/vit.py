@@ -12,12 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from rae.io.describe import Described
 from rae.layers import Block, grid_to_tokens, sincos_table, tokens_to_grid, unpatchify
 
+OUTPUTS = ("encoder", "raw")
+
 
 class ViTDecoder(Described, nn.Module):
     """Linear, class token, fixed position table, pre-norm blocks, norm, linear to pixels.
 
-    The network speaks in the encoder's normalised pixels; its mean and deviation are applied last. A latent of another grid is
-    resized bilinearly after the first linear layer.
+    The network speaks in the encoder's normalised pixels, whose mean and deviation are applied last, or in the image's own units
+    (RAEv2, arXiv 2605.18324). A latent of another grid is resized bilinearly after the first linear layer.
 
     Args:
         channels: Channels of the latent.
@@ -32,6 +34,11 @@ class ViTDecoder(Described, nn.Module):
         norm_eps: Epsilon of all LayerNorms.
         checkpointing: Recompute the blocks in the backward pass instead of keeping their activations.
         position_scale: Distance of two neighbouring tokens in the position table; diffusers has 16/grid where the original has 1.
+        output: ``encoder``: the network's pixels times ``std`` plus ``mean`` are the image; ``raw``: they are the image in [0, 1]
+            itself, and ``mean`` and ``std`` are not used.
+
+    Raises:
+        ValueError: ``mean`` or ``std`` not of three colours, or an unknown ``output``.
     """
 
     position: Tensor
@@ -52,12 +59,18 @@ class ViTDecoder(Described, nn.Module):
         norm_eps: float = 1e-12,
         checkpointing: bool = False,
         position_scale: float = 1.0,
+        output: str = "encoder",
     ) -> None:
         super().__init__()
+        if output not in OUTPUTS:
+            raise ValueError(f"decoder.output={output!r} is unknown; choose encoder (std and mean applied) or raw")
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(
                 f"decoder.mean={list(mean)} and decoder.std={list(std)} must hold 3 numbers each, a colour's one"
             )
+        if output == "raw":
+            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        self.output = output
         self.channels = channels
         self.grid = grid
         self.patch = patch

@@ -1,9 +1,9 @@
 """The contract of every encoder.
 
 Images float B×3×H×W in [0, 1] => bicubic resize to the input side (only where a side differs; straight to a square, no
-antialias, no clamp) => (x − mean) / std => network => patch tokens of the chosen layers, each after its own LayerNorm without
-affine parameters (so that no layer outweighs another by its scale), summed or averaged => latents float32 B×C×h×w, row-major.
-Class and register tokens are dropped. Paper §3.
+antialias, no clamp) => (x − mean) / std => network => patch tokens of the chosen layers, each after its own LayerNorm, by default
+without affine parameters (so that no layer outweighs another by its scale), fused => latents float32 B×C×h×w, row-major.
+Class and register tokens are dropped. Paper §3; the fusion of several layers: RAEv2, arXiv 2605.18324.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rae.encoder.fusion import check_fusion, fuse, renewed, simplest
 from rae.io.describe import Described
 from rae.io.tensors import load_strict, state_hash
-from rae.layers import at_least_float, resize_position_table, tokens_to_grid
+from rae.layers import at_least_float, tokens_to_grid
 
-REDUCTIONS = ("sum", "mean")
+INTERPOLATIONS = ("bicubic", "bilinear")
 _PUBLISHED = "published:"
 DTYPES = {None: torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,12 +36,15 @@ class Encoder(Described, nn.Module, ABC):
         mean: Mean of the images, subtracted per colour.
         std: Standard deviation of the images, per colour.
         layers: Blocks whose outputs make the latent, counted from 0; None for the last one.
-        reduce: ``sum`` or ``mean`` over these layers.
+        fusion: What becomes of them: ``last``, ``sum``, ``mean`` or ``mean_plus_pooled``, see :func:`rae.encoder.fusion.fuse`.
         dtype: Precision of the network: ``float32`` (also None), ``bfloat16`` or ``float16``; independent of the trainer's.
+        pooled_layer: The layer whose mean over the positions ``mean_plus_pooled`` adds; None for the deepest.
+        resize_first: Whether images are resized before they are normalised, or after: the same but for rounding.
+        interpolation: How they are resized: ``bicubic`` or ``bilinear``.
 
     Raises:
-        ValueError: ``input_size`` is not divisible, ``mean`` or ``std`` not of three colours, or an unknown ``reduce`` or
-            ``dtype``.
+        ValueError: ``input_size`` is not divisible, ``mean`` or ``std`` not of three colours, an unknown ``fusion``, ``dtype`` or
+            ``interpolation``, or a fusion that does not suit the layers.
     """
 
     image_mean: Tensor
@@ -54,8 +58,11 @@ class Encoder(Described, nn.Module, ABC):
         mean: Sequence[float],
         std: Sequence[float],
         layers: Sequence[int] | None = None,
-        reduce: str = "sum",
+        fusion: str = "last",
         dtype: str | None = None,
+        pooled_layer: int | None = None,
+        resize_first: bool = True,
+        interpolation: str = "bicubic",
     ) -> None:
         super().__init__()
         for name, side in (("input_size", input_size), ("stride", stride)):
@@ -71,8 +78,9 @@ class Encoder(Described, nn.Module, ABC):
                 f"encoder.mean={list(mean)} and encoder.std={list(std)} must hold 3 numbers each, "
                 "red, green and blue, the latter above 0"
             )
-        if reduce not in REDUCTIONS:
-            raise ValueError(f"encoder.reduce={reduce!r} is unknown; choose sum or mean")
+        check_fusion(fusion, layers, pooled_layer)
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"encoder.interpolation={interpolation!r} is unknown; choose bicubic or bilinear")
         if dtype not in DTYPES:
             raise ValueError(f"encoder.dtype={dtype!r} is unknown; choose float32, bfloat16 or float16")
         self.channels = channels
@@ -82,10 +90,18 @@ class Encoder(Described, nn.Module, ABC):
         self.mean = tuple(float(value) for value in mean)
         self.std = tuple(float(value) for value in std)
         self.layers = None if layers is None else [int(layer) for layer in layers]
-        self.reduce = reduce
+        self.fusion = simplest(fusion, layers)
+        self.pooled_layer = pooled_layer
+        self.resize_first = resize_first
+        self.interpolation = interpolation
         self.dtype = DTYPES[dtype]
         self.register_buffer("image_mean", torch.tensor(self.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def renewed(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """With ``fusion`` where a former version said ``reduce``."""
+        return renewed(arguments)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -101,9 +117,12 @@ class Encoder(Described, nn.Module, ABC):
             "stride": self.stride,
             "input_size": self.input_size,
             "layers": self.layers,
-            "reduce": self.reduce,
+            "fusion": self.fusion,
+            "pooled_layer": self.pooled_layer,
             "mean": list(self.mean),
             "std": list(self.std),
+            "resize_first": self.resize_first,
+            "interpolation": self.interpolation,
         }
 
     @property
@@ -185,7 +204,7 @@ class Encoder(Described, nn.Module, ABC):
 
     @abstractmethod
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
-        """Patch tokens B×N×C of each layer after the final norm without affine, for normalised pixels B×3×S×S."""
+        """Patch tokens B×N×C of each layer, in the order of depth, after the final norm, for normalised pixels B×3×S×S."""
 
     def freeze(self) -> None:
         """Casts the weights to the encoder's precision and ends all gradients; called once the network is complete.
@@ -207,8 +226,8 @@ class Encoder(Described, nn.Module, ABC):
         dtype = self.dtype if weight is None else weight.dtype
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             chosen = [at_least_float(tokens) for tokens in self.layer_tokens(pixels.to(dtype), self.layers)]
-        total = chosen[0] if len(chosen) == 1 else torch.stack(chosen).sum(0)
-        return total / len(chosen) if self.reduce == "mean" else total
+        pooled = -1 if self.pooled_layer is None else sorted(self.layers or []).index(self.pooled_layer)
+        return fuse(chosen, self.fusion, pooled)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images B×3×H×W in [0, 1] => latents float32 B×C×h×w, not normalised.
@@ -221,69 +240,16 @@ class Encoder(Described, nn.Module, ABC):
                 f"images must be float of shape B×3×H×W in [0, 1], got {images.dtype} of shape {tuple(images.shape)}"
             )
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            pixels = images.float()
-            if tuple(pixels.shape[2:]) != (self.input_size, self.input_size):
-                size = (self.input_size, self.input_size)
-                pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=False)
+            pixels = self._resized(images.float()) if self.resize_first else images.float()
             pixels = (pixels - self.image_mean) / self.image_std
+            pixels = pixels if self.resize_first else self._resized(pixels)
         return tokens_to_grid(self.tokens(pixels))
 
-
-class TransformerEncoder(Encoder):
-    """An encoder around a vision ``network`` with a position table, which is resized for the grid when weights are loaded."""
-
-    network: Any
-    pos_antialias: bool
-    """Whether the table is resized with antialiasing."""
-    table_name: str
-    """Its key."""
-    _published_table: Tensor | None = None
-
-    def check_facts(self, model: str, channels: int, stride: int) -> None:
-        """Compares what the configuration says of the network with what it is.
-
-        Raises:
-            ValueError: They differ.
-        """
-        for name, value in {"channels": channels, "stride": stride}.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"encoder.{name}={getattr(self, name)} differs from {model}'s {value}; set it to {value}"
-                )
-
-    def published_state(self) -> dict[str, Tensor]:
-        """The network's weights with the position table as it was loaded, before it was resized."""
-        state = dict(self.network.state_dict())
-        return state if self._published_table is None else state | {self.table_name: self._published_table}
-
-    def load_network(self, state: dict[str, Tensor], prefix_tokens: int, source: str, adopt: bool) -> None:
-        """Loads the network's weights strictly, the position table resized where it has another size.
-
-        Raises:
-            ValueError: Keys or shapes that do not fit, all listed.
-        """
-        table, own = state.get(self.table_name), self.network.state_dict().get(self.table_name)
-        self._published_table = None
-        if table is not None and own is not None and table.shape != own.shape:
-            self._published_table = table.clone()  # a view would keep the whole file in memory
-            batched = table if table.ndim == 3 else table[None]
-            resized = resize_position_table(batched, self.grid, prefix_tokens, self.pos_antialias)
-            state[self.table_name] = resized if table.ndim == 3 else resized[0]
-        load_strict(self.network, state, source, adopt)
-
-
-def check_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
-    """The chosen layers of ``depth`` blocks, counted from 0; the last one where none is given.
-
-    Raises:
-        ValueError: An empty list, a repeated layer, or one that the network does not have.
-    """
-    if layers is None:
-        return [depth - 1]
-    chosen = [int(layer) for layer in layers]
-    if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= layer < depth for layer in chosen):
-        raise ValueError(f"encoder.layers={chosen} must be different numbers from 0 to {depth - 1}")
-    return sorted(chosen)
+    def _resized(self, images: Tensor) -> Tensor:
+        size = (self.input_size, self.input_size)
+        if tuple(images.shape[2:]) == size:
+            return images
+        return F.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=False)
 
 
 def differences(described: Mapping[str, Any], found: Mapping[str, Any], but: Sequence[str] = ()) -> str:
@@ -292,6 +258,7 @@ def differences(described: Mapping[str, Any], found: Mapping[str, Any], but: Seq
     The same weights in another precision have another hash, so that hashes are compared within one precision only. Entries
     ``but``, and those that the description lacks, may differ. Empty where nothing differs.
     """
+    described, found = renewed(described), renewed(found)
     first, second = described.get("weights"), found.get("weights")
     comparable = described.get("dtype", "float32") == found.get("dtype", "float32") and (
         first is None or second is None or str(first).startswith(_PUBLISHED) == str(second).startswith(_PUBLISHED)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rae.encoder.base import TransformerEncoder, check_layers
 from rae.encoder.convert import to_open_clip
+from rae.encoder.fusion import check_layers, make_final_norm
+from rae.encoder.transformer import TransformerEncoder
 from rae.io.hub import read_weights
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -27,6 +28,8 @@ class ClipEncoder(TransformerEncoder):
         hub_id: Hub repository of such a file.
         revision: Branch, tag or commit of that repository.
         pos_antialias: Whether the position table is resized with antialiasing.
+        final_norm: ``plain``, ``affine`` or ``none``, see :func:`rae.encoder.fusion.make_final_norm`.
+        final_norm_eps: Its epsilon; None for the network's own.
 
     Raises:
         ValueError: Unknown model, facts that differ from the network's, or weights that do not fit.
@@ -44,15 +47,22 @@ class ClipEncoder(TransformerEncoder):
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
         layers: Sequence[int] | None = None,
-        reduce: str = "sum",
+        fusion: str = "last",
         dtype: str | None = None,
         pretrained: bool = True,
         checkpoint: str | None = None,
         hub_id: str | None = None,
         revision: str | None = None,
         pos_antialias: bool = True,
+        pooled_layer: int | None = None,
+        resize_first: bool = True,
+        interpolation: str = "bicubic",
+        final_norm: str = "plain",
+        final_norm_eps: float | None = None,
     ) -> None:
-        super().__init__(channels, stride, input_size, mean, std, layers, reduce, dtype)
+        super().__init__(
+            channels, stride, input_size, mean, std, layers, fusion, dtype, pooled_layer, resize_first, interpolation
+        )
 
         import open_clip  # noqa: PLC0415 (it brings transformers along: seconds and 150 MB that other encoders do without)
 
@@ -66,7 +76,8 @@ class ClipEncoder(TransformerEncoder):
         if not hasattr(network, "transformer"):
             raise ValueError(f"encoder.model={model!r} is no vision transformer of open_clip's own")
         self.check_facts(model, network.conv1.out_channels, network.patch_size[0])
-        network.ln_post = nn.LayerNorm(channels, eps=network.ln_post.eps, elementwise_affine=False)
+        self.final_norm, self.final_norm_eps = final_norm, final_norm_eps
+        network.ln_post = make_final_norm(network.ln_post, final_norm, channels, final_norm_eps)
         network.proj = network.attn_pool = None
         self.network = network
         check_layers(self.layers, len(network.transformer.resblocks))
@@ -76,7 +87,8 @@ class ClipEncoder(TransformerEncoder):
 
     def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
         """Loads the image tower of a CLIP state dict in open_clip's or timm's naming, strictly."""
-        kept = {key: value for key, value in to_open_clip(state).items() if not key.startswith(_UNUSED)}
+        own = self.network.state_dict()
+        kept = {key: value for key, value in to_open_clip(state).items() if key in own or not key.startswith(_UNUSED)}
         self.load_network(kept, 1, source, adopt)
 
     @property
@@ -85,7 +97,7 @@ class ClipEncoder(TransformerEncoder):
         return super().identity | {"model": self.model_name}
 
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
-        """The blocks' outputs through ``ln_post`` without affine."""
+        """The blocks' outputs through ``ln_post`` as ``final_norm`` has it."""
         chosen = check_layers(layers, len(self.network.transformer.resblocks))
         output = self.network.forward_intermediates(
             pixels, indices=chosen, stop_early=True, output_fmt="NLC", intermediates_only=True

@@ -1,5 +1,7 @@
 """Encoder weights in other naming to timm's and back: DINOv2 with registers, SigLIP(2), ViT-MAE; timm's CLIP to open_clip's.
 
+DINOv2 without registers and DINOv3's own files are read only.
+
 Both generations of transformers are read and written: up to 4.x (``attention.attention.query``) and from 5.x on
 (``attention.q_proj``). Nothing is dropped but the keys listed in ``_IGNORED``: a key that has no place keeps its name, so that
 strict loading lists it together with all others.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,8 +50,8 @@ _DINOV2 = Family(
         "ls2.gamma": ("layer_scale2.lambda1",),
         "norm1": ("norm1",),
         "norm2": ("norm2",),
-        "mlp.fc1": ("mlp.fc1",),
-        "mlp.fc2": ("mlp.fc2",),
+        "mlp.fc1": ("mlp.fc1", "mlp.weights_in"),
+        "mlp.fc2": ("mlp.fc2", "mlp.weights_out"),
     },
     outer={
         "cls_token": "embeddings.cls_token",
@@ -100,6 +102,21 @@ _MAE = Family(
     },
 )
 FAMILIES = {"dinov2": _DINOV2, "siglip2": _SIGLIP, "mae": _MAE}
+_DINOV2_PLAIN = replace(_DINOV2, marker="embeddings.mask_token")  # no registers: Web-SSL
+_READ = (_DINOV2, _DINOV2_PLAIN, _SIGLIP, _MAE)
+PERIODS = "rope_embed.periods"
+"""Key of the rotary periods in DINOv3's files; timm computes them."""
+_DINOV3 = {
+    "storage_tokens": "reg_token",
+    "ls1.gamma": "gamma_1",
+    "ls2.gamma": "gamma_2",
+    "mlp.w1": "mlp.fc1_g",
+    "mlp.w2": "mlp.fc1_x",
+    "mlp.w3": "mlp.fc2",
+}
+_DINOV3_PART = re.compile("|".join(map(re.escape, _DINOV3)))
+_DINOV3_IGNORED = ("mask_token", "local_cls_norm.", "projectors.")
+"""What only the training of DINOv3 and EUPE uses."""
 _WRAPPERS = ("vision_model.", "vit.", "model.", "encoder_model.")
 _IGNORED = ("decoder.", "text_model.", "logit_scale", "logit_bias", "pooler.")
 """Keys of whole models that the image encoder is no part of: MAE's decoder, SigLIP's text tower and temperature."""
@@ -131,7 +148,9 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     timm's class token of DINOv2 is the published one plus its position; the position table then has rows for patches only.
     """
     bare = {_unwrap(key): value for key, value in state.items() if not key.startswith(_IGNORED)}
-    family = next((f for f in FAMILIES.values() if f.marker in bare), None)
+    if "storage_tokens" in bare:
+        return _from_dinov3(bare)
+    family = next((family for family in _READ if family.marker in bare), None)
     if family is None or "patch_embed.proj.weight" in bare:
         return dict(state)
     outer = {theirs: ours for ours, theirs in family.outer.items()}
@@ -142,6 +161,27 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = f"blocks.{match[1]}.{_rename(match[2], inner)}" if match else _rename(key, outer)
         out[name] = value
     return _join(out, family)
+
+
+def _from_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv3's own names to timm's; rotary periods stay, under :data:`PERIODS`, to be compared.
+
+    Raises:
+        ValueError: Biases of keys, which timm's network does not have.
+    """
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith(_DINOV3_IGNORED) or key.endswith(".bias_mask"):
+            continue
+        if not key.endswith("attn.qkv.bias"):
+            out[key if key == PERIODS else _DINOV3_PART.sub(lambda part: _DINOV3[part[0]], key)] = value
+            continue
+        mask = state.get(f"{key}_mask")
+        query, keys, values = (value if mask is None else torch.where(mask == 0, 0, value * mask)).chunk(3)
+        if keys.any():
+            raise ValueError(f"{key}: keys have biases that are not zero, which timm's DINOv3 has no place for")
+        out[key.replace("qkv.bias", "q_bias")], out[key.replace("qkv.bias", "v_bias")] = query, values
+    return out
 
 
 def from_timm(
@@ -231,7 +271,7 @@ def _join(state: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
         if all(part in state for part in parts):
             state[key.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts])
     table = state.get("pos_embed")
-    if table is not None and family is _DINOV2:
+    if table is not None and family is _DINOV2:  # with registers
         if "cls_token" in state:
             state["cls_token"] = state["cls_token"] + table[:, :1]
         state["pos_embed"] = table[:, 1:]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypedDict
 
 import timm
 import torch
-from timm.layers import GELUTanh
+from timm.layers import GELUTanh, RotaryEmbeddingDinoV3
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from rae.encoder.base import TransformerEncoder, check_layers
-from rae.encoder.convert import to_timm
+from rae.encoder.convert import PERIODS, to_timm
+from rae.encoder.fusion import check_layers, make_final_norm
+from rae.encoder.transformer import TransformerEncoder
 from rae.io.hub import read_weights
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
@@ -49,13 +50,17 @@ class TimmEncoder(TransformerEncoder):
     Arguments beside those of :class:`~rae.encoder.base.Encoder`:
         model: Name of the timm architecture.
         pretrained: Whether weights are loaded; False leaves random ones.
-        checkpoint: Local weight file, in timm's or transformers' naming.
+        checkpoint: Local weight file, in timm's or transformers' naming, or DINOv3's own.
         hub_id: Hub repository to take the weights from where there is no file; None for timm's own.
         revision: Branch, tag or commit of that repository.
         act: ``gelu`` (exact) or ``gelu_tanh``; None for timm's.
         norm_eps: Epsilon of all LayerNorms; None for timm's.
         pos_antialias: Whether the position table is resized with antialiasing (DINOv2) or without (SigLIP2, MAE).
         model_args: Further arguments of the timm model.
+        final_norm: ``plain``, ``affine`` or ``none``, see :func:`rae.encoder.fusion.make_final_norm`.
+        final_norm_eps: Its epsilon; None for the network's own.
+        rope_bfloat16: Whether DINOv3's rotary periods are rounded to bfloat16, as its published files hold them and RAEv2 uses
+            them; timm computes unrounded ones.
 
     Raises:
         ValueError: Unknown model or option, facts that differ from the network's, or weights that do not fit.
@@ -73,7 +78,7 @@ class TimmEncoder(TransformerEncoder):
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         layers: Sequence[int] | None = None,
-        reduce: str = "sum",
+        fusion: str = "last",
         dtype: str | None = None,
         pretrained: bool = True,
         checkpoint: str | None = None,
@@ -83,12 +88,32 @@ class TimmEncoder(TransformerEncoder):
         norm_eps: float | None = None,
         pos_antialias: bool = True,
         model_args: NetworkArguments | None = None,
+        pooled_layer: int | None = None,
+        resize_first: bool = True,
+        interpolation: str = "bicubic",
+        final_norm: str = "plain",
+        final_norm_eps: float | None = None,
+        rope_bfloat16: bool = False,
     ) -> None:
-        super().__init__(channels, stride, input_size, mean, std, layers, reduce, dtype)
+        super().__init__(
+            channels, stride, input_size, mean, std, layers, fusion, dtype, pooled_layer, resize_first, interpolation
+        )
         self.model_name = model
         self.pos_antialias = pos_antialias
-        self.network_options = {"act": act, "norm_eps": norm_eps, "model_args": dict(model_args or {})}
+        self.final_norm, self.final_norm_eps = final_norm, final_norm_eps
+        self.network_options = {
+            "act": act,
+            "norm_eps": norm_eps,
+            "model_args": dict(model_args or {}),
+            "rope_bfloat16": rope_bfloat16,
+        }
         self.network: Any = self._build(model, act, norm_eps, dict(model_args or {}))
+        if rope_bfloat16:
+            if not isinstance(getattr(self.network, "rope", None), RotaryEmbeddingDinoV3):
+                raise ValueError(
+                    f"encoder.rope_bfloat16=true needs DINOv3's rotary positions, which {model} has not; set it to false"
+                )
+            self._round_periods()
         self.hub_id: str | None = hub_id or self.network.pretrained_cfg.get("hf_hub_id")
         check_layers(self.layers, len(self.network.blocks))
         if pretrained:
@@ -126,20 +151,68 @@ class TimmEncoder(TransformerEncoder):
             if not hasattr(network, name):
                 raise ValueError(f"encoder.model={model!r} is no vision transformer: it has no {name}")
         self.check_facts(model, network.embed_dim, network.patch_embed.patch_size[0])
-        norm = network.norm
-        eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm_eps or 1e-6
-        network.norm = nn.LayerNorm(network.embed_dim, eps=eps, elementwise_affine=False)
+        eps = self.final_norm_eps
+        if eps is None and norm_eps is not None and self.final_norm == "plain":
+            eps = norm_eps  # where the network has no final norm of its own
+        network.norm = make_final_norm(network.norm, self.final_norm, network.embed_dim, eps)
         for unused in ("fc_norm", "head", "head_drop"):
             if hasattr(network, unused):
                 setattr(network, unused, nn.Identity())
         return network
 
     def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
-        """Loads weights in timm's or transformers' naming, strictly; a position table of another size is resized."""
+        """Loads weights in timm's, transformers' or DINOv3's naming, strictly; a position table of another size is resized.
+
+        Raises:
+            ValueError: Keys or shapes that do not fit, all listed; rotary periods or biases that the network does not have.
+        """
         own = self.network.state_dict()
-        kept = {key: value for key, value in to_timm(state).items() if key in own or not key.startswith(_UNUSED)}
+        named = to_timm(state)
+        if PERIODS in named:
+            self._check_periods(named.pop(PERIODS), source)
+        without = [key for key in named if key.endswith(("attn.q_bias", "attn.v_bias")) and key not in own]
+        if any(named[key].any() for key in without):
+            raise ValueError(
+                f"{source} has biases of queries and values, which {self.model_name} has not; "
+                f"choose timm's model that has them, such as encoder.model={self.model_name.split('.')[0]}_qkvb"
+            )
+        kept = {
+            key: value
+            for key, value in named.items()
+            if key in own or not (key.startswith(_UNUSED) or key in without)  # biases that are all zero do nothing
+        }
         prefix = 0 if getattr(self.network, "no_embed_class", False) else self.network.num_prefix_tokens
         self.load_network(kept, prefix, source, adopt)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimmEncoder:
+        moved: TimmEncoder = super()._apply(fn, recurse)
+        if self.network_options["rope_bfloat16"]:
+            self._round_periods()  # timm computes them anew where the type changes
+        return moved
+
+    def _round_periods(self) -> None:
+        """Rounds the periods of the rotary positions to bfloat16, and computes positions that are kept from them again."""
+        rope = self.network.rope
+        rope.eval()  # in training the coordinates could vary at random
+        rope.periods.copy_(rope.periods.bfloat16())
+        if rope.pos_embed_cached is not None:
+            rope.pos_embed_cached.copy_(rope.get_embed(list(self.network.patch_embed.grid_size)))
+
+    def _check_periods(self, periods: Tensor, source: str) -> None:
+        """Compares the rotary periods in a file of DINOv3 with the network's.
+
+        Raises:
+            ValueError: The network has none, or others.
+        """
+        rope = getattr(self.network, "rope", None)
+        own: Tensor = rope.periods if isinstance(rope, RotaryEmbeddingDinoV3) else torch.empty(0)  # type: ignore[assignment]
+        if own.shape == periods.shape and torch.allclose(periods.float(), own.cpu(), rtol=1e-5, atol=0):
+            return
+        rounded = self.network_options["rope_bfloat16"]
+        raise ValueError(
+            f"{source}: the rotary periods {periods.tolist()} are not the network's {own.tolist()} with "
+            f"encoder.rope_bfloat16={str(rounded).lower()}; try {str(not rounded).lower()}, or another encoder.model"
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -148,7 +221,7 @@ class TimmEncoder(TransformerEncoder):
         return super().identity | known | self.network_options
 
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
-        """The blocks' outputs through the final norm without affine."""
+        """The blocks' outputs through the norm that ``final_norm`` names."""
         chosen = check_layers(layers, len(self.network.blocks))
         outputs: list[Tensor] = self.network.forward_intermediates(
             pixels, indices=chosen, norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True

@@ -51,6 +51,7 @@ def decoder_from_original(
     state: Mapping[str, Tensor],
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
+    output: str = "encoder",
 ) -> ViTDecoder:
     """Builds a decoder from the original's arguments and weights (or diffusers').
 
@@ -59,6 +60,7 @@ def decoder_from_original(
         state: State dict of the decoder in the original's or diffusers' naming.
         mean: The encoder's image mean.
         std: The encoder's image deviation.
+        output: ``encoder``, or ``raw`` for a decoder of RAEv2; see :class:`~rae.decoder.ViTDecoder`.
 
     Returns:
         The decoder in evaluation mode.
@@ -77,6 +79,7 @@ def decoder_from_original(
         mean=mean,
         std=std,
         norm_eps=config.get("layer_norm_eps", 1e-12),
+        output=output,
     )
     load_decoder(decoder, state, "the original decoder")
     return decoder.eval()

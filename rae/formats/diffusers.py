@@ -311,6 +311,11 @@ def _check(encoder: TimmEncoder, decoder: ViTDecoder, name: str, state: Mapping[
     has_exact = type(block.mlp.act) is nn.GELU and block.mlp.act.approximate == "none"
     facts = {
         "encoder.layers": (encoder.layers or [depth - 1], [depth - 1]),
+        "encoder.fusion": (encoder.fusion, "last"),
+        "encoder.final_norm": (encoder.final_norm, "plain"),
+        "encoder.final_norm_eps": (getattr(network.norm, "eps", None), kind.norm_eps),
+        "encoder.resize_first": (encoder.resize_first, True),
+        "encoder.interpolation": (encoder.interpolation, "bicubic"),
         "encoder.norm_eps": (block.norm1.eps, kind.norm_eps),
         "encoder.act is the exact GELU": (has_exact, exact is not None),
         "encoder.pos_antialias": (encoder.pos_antialias, kind.pos_antialias),

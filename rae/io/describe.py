@@ -20,6 +20,11 @@ class Described:
 
     arguments: dict[str, Any]
 
+    @classmethod
+    def renewed(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments that a former version wrote, as the class takes them now."""
+        return dict(arguments)
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = cls.__init__ is not object.__init__
@@ -84,9 +89,35 @@ def rebuild(description: Any, kinds: tuple[Any, ...] = (Described,), **changes: 
         return arguments
     kind = find(description[TARGET], kinds)
     try:
+        arguments = kind.renewed(arguments) if inspect.isclass(kind) and issubclass(kind, Described) else arguments
         return kind(**{**arguments, **changes})
     except TypeError as error:
         raise ValueError(f"{description[TARGET]} cannot be made from its description: {error}") from error
+
+
+def renewed(description: Any) -> Any:
+    """A description with the arguments of a former version as its class takes them now; unknown classes stay as they are."""
+    kind = _known(description)
+    return description if kind is None else kind.renewed(description)
+
+
+def completed(description: Any) -> Any:
+    """The same with every argument that it leaves to its class's default, so that those of two versions can be compared."""
+    kind = _known(description)
+    if kind is None:
+        return description
+    parameters = inspect.signature(kind).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty} | kind.renewed(description)
+
+
+def _known(description: Any) -> type[Described] | None:
+    if not isinstance(description, Mapping) or TARGET not in description:
+        return None
+    try:
+        kind: type[Described] = find(description[TARGET])
+    except ValueError:
+        return None
+    return kind if inspect.isclass(kind) and issubclass(kind, Described) else None
 
 
 def check(description: Any, source: str, kinds: tuple[Any, ...] = (Described,), level: int = 0) -> None:
