@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rae.autoencoder import RAE
-from rae.condition import Conditions
+from rae.condition import Conditions, label_of, readable_names
 from rae.denoiser import Denoiser
 from rae.flow import AutoGuidance, FlowMatching, Guidance, InternalGuidance, NoGuidance, Sampler
 from rae.image import to_pil, to_uint8
@@ -25,9 +22,6 @@ from rae.rng import normal, sample_seed
 PRECISIONS = ("32-true", "bf16-mixed")
 """Arithmetic of the networks that samples can be drawn in; published numbers are of float32 with TF32 products."""
 OUTPUTS = ("float", "uint8", "pil")
-IMAGENET = "imagenet1k"
-"""Stands for the names of ImageNet's 1,000 classes."""
-_WORDNET = re.compile(r"n\d{8}")
 Classes = Tensor | Sequence[int | str] | int | str
 """One class or several, by number or by name."""
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -131,7 +125,7 @@ class Generator(Exportable, nn.Module):
         """
         given = classes.tolist() if isinstance(classes, Tensor) else classes
         given = [given] if isinstance(given, int | str) else list(given)
-        labels = [self._label_of(item) if isinstance(item, str) else int(item) for item in given]
+        labels = [label_of(item, self.class_names) if isinstance(item, str) else int(item) for item in given]
         if wrong := [label for label in labels if not 0 <= label < self.num_classes]:
             raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], got {wrong[:8]}")
         return torch.tensor(labels, dtype=torch.int64)
@@ -152,19 +146,6 @@ class Generator(Exportable, nn.Module):
             raise ValueError(f"conditions are empty; give {list(self.denoiser.told.names)}")
         self.denoiser.told.check(conditions, len(next(iter(conditions.values()))))
         return conditions
-
-    def _label_of(self, name: str) -> int:
-        known: dict[str, int] = {}
-        for label, names in enumerate(self.class_names):
-            for synonym in (names, *names.split(",")):
-                known.setdefault(synonym.strip().casefold(), label)
-        if name.strip().casefold() in known:
-            return known[name.strip().casefold()]
-        near = (
-            difflib.get_close_matches(name.casefold(), known, 5) or [key for key in known if name.casefold() in key][:5]
-        )
-        hint = f"near: {', '.join(near)}" if near else "see class_names" if known else "this model knows numbers alone"
-        raise ValueError(f"class {name!r} is unknown; {hint}")
 
     def compile(self, *, mode: str | None = None, **options: Any) -> None:
         """Compiles denoiser, guide and decoder in place; weights and names stay.
@@ -354,16 +335,3 @@ class Generator(Exportable, nn.Module):
         # Stochastic samplers draw further noise: one and the same for the whole row, or it would jump.
         latents = self.latents([label] * count, seed, [pair[0]] * count, noise=noise.float())
         return self.autoencoder.decode(latents).clamp(0, 1)
-
-
-def readable_names(names: Sequence[str] | str) -> tuple[str, ...]:
-    """Names of classes for people: WordNet ids become ImageNet's names with their synonyms, others stay.
-
-    Args:
-        names: Names of the classes, such as those of their folders; ``imagenet1k`` for all of ImageNet's.
-    """
-    if names != IMAGENET and not any(_WORDNET.fullmatch(name) for name in names):
-        return tuple(names)
-    info = ImageNetInfo()
-    ids = info.label_names() if names == IMAGENET else names
-    return tuple(str(info.label_name_to_description(name)) if name in info.label_names() else name for name in ids)

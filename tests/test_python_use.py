@@ -11,9 +11,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import rae
+from rae.condition import readable_names
 from rae.data import ImageTransform
 from rae.flow import ClassifierFreeGuidance, HeunSampler, NoGuidance, PublishedGrid
-from rae.generator import Generator, readable_names
+from rae.generator import Generator
 from rae.image import latent_colours, save_png, to_float, to_tensor, to_uint8
 from rae.io.errors import ConfigError
 from rae.training.preview import ReconstructionPreview

@@ -2,6 +2,7 @@
 
 from rae.condition.base import Condition, Conditions, concatenate, drop, select
 from rae.condition.label import LabelEmbedding, LabelTokens, learned_tokens
+from rae.condition.names import label_of, readable_names
 from rae.condition.navigation import NavigationTokens, normalize_action
 from rae.condition.text import TextTokens
 
@@ -14,7 +15,9 @@ __all__ = [
     "TextTokens",
     "concatenate",
     "drop",
+    "label_of",
     "learned_tokens",
     "normalize_action",
+    "readable_names",
     "select",
 ]

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from rae.autoencoder import RAE
+from rae.condition import readable_names
 from rae.encoder import Encoder, differences
 from rae.flow import dimension_shift
 from rae.formats.decoder import load_decoder
 from rae.formats.denoiser import load_denoiser
-from rae.generator import Generator, readable_names
+from rae.generator import Generator
 from rae.io.describe import Described, rebuild
 from rae.io.errors import ConfigError
 from rae.latent import LatentNormalizer
