@@ -138,13 +138,13 @@ class Generator(Exportable, nn.Module):
         """
         if isinstance(told, Mapping):
             conditions = dict(told)
-        elif "label" in self.denoiser.told.names:
+        elif "label" in self.denoiser.condition.names:
             conditions = {"label": self.labels_of(told)}
         else:
-            raise ValueError(f"this model is not told a class; give a mapping of {list(self.denoiser.told.names)}")
+            raise ValueError(f"this model is not told a class; give a mapping of {list(self.denoiser.condition.names)}")
         if not conditions:
-            raise ValueError(f"conditions are empty; give {list(self.denoiser.told.names)}")
-        self.denoiser.told.check(conditions, len(next(iter(conditions.values()))))
+            raise ValueError(f"conditions are empty; give {list(self.denoiser.condition.names)}")
+        self.denoiser.condition.check(conditions, len(next(iter(conditions.values()))))
         return conditions
 
     def compile(self, *, mode: str | None = None, **options: Any) -> None:
@@ -231,7 +231,7 @@ class Generator(Exportable, nn.Module):
         velocity = self.guidance(
             self.flow.velocity_model(self._callable(self.denoiser)),
             conditions,
-            null=self.denoiser.told.null(conditions),
+            null=self.denoiser.condition.null(conditions),
             guide=guide,
         )
         with trusted():

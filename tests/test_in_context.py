@@ -33,7 +33,7 @@ def told(model: nn.Module, batch: int = 3) -> dict[str, Tensor]:
     """Some condition that is not the null one."""
     generator = torch.Generator().manual_seed(1)
     drawn = {}
-    for name, value in model.told.nothing(batch).items():
+    for name, value in model.condition.nothing(batch).items():
         if name == "label":
             drawn[name] = torch.arange(batch) % 5
         elif name == "text_mask":
@@ -87,7 +87,7 @@ def test_the_base_head_is_a_look_and_conditions_matter(kind, condition):
     full, base = model(x, t, base=True, **conditions)
     torch.testing.assert_close(model(x, t, **conditions), full, rtol=0, atol=0)
     assert full.shape == base.shape == x.shape
-    null = model.told.null(conditions)
+    null = model.condition.null(conditions)
     for output, other in zip((full, base), model(x, t, base=True, **null), strict=True):
         assert (output - other).abs().max() > 1e-3
     # The base head sees the first blocks alone.
@@ -177,7 +177,7 @@ def test_dropping_replaces_the_whole_condition():
     model = small("text")
     conditions = told(model)
     draws = torch.tensor([0.05, 0.5, 0.05])
-    dropped = drop(conditions, model.told.null(conditions), draws, 0.1)
+    dropped = drop(conditions, model.condition.null(conditions), draws, 0.1)
     for name, value in conditions.items():
         assert not dropped[name][[0, 2]].any()
         assert torch.equal(dropped[name][1], value[1])
@@ -239,7 +239,7 @@ def test_internal_guidance_computes_only_what_it_uses():
         (lambda: small()(*noisy(), text=torch.zeros(3, 6, 12)), r"conditions are \['text'\].*takes \['label'\]"),
         (lambda: small("text")(*noisy(), text=torch.zeros(3, 7, 12)), r"3, 7, 12.*L at most 6"),
         (lambda: small("text")(*noisy(), text=torch.zeros(2, 6, 12)), "batch holds 3"),
-        (lambda: small("text").told.null({"text": torch.zeros(2, 6, 12)}), "text_mask is missing"),
+        (lambda: small("text").condition.null({"text": torch.zeros(2, 6, 12)}), "text_mask is missing"),
         (
             lambda: small("text")(*noisy(), text=torch.zeros(3, 6, 12), text_mask=torch.zeros(3, 5)),
             r"text_mask has shape \(3, 5\)",

@@ -34,6 +34,7 @@ def kinds(notebook):
 
 def test_all_notebooks_are_there():
     names = ["1_tour", "2_training", "3_sampling_and_guidance", "4_your_encoder_and_data", "5_evaluation"]
+    names += ["6_raev2"]
     assert [path.stem for path in NOTEBOOKS] == names
     readme = (NOTEBOOKS[0].parent / "README.md").read_text()
     assert all(f"({name}.ipynb)" in readme for name in names)

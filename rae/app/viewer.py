@@ -13,12 +13,17 @@ from torch import Tensor
 
 from rae.autoencoder import RAE
 from rae.data.transforms import ImageTransform
-from rae.flow import AutoGuidance, ClassifierFreeGuidance, NoGuidance
+from rae.flow import AutoGuidance, ClassifierFreeGuidance, InternalGuidance, NoGuidance
 from rae.generator import PRECISIONS, Generator
 from rae.image import open_rgb, to_float, to_uint8
 from rae.metric import ReconstructionMetrics
 
-GUIDANCES = {"none": NoGuidance, "cfg": ClassifierFreeGuidance, "autoguidance": AutoGuidance}
+GUIDANCES = {
+    "none": NoGuidance,
+    "cfg": ClassifierFreeGuidance,
+    "autoguidance": AutoGuidance,
+    "internal": InternalGuidance,
+}
 """Kinds of guidance by the names that they have in ``conf/guidance``."""
 
 _SMALLEST_FOR_SSIM = 11  # pixels: the side of its window
@@ -109,9 +114,10 @@ class Viewer:
 
     @property
     def guidances(self) -> list[str]:
-        """The kinds of guidance that this model can do: autoguidance only with a guide."""
-        has_guide = self.generator is not None and self.generator.guide is not None
-        return [name for name in GUIDANCES if name != "autoguidance" or has_guide]
+        """The kinds of guidance that this model can do: autoguidance with a guide, internal guidance with a base head."""
+        able = {"autoguidance": self.generator is not None and self.generator.guide is not None}
+        able["internal"] = self.generator is not None and self.generator.denoiser.has_base
+        return [name for name in GUIDANCES if able.get(name, True)]
 
     def sample(
         self,
@@ -169,7 +175,12 @@ class Viewer:
             raise ValueError(f"guidance={guidance!r} must be one of {', '.join(self.guidances)} with this model")
         within("guidance scale", scale)
         kind = GUIDANCES[guidance]
-        chosen = NoGuidance() if kind is NoGuidance else kind(float(scale), own.guidance.interval)
+        if kind is NoGuidance:
+            chosen = kind()
+        elif type(own.guidance) is kind:
+            chosen = own.guidance.with_scale(scale)
+        else:
+            chosen = kind(float(scale), own.guidance.interval)
         sampler = own.sampler if steps is None else own.sampler.with_steps(whole("steps", steps, 1))
         return Generator(own.autoencoder, own.denoiser, own.flow, sampler, chosen, own.guide).eval()
 

@@ -162,6 +162,6 @@ def denoising(denoiser: Denoiser, precision: torch.dtype | None = None, base: bo
 
 def evaluate_once(denoiser: Denoiser, images: int, base: bool = False) -> Any:
     """One evaluation of a denoiser, for so many latents."""
-    told = denoiser.told.nothing(images)
+    told = denoiser.condition.nothing(images)
     heads = {"base": True} if base else {}
     return denoiser(torch.randn(images, *denoiser.latent_shape), torch.rand(images), **heads, **told)

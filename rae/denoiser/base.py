@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -35,7 +34,7 @@ class PatchEmbedding(nn.Module):
         return grid_to_tokens(self.proj(x))
 
 
-class Denoiser(Described, nn.Module, ABC):
+class Denoiser(Described, nn.Module):
     """Base of the denoisers: (x_t B×C×H×W, t B, conditions by name) -> prediction B×C×H×W.
 
     Args:
@@ -49,6 +48,8 @@ class Denoiser(Described, nn.Module, ABC):
         ValueError: A size below 1, or ``grid`` is not divisible by ``patch``.
     """
 
+    condition: Condition
+    """What it is told beside latent and time."""
     has_base = False
     """Whether it also predicts from its first blocks (``base=True``), which internal guidance steers away from."""
 
@@ -67,14 +68,9 @@ class Denoiser(Described, nn.Module, ABC):
         self.time_embedding = TimeEmbedding(width)
 
     @property
-    @abstractmethod
-    def told(self) -> Condition:
-        """What the denoiser is told beside latent and time."""
-
-    @property
     def num_classes(self) -> int:
         """Number of classes that it is told of; 0 where it is told something else."""
-        return int(getattr(self.told, "num_classes", 0))
+        return int(getattr(self.condition, "num_classes", 0))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -96,13 +92,13 @@ class Denoiser(Described, nn.Module, ABC):
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}, required is B×{'×'.join(map(str, self.latent_shape))}")
         if t.shape != x_t.shape[:1]:
             raise ValueError(f"t must hold one value a sample: batch {x_t.shape[0]}, t {tuple(t.shape)}")
-        self.told.check(conditions, len(x_t))
+        self.condition.check(conditions, len(x_t))
         if may_look(x_t):
             if t.numel() and not (t.min() >= 0 and t.max() <= 1 + 1e-6):
                 raise ValueError(
                     f"t must lie in [0, 1] (0 = data, 1 = noise), got {t.min().item()} to {t.max().item()}"
                 )
-            self.told.check_values(conditions)
+            self.condition.check_values(conditions)
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *arguments: Tensor | nn.Module | None) -> Tensor:
         """Runs blocks one after the other with the same further arguments, B×N×D => B×N×D."""
@@ -134,7 +130,7 @@ class LabelDenoiser(Denoiser):
         self.label_embedding = LabelEmbedding(num_classes, width)
 
     @property
-    def told(self) -> Condition:
+    def condition(self) -> Condition:  # type: ignore[override]
         """The label."""
         return self.label_embedding
 

@@ -65,11 +65,6 @@ class InContextDenoiser(Denoiser):
         self.backbone = nn.ModuleList(ContextBlock(width, heads, int(width * mlp_ratio)) for _ in range(depth))
         self.backbone_rope = RotaryEmbedding2D(width // heads, grid // patch, extra=time_tokens + condition.tokens)
 
-    @property
-    def told(self) -> Condition:
-        """What the denoiser is told."""
-        return self.condition
-
     def run_backbone(
         self, x_t: Tensor, time: Tensor, conditions: Conditions, base: bool
     ) -> tuple[Tensor, Tensor | None]:

@@ -139,7 +139,7 @@ class Stage2Module(TrainingModule):
         noise = normal(seeds("noise"), latents.shape[1:], device=latents.device)
         t = to_device(self.flow.sample_time(uniform(seeds("time"))), latents.device)
         draws = uniform(seeds("label"), device=latents.device)
-        told = self.denoiser.told
+        told = self.denoiser.condition
         conditions = {name: batch[name] for name in told.names if name in batch}
         conditions = drop(conditions, told.null(conditions), draws, label_dropout)
         heads = {"base": True} if self.denoiser.has_base else {}
@@ -159,7 +159,7 @@ class Stage2Module(TrainingModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Raises ValueError for labels outside the denoiser's classes while they are still in host memory."""
-        if "label" not in self.denoiser.told.names:
+        if "label" not in self.denoiser.condition.names:
             return batch
         labels, classes = batch["label"], int(self.denoiser.num_classes)
         wrong = labels[(labels < 0) | (labels >= classes)]

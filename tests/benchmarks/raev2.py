@@ -54,7 +54,7 @@ def sampling(scale: float, cfg_scale: float) -> Work:
     network, objective = denoiser(in_context=True).eval(), FlowMatching(prediction="data", shift=8.0)
     label = {"label": torch.arange(BATCH)}
     guidance = InternalGuidance(scale, (0.0, 1.0), cfg_scale=cfg_scale)
-    velocity = guidance(objective.velocity_model(network), label, network.told.null(label))
+    velocity = guidance(objective.velocity_model(network), label, network.condition.null(label))
     noise = torch.randn(BATCH, CHANNELS, GRID, GRID)
     sampler = EulerSampler(FullGrid(4))
 

@@ -38,7 +38,7 @@ def check_denoiser(case: Case) -> dict[str, Tensor]:
         told = {"label": case.inputs["y_cfg"][: len(x)]}
         for key, interval in (("cfg", config["interval"]), ("cfg_whole_interval", (0.0, 1.0))):
             guidance = ClassifierFreeGuidance(config["cfg_scale"], tuple(interval))
-            half = guidance(model, told, null=model.told.null(told))(x, t)
+            half = guidance(model, told, null=model.condition.null(told))(x, t)
             computed[f"outputs/{key}"] = torch.cat(
                 [half, half]
             )  # the original returns both halves of its doubled batch
@@ -75,7 +75,7 @@ def check_in_context(case: Case) -> dict[str, Tensor]:
     config, inputs, conditions = case.config, case.inputs, told(case)
     model = denoiser_from_raev2(config, case.part("weights/"))
     x, t = inputs["x"], inputs["t"]
-    null = model.told.null(conditions)
+    null = model.condition.null(conditions)
     both = [model(x, t, base=True, **told) for told in (conditions, null)]
     computed = {
         f"outputs/{name}{suffix}": value

@@ -118,7 +118,7 @@ def check_ode_sampling(case: Case) -> dict[str, Tensor]:
         exact = run["shift"] if run else (config["shift"] if float(shift[5:]) != 1 else 1.0)
         tolerances = {"atol": config["atol"], "rtol": config["rtol"]} if method == "dopri5" else {}
         sampler = ODE[method](flow.PublishedGrid(int(steps[5:])), **tolerances)
-        velocity = by_prefix[prefix](model, {"label": y}, model.told.null({"label": y}), guide)
+        velocity = by_prefix[prefix](model, {"label": y}, model.condition.null({"label": y}), guide)
         times: list[float] = []
 
         def recording(x: Tensor, t: float, velocity=velocity, times=times) -> Tensor:
@@ -200,7 +200,7 @@ def check_training_loss_v2(case: Case) -> dict[str, Tensor]:
     computed["outputs/repa_loss"] = config["repa_coeff"] * error.square().mean()[None]
 
     model, labels = in_context_model(case.other(config["weights_from"])), {"label": inputs["y"]}
-    dropped = drop(labels, model.told.null(labels), inputs["dropout_uniform"], config["cfg_dropout_prob"])
+    dropped = drop(labels, model.condition.null(labels), inputs["dropout_uniform"], config["cfg_dropout_prob"])
     computed["outputs/labels_after_dropout"] = dropped["label"].float()
     objective = flow.FlowMatching(prediction="data", time_floor=config["t_eps"], base_weight=config["model_base_coeff"])
     sample = (inputs["model_data"], inputs["model_noise"], t)
@@ -248,7 +248,7 @@ def check_ode_sampling_v2(case: Case) -> dict[str, Tensor]:
             prediction={"x": "data"}.get(run["prediction"], run["prediction"]), time_floor=config["t_eps"]
         )
         guidance = guidances(config)[run["guidance"]]
-        velocity = guidance(objective.velocity_model(model), told, null=model.told.null(told))
+        velocity = guidance(objective.velocity_model(model), told, null=model.condition.null(told))
         sampler = flow.EulerSampler(flow.FullGrid(run["num_steps"]))
         computed[key] = sampler.sample(velocity, case.inputs["noise"], shift=run["shift"])
     return computed
