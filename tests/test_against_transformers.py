@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from rae.cli.build import make
 from rae.cli.errors import compose
-from rae.cli.groups import config_groups
 
 pytestmark = pytest.mark.slow
 
@@ -71,18 +70,20 @@ def test_tokens_are_those_of_transformers(kind: str, size: int, tmp_path: Path):
     assert error.max() < 1e-5
 
 
-# Those of published weights; the rest (digits and any timm model) have a size of one's own.
-ENCODERS = sorted(set(config_groups()["encoder"]) - {"digits", "digits_small", "timm"})
+def test_dinov2_without_registers_is_that_of_transformers(tmp_path: Path):
+    """Web-SSL's form: packed SwiGLU, a class token with a position, the last norm's weights kept."""
+    import transformers
 
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_every_encoder_of_the_configs_gives_normalised_patch_tokens(name: str):
-    """Without weights: sizes, position tables and token counts are the architecture's own."""
-    encoder = make(compose("train", ["data.train_path=x", f"encoder={name}", "encoder.pretrained=false"]).encoder)
+    sizes = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 224, "patch_size": 14}
+    theirs = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, use_swiglu_ffn=True)).eval()
+    values = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=values)
+    save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, tmp_path / "model.safetensors")
+    small = "{embed_dim: 96, depth: 2, num_heads: 3}"
+    options = ["encoder.channels=96", f"encoder.model_args={small}", f"encoder.checkpoint={tmp_path}/model.safetensors"]
+    ours = make(compose("train", ["data.train_path=x", "encoder=webssl_1b", *options]).encoder)
+    pixels = torch.randn(2, 3, 224, 224, generator=values)
     with torch.no_grad():
-        latents = encoder(torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(1)))
-    assert latents.shape == (1, *encoder.latent_shape)
-    assert encoder.grid == 16
-    layers = 1 if encoder.fusion in ("last", "mean") else len(encoder.layers)
-    assert latents.mean(1).abs().max() < 1e-4  # a LayerNorm without affine part, whatever the network
-    assert (latents.var(1, unbiased=False).mean() - 1).abs() < 0.05 or layers > 1
+        expected = theirs(pixels).last_hidden_state[:, 1:]
+    assert (ours.tokens(pixels) - expected).abs().max() < 1e-4

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import rae.encoder.timm_vit as timm_vit
 import rae.formats.export as pretrained
 from rae.autoencoder import RAE
+from rae.decoder import ViTDecoder
 from rae.denoiser import DiT
 from rae.encoder import TimmEncoder, tiny_encoder
 from rae.flow import (
@@ -83,6 +84,20 @@ def test_an_exported_autoencoder_is_the_same(tmp_path: Path):
     assert config["image_size"] == 32
     assert config["encoder"]["stored"] is True  # random weights are on no hub
     assert config["encoder"]["sha256"] == model.encoder.weights_hash()
+
+
+def test_an_export_keeps_the_fusion_of_layers_and_the_decoders_units(tmp_path: Path):
+    sizes = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    options = {"layers": [0, 2], "fusion": "mean_plus_pooled", "final_norm": "affine", "resize_first": False}
+    encoder = TimmEncoder("vit_tiny_patch16_224", 32, 8, 32, pretrained=False, model_args=sizes, **options)
+    encoder.network.norm.weight.data.normal_()
+    decoder = ViTDecoder(32, 4, 48, 2, 4, 96, patch=8, mean=encoder.mean, std=encoder.std, output="raw")
+    model, images = RAE(encoder, decoder).eval(), torch.rand(2, 3, 40, 32)
+    again = RAE.from_pretrained(model.save_pretrained(tmp_path / "out"))
+    assert torch.equal(again(images), model(images))
+    assert (again.encoder.fusion, again.encoder.final_norm) == ("mean_plus_pooled", "affine")
+    assert not again.encoder.differences(encoder.fingerprint())
+    assert again.decoder.output == "raw"
 
 
 def test_an_export_of_the_version_before_is_read_as_ever():

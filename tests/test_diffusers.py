@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from rae.autoencoder import RAE
+from rae.decoder import ViTDecoder
+from rae.encoder import TimmEncoder
 from rae.formats import save_diffusers
 from rae.latent import LatentNormalizer
 from tests.small_models import KINDS, make_autoencoder, make_diffusers
@@ -74,6 +76,15 @@ def test_diffusers_without_statistics_and_in_several_files(tmp_path: Path):
 def test_what_diffusers_cannot_build_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"would be another network: .*width of an attention head is 16"):
         save_diffusers(make_autoencoder(), tmp_path / "out")
+    model = make_autoencoder()
+    options = {"fusion": "mean_plus_pooled", "final_norm": "none", "interpolation": "bilinear"}
+    encoder = TimmEncoder(**{**model.encoder.arguments, **options})
+    raw = ViTDecoder(32, 4, 48, 2, 4, 96, patch=8, mean=model.encoder.mean, std=model.encoder.std, output="raw")
+    words = (
+        r"fusion is mean_plus_pooled.*final_norm is none.*interpolation is bilinear.*decoder.mean is \[0.0, 0.0, 0.0\]"
+    )
+    with pytest.raises(ValueError, match=words):
+        save_diffusers(RAE(encoder, raw, model.latent), tmp_path / "out")
     make_diffusers("mae").save_pretrained(tmp_path / "theirs")
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     (tmp_path / "theirs" / "config.json").write_text(

@@ -108,8 +108,9 @@ def test_reconstructions_go_through_dinov3_in_its_own_layout(collection: Path, t
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("denoiser.width=48", r"denoiser of .*checkpoint.pt"),
-        ("decoder.width=32", r"decoder of .*decoder.pt"),
+        ("denoiser.width=48", r"enc_rope.*\(28, 16\).*\(28, 24\).*denoiser.width / denoiser.heads"),
+        ("denoiser.head_depth=2", r"head\.1\."),
+        ("decoder.width=32", r"decoder_pos_embed of shape \(1, 17, 48\).*\(1, 17, 32\)"),
         ("condition.tokens=4", "rotary table.*time_tokens, the condition's tokens"),
         ("denoiser.base_depth=null", "base_final"),
     ],

@@ -187,6 +187,6 @@ def _check_table(key: str, value: Tensor, tables: Mapping[str, Tensor]) -> None:
     if own is None or own.shape != value.shape or not torch.allclose(own.cpu(), value.to(own.dtype), atol=1e-4):
         raise ValueError(
             f"{key} of the file has shape {tuple(value.shape)} and is not the rotary table of this denoiser "
-            f"({'it has none' if own is None else tuple(own.shape)}): rows are image, time and condition tokens, so "
-            "denoiser.time_tokens, the condition's tokens, or the grid differ"
+            f"({'it has none' if own is None else tuple(own.shape)}): rows are image, time and condition tokens, columns a head's "
+            "width, so the grid, denoiser.time_tokens, the condition's tokens, or denoiser.width / denoiser.heads differ"
         )
