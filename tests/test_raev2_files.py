@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rae.cli.errors import compose
 from rae.commands.convert import convert
@@ -89,19 +90,21 @@ def test_sampled_converted_and_written_back(collection: Path, tmp_path: Path, gu
 
 def test_reconstructions_go_through_dinov3_in_its_own_layout(collection: Path, tmp_path: Path):
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-    np.savez(tmp_path / "images.npz", arr_0=images)
+    (tmp_path / "in").mkdir()
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{number}.png")
     reconstruct(
         compose(
             "reconstruct",
-            [*model(collection), f"images={tmp_path}/images.npz", "npz=true", f"output_dir={tmp_path}/out"],
+            [*model(collection), f"images={tmp_path}/in", "npz=true", f"output_dir={tmp_path}/out"],
         )
     )
     encoder = make_dinov3(CASE, layers=[1, 2, 3], fusion="mean_plus_pooled")
     decoder, _, _ = networks()
     with torch.no_grad():
-        pixels = decoder(encoder(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)).clamp(0, 1)
+        drawn = decoder(encoder(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)).clamp(0, 1)
     found = np.load(next((tmp_path / "out").glob("*.npz")))["arr_0"]
-    expected = (pixels * 255).floor().permute(0, 2, 3, 1).numpy()
+    expected = (drawn * 255).floor().permute(0, 2, 3, 1).numpy()
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 

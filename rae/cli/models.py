@@ -13,7 +13,7 @@ from rae.cli.checks import check_published
 from rae.cli.config import plain
 from rae.cli.errors import compose
 from rae.cli.groups import config_groups
-from rae.formats import assemble, read
+from rae.formats import Bundle, assemble, read
 from rae.formats.open import complete
 from rae.generator import Generator
 from rae.io.errors import ConfigError
@@ -65,12 +65,17 @@ def open_model(cfg: DictConfig, encode: bool = True, keep_guide: bool = False) -
         ConfigError: Something else must be given too.
         ValueError: The weights do not fit.
     """
+    bundle = _bundle(cfg, keep_guide)
+    return assemble(bundle, encode, make_part), OmegaConf.create(bundle.description)
+
+
+def _bundle(cfg: DictConfig, keep_guide: bool = False) -> Bundle:
+    """The model of a command's configuration, not built yet."""
     if cfg.get("decoder") is not None:  # a composition: published files
         check_published(cfg)
     averaged = cfg.get("averaged", True)
     bundle = read(cfg.checkpoint, averaged).override(plain(cfg))
-    bundle = complete(bundle, averaged, cfg.get("decoder_checkpoint"), keep_guide)
-    return assemble(bundle, encode, make_part), OmegaConf.create(bundle.description)
+    return complete(bundle, averaged, cfg.get("decoder_checkpoint"), keep_guide)
 
 
 def open_generator(cfg: DictConfig) -> tuple[Generator, DictConfig]:
@@ -86,6 +91,8 @@ def open_generator(cfg: DictConfig) -> tuple[Generator, DictConfig]:
 
 
 def open_autoencoder(cfg: DictConfig) -> tuple[RAE, DictConfig]:
-    """As :func:`open_model`, for encoding and decoding."""
-    model, run = open_model(cfg)
-    return model.autoencoder if isinstance(model, Generator) else model, run
+    """As :func:`open_model`, for encoding and decoding; a denoiser is not built."""
+    bundle = _bundle(cfg)
+    autoencoder = assemble(bundle.without("denoiser", "guide"), make=make_part)
+    assert isinstance(autoencoder, RAE)
+    return autoencoder, OmegaConf.create(bundle.description)
