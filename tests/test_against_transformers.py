@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from rae.cli.build import make
 from rae.cli.errors import compose
+from rae.encoder import TimmEncoder
 
 pytestmark = pytest.mark.slow
 
@@ -86,4 +87,33 @@ def test_dinov2_without_registers_is_that_of_transformers(tmp_path: Path):
     pixels = torch.randn(2, 3, 224, 224, generator=values)
     with torch.no_grad():
         expected = theirs(pixels).last_hidden_state[:, 1:]
+    assert (ours.tokens(pixels) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov3_is_that_of_transformers(gated: bool, tmp_path: Path):
+    import transformers
+
+    sizes = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192}
+    act = {"use_gated_mlp": gated, "hidden_act": "silu" if gated else "gelu"}
+    config = transformers.DINOv3ViTConfig(**sizes, **act, patch_size=16, num_register_tokens=4)
+    theirs = transformers.DINOv3ViTModel(config).eval()
+    values = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=values)
+    save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, tmp_path / "model.safetensors")
+    network = {"embed_dim": 96, "depth": 2, "num_heads": 3, "mlp_ratio": 2}
+    network |= {"swiglu_mlp": True, "swiglu_align_to": 8} if gated else {}
+    ours = TimmEncoder(
+        "vit_small_patch16_dinov3_qkvb",
+        96,
+        16,
+        64,
+        checkpoint=f"{tmp_path}/model.safetensors",
+        model_args=network,
+        final_norm="affine",
+    )
+    pixels = torch.randn(2, 3, 64, 64, generator=values)
+    with torch.no_grad():
+        expected = theirs(pixels).last_hidden_state[:, 5:]
     assert (ours.tokens(pixels) - expected).abs().max() < 1e-4

@@ -147,6 +147,13 @@ def test_dinov3_reads_its_own_files(tmp_path):
         dinov3(rope_bfloat16=True, pretrained=True, checkpoint=file)
 
 
+def test_rotary_positions_do_not_vary_at_random():
+    """RAEv2's first stage trained on coordinates that DINOv3 rescales at random in training; an encoder never trains."""
+    model, images = dinov3(model_args={**SMALL, "rope_rescale_coords": 2.0}).train(), torch.rand(1, 3, 64, 64)
+    assert model.network.rope.aug_active
+    torch.testing.assert_close(model(images), dinov3()(images), atol=0, rtol=0)
+
+
 def test_the_rounded_periods_survive_a_change_of_precision():
     model, exact = dinov3(rope_bfloat16=True), dinov3()
     periods = model.network.rope.periods.clone()

@@ -1,6 +1,6 @@
 """Encoder weights in other naming to timm's and back: DINOv2 with registers, SigLIP(2), ViT-MAE; timm's CLIP to open_clip's.
 
-DINOv2 without registers and DINOv3's own files are read only.
+DINOv2 without registers and DINOv3, in transformers' naming and its own, are read only.
 
 Both generations of transformers are read and written: up to 4.x (``attention.attention.query``) and from 5.x on
 (``attention.q_proj``). Nothing is dropped but the keys listed in ``_IGNORED``: a key that has no place keeps its name, so that
@@ -103,7 +103,26 @@ _MAE = Family(
 )
 FAMILIES = {"dinov2": _DINOV2, "siglip2": _SIGLIP, "mae": _MAE}
 _DINOV2_PLAIN = replace(_DINOV2, marker="embeddings.mask_token")  # no registers: Web-SSL
-_READ = (_DINOV2, _DINOV2_PLAIN, _SIGLIP, _MAE)
+_DINOV3_THERE = Family(
+    marker="embeddings.patch_embeddings.weight",
+    roots=("", ""),
+    layers=("layer.{}.", "layer.{}."),
+    inner={
+        "attn.query": ("attention.q_proj",),
+        "attn.key": ("attention.k_proj",),
+        "attn.value": ("attention.v_proj",),
+        "attn.proj": ("attention.o_proj",),
+        "gamma_1": ("layer_scale1.lambda1",),
+        "gamma_2": ("layer_scale2.lambda1",),
+        "norm1": ("norm1",),
+        "norm2": ("norm2",),
+        "mlp.fc1_g": ("mlp.gate_proj",),
+        "mlp.fc1": ("mlp.up_proj",),
+        "mlp.fc2": ("mlp.down_proj",),
+    },
+    outer=_DINOV2.outer | {"patch_embed.proj": "embeddings.patch_embeddings", "norm": "norm"},
+)
+_READ = (_DINOV3_THERE, _DINOV2, _DINOV2_PLAIN, _SIGLIP, _MAE)
 PERIODS = "rope_embed.periods"
 """Key of the rotary periods in DINOv3's files; timm computes them."""
 _DINOV3 = {
@@ -270,6 +289,14 @@ def _join(state: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
         parts = [key.replace(".query.", f".{part}.") for part in _QKV]
         if all(part in state for part in parts):
             state[key.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts])
+    if family is _DINOV3_THERE:  # keys have no bias, and a gated feed-forward layer has two first parts
+        names = {"attn.query.bias": "attn.q_bias", "attn.value.bias": "attn.v_bias"}
+        if any(".mlp.fc1_g." in key for key in state):
+            names |= {"mlp.fc1.weight": "mlp.fc1_x.weight", "mlp.fc1.bias": "mlp.fc1_x.bias"}
+        for key in list(state):
+            part = ".".join(key.split(".")[2:])
+            if part in names:
+                state[key.replace(part, names[part])] = state.pop(key)
     table = state.get("pos_embed")
     if table is not None and family is _DINOV2:  # with registers
         if "cls_token" in state:
