@@ -31,12 +31,12 @@ def orthogonalize(matrix: Tensor, eps: float = 1e-7, dtype: torch.dtype = torch.
     Args:
         matrix: Rows×columns.
         eps: Added to the norm that the matrix is divided by.
-        dtype: Arithmetic of the steps.
+        dtype: Arithmetic of the steps; float64 matrices keep theirs where it is float32.
 
     Returns:
-        A matrix of the same shape, of type ``dtype``.
+        A matrix of the same shape, in the arithmetic of the steps.
     """
-    x = matrix.to(dtype)
+    x = matrix.to(torch.promote_types(dtype, matrix.dtype) if dtype == torch.float32 else dtype)
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
     x = x / (x.norm() + eps)
