@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rae.cli.errors import compose
+from rae.cli.groups import config_groups
 from rae.commands.convert import convert
 from rae.commands.download import download, files_of
 from rae.commands.reconstruct import reconstruct
@@ -106,11 +107,17 @@ def test_missing_files_of_a_collection_are_named_with_the_command_that_fetches_t
 
 
 def test_every_published_model_composes_and_names_its_files():
-    for model in sorted(file.stem for file in Path("conf/model").glob("*.yaml")):
+    for model in config_groups()["model"]:
         cfg = compose("download", [f"model={model}"])
         names = files_of(cfg)
-        assert len(names) == (4 if model.startswith("dit") else 2)
-        assert all(name.split("/")[0] in ("decoders", "stats", "DiTs") for name in names)
+        folders = {name.split("/")[0] for name in names}
+        if model.startswith("raev2"):
+            assert len(names) == (4 if model == "raev2_k7" else 3)
+            assert folders <= {"stage1", "stage2", "encoders"}
+            assert (cfg.repository, len(cfg.revision)) == ("nyu-visionx/RAEv2-models", 40)
+        else:
+            assert len(names) == (4 if model.startswith("dit") else 2)
+            assert folders <= {"decoders", "stats", "DiTs"}
     with pytest.raises(ConfigError, match="model=… must be given"):
         files_of(compose("download", []))
 

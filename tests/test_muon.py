@@ -44,6 +44,8 @@ def test_singular_values_become_one(shape):
     assert torch.nn.functional.cosine_similarity(result.flatten(), (left @ right).flatten(), dim=0) > 0.99
     torch.testing.assert_close(orthogonalize(7 * matrix), result, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(orthogonalize(matrix.mT).mT, result)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(orthogonalize(matrix), result)
     half = orthogonalize(matrix, dtype=torch.bfloat16).float()
     assert (half - result).norm() < 0.05 * result.norm()
 

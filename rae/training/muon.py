@@ -40,9 +40,10 @@ def orthogonalize(matrix: Tensor, eps: float = 1e-7, dtype: torch.dtype = torch.
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
     x = x / (x.norm() + eps)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    with torch.autocast(x.device.type, enabled=False):  # stage 1 takes its steps under it
+        for a, b, c in POLAR_EXPRESS:
+            gram = x @ x.mT
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
