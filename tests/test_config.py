@@ -60,6 +60,11 @@ def applies(setting: tuple[str, ...], group: str, choice: str) -> bool:
     return group in groups_of(*setting)
 
 
+_FAST_ROWS = 8
+_ENCODERS = ("clip_l14", "digits", "dinov2", "dinov3_l_k7")
+"""Encoders that are composed in every setting; the others have the same keys, and are composed once."""
+
+
 def cases() -> dict[tuple[str, str], list[tuple[str, ...]]]:
     """Every choice of every group, with the roots (and stages) that it is meant for."""
     settings = [*(("train", stage) for stage in reversed(STAGES)), *((root,) for root in ROOTS if root != "train")]
@@ -76,6 +81,7 @@ def each() -> list:
         pytest.param(setting, f"{group}={choice}", id=f"{'-'.join(setting)}-{group}={choice}")
         for (group, choice), settings in cases().items()
         for setting in settings
+        if group != "encoder" or choice in _ENCODERS
     ]
 
 
@@ -97,7 +103,11 @@ def together() -> list:
     for setting in dict.fromkeys(setting for setting, _ in mixed):
         columns = [choices for (one, group), choices in mixed.items() if one == setting and group not in alone]
         rows = [tuple(filter(None, row)) for row in zip_longest(*columns)]
-        found += [pytest.param(setting, row, id=f"{'-'.join(setting)}-{number}") for number, row in enumerate(rows)]
+        for number, row in enumerate(
+            rows
+        ):  # the last rows hold encoders alone, which tests/test_encoders.py composes too
+            marks = [pytest.mark.slow] if number >= _FAST_ROWS else []
+            found.append(pytest.param(setting, row, id=f"{'-'.join(setting)}-{number}", marks=marks))
     return found
 
 

@@ -108,6 +108,7 @@ def test_reconstructions_go_through_dinov3_in_its_own_layout(collection: Path, t
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [
