@@ -261,3 +261,14 @@ def test_internal_guidance_computes_only_what_it_uses():
 def test_bad_input_is_refused_in_words(make, words: str):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@torch.no_grad()
+def test_it_compiles_to_one_graph(condition):
+    model = small(condition)
+    conditions = told(model)
+    expected = model(*noisy(), base=True, **conditions)
+    model.compile(backend="eager", fullgraph=True, dynamic=False)
+    for output, other in zip(model(*noisy(), base=True, **conditions), expected, strict=True):
+        torch.testing.assert_close(output, other)

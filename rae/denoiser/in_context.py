@@ -16,15 +16,15 @@ from rae.denoiser.base import Denoiser, PatchEmbedding, make_blocks
 from rae.layers import ContextBlock, FinalLayer, OutputLayer, RotaryEmbedding2D, unpatchify
 
 
-class InContextDenoiser(Denoiser):
-    """Base: tokens of image, time and condition through the backbone.
+class InContextDiT(Denoiser):
+    """In-context transformer of one width, without modulation anywhere.
 
     Args:
         channels: Channels of the latent.
         grid: Side of the latent.
-        width: Width of the backbone.
-        depth: Blocks of the backbone.
-        heads: Attention heads of the backbone.
+        width: Width of the tokens.
+        depth: Number of blocks.
+        heads: Attention heads.
         condition: What the denoiser is told; any of :mod:`rae.condition` that makes tokens, for this denoiser alone.
         patch: Side of a patch.
         mlp_ratio: Width of the feed-forward layers divided by the width.
@@ -33,8 +33,11 @@ class InContextDenoiser(Denoiser):
         checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
 
     Raises:
-        ValueError: Sizes that do not divide, a base head deeper than the backbone, or a condition that makes no tokens.
+        ValueError: Sizes that do not divide, a base head deeper than the network, or a condition that makes no tokens.
     """
+
+    final: nn.Module
+    base_final: nn.Module | None
 
     def __init__(
         self,
@@ -44,11 +47,11 @@ class InContextDenoiser(Denoiser):
         depth: int,
         heads: int,
         condition: Condition,
-        patch: int,
-        mlp_ratio: float,
-        time_tokens: int,
-        base_depth: int | None,
-        checkpointing: bool,
+        patch: int = 1,
+        mlp_ratio: float = 4.0,
+        time_tokens: int = 4,
+        base_depth: int | None = 8,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__(channels, grid, patch, width, checkpointing)
         if base_depth is not None and not 1 <= base_depth <= depth:
@@ -64,6 +67,8 @@ class InContextDenoiser(Denoiser):
         self.condition = condition
         self.backbone = nn.ModuleList(ContextBlock(width, heads, int(width * mlp_ratio)) for _ in range(depth))
         self.backbone_rope = RotaryEmbedding2D(width // heads, grid // patch, extra=time_tokens + condition.tokens)
+        self.final = OutputLayer(width, patch * patch * channels)
+        self.base_final = OutputLayer(width, patch * patch * channels) if self.has_base else None
 
     def run_backbone(
         self, x_t: Tensor, time: Tensor, conditions: Conditions, base: bool
@@ -88,18 +93,37 @@ class InContextDenoiser(Denoiser):
         if seen is not None:
             before = seen.new_ones(len(seen), x.shape[1] - seen.shape[1])
             mask = torch.cat([before, seen], dim=1)[:, None, None]  # B×1×1×(N+T+M)
-        first = self.base_depth if base else 0
-        x = self.run_blocks(self.backbone[:first], x, self.backbone_rope, mask)
+        blocks, first = list(self.backbone), self.base_depth if base else 0
+        x = self.run_blocks(blocks[:first], x, self.backbone_rope, mask)
         early = x[:, : self.patches] if base else None
-        x = self.run_blocks(self.backbone[first:], x, self.backbone_rope, mask)
+        x = self.run_blocks(blocks[first:], x, self.backbone_rope, mask)
         return x[:, : self.patches], early
 
     def to_latent(self, tokens: Tensor) -> Tensor:
         """Output tokens B×N×(p·p·C) => B×C×H×W."""
         return unpatchify(tokens, self.patch, self.channels)
 
+    def forward(
+        self, x_t: Tensor, t: Tensor, *, base: bool = False, **conditions: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Prediction B×C×H×W for x_t B×C×H×W at times B; with ``base`` the pair (full, base) of them.
 
-class InContextDiTDH(InContextDenoiser):
+        Args:
+            x_t: Latents between data and noise, B×C×H×W.
+            t: Times B in [0, 1].
+            base: Whether the base head's prediction is wanted too.
+            conditions: The condition's tensors by name, B×….
+        """
+        self.check(x_t, t, conditions)
+        tokens, early = self.run_backbone(x_t, self.time_embedding(t), conditions, base)  # B×N×D each
+        full = self.to_latent(self.final(tokens))
+        if early is None:
+            return full
+        assert self.base_final is not None
+        return full, self.to_latent(self.base_final(early))
+
+
+class InContextDiTDH(InContextDiT):
     """In-context backbone whose image tokens condition a wide, shallow head, as in :class:`~rae.denoiser.ddt.DiTDH`.
 
     Args:
@@ -111,15 +135,15 @@ class InContextDiTDH(InContextDenoiser):
         head_width: Width of the head.
         head_depth: Blocks of the head.
         head_heads: Attention heads of the head.
-        condition: See :class:`InContextDenoiser`.
+        condition: See :class:`InContextDiT`.
         patch: Side of a patch of both.
         mlp_ratio: Width of the feed-forward layers divided by the width.
-        time_tokens: See :class:`InContextDenoiser`.
-        base_depth: See :class:`InContextDenoiser`.
+        time_tokens: See :class:`InContextDiT`.
+        base_depth: See :class:`InContextDiT`.
         checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
 
     Raises:
-        ValueError: See :class:`InContextDenoiser`.
+        ValueError: See :class:`InContextDiT`.
     """
 
     def __init__(
@@ -153,14 +177,7 @@ class InContextDiTDH(InContextDenoiser):
     def forward(
         self, x_t: Tensor, t: Tensor, *, base: bool = False, **conditions: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Prediction B×C×H×W for x_t B×C×H×W at times B; with ``base`` the pair (full, base) of them.
-
-        Args:
-            x_t: Latents between data and noise, B×C×H×W.
-            t: Times B in [0, 1].
-            base: Whether the base head's prediction is wanted too.
-            conditions: The condition's tensors by name, B×….
-        """
+        """See :meth:`InContextDiT.forward`."""
         self.check(x_t, t, conditions)
         time = self.time_embedding(t)  # B×D
         tokens, early = self.run_backbone(x_t, time, conditions, base)  # B×N×D each
@@ -172,56 +189,3 @@ class InContextDiTDH(InContextDenoiser):
         assert self.base_final is not None
         h = F.silu(time[:, None] + early)
         return full, self.to_latent(self.base_final(h, F.silu(h)))  # h modulates itself
-
-
-class InContextDiT(InContextDenoiser):
-    """In-context transformer of one width, without modulation anywhere.
-
-    Args:
-        channels: Channels of the latent.
-        grid: Side of the latent.
-        width: Width of the tokens.
-        depth: Number of blocks.
-        heads: Attention heads.
-        condition: See :class:`InContextDenoiser`.
-        patch: Side of a patch.
-        mlp_ratio: Width of the feed-forward layers divided by the width.
-        time_tokens: See :class:`InContextDenoiser`.
-        base_depth: See :class:`InContextDenoiser`.
-        checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
-
-    Raises:
-        ValueError: See :class:`InContextDenoiser`.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        grid: int,
-        width: int,
-        depth: int,
-        heads: int,
-        condition: Condition,
-        patch: int = 1,
-        mlp_ratio: float = 4.0,
-        time_tokens: int = 4,
-        base_depth: int | None = 8,
-        checkpointing: bool = False,
-    ) -> None:
-        super().__init__(
-            channels, grid, width, depth, heads, condition, patch, mlp_ratio, time_tokens, base_depth, checkpointing
-        )
-        self.final = OutputLayer(width, patch * patch * channels)
-        self.base_final = OutputLayer(width, patch * patch * channels) if self.has_base else None
-
-    def forward(
-        self, x_t: Tensor, t: Tensor, *, base: bool = False, **conditions: Tensor
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """See :meth:`InContextDiTDH.forward`."""
-        self.check(x_t, t, conditions)
-        tokens, early = self.run_backbone(x_t, self.time_embedding(t), conditions, base)  # B×N×D each
-        full = self.to_latent(self.final(tokens))
-        if early is None:
-            return full
-        assert self.base_final is not None
-        return full, self.to_latent(self.base_final(early))
