@@ -86,7 +86,8 @@ def blame(text: str, overrides: Iterable[str]) -> str:
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         value = value.strip("'\"")
-        named = value in text or ("/" in value and str(Path(value).resolve()) in text)
+        whole = re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) and value not in ("null", "none", "true", "false")
+        named = whole or ("/" in value and str(Path(value).resolve()) in text)
         if len(value) > 1 and named and key.rpartition(".")[2] not in text:
             return f"{key}={value}: {text}"
     return text
