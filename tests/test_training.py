@@ -94,7 +94,7 @@ def test_bf16_stays_close(stage: int, tmp_path: Path):
 def test_compiling_changes_nothing_but_rounding(stage: int, tmp_path: Path):
     plain = run_script(stage, 1, 4, 1, 4, tmp_path / "plain.pt")
     compiled = run_script(stage, 1, 4, 1, 4, tmp_path / "compiled.pt", "32-true", "compile")
-    assert_same(plain, compiled, atol=1e-4, rtol=1e-4)  # rounding, grown through four steps with the GAN term
+    assert_same(plain, compiled, atol=5e-4, rtol=1e-4)  # rounding, grown through four steps with the GAN term
 
 
 @pytest.mark.parametrize("stage", [1, 2])
