@@ -68,7 +68,7 @@ def test_encoders_of_base_size_encode(name: str):
     assert latents.shape == (1, *encoder.latent_shape)
     assert latents.isfinite().all()
     if encoder.final_norm == "plain" and encoder.fusion != "mean_plus_pooled":
-        assert latents.mean(1).abs().max() < 1e-4  # a LayerNorm without affine part, whatever the network
+        assert latents.mean(1).abs().max() < 1e-4  # a LayerNorm without affine part
         assert (latents.var(1, unbiased=False).mean() - 1).abs() < 0.05 or encoder.fusion == "sum"
 
 

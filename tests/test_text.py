@@ -34,7 +34,7 @@ def test_features_are_the_hidden_states_whatever_the_padding(folder: Path):
     encoder = TextEncoder(str(folder), features=16, tokens=4)
     told = encoder(["a red cube", "ball", "", "a red cube left of a ball"])
     assert told["text_mask"].tolist() == [[True] * 3 + [False], [True] + [False] * 3, [False] * 4, [True] * 4]
-    assert told["text"].dtype == torch.float32  # whatever the file's precision
+    assert told["text"].dtype == torch.float32  # the file holds bfloat16
     alone = encoder(["ball"])
     assert alone["text"].shape == (1, 1, 16)
     torch.testing.assert_close(alone["text"][0, 0], told["text"][1, 0])

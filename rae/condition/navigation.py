@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rae.condition.base import Condition, Conditions
 from rae.condition.label import check_tokens, learned_tokens
-from rae.layers import TimeEmbedding
+from rae.layers import TimeEmbedding, grid_to_tokens
 
 
 class NavigationTokens(Condition):
@@ -87,7 +87,7 @@ class NavigationTokens(Condition):
             Tokens B×(K·N + action_tokens + 1)×width.
         """
         batch = len(frames)
-        past = self.frame_embedding(frames.flatten(0, 1)).flatten(2).transpose(1, 2)  # (B·K)×N×D
+        past = grid_to_tokens(self.frame_embedding(frames.flatten(0, 1)))  # (B·K)×N×D
         past = past.reshape(batch, -1, past.shape[2])
         acts = self.action_learned + self.action_embedding(action)[:, None]
         time = self.elapsed_learned + self.elapsed_embedding(elapsed[:, 0])[:, None]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rae.denoiser import Denoiser, DiT, DiTDH
+from rae.denoiser import Denoiser, DiT, DiTDH, InContextDiT
 from rae.formats import raev2
 from rae.io.tensors import load_strict
 
@@ -104,7 +104,7 @@ def load_denoiser(denoiser: Denoiser, state: Mapping[str, Tensor], source: str, 
         ValueError: Weights that do not fit; all keys are listed.
     """
     if any(key.startswith(raev2.MARK) for key in state):
-        if not isinstance(denoiser, raev2.InContext):
+        if not isinstance(denoiser, InContextDiT):
             raise ValueError(
                 f"{source} are weights of RAEv2, whose denoisers are told in context; this one is a {type(denoiser).__name__}"
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rae.autoencoder import RAE
-from rae.denoiser import Denoiser
+from rae.denoiser import Denoiser, InContextDiT
 from rae.formats import raev2
 from rae.formats.bundle import Bundle
 from rae.formats.decoder import state_from_ours
@@ -103,7 +103,7 @@ def save_original(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
-    in_context = isinstance(denoiser, raev2.InContext)
+    in_context = isinstance(denoiser, InContextDiT)
     if autoencoder.decoder.output != ("raw" if layout == "raev2" else "encoder") or (
         denoiser is not None and in_context != (layout == "raev2")
     ):
@@ -118,7 +118,7 @@ def save_original(
         decoder: state_from_ours(autoencoder.decoder, "original"),
         stats: statistics(autoencoder.latent),
     }
-    if isinstance(denoiser, raev2.InContext):
+    if isinstance(denoiser, InContextDiT):
         files[weights] = raev2.from_ours(denoiser)
     elif denoiser is not None:
         files[weights] = ours_to_original(denoiser)

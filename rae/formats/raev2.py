@@ -53,10 +53,8 @@ _ONE_WIDTH = (
 _JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}
 """Linear layers that we have in one piece."""
 
-InContext = InContextDiTDH | InContextDiT
 
-
-def denoiser_from_config(config: Mapping[str, Any]) -> InContext:
+def denoiser_from_config(config: Mapping[str, Any]) -> InContextDiT:
     """Builds a denoiser from RAEv2's arguments, with fresh weights.
 
     Args:
@@ -107,7 +105,7 @@ def _condition(config: Mapping[str, Any], patch: int) -> Condition:
     return LabelTokens(config["num_classes"], arch["num_c_tokens"])
 
 
-def denoiser_from_raev2(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> InContext:
+def denoiser_from_raev2(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> InContextDiT:
     """Builds a denoiser from RAEv2's arguments and state dict, in evaluation mode.
 
     Raises:
@@ -118,7 +116,7 @@ def denoiser_from_raev2(config: Mapping[str, Any], state: Mapping[str, Tensor]) 
     return model.eval()
 
 
-def to_ours(state: Mapping[str, Tensor], model: InContext) -> dict[str, Tensor]:
+def to_ours(state: Mapping[str, Tensor], model: InContextDiT) -> dict[str, Tensor]:
     """Renames RAEv2's keys and joins what we have in one piece; its rotary tables are compared with ours and left out.
 
     Args:
@@ -128,7 +126,7 @@ def to_ours(state: Mapping[str, Tensor], model: InContext) -> dict[str, Tensor]:
     Raises:
         ValueError: A rotary table differs from the one that the architecture implies: other token counts or another grid.
     """
-    tables = _tables(model)
+    tables, names = _tables(model), _table_of_names(model)
     depth, out = len(model.backbone), {}
     for key, value in state.items():
         if "rope.freqs_" in key:
@@ -137,16 +135,16 @@ def to_ours(state: Mapping[str, Tensor], model: InContext) -> dict[str, Tensor]:
             number, rest = int(block[1]), block[2].replace("adaln_modulation.1.", "modulation.")
             out[f"backbone.{number}.{rest}" if number < depth else f"head.{number - depth}.{rest}"] = value
         else:
-            out[_renamed(key, _table_of_names(model))] = value
+            out[_renamed(key, names)] = value
     for joined, parts in _JOINED.items():
         for key in [key for key in out if f".{parts[0]}." in key]:
-            names = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
-            if all(name in out for name in names):
-                out[key.replace(f".{parts[0]}.", f".{joined}.")] = torch.cat([out.pop(name) for name in names])
+            pieces = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+            if all(piece in out for piece in pieces):
+                out[key.replace(f".{parts[0]}.", f".{joined}.")] = torch.cat([out.pop(piece) for piece in pieces])
     return out
 
 
-def from_ours(model: InContext) -> dict[str, Tensor]:
+def from_ours(model: InContextDiT) -> dict[str, Tensor]:
     """The denoiser's weights under RAEv2's keys, rotary tables included."""
     back = tuple((ours, theirs) for theirs, ours in _table_of_names(model))
     out: dict[str, Tensor] = dict(_tables(model))
@@ -163,7 +161,7 @@ def from_ours(model: InContext) -> dict[str, Tensor]:
     return out
 
 
-def _table_of_names(model: InContext) -> tuple[tuple[str, str], ...]:
+def _table_of_names(model: InContextDiT) -> tuple[tuple[str, str], ...]:
     return (*_NAMES, *(_TWO_WIDTHS if isinstance(model, InContextDiTDH) else _ONE_WIDTH))
 
 
@@ -174,7 +172,7 @@ def _renamed(key: str, names: tuple[tuple[str, str], ...]) -> str:
     return key
 
 
-def _tables(model: InContext) -> dict[str, Tensor]:
+def _tables(model: InContextDiT) -> dict[str, Tensor]:
     """RAEv2's rotary buffers, as ours have them."""
     ropes = {"rope": model.backbone_rope}
     if isinstance(model, InContextDiTDH):
