@@ -231,7 +231,7 @@ class Generator(Exportable, nn.Module):
         velocity = self.guidance(
             self.flow.velocity_model(self._callable(self.denoiser)),
             conditions,
-            null=self.denoiser.condition.null(conditions),
+            null=self.denoiser.condition.null(conditions) if self.guidance.needs_null else None,
             guide=guide,
         )
         with trusted():

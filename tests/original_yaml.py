@@ -183,3 +183,33 @@ def sampling(image: int = 256) -> dict:
         },
         "misc": misc(side),
     }
+
+
+def raev2_training(encoder: str = "dinov3mls-vit-l16[layers=11.13.15.17.19.21.23]") -> dict:
+    """Stage 2 of RAEv2 in the sections of the first project, with the names that SPEC_RAEV2 and its cases tell."""
+    content = stage2_training()
+    content["stage_1"] = {
+        "target": "stage1.RAE",
+        "params": {
+            **{"encoder_name": encoder, "resolution": 256, "decoder_config_path": "configs/decoder/ViTXL"},
+            **{"pretrained_decoder_path": "models/decoder.pt", "normalization_stat_path": "models/stats.pt"},
+        },
+    }
+    content["stage_2"] = {
+        "target": "stage2.models.DiTwDDTHeadIG",
+        "params": {
+            **{"input_size": 16, "patch_size": [1, 1], "in_channels": 1024, "num_classes": 1000, "mlp_ratio": 4.0},
+            **{"hidden_size": [1440, 2048], "depth": [28, 2], "num_heads": [20, 16], "base_model_depth": 8},
+            "arch": {"num_t_tokens": 4, "num_c_tokens": 8},
+        },
+    }
+    content["transport"]["params"] = {
+        **{"path_type": "Linear", "prediction": "x", "t_eps": 0.05, "time_dist_type": "logit-normal_0_1"},
+        **{"base_model_coeff": 1.0, "repa_coeff": 0.0, "cfg_dropout_prob": 0.1},
+    }
+    content["guidance"] = {"cfg_scale": 1.0, "ig_scale": 1.0}
+    content["sampler"] = {"mode": "ODE", "params": {"sampling_method": "euler", "num_steps": 50}}
+    content["misc"] |= {"latent_size": [1024, 16, 16], "time_dist_shift_dim": 262144}
+    content["training"] |= {"epochs": 80, "optimizer": {"type": "gmuon", **OPTIMIZER}}
+    content["training"]["scheduler"] = {**LINEAR, "warmup_epochs": 25, "decay_end_epoch": 50}
+    return content

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from rae import flow
+from rae.autoencoder import RAE
 from rae.condition import LabelEmbedding, LabelTokens, NavigationTokens, TextTokens, concatenate, drop, select
+from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH, InContextDiT, InContextDiTDH
 from rae.formats import raev2
 from rae.formats.denoiser import load_denoiser
+from rae.generator import Generator
 from rae.layers import denoiser_blocks
 from tests.test_denoiser import randomised
 
@@ -114,6 +117,17 @@ def test_padding_never_reaches_the_image_and_texts_may_be_cut():
     # A text without padding needs no mask, and none is made.
     whole = {"text": conditions["text"], "text_mask": torch.ones(3, 6, dtype=torch.bool)}
     torch.testing.assert_close(model(x, t, **whole), model(x, t, text=whole["text"]))
+
+
+def test_a_text_without_mask_is_sampled_unless_classifier_free_guidance_needs_one():
+    model, text = small("text"), {"text": told(small("text"))["text"]}
+    sampler = flow.EulerSampler(flow.FullGrid(2))
+    draw = Generator(RAE(None, ViTDecoder(8, 4, 16, 1, 1, 16)), model, flow.FlowMatching(), sampler).eval()
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    torch.testing.assert_close(draw.latents(text), draw.latents(text | {"text_mask": mask}))
+    draw.guidance = flow.ClassifierFreeGuidance(2.0)
+    with pytest.raises(ValueError, match="text_mask is missing"):
+        draw.latents(text)
 
 
 def test_no_mask_is_made_where_nothing_is_masked(monkeypatch):

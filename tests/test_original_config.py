@@ -22,6 +22,7 @@ from rae.io.files import flat
 from tests.original_yaml import (
     OPTIMIZER,
     autoencoder,
+    raev2_training,
     sampling,
     stage1_training,
     stage2_training,
@@ -119,6 +120,72 @@ def test_the_discriminator_starts_with_the_gan_loss_where_the_file_does_not_say_
     content["gan"]["loss"]["disc_start"] = 3
     cfg, _ = translated(tmp_path, content, "train")
     assert (cfg.loss.discriminator_start, cfg.loss.gan_start) == (3, 3)
+
+
+def test_training_of_raev2_is_the_recipe(tmp_path):
+    cfg, t = translated(tmp_path, raev2_training(), "train")
+    recipe = compose("train", ["experiment=imagenet256_raev2_k7"])
+    for section in (
+        "encoder",
+        "latent",
+        "decoder",
+        "condition",
+        "denoiser",
+        "flow",
+        "optimizer",
+        "scheduler",
+        "sampler",
+    ):
+        found = {**plain(cfg[section])} | ({"stats": "???"} if section == "latent" else {})
+        assert found == plain(recipe[section]), section
+    assert (cfg.training.label_dropout, cfg.data.flip, cfg.trainer.max_epochs) == (0.1, False, 80)
+    assert not [key for key, why in t.left.items() if "UNKNOWN" in why or "DIFFERS" in why]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "choice", "values"),
+    [
+        pytest.param(
+            {"ig_scale": 1.78, "ig_interval": [0.1, 1.0]},
+            "Internal",
+            {"scale": 1.78, "interval": [0.1, 1.0]},
+            marks=pytest.mark.slow,
+        ),
+        (
+            {"ig_scale": 1.5, "cfg_scale": 2, "cfg_interval": [0, 0.5]},
+            "Internal",
+            {"cfg_scale": 2, "cfg_interval": [0, 0.5]},
+        ),
+        ({"ig_scale": 0, "cfg_scale": 6.0}, "ClassifierFree", {"scale": 6.0}),
+        pytest.param({"ig_scale": 0, "ig_interval": [0.1, 1.0], "cfg_scale": 1.0}, "No", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_sampling_of_raev2(guidance, choice, values, tmp_path):
+    content = raev2_training("dinov3mls-vit-b16[norm,layers=1.2.3]")
+    content = {key: content[key] for key in ("stage_1", "stage_2", "transport", "sampler", "misc")}
+    content["misc"]["latent_size"] = [768, 16, 16]
+    cfg, _ = translated(tmp_path, content | {"guidance": guidance}, "sample")
+    assert (list(cfg.encoder.layers), cfg.encoder.fusion, cfg.encoder.final_norm) == (
+        [1, 2, 3],
+        "mean_plus_pooled",
+        "affine",
+    )
+    assert (cfg.decoder.output, cfg.sampler.grid.steps, cfg.denoiser.channels) == ("raw", 50, 768)
+    assert cfg.guidance["_target_"] == f"rae.flow.{choice}Guidance"
+    assert {key: plain(cfg.guidance)[key] for key in values} == values
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dinov3-vit-l14", r"dinov3 has no size 'l14' here, only 7b16, b16"),
+        ("dinov3mls-vit-7b16", r"\[layers=…\] is needed"),
+        ("dinov2-vit-b[woreg]", r"'woreg' cannot be had here, only norm and layers=…"),
+    ],
+)
+def test_encoders_of_raev2_that_cannot_be_had_are_refused(name, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        translated(tmp_path, raev2_training(name), "train")
 
 
 # --- what is other than the recipes ------------------------------------------------------------------------------

@@ -82,6 +82,11 @@ class Guidance(Described, ABC):
 
         return velocity
 
+    @property
+    def needs_null(self) -> bool:
+        """Whether it asks for the null condition."""
+        return False
+
     def check(self, null: Conditions | None, guide: Model | None) -> None:
         """Raises ValueError where something is missing that this guidance needs."""
 
@@ -147,9 +152,14 @@ class NoGuidance(Guidance):
 class ClassifierFreeGuidance(Guidance):
     """g = u + w·(c − u), with u the prediction for the null condition; one doubled batch inside the interval (Ho & Salimans)."""
 
+    @property
+    def needs_null(self) -> bool:
+        """Whether it acts at all."""
+        return self.scale != 1
+
     def check(self, null: Conditions | None, guide: Model | None) -> None:
         """Raises ValueError without a null condition."""
-        if null is None:
+        if null is None and self.needs_null:
             raise ValueError("classifier-free guidance needs null, the condition that tells the denoiser nothing")
 
     def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None) -> Field:
@@ -213,10 +223,14 @@ class InternalGuidance(Guidance):
         self.null_scale = self.scale if null_scale is None else float(null_scale)
         self.cfg = ClassifierFreeGuidance(cfg_scale, check_interval(cfg_interval, "guidance.cfg_interval"))
 
+    @property
+    def needs_null(self) -> bool:
+        """Whether classifier-free guidance is added."""
+        return self.cfg.needs_null
+
     def check(self, null: Conditions | None, guide: Model | None) -> None:
         """Raises ValueError without the null condition, where classifier-free guidance is added."""
-        if self.cfg.scale != 1:
-            self.cfg.check(null, guide)
+        self.cfg.check(null, guide)
 
     def acts_at(self, t: float) -> bool:
         """Whether the base head runs at time t."""

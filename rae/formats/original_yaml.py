@@ -1,4 +1,4 @@
-"""A YAML file of the original project as one of ours: an experiment for ``rae-train``, or a model for the other commands."""
+"""A YAML file of the original project, or of RAEv2, as one of ours: an experiment for ``rae-train``, or a model for the rest."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from rae.formats import raev2_keys
 from rae.formats.original_keys import DERIVED, TABLE, Rule, Translation, choose, leave, only, put
 from rae.io.errors import ConfigError
 from rae.io.files import flat
@@ -94,10 +95,9 @@ _ALWAYS = ("image_size", "data.num_classes")  # what a model has to say although
 # --- translating -------------------------------------------------------------------------------------------------
 
 
-def with_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """The original's values by dotted key, with its defaults where a key of a section is absent."""
-    source = {key: value for key, value in flat(content).items() if value != {}}
-    defaults = dict(DEFAULTS)
+    source, defaults = dict(given), dict(DEFAULTS)
     if str(source.get("sampler.mode", "ODE")).upper() == "SDE":
         defaults["sampler"] = SDE_DEFAULTS
     parts = [key.split(".") for key in source]
@@ -145,10 +145,15 @@ def translate(content: Mapping[str, Any], compose: Compose, devices: int = 8) ->
     Raises:
         ConfigError: Values that cannot be had; all of them are named.
     """
-    source = with_defaults(content)
+    source = {key: value for key, value in flat(content).items() if value != {}}
+    named = raev2_keys.encoder_key(source)
+    source = with_defaults(source) if named is None else source
     t = Translation(source, kind_of(source), devices)
     table, elsewhere = table_of(source), ELSEWHERE[t.kind]
-    _choose_encoder(t)
+    if named is None:
+        _choose_encoder(t)
+    else:
+        table |= raev2_keys.rules(source, named)
     for key, value in source.items():
         section = key.partition(".")[0]
         if section in elsewhere:
@@ -163,7 +168,7 @@ def translate(content: Mapping[str, Any], compose: Compose, devices: int = 8) ->
                 t.refused[key] = str(error)
             except (TypeError, ValueError, IndexError):
                 t.refused[key] = f"{value!r} is not what is expected here"
-    _choose_networks(t)
+    _choose_networks(t, named)
     _refuse(t)
     _compare(t, compose)
     return t
@@ -187,8 +192,8 @@ def _choose_encoder(t: Translation) -> None:
         t.refused["stage_1.params.encoder_cls"] = f"{kind} with {name!r} is none of {known}"
 
 
-def _choose_networks(t: Translation) -> None:
-    """Stage, sizes, solver, guidance, arithmetic and processes."""
+def _choose_networks(t: Translation, named: str | None) -> None:
+    """Stage, sizes, solver, guidance, arithmetic and processes; ``named`` is the key of an encoder as RAEv2 names them."""
     t.put("matmul", "tf32", "the original's scripts")
     if t.kind == "stage1":
         t.put("loss.adaptive", "per_process", "the original's scripts")
@@ -206,6 +211,9 @@ def _choose_networks(t: Translation) -> None:
     if t.kind != "sample":
         return
     _choose_denoiser(t, "guidance.guidance_model.target", "guide", "denoiser@guide")
+    if named is not None:
+        raev2_keys.choose_guidance(t)
+        return
     scale, method = float(t.source.get("guidance.scale", 1.0)), t.source.get("guidance.method", "cfg")
     if method not in ("cfg", "autoguidance"):
         t.refused["guidance.method"] = f"{method!r} is none of cfg, autoguidance"
@@ -220,9 +228,13 @@ def _choose_denoiser(t: Translation, key: str, node: str, group: str) -> None:
     target = t.source.get(key)
     if target is None:
         return
-    kind = DENOISERS.get(str(target).rpartition(".")[2])
+    name = str(target).rpartition(".")[2]
+    if name in raev2_keys.DENOISERS:
+        t.choose(group, raev2_keys.DENOISERS[name], key)
+        return
+    kind = DENOISERS.get(name)
     if kind is None:
-        t.refused[key] = f"{target} is none of {', '.join(DENOISERS)}"
+        t.refused[key] = f"{target} is none of {', '.join([*DENOISERS, *raev2_keys.DENOISERS])}"
         return
     width = t.values.get(f"{node}.width", (max(SIZES), ""))[0]
     t.choose(group, f"{kind}_{SIZES[min(SIZES, key=lambda known: abs(known - width))]}", key)
@@ -234,14 +246,15 @@ def _compare(t: Translation, compose: Compose) -> None:
     groups = [f"stage={stage}", *(_choice(group, choice) for group, choice in t.choices.items() if group != "stage")]
     base = compose(groups)
     key, stride = "stage_1.params.encoder_input_size", base["encoder"]["stride"]
-    grid, rest = divmod(int(t.source[key]), stride)
-    if rest:
-        t.refused[key] = f"{t.source[key]} is not divisible by the encoder's patch of {stride}"
-        _refuse(t)
-    values = t.values
-    t.values = {}
-    t.put("image_size", grid * int(t.source["stage_1.params.decoder_patch_size"]), key)
-    t.values |= values
+    if "image_size" not in t.values and key in t.source:
+        grid, rest = divmod(int(t.source[key]), stride)
+        if rest:
+            t.refused[key] = f"{t.source[key]} is not divisible by the encoder's patch of {stride}"
+            _refuse(t)
+        patch = int(t.source.get("stage_1.params.decoder_patch_size", 16))
+        t.values, values = {}, t.values
+        t.put("image_size", grid * patch, key)
+        t.values |= values
     for key, (value, _) in list(t.values.items()):
         kept = not t.trains and (key in _ALWAYS or key.startswith(_SAMPLING))
         if not kept and flat_value(base, key) == value:

@@ -138,10 +138,11 @@ class Stage2Module(TrainingModule):
 
         noise = normal(seeds("noise"), latents.shape[1:], device=latents.device)
         t = to_device(self.flow.sample_time(uniform(seeds("time"))), latents.device)
-        draws = uniform(seeds("label"), device=latents.device)
         told = self.denoiser.condition
         conditions = {name: batch[name] for name in told.names if name in batch}
-        conditions = drop(conditions, told.null(conditions), draws, label_dropout)
+        if label_dropout:
+            draws = uniform(seeds("label"), device=latents.device)
+            conditions = drop(conditions, told.null(conditions), draws, label_dropout)
         heads = {"base": True} if self.denoiser.has_base else {}
         return self.flow.loss(self.denoiser, latents, noise, t, **heads, **conditions)
 
