@@ -290,6 +290,7 @@ class Generator(Exportable, nn.Module):
         indices: Sequence[int] | None = None,
         precision: str = "32-true",
         quantize: str = "floor",
+        on_latents: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Samples images uint8 B×3×H×W, as they are scored and written.
 
@@ -299,6 +300,8 @@ class Generator(Exportable, nn.Module):
             indices: See :meth:`latents`.
             precision: ``32-true`` or ``bf16-mixed``, in Lightning's words: arithmetic of the networks.
             quantize: See :func:`rae.image.to_uint8`.
+            on_latents: Called with the latents as the encoder makes them, not normalised, float32 B×C×h×w: what any decoder of it
+                takes.
 
         Raises:
             ValueError: An unknown precision or ``quantize``, or see :meth:`latents`.
@@ -306,7 +309,11 @@ class Generator(Exportable, nn.Module):
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision} is unknown; choose {' or '.join(PRECISIONS)}")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-            images = self(labels, seed, indices, progress=False)
+            latents = self.latents(labels, seed, indices)
+            if on_latents is not None:
+                on_latents(self.autoencoder.latent.denormalize(latents).float())
+            with torch.no_grad():
+                images = self.autoencoder.decode(latents).clamp(0, 1)
         return to_uint8(images.float(), quantize)  # in bfloat16 neighbouring grey levels are one number
 
     @torch.no_grad()

@@ -170,7 +170,9 @@ def with_bases(path):
     """A file's content over that of the ``_base`` files that its defaults list names."""
     content = yaml.safe_load(path.read_text()) or {}
     bases = [
-        one for one in content.get("defaults", []) if isinstance(one, str) and one.startswith("_") and one != "_self_"
+        one
+        for one in content.get("defaults", [])
+        if isinstance(one, str) and one.startswith("_") and one != "_self_" and "@" not in one
     ]
     merged = {}
     for base in bases:

@@ -209,6 +209,50 @@ def test_scores_are_those_of_the_images_wherever_they_lie(exported, samples, ref
     assert scores_of(tmp_path / "png") == pytest.approx(npz, rel=1e-5, abs=1e-7)
 
 
+def test_kept_latents_go_through_several_decoders(exported, samples, reference, tmp_path):
+    run("sample", *options_of(exported, tmp_path / "drawn", "png=false", "keep_latents=true", "part_size=10"))
+    other = RAE.from_pretrained(exported)
+    for parameter in other.decoder.parameters():
+        parameter.data *= 0.9
+    other.save_pretrained(tmp_path / "other")
+    node = metric(reference, assume_kind="training", metrics=["fid"], protocol="raev2")
+    options = [f"latents={tmp_path}/drawn/latents", f"decoders=[{exported},{tmp_path}/other]", "batch_size=7"]
+    run("evaluate", *options, f"output_dir={tmp_path / 'both'}", replaced={"metric": node})
+    run(
+        "evaluate", f"samples={tmp_path}/drawn/samples.npz", f"output_dir={tmp_path / 'one'}", replaced={"metric": node}
+    )
+    with (tmp_path / "both" / "decoders.csv").open() as lines:
+        first, second = csv.DictReader(lines)
+    assert float(first["fd_tiny"]) == pytest.approx(scores_of(tmp_path / "one")["fd_tiny"], rel=1e-5)
+    assert abs(float(second["fd_tiny"]) - float(first["fd_tiny"])) > 1e-3
+    rules = json.loads((tmp_path / "both" / "decoder_0" / "scores.json").read_text())["identity"]["protocol"]
+    assert (rules["labels"], rules["evaluations"]["denoiser"], rules["protocol"]) == ("balanced", 4, "raev2")
+    assert len(rules["differences"]) == 1  # the reference
+
+    tiny = tiny_encoder(input_size=16, channels=32, stride=8, seed=0)
+    RAE(tiny, ViTDecoder(32, 2, 48, 1, 4, 96, patch=8)).save_pretrained(tmp_path / "smaller")
+    for decoders, kind, message in (
+        (
+            f"[{tmp_path}/smaller]",
+            ConfigError,
+            r"takes latents of 32×2×2, those of latents=.* are 32×4×4|another encoder",
+        ),
+        (f"[{tmp_path}/none]", FileNotFoundError, "does not exist|there is no"),
+    ):
+        with pytest.raises(kind, match=message):
+            run(
+                "evaluate",
+                options[0],
+                f"decoders={decoders}",
+                f"output_dir={tmp_path / 'x'}",
+                replaced={"metric": node},
+            )
+    with pytest.raises(FileNotFoundError, match=r"holds no latents.json"):
+        run("evaluate", f"latents={tmp_path}", options[1], f"output_dir={tmp_path / 'x'}", replaced={"metric": node})
+    with pytest.raises(ConfigError, match="go together"):
+        run("evaluate", options[0], f"output_dir={tmp_path / 'x'}", replaced={"metric": node})
+
+
 def test_several_metrics_in_one_pass(samples, reference, tmp_path):
     first = metric(reference, assume_kind="training", metrics=["fid"])
     other = {**DETECTOR, "name": "other", "encoder": {**TINY, "seed": 1}}

@@ -11,6 +11,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from rae.io.errors import ConfigError, no_train_path
+from rae.io.references import reference_file
 
 
 def check_metric(node: DictConfig | None) -> bool:
@@ -30,8 +31,10 @@ def check_metric(node: DictConfig | None) -> bool:
         return False
     kind = get_object(node["_target_"])
     pairs = [check_metric(inner) for name, inner in node.items() if name not in ("detector", "perceptual")]
-    if isinstance(reference := node.get("reference"), str) and not Path(reference).expanduser().exists():
-        raise FileNotFoundError(f"{node._get_full_key('reference')}={reference} does not exist")
+    reference = node.get("reference")
+    for one in reference.values() if isinstance(reference, DictConfig) else [reference]:
+        if isinstance(one, str):
+            reference_file(one, node._get_full_key("reference"))
     if hasattr(kind, "check_reference") and "metrics" in node:
         kind.check_reference(node["metrics"], reference)
     return bool(getattr(kind, "takes_originals", False)) or any(pairs)
@@ -73,10 +76,10 @@ def check_files(cfg: DictConfig, config: str) -> None:
     if config != "download" and cfg.get("decoder") is not None and "collection" in cfg:
         check_published(cfg)
     check_denoiser(cfg)
-    if config == "evaluate" and (cfg.samples is None) == (cfg.checkpoint is None):
+    if config == "evaluate" and [cfg.samples, cfg.checkpoint, cfg.latents].count(None) != 2:
         raise ConfigError(
-            f"samples={cfg.samples} and checkpoint={cfg.checkpoint}: give one of them, samples=… (an .npz, a folder of images "
-            "or of tar shards) or checkpoint=… (a model that makes them)"
+            f"samples={cfg.samples}, checkpoint={cfg.checkpoint} and latents={cfg.latents}: give one of them, samples=… (an .npz, "
+            "a folder of images or of tar shards), checkpoint=… (a model that makes them) or latents=… decoders=[…]"
         )
     for key in _MODELS:
         value = cfg.get(key)

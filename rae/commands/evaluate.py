@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,129 +16,18 @@ from tqdm import tqdm
 from rae.cli.build import keep_still, make, seed
 from rae.cli.checks import check_metric, refuse_existing
 from rae.cli.config import save_config
-from rae.cli.models import open_autoencoder, open_generator
-from rae.commands.reconstruct import checked_count, model_identity, open_data
+from rae.commands.sources import Source, from_latents, open_source
 from rae.image import to_uint8
 from rae.io.errors import ConfigError
 from rae.io.files import write_json
-from rae.io.parts import Parts, share, stretch
-from rae.jobs.images import checked_path, describe_samples, open_images, open_pairs
+from rae.jobs.images import checked_path, open_images
 from rae.jobs.processes import first, start
-from rae.jobs.samples import draw, label_list, plan_of, read_parts, write_npz
+from rae.jobs.samples import write_npz
 from rae.report.neighbours import write_sheet
-from rae.report.table import table, versions, write_scores
-from rae.training.reconstructions import reconstructions
+from rae.report.protocol import differences, protocol_of
+from rae.report.table import markdown, table, versions, write_csv, write_scores
 
 log = logging.getLogger(__name__)
-
-_OF_MODELS = (
-    *("checkpoint", "sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged", "precision"),
-    *("quantize", "samples_per_class", "seed", "labels", "classes", "count", "part_size", "keep_samples"),
-)
-
-
-class Source:
-    """What is scored: arguments of the metric's ``update``, batch by batch, and what identifies it.
-
-    Args:
-        batches: Positional and keyword arguments.
-        identity: What tells these images from others.
-        described: The configuration that says how they came about.
-        parts: Where samples that were drawn for this lie; None for files.
-        labels: Labels of these samples.
-    """
-
-    def __init__(
-        self,
-        batches: Iterator[tuple[tuple[Any, ...], dict[str, Any]]],
-        identity: dict[str, Any],
-        described: DictConfig,
-        parts: Parts | None = None,
-        labels: Sequence[int] = (),
-    ) -> None:
-        self.batches = batches
-        self.identity = identity
-        self.described = described
-        self.parts = parts
-        self.labels = labels
-
-
-def from_files(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
-    """Images of files; with their originals for metrics of reconstructions.
-
-    Args:
-        cfg: Configuration with ``samples``, ``originals`` and ``batch_size``.
-        fabric: The processes; each reads its share of the batches.
-        pairs: Whether the metric takes originals too.
-    """
-    rank, world = fabric.global_rank, fabric.world_size
-    identity = {"samples": describe_samples(cfg.samples)}
-    described = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_MODELS])
-
-    def batches() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        if pairs:
-            for images, originals in open_pairs(cfg.samples, cfg.originals, cfg.batch_size, rank, world):
-                yield (images, originals), {}
-        else:
-            for images, labels, numbers in open_images("samples", cfg.samples, cfg.batch_size, rank, world):
-                yield (images, labels), {"index": numbers}
-
-    if pairs:
-        identity["originals"] = {"path": cfg.originals}
-    return Source(batches(), identity, described)
-
-
-def from_generator(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]) -> Source:
-    """Samples that a model draws now, in parts on disk: a run that was stopped goes on with them.
-
-    Args:
-        cfg: The command's configuration.
-        fabric: The processes; each draws its share of the parts.
-        prepare: Told the images' size, number and classes before they are drawn.
-
-    Raises:
-        ConfigError: The model has no denoiser, or the labels are not right.
-    """
-    generator, run = open_generator(cfg)
-    generator = generator.to(fabric.device)
-    labels = label_list(cfg, generator.num_classes)
-    prepare(generator.autoencoder.image_size, len(labels), labels)
-    plan = plan_of(cfg, generator, labels)
-    parts = draw(cfg, fabric, generator, labels, Path(cfg.output_dir) / "parts", plan)
-
-    def batches() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
-        for images, numbers in read_parts(parts, cfg.batch_size, mine):
-            pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-            yield (
-                (pixels, torch.tensor([labels[number] for number in numbers])),
-                {"index": torch.tensor(list(numbers))},
-            )
-
-    return Source(batches(), {"samples": {"checkpoint": str(cfg.checkpoint), **plan}}, run, parts, labels)
-
-
-def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]) -> Source:
-    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data.
-
-    Args:
-        cfg: The command's configuration.
-        fabric: The processes; each takes a stretch of the images.
-        prepare: Told the images' size and number before they are made.
-
-    Raises:
-        ConfigError: There are no such images, or fewer than ``count``.
-    """
-    autoencoder, run = open_autoencoder(cfg)
-    autoencoder = autoencoder.to(fabric.device)
-    data = open_data(run, autoencoder.image_size)
-    count = checked_count(data, cfg.count)
-    prepare(autoencoder.image_size, count)
-    mine = stretch(count, fabric.global_rank, fabric.world_size)
-    batches = data.range_dataloader("val", [mine])
-    pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
-    identity = {"samples": model_identity(cfg, run, autoencoder)}
-    return Source(((pair, {}) for pair in pairs), identity, run)
 
 
 def check_given(cfg: DictConfig) -> None:
@@ -152,6 +41,10 @@ def check_given(cfg: DictConfig) -> None:
         FileNotFoundError: The samples, the originals or the reference do not exist.
     """
     pairs = check_metric(cfg.metric)
+    if (cfg.latents is None) != (cfg.decoders is None):
+        raise ConfigError(f"latents={cfg.latents} and decoders={cfg.decoders} go together: give both or neither")
+    if cfg.latents is not None and pairs:
+        raise ConfigError("latents are of generated images: they have no originals; choose a metric of samples")
     if cfg.samples is not None:
         if pairs and cfg.originals is None:
             raise ConfigError(
@@ -159,21 +52,6 @@ def check_given(cfg: DictConfig) -> None:
             )
         for key in ("samples", "originals") if pairs else ("samples",):
             checked_path(key, cfg[key])
-
-
-def open_source(cfg: DictConfig, fabric: Fabric, metric: Any) -> Source:
-    """The images that are named, or that the model makes.
-
-    Args:
-        cfg: The command's configuration.
-        fabric: The processes.
-        metric: It says whether it takes reconstructions with their originals, and may check what it is about to get.
-    """
-    pairs = getattr(metric, "takes_originals", False)
-    if cfg.samples is not None:
-        return from_files(cfg, fabric, pairs)
-    prepare = getattr(metric, "prepare", lambda *_: None)
-    return (from_autoencoder if pairs else from_generator)(cfg, fabric, prepare)
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -186,7 +64,7 @@ def evaluate(cfg: DictConfig) -> None:
         raise ConfigError(f"batch_size={cfg.batch_size} must be at least 1")
     check_given(cfg)
     folder = Path(cfg.output_dir)
-    refuse_existing(cfg, folder / "scores.json")
+    refuse_existing(cfg, folder / ("scores.json" if cfg.latents is None else "decoders.csv"))
     fabric = start(cfg)
     seed(cfg)
     metric = make(cfg.metric)  # before the images: what does not fit is to be said at once
@@ -194,7 +72,30 @@ def evaluate(cfg: DictConfig) -> None:
         metric = metric.to(fabric.device)
     elif fabric.world_size > 1:
         raise ConfigError(f"metric {type(metric).__name__} runs on one process; leave out devices={cfg.devices}")
+    if cfg.latents is not None:
+        _compare_decoders(cfg, fabric, metric, folder)
+        return
     source = open_source(cfg, fabric, metric)
+    scores, identity, shown = _scored(cfg, fabric, metric, source)
+    fabric.barrier()
+    with first(fabric) as is_first:
+        if is_first:
+            save_config(source.described, folder)
+            write_scores(folder, scores, identity)
+            if source.parts is not None:
+                _keep_or_remove(cfg, source, folder)
+            print(table(scores))
+            for line in differences(identity["protocol"]):
+                print(f"differs from the protocol: {line}")
+            log.info("scores.json and scores.csv are in %s", folder)
+    if is_first and cfg.neighbours:  # the others end: they would not wait for long
+        _write_neighbours(cfg, source, metric, shown, folder)
+
+
+def _scored(
+    cfg: DictConfig, fabric: Fabric, metric: Any, source: Source
+) -> tuple[dict[str, float], dict[str, Any], list[Any]]:
+    """The scores of all images, all that identifies them, and the first images for the sheet of neighbours."""
     shown: list[Any] = []
     with tqdm(desc="scoring", unit=" image", disable=not fabric.is_global_zero) as bar:
         for images, options in source.batches:
@@ -204,17 +105,24 @@ def evaluate(cfg: DictConfig) -> None:
     log.info("computing the scores")
     scores = {name: float(value) for name, value in metric.compute().items()}
     identity = {**source.identity, "metric": getattr(metric, "identity", None), "versions": versions()}
-    fabric.barrier()
-    with first(fabric) as is_first:
-        if is_first:
-            save_config(source.described, folder)
-            write_scores(folder, scores, identity)
-            if source.parts is not None:
-                _keep_or_remove(cfg, source, folder)
-            print(table(scores))
-            log.info("scores.json and scores.csv are in %s", folder)
-    if is_first and cfg.neighbours:  # the others end: they would not wait for long
-        _write_neighbours(cfg, source, metric, shown, folder)
+    return scores, {**identity, "protocol": protocol_of(identity)}, shown
+
+
+def _compare_decoders(cfg: DictConfig, fabric: Fabric, metric: Any, folder: Path) -> None:
+    """The same latents through several decoders: ``decoders.csv`` and, by the decoder's number, ``scores.json`` of each."""
+    rows = []
+    for number, (name, source) in enumerate(from_latents(cfg, fabric, metric)):
+        metric.reset()
+        scores, identity, _ = _scored(cfg, fabric, metric, source)
+        rows.append({"decoder": name, **scores})
+        fabric.barrier()
+        if fabric.is_global_zero:
+            write_scores(folder / f"decoder_{number}", scores, identity)
+    if fabric.is_global_zero:
+        save_config(cfg, folder)
+        write_csv(folder / "decoders.csv", rows)
+        print(markdown(rows))
+        log.info("decoders.csv and the scores of each decoder are in %s", folder)
 
 
 def training_images(cfg: DictConfig, run: DictConfig) -> Iterator[Tensor]:

@@ -26,6 +26,7 @@ from rae.io.tensors import state_hash
 from rae.jobs.processes import batches_of, begin, first, start
 from rae.jobs.samples import check_interpolations, pick, write_npz
 from rae.metric.functional import psnr
+from rae.report.protocol import protocol_of
 from rae.report.table import table, versions, write_scores
 from rae.training.reconstructions import reconstructions
 
@@ -137,7 +138,8 @@ def reconstruct(cfg: DictConfig) -> None:
         write_grid(originals, parts, labels, folder)
         if cfg.interpolations:
             write_interpolations(cfg, autoencoder, originals, fabric.device, folder)
-        write_scores(folder, scores, {"samples": identity, "metric": metric.identity, "versions": versions()})
+        known = {"samples": identity, "metric": metric.identity}
+        write_scores(folder, scores, {**known, "protocol": protocol_of(known), "versions": versions()})
         parts.remove()
         print(table(scores))
         log.info("grid.png (originals left, reconstructions right), scores.json and scores.csv are in %s", folder)

@@ -10,14 +10,24 @@ from pathlib import Path
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from rae.cli.config import save_config
+from rae.cli.config import plain, save_config
 from rae.cli.models import open_generator
 from rae.generator import Generator
 from rae.image import grid_scale, label_rows, make_grid, save_png, to_uint8
 from rae.io.files import write_json
 from rae.io.parts import Parts
 from rae.jobs.processes import first, start
-from rae.jobs.samples import check_interpolations, draw, finished, label_list, pick, plan_of, write_npz
+from rae.jobs.samples import (
+    check_interpolations,
+    describe_latents,
+    draw,
+    finished,
+    label_list,
+    pick,
+    plan_of,
+    write_npz,
+)
+from rae.report.protocol import how_sampled
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +48,13 @@ def sample(cfg: DictConfig) -> None:
     labels = label_list(cfg, generator.num_classes)
     plan = plan_of(cfg, generator, labels)
     description = folder / "samples.json"
-    wanted = {"samples.npz": cfg.npz, "images": cfg.png, "shards": cfg.shards, "sheets": cfg.sheets}
+    wanted = {
+        "samples.npz": cfg.npz,
+        "images": cfg.png,
+        "shards": cfg.shards,
+        "sheets": cfg.sheets,
+        "latents": cfg.keep_latents,
+    }
     with first(fabric) as is_first:
         if is_first and cfg.force:
             for name in ("samples.json", *wanted, "parts"):
@@ -48,18 +64,20 @@ def sample(cfg: DictConfig) -> None:
         log.info("these %d samples are in %s already", len(labels), folder)
         return
 
-    png, shards = (folder / name if wanted[name] else None for name in ("images", "shards"))
-    parts = draw(cfg, fabric, generator, labels, folder / "parts", plan, png, shards)
+    png, shards, latents = (folder / name if wanted[name] else None for name in ("images", "shards", "latents"))
+    parts = draw(cfg, fabric, generator, labels, folder / "parts", plan, png, shards, latents)
     with first(fabric) as is_first:
         if not is_first:
             return
         save_config(run, folder)
+        if latents is not None:
+            describe_latents(latents, {**plan, **how_sampled(cfg.labels, generator)}, labels, plain(run))
         if cfg.npz:
             write_npz(folder / "samples.npz", parts, labels)
         write_sheets(cfg, parts, labels, folder)
         if cfg.interpolations:
             write_interpolations(cfg, generator, labels, folder)
-        write_json(description, plan)
+        write_json(description, {**plan, **how_sampled(cfg.labels, generator)})
         parts.remove()
         made = (
             ["grid.png"]

@@ -7,7 +7,7 @@ import io
 import json
 import zipfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +24,7 @@ from webdataset import TarWriter
 from rae.generator import Generator
 from rae.io.describe import describe
 from rae.io.errors import ConfigError
-from rae.io.files import changes, write_atomically
+from rae.io.files import changes, parse_json, write_atomically, write_json
 from rae.io.parts import Parts
 from rae.io.tensors import state_hash
 from rae.jobs.processes import begin
@@ -136,6 +136,7 @@ def draw(
     plan: dict[str, Any],
     png: Path | None = None,
     shards: Path | None = None,
+    latents: Path | None = None,
 ) -> Parts:
     """Draws what is not there yet, part by part, while finished parts are compressed and written by threads.
 
@@ -148,11 +149,11 @@ def draw(
         plan: From :func:`plan_of`.
         png: Folder for one PNG a sample; None for none.
         shards: Folder for tar shards of PNGs with labels, one a part; None for none.
+        latents: Folder for the latents, one file a part, see :func:`latent_parts`; None for none.
     """
-    parts = Parts(
-        folder, {**plan, "png": png is not None, "shards": shards is not None}, len(labels), cfg.part_size, ".npy"
-    )
-    mine = begin(fabric, parts, png, shards)
+    asked = {"png": png is not None, "shards": shards is not None} | ({"latents": True} if latents is not None else {})
+    parts = Parts(folder, {**plan, **asked}, len(labels), cfg.part_size, ".npy")
+    mine = begin(fabric, parts, png, shards, latents)
     total = sum(len(parts.items(part)) for part in mine)
     pending: deque[Future[None]] = deque()
     with (
@@ -162,12 +163,21 @@ def draw(
         for part in mine:
             items = parts.items(part)
             batches = []
+            kept: list[torch.Tensor] = []
+
+            def keep(drawn: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
+                kept.append(drawn.cpu())
+
             for start in range(items.start, items.stop, cfg.batch_size):
                 numbers = range(start, min(start + cfg.batch_size, items.stop))
                 wanted = [labels[number] for number in numbers]
-                images = generator.draw(wanted, cfg.seed, numbers, cfg.precision, cfg.quantize)
+                images = generator.draw(
+                    wanted, cfg.seed, numbers, cfg.precision, cfg.quantize, keep if latents is not None else None
+                )
                 batches.append(_to_host(images))
                 bar.update(len(numbers))
+            if latents is not None:
+                _save(latents / parts.path(part).name, torch.cat(kept).numpy())
             pending.append(pool.submit(_write, batches, labels, items, parts.path(part), png, shards))
             while len(pending) > _WAITING:
                 pending.popleft().result()
@@ -214,7 +224,41 @@ def _write(
                     tar.write({"__key__": f"{number:06d}", "png": content, "cls": str(labels[number]).encode()})
 
         write_atomically(shards / f"samples-{path.stem.rpartition('-')[2]}.tar", write_tar)
-    write_atomically(path, lambda file: np.save(file, images))
+    _save(path, images)
+
+
+def _save(path: Path, values: NDArray[Any]) -> None:
+    write_atomically(path, lambda file: np.save(file, values))
+
+
+LATENTS = "latents.json"
+
+
+def describe_latents(folder: Path, plan: Mapping[str, Any], labels: Sequence[int], model: Mapping[str, Any]) -> None:
+    """Says beside kept latents how they were drawn, their labels, and of which encoder and decoder."""
+    parts = {name: model.get(name) for name in ("encoder", "decoder")}
+    write_json(folder / LATENTS, {"samples": dict(plan), "labels": list(labels), "model": parts})
+
+
+def latent_parts(folder: str | Path) -> tuple[list[Path], dict[str, Any]]:
+    """The files of latents float32 n×C×h×w that ``rae-sample keep_latents=true`` wrote, in order, and what is said of them.
+
+    Raises:
+        FileNotFoundError: There are no such latents, or files are missing.
+    """
+    root = Path(folder).expanduser()
+    if not (root / LATENTS).is_file():
+        raise FileNotFoundError(
+            f"latents={folder} holds no {LATENTS}: give the folder latents/ that rae-sample keep_latents=true wrote"
+        )
+    known = parse_json((root / LATENTS).read_bytes(), str(root / LATENTS))
+    files = sorted(root.glob("part-*.npy"))
+    held = sum(len(np.load(file, mmap_mode="r")) for file in files)
+    if held != len(known["labels"]):
+        raise FileNotFoundError(
+            f"latents={folder} holds {held} latents, but {LATENTS} names {len(known['labels'])}; draw them again"
+        )
+    return files, known
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:

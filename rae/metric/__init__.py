@@ -10,12 +10,14 @@ from rae.metric.inception_score import InceptionScore, LabelCounts
 from rae.metric.manifold import ManifoldMetrics
 from rae.metric.reconstruction import ReconstructionMetrics
 from rae.metric.reference import Reference, ReferenceInfo, Statistics, read_reference, write_reference
-from rae.metric.several import MetricSet
+from rae.metric.several import FDr6, MetricSet
+from rae.metric.timm_detector import TimmDetector
 
 __all__ = [
     "CallableDetector",
     "Detector",
     "EncoderDetector",
+    "FDr6",
     "FeatureMoments",
     "Features",
     "FrechetDistance",
@@ -31,6 +33,7 @@ __all__ = [
     "ReferenceBuilder",
     "ReferenceInfo",
     "Statistics",
+    "TimmDetector",
     "iterate_folder",
     "iterate_npz",
     "npz_shape",

@@ -12,41 +12,11 @@ from torchmetrics import Metric
 from rae.metric.features import Detector, check_images
 from rae.metric.frechet import FeatureMoments
 from rae.metric.group import MetricGroup
-from rae.metric.manifold import blocks_of_processes, counts_of_processes
+from rae.metric.manifold import KeptFeatures
 from rae.metric.reference import Reference, ReferenceInfo, Statistics, statistics_hash
 
 KEPT = 10_000
 """Images that ADM's references keep for precision and recall."""
-
-
-class KeptFeatures(Metric):
-    """Features B×width of chosen samples, in the order of their index, whichever process saw them."""
-
-    full_state_update = False
-    features: list[Tensor]
-    index: list[Tensor]
-
-    def __init__(self, width: int) -> None:
-        super().__init__(sync_on_compute=False, compute_on_cpu=True)
-        self.width = width
-        self.add_state("features", [], dist_reduce_fx="cat")
-        self.add_state("index", [], dist_reduce_fx="cat")
-
-    def update(self, features: Tensor, index: Tensor) -> None:
-        """Keeps features B×D and their numbers B."""
-        self.features.append(features.detach().float())
-        self.index.append(index.to(features.device, torch.int64)[:, None])
-
-    def compute(self) -> Tensor:
-        """Features N×D of all processes, on the CPU."""
-        features = torch.cat([torch.empty(0, self.width), *(part.cpu() for part in self.features)])
-        index = torch.cat([torch.empty(0, 1, dtype=torch.int64), *(part.cpu() for part in self.index)])
-        counts = counts_of_processes(len(features), self.device)
-        every = [
-            torch.cat([block.cpu() for block in blocks_of_processes(own.to(self.device), counts)] or [own])
-            for own in (features, index)
-        ]
-        return every[0][every[1][:, 0].argsort(stable=True)]
 
 
 class ReferenceBuilder(MetricGroup):

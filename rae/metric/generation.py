@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,29 +13,44 @@ from rae.metric import manifold
 from rae.metric.features import CallableDetector, Detector, check_images
 from rae.metric.frechet import FeatureMoments, score
 from rae.metric.functional.inception_score import SPLIT_SIZE
+from rae.metric.functional.mind import mind
 from rae.metric.group import MetricGroup
-from rae.metric.inception_score import InceptionScore, LabelCounts
-from rae.metric.manifold import ManifoldMetrics
+from rae.metric.inception_score import InceptionScore, LabelCounts, PermutedInceptionScore
+from rae.metric.manifold import KeptFeatures, ManifoldMetrics
 from rae.metric.reference import Reference, Statistics, open_reference
 
-NAMES = ("fid", "sfid", "inception_score", *manifold.NAMES)
-NEEDS = {"fid": "moments", "sfid": "spatial"} | dict.fromkeys(manifold.NAMES, "features")
+NAMES = ("fid", "sfid", "inception_score", *manifold.NAMES, "mind")
+NEEDS = {"fid": "moments", "sfid": "spatial"} | dict.fromkeys((*manifold.NAMES, "mind"), "features")
 """What each metric needs of the reference."""
+SPLIT_RULES = ("ordered", "permuted")
+"""Splits of the Inception Score: consecutive samples (ADM's suite), or ten of a permutation (RAEv2)."""
+PROTOCOLS = {
+    "adm": {"split_rule": "ordered", "distance_precision": "float16"},
+    "raev2": {"split_rule": "permuted", "distance_precision": "float32"},
+    "ours": {"split_rule": "ordered", "distance_precision": "float32"},
+}
+"""Rules that belong together: ADM's suite, RAEv2's evaluation, and ours."""
 
 
 class GenerationMetrics(MetricGroup):
-    """FID, sFID, Inception Score, precision, recall, density, coverage and kernel distance of generated images.
+    """FID, sFID, Inception Score, precision, recall, density, coverage, kernel distance and MIND of generated images.
 
     Args:
         detector: The detector; :class:`rae.metric.CallableDetector` makes one of any function.
-        reference: What to compare with, or its file; None where only the Inception Score is wanted.
-        metrics: Which of fid, sfid, inception_score, precision, recall, density, coverage and kid.
+        reference: What to compare with: a file, a published name (:data:`rae.io.references.PUBLISHED`) or statistics; None where
+            only the Inception Score is wanted. A mapping of several by name, ``{adm: …, jit: …}``, gives ``fid_adm`` and
+            ``fid_jit`` in one pass; what needs more than moments is against the first.
+        metrics: Which of fid, sfid, inception_score, precision, recall, density, coverage, kid and mind.
         reference_kind: Kind that the reference must be of: ``training`` for gFID, ``validation`` for held-out images.
         assume_kind: Kind of a reference file that does not say it.
         neighbours: Neighbours that the balls of precision and recall reach.
         density_neighbours: Neighbours that the balls of density and coverage reach.
-        distance_precision: Arithmetic of the distances: ``float32``, ``float64``, or ``float16`` as ADM's suite.
-        split_size: Samples of a split of the Inception Score.
+        distance_precision: Arithmetic of the distances: ``float32``, ``float64``, or ``float16`` as ADM's suite; None for that
+            of the protocol.
+        split_size: Samples of an ordered split of the Inception Score.
+        split_rule: ``ordered``: consecutive samples; ``permuted``: ten equal splits of the samples in a random order; None for
+            that of the protocol.
+        protocol: Whose rules are taken where none is given: ``adm``, ``raev2`` or ``ours``.
         num_classes: Number of classes, where labels are counted.
         balanced: Whether equally many samples of every class are claimed; needs ``num_classes`` and labels.
         samples: Number of samples that are claimed, or None.
@@ -50,43 +65,63 @@ class GenerationMetrics(MetricGroup):
     def __init__(
         self,
         detector: Detector,
-        reference: Reference | str | Path | None = None,
+        reference: Reference | str | Path | Mapping[str, Reference | str | Path] | None = None,
         metrics: Sequence[str] = ("fid", "sfid", "inception_score", "precision", "recall"),
         reference_kind: str = "training",
         assume_kind: Literal["training", "validation"] | None = None,
         neighbours: int = 3,
         density_neighbours: int = 5,
-        distance_precision: str = "float32",
+        distance_precision: str | None = None,
         split_size: int = SPLIT_SIZE,
         num_classes: int | None = None,
         balanced: bool = False,
         samples: int | None = None,
+        split_rule: str | None = None,
+        protocol: str = "ours",
     ) -> None:
         if not isinstance(detector, Detector):
             raise TypeError(
                 f"detector must be a Detector, got {type(detector).__name__}; wrap it in {CallableDetector.__name__}"
             )
         _check_names(metrics, detector)
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol={protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
+        split_rule = split_rule or PROTOCOLS[protocol]["split_rule"]
+        distance_precision = distance_precision or PROTOCOLS[protocol]["distance_precision"]
         compared = [name for name in metrics if name in manifold.NAMES]
         compare = ManifoldMetrics(detector.width, compared, neighbours, density_neighbours, distance_precision)
         if balanced and num_classes is None:
             raise ValueError("balanced=true needs num_classes, the number of classes that the samples are of")
+        if split_rule not in SPLIT_RULES:
+            raise ValueError(f"split_rule={split_rule!r} is unknown; choose {' or '.join(SPLIT_RULES)}")
         self.check_reference(metrics, reference)
-        super().__init__(detector, open_reference(reference, reference_kind, assume_kind))
+        given = reference if isinstance(reference, Mapping) else {"": reference}
+        opened = {name: open_reference(one, reference_kind, assume_kind) for name, one in given.items()}
+        super().__init__(detector, next(iter(opened.values())))
+        self.references = {name: one for name, one in opened.items() if one is not None}
         self.names = list(metrics)
+        self.split_rule = split_rule
+        self.split_size = split_size
+        self.protocol = protocol
         self.balanced = balanced
         self.samples = samples
         self.neighbours = neighbours
         self.distance_precision = distance_precision
-        self._resolved: Statistics | None = None
+        self._resolved: dict[str, Statistics] | None = None
+        self._seen = 0
         # Moments are taken in any case: they count the samples and show features that are not finite.
         self.parts["pool"] = FeatureMoments(detector.width)
         if "sfid" in self.names:
             self.parts["spatial"] = FeatureMoments(detector.spatial_width or 0)
         if "inception_score" in self.names:
-            self.parts["inception_score"] = InceptionScore(detector.classes or 0, split_size)
+            classes = detector.classes or 0
+            self.parts["inception_score"] = (
+                InceptionScore(classes, split_size) if split_rule == "ordered" else PermutedInceptionScore(classes)
+            )
         if compared:
             self.parts["manifold"] = compare
+        if "mind" in self.names:
+            self.parts["mind"] = KeptFeatures(detector.width)
         if num_classes is not None:
             self.parts["labels"] = LabelCounts(num_classes)
 
@@ -94,7 +129,7 @@ class GenerationMetrics(MetricGroup):
     def check_reference(cls, metrics: Sequence[str], reference: object) -> None:
         """Raises ValueError where metrics are asked for that need a reference and there is none."""
         needing = [name for name in metrics if name in NEEDS]
-        if reference is None and needing:
+        if not reference and needing:
             raise ValueError(
                 f"{', '.join(needing)} need a reference: give metric.reference=/path/to/reference.npz (for ImageNet ADM's "
                 "VIRTUAL_imagenet256_labeled.npz), or ask for inception_score alone"
@@ -106,14 +141,14 @@ class GenerationMetrics(MetricGroup):
         It raises what :meth:`update` and :meth:`compute` would say of ``count`` images of a side and labels, where these are
         known.
         """
-        if self.reference is not None:
-            self.reference.check_size(image_size, image_size)
+        for reference in self.references.values():
+            reference.check_size(image_size, image_size)
         self._check_count(count)
         if self.balanced and labels is not None:
             counts = LabelCounts(self.parts["labels"].num_classes, sync_on_compute=False)
             counts.update(torch.as_tensor(labels))
             counts.check_balance()
-        self._resolve()
+        self._check_pairs(self._resolve(), count)
 
     def _check_count(self, count: int | None) -> None:
         if self.samples is not None and count not in (None, self.samples):
@@ -121,17 +156,28 @@ class GenerationMetrics(MetricGroup):
                 f"{self.samples} samples are claimed, but {count} were given; sample the rest or set samples"
             )
 
-    def _resolve(self) -> Statistics:
-        """The reference's numbers; those not stored are computed once, from its images."""
+    def _resolve(self) -> dict[str, Statistics]:
+        """Every reference's numbers by its name; those not stored are computed once, from its images."""
         if self._resolved is None:
-            needs = {NEEDS[name] for name in self.names if name in NEEDS}
-            found = Statistics()
-            if self.reference is not None and needs:
-                found = self.reference.for_detector(self.detector, needs, self.device)
-            if "manifold" in self.parts and found.features is not None:
-                self.parts["manifold"].set_reference(found.features)
+            found = {}
+            for name, reference in self.references.items():
+                needs = {NEEDS[metric] for metric in self.names if metric in NEEDS}
+                needs &= needs if reference is self.reference else {"moments"}
+                found[name] = reference.for_detector(self.detector, needs, self.device) if needs else Statistics()
+            features = next((one.features for one in found.values()), None)
+            if "manifold" in self.parts and features is not None:
+                self.parts["manifold"].set_reference(features)
             self._resolved = found
         return self._resolved
+
+    def _check_pairs(self, found: Mapping[str, Statistics], count: int | None) -> None:
+        """Raises ValueError unless MIND's two sets are of one size."""
+        kept = next((one.features for one in found.values()), None)
+        if "mind" in self.names and kept is not None and count not in (None, len(kept)):
+            raise ValueError(
+                f"mind compares as many samples as the reference has features: {count} samples, {len(kept)} features; draw "
+                f"{len(kept)} samples, or build a reference with rae-reference kept={count}"
+            )
 
     def update(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> None:
         """Adds generated images uint8 B×3×H×W and the classes that they were asked to show, B.
@@ -140,8 +186,8 @@ class GenerationMetrics(MetricGroup):
         for any order and number of processes. None counts them.
         """
         check_images(images)
-        if self.reference is not None:
-            self.reference.check_size(*images.shape[2:])
+        for reference in self.references.values():
+            reference.check_size(*images.shape[2:])
         if self.balanced and labels is None:
             raise ValueError(
                 "balanced=true needs the labels of the samples (arr_1 of an .npz); give them or set balanced=false"
@@ -149,8 +195,12 @@ class GenerationMetrics(MetricGroup):
         self._resolve()
         seen = self.features_of(images)
         self.feed(pool=seen.pool, spatial=seen.spatial, manifold=seen.pool)
+        numbers = self._seen + torch.arange(len(images)) if index is None else index
+        self._seen += len(images)
+        if "mind" in self.parts:
+            self.parts["mind"].update(seen.pool, numbers)
         if "inception_score" in self.parts:
-            self.parts["inception_score"].update(seen.probabilities, index)
+            self.parts["inception_score"].update(seen.probabilities, index if self.split_rule == "ordered" else numbers)
         if labels is not None:
             self.feed(labels=labels)
 
@@ -161,28 +211,44 @@ class GenerationMetrics(MetricGroup):
         self._check_count(count)
         if self.balanced:
             self.parts["labels"].check_balance()
-        scores: dict[str, float] = {}
-        for name, part, reference in (("fid", "pool", statistics.moments), ("sfid", "spatial", statistics.spatial)):
-            if name in self.names and reference is not None:
-                scores[name] = score(self.parts[part].compute(), reference, name)
-        for part in ("inception_score", "manifold"):
-            if part in self.parts:
-                scores |= self.parts[part].compute()
-        ordered = {name: scores[name] for name in (*self.names, "inception_score_std") if name in scores}
-        return {self.score_name(name): value for name, value in ordered.items()} | {"samples": float(count)}
+        self._check_pairs(statistics, count)
+        first = next(iter(self.references), "")
+        scores: dict[str, dict[str, float]] = {}  # of every metric, by the reference
+        for reference, numbers in statistics.items():
+            for name, part, moments in (("fid", "pool", numbers.moments), ("sfid", "spatial", numbers.spatial)):
+                if name in self.names and moments is not None and (name == "fid" or reference == first):
+                    scores.setdefault(name, {})[reference] = score(self.parts[part].compute(), moments, name)
+        if "inception_score" in self.parts:
+            scores |= {name: {"": value} for name, value in self.parts["inception_score"].compute().items()}
+        if "manifold" in self.parts:
+            scores |= {name: {first: value} for name, value in self.parts["manifold"].compute().items()}
+        if "mind" in self.parts and (features := statistics[first].features) is not None:
+            scores["mind"] = {first: mind(self.parts["mind"].compute(), features).item()}
+        named = {
+            self.score_name(name, reference): value
+            for name in (*self.names, "inception_score_std")
+            for reference, value in scores.get(name, {}).items()
+        }
+        return named | {"samples": float(count)}
 
-    def score_name(self, name: str) -> str:
-        """``fid`` for the published features, ``fd_<detector>`` for others; likewise the other metrics."""
-        if self.detector.name == "inception":
-            return name
-        return f"fd_{self.detector.name}" if name == "fid" else f"{name}_{self.detector.name}"
+    def score_name(self, name: str, reference: str = "") -> str:
+        """``fid`` for the published features, ``fd_<detector>`` for others, likewise the other metrics; then the reference."""
+        detector = self.detector.name
+        if detector != "inception":
+            name = f"fd_{detector}" if name == "fid" else f"{name}_{detector}"
+        return f"{name}_{reference}" if reference else name
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Detector, reference and settings."""
+        """Detector, references and settings."""
+        named = {name: one.identity for name, one in self.references.items() if name}
         return {
             **super().identity,
+            **({"references": named} if named else {}),
             "metrics": self.names,
+            "protocol": self.protocol,
+            "split_rule": self.split_rule,
+            **({"split_size": self.split_size} if self.split_rule == "ordered" else {}),
             "distance_precision": self.distance_precision,
             "neighbours": self.neighbours,
         }

@@ -158,3 +158,33 @@ def add_processes(found: Overlap) -> Overlap:
     dist.all_reduce(sums)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return Overlap(int(sums[0]), int(sums[1]), flags[0].bool(), flags[1].bool())
+
+
+class KeptFeatures(Metric):
+    """Features B×width of chosen samples, in the order of their index, whichever process saw them."""
+
+    full_state_update = False
+    features: list[Tensor]
+    index: list[Tensor]
+
+    def __init__(self, width: int) -> None:
+        super().__init__(sync_on_compute=False, compute_on_cpu=True)
+        self.width = width
+        self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("index", [], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, index: Tensor) -> None:
+        """Keeps features B×D and their numbers B."""
+        self.features.append(check_width(features, self.width).detach().float())
+        self.index.append(index.to(features.device, torch.int64)[:, None])
+
+    def compute(self) -> Tensor:
+        """Features N×D of all processes, on the CPU."""
+        features = torch.cat([torch.empty(0, self.width), *(part.cpu() for part in self.features)])
+        index = torch.cat([torch.empty(0, 1, dtype=torch.int64), *(part.cpu() for part in self.index)])
+        counts = counts_of_processes(len(features), self.device)
+        every = [
+            torch.cat([block.cpu() for block in blocks_of_processes(own.to(self.device), counts)] or [own])
+            for own in (features, index)
+        ]
+        return every[0][every[1][:, 0].argsort(stable=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from rae.io.files import file_hash, parse_json, write_atomically
+from rae.io.references import reference_file
 from rae.io.tensors import state_hash
 from rae.metric.features import Detector
 from rae.metric.frechet import FeatureMoments
@@ -30,7 +31,7 @@ KINDS = {
     "validation": "held-out images, which their reconstructions are compared with (rFID)",
 }
 
-ENTRIES = {"mu", "sigma", "mu_s", "sigma_s", "features", "metadata"}
+ENTRIES = {"mu", "sigma", "mu_s", "sigma_s", "ref_mu", "ref_sigma", "features", "metadata"}
 """Entries that are read at once; ``arr_0`` is read where needed, batch by batch."""
 
 ADM_PREFIX = "VIRTUAL_"
@@ -74,6 +75,7 @@ class Reference:
     info: ReferenceInfo
     statistics: Statistics
     path: Path | None = None  # the file, where it comes from one
+    published: str | None = None  # its name, where it is a published one
     has_images: bool = False  # whether the file holds images, from which other detectors' numbers can be computed
     _computed: dict[str, Statistics] = field(default_factory=dict, repr=False)
 
@@ -94,7 +96,8 @@ class Reference:
     def identity(self) -> dict[str, Any]:
         """What tells it from others, for the record."""
         known = {name: getattr(self.info, name) for name in ("kind", "image_size", "crop", "count")}
-        return {"path": None if self.path is None else str(self.path), "hash": self.hash, **known}
+        named = {} if self.published is None else {"name": self.published}
+        return {**named, "path": None if self.path is None else str(self.path), "hash": self.hash, **known}
 
     def check_kind(self, wanted: str) -> None:
         """Raises ValueError unless the reference is of the wanted kind."""
@@ -232,7 +235,7 @@ def write_reference(path: str | Path, reference: Reference, images: np.ndarray |
 
 
 def open_reference(reference: Reference | str | Path | None, wanted: str, assumed: str | None) -> Reference | None:
-    """A reference, read where it is a file that may not say its kind; raises ValueError unless it is of the wanted kind."""
+    """A reference, read where it is a file or a published name; raises ValueError unless it is of the wanted kind."""
     if reference is None:
         return None
     opened = reference if isinstance(reference, Reference) else read_reference(reference, assumed)
@@ -240,27 +243,52 @@ def open_reference(reference: Reference | str | Path | None, wanted: str, assume
     return opened
 
 
+def _compare_hash(reference: Reference) -> None:
+    """Records the hash of a published reference beside its file at the first use, and compares it afterwards."""
+    assert reference.path is not None
+    record = reference.path.with_name(f"{reference.path.name}.hash")
+    if not record.is_file():
+        write_atomically(record, lambda stream: stream.write(f"{reference.hash}\n".encode()))
+    elif record.read_text().strip() != reference.hash:
+        raise ValueError(
+            f"reference {reference.published} ({reference.path}) has another hash than at its first use, which {record.name} "
+            "beside it holds: the file was changed; fetch it again, or remove the record where the change is meant"
+        )
+
+
 def read_reference(path: str | Path, kind: str | None = None) -> Reference:
-    """Reads a reference: ours, ADM's, or any .npz with images or moments.
+    """Reads a reference: a published one by name, ours, ADM's, or any .npz with images or moments.
 
     ``kind``, ``training`` or ``validation``, is for files that do not say it; ADM's (VIRTUAL_….npz) are of training sets.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: No archive, truncated, neither moments nor ``arr_0``, moments that do not fit or are not finite, a
-            file that was changed after it was written, or an unknown kind.
+            file that was changed after it was written or since its first use, or an unknown kind.
     """
-    path = Path(path).expanduser()
+    file, published = reference_file(path)
+    if published is None:
+        return _read(file, kind)
+    found = _read(file, published.kind)
+    found.published = str(path)
+    if found.info.image_size is None:
+        found.info = replace(found.info, image_size=(published.image_size, published.image_size))
+    _compare_hash(found)
+    return found
+
+
+def _read(path: Path, kind: str | None) -> Reference:
+    """The reference in a file."""
     with open_npz(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
-    if not names & {"mu", "arr_0"}:
+    if not names & {"mu", "ref_mu", "arr_0"}:
         raise ValueError(
             f"reference {str(path)!r} holds neither moments (mu, sigma) nor images (arr_0), only "
             f"{', '.join(sorted(names)) or 'nothing'}"
         )
     try:
         with np.load(path, allow_pickle=False) as file:
-            held: dict[str, np.ndarray] = {key: file[key] for key in sorted(names & ENTRIES)}
+            held: dict[str, np.ndarray] = {key.removeprefix("ref_"): file[key] for key in sorted(names & ENTRIES)}
         known = parse_json(str(held.pop("metadata")).encode(), str(path)) if "metadata" in held else {}
     except (*BROKEN, KeyError) as error:
         raise ValueError(f"reference {str(path)!r} cannot be read ({error}); it may be truncated") from error

@@ -58,3 +58,50 @@ class MetricSet(nn.Module):
     def identity(self) -> dict[str, Any]:
         """Identity of every metric by name."""
         return {name: metric.identity for name, metric in self.metrics.items()}
+
+
+NORMALISERS = {
+    "inception": 1.68,
+    "convnext": 56.87,
+    "dinov2_cls": 14.19,
+    "mae_cls": 0.04,
+    "siglip_cls": 0.60,
+    "clip_cls": 5.60,
+}
+"""Fréchet distances of ImageNet's validation images to its training set, with the digits that RAEv2's evaluation divides by."""
+
+
+class FDr6(MetricSet):
+    """Fréchet distances in six feature spaces, each beside its ratio to that of real images, and the ratios' mean (RAEv2).
+
+    ``fdr6`` is given where all six spaces are; the ratio of a space is ``fdr_<space>``. Of samples beside 50,000 of ImageNet at 256
+    pixels the ratios are no published numbers.
+
+    Args:
+        metrics: By space (inception, convnext, dinov2_cls, mae_cls, siglip_cls, clip_cls), each with ``fid`` among its metrics.
+
+    Raises:
+        ValueError: A space that has no normaliser, or a detector of another name.
+    """
+
+    def __init__(self, **metrics: Any) -> None:
+        super().__init__(**metrics)
+        for space, metric in self.metrics.items():
+            if space not in NORMALISERS:
+                raise ValueError(f"FDr6 has no space {space!r}, only {', '.join(NORMALISERS)}")
+            if metric.detector.name != space or "fid" not in metric.names:
+                raise ValueError(
+                    f"metric.{space} has detector {metric.detector.name!r} and metrics={metric.names}; it needs detector "
+                    f"{space!r} and fid among its metrics"
+                )
+
+    def compute(self) -> dict[str, float]:
+        """Raw distances and all other scores, then the ratios and, of all six, their mean."""
+        scores = super().compute()
+        return scores | fdr({space: scores[metric.score_name("fid")] for space, metric in self.metrics.items()})
+
+
+def fdr(distances: Mapping[str, float], normalisers: Mapping[str, float] = NORMALISERS) -> dict[str, float]:
+    """Fréchet distances by space => ``fdr_<space>``, divided by its normaliser; of all spaces ``fdr6``, the mean."""
+    ratios = {f"fdr_{space}": value / normalisers[space] for space, value in distances.items()}
+    return ratios | ({"fdr6": sum(ratios.values()) / len(ratios)} if len(ratios) == len(normalisers) else {})

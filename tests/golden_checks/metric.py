@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rae.image import to_uint8
-from rae.metric.functional import frechet_distance, inception_score, mind, moments, nearest_distances, precision_recall
+from rae.metric.functional import (
+    frechet_distance,
+    inception_score,
+    mind,
+    moments,
+    nearest_distances,
+    permuted_inception_score,
+    precision_recall,
+)
 from rae.metric.functional.mind import sliced_distance
+from rae.metric.several import fdr
 from tests.golden_checks import Case, Check
 
 
@@ -46,18 +54,22 @@ def check_distribution_metrics(case: Case) -> dict[str, Tensor]:
     rows = [inputs[f"mind_rows_{name}"] for name in ("gen", "ref")]
     given = sliced_distance(generated[rows[0]], reference[rows[1]], inputs["mind_directions"])
     torch.testing.assert_close(found, given)  # our draws are the published ones
-    ratios = inputs["raw_distances"].double() / torch.tensor(list(config["normalisers"].values()), dtype=torch.float64)
-    size = len(inputs["logits"]) // config["inception_splits"]
-    order = np.random.RandomState(0).permutation(len(inputs["logits"]))
-    permuted = inputs["logits"].double().softmax(1)[order][: size * config["inception_splits"]]
+    raw, normalisers = inputs["raw_distances"].double().tolist(), config["normalisers"]
+    ratios = fdr(dict(zip(normalisers, raw, strict=True)), normalisers)
+    mean, every = ratios.pop("fdr6"), torch.tensor(list(ratios.values()), dtype=torch.float64)
+    probabilities = inputs["logits"].double().softmax(1)
     numbers = {
         "frechet": frechet_distance(*first[:2], *second[:2]),
-        "fdr6": ratios.mean(),
+        "fdr6": torch.tensor(mean, dtype=torch.float64),
         "mind": found,
-        "inception_score": inception_score(permuted, size)[0],
+        "inception_score": permuted_inception_score(probabilities, config["inception_splits"])[0],
     }
     computed = {f"outputs/{key}": value.reshape(1) for key, value in numbers.items()}
-    computed |= {"outputs/mean_gen": first.mean, "outputs/cov_gen": first.covariance, "outputs/fdr": ratios}
+    computed |= {
+        "outputs/mean_gen": first.mean,
+        "outputs/cov_gen": first.covariance,
+        "outputs/fdr": every,
+    }
     return computed | {"outputs/pixels_8bit": to_uint8(inputs["pixels"]).float()}
 
 

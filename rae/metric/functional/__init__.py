@@ -3,7 +3,7 @@
 from rae.metric.functional.exact import exact_float32
 from rae.metric.functional.frechet import Moments, frechet_distance, moments, moments_from_sums
 from rae.metric.functional.image import psnr, ssim
-from rae.metric.functional.inception_score import inception_score
+from rae.metric.functional.inception_score import inception_score, permuted_inception_score
 from rae.metric.functional.kernel import kernel_distance
 from rae.metric.functional.manifold import (
     density_coverage,
@@ -26,6 +26,7 @@ __all__ = [
     "moments_from_sums",
     "nearest_distances",
     "overlap",
+    "permuted_inception_score",
     "precision_recall",
     "psnr",
     "squared_distances",

@@ -1,0 +1,212 @@
+"""What rae-evaluate scores: files, samples or reconstructions that a model makes now, or kept latents through several decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Fabric
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from rae.cli.build import make_part
+from rae.cli.models import open_autoencoder, open_generator
+from rae.commands.reconstruct import checked_count, model_identity, open_data
+from rae.formats import Bundle, assemble, read
+from rae.image import to_uint8
+from rae.io.errors import ConfigError
+from rae.io.files import changes
+from rae.io.parts import Parts, share, stretch
+from rae.jobs.images import describe_samples, open_images, open_pairs
+from rae.jobs.samples import draw, label_list, latent_parts, plan_of, read_parts
+from rae.report.protocol import how_sampled
+from rae.training.reconstructions import reconstructions
+
+_OF_MODELS = (
+    *("checkpoint", "sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged", "precision"),
+    *("quantize", "samples_per_class", "seed", "labels", "classes", "count", "part_size", "keep_samples"),
+)
+
+
+class Source:
+    """What is scored: arguments of the metric's ``update``, batch by batch, and what identifies it.
+
+    Args:
+        batches: Positional and keyword arguments.
+        identity: What tells these images from others.
+        described: The configuration that says how they came about.
+        parts: Where samples that were drawn for this lie; None for files.
+        labels: Labels of these samples.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[tuple[tuple[Any, ...], dict[str, Any]]],
+        identity: dict[str, Any],
+        described: DictConfig,
+        parts: Parts | None = None,
+        labels: Sequence[int] = (),
+    ) -> None:
+        self.batches = batches
+        self.identity = identity
+        self.described = described
+        self.parts = parts
+        self.labels = labels
+
+
+def from_files(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
+    """Images of files; with their originals for metrics of reconstructions.
+
+    Args:
+        cfg: Configuration with ``samples``, ``originals`` and ``batch_size``.
+        fabric: The processes; each reads its share of the batches.
+        pairs: Whether the metric takes originals too.
+    """
+    rank, world = fabric.global_rank, fabric.world_size
+    identity = {"samples": describe_samples(cfg.samples)}
+    described = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_MODELS])
+
+    def batches() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        if pairs:
+            for images, originals in open_pairs(cfg.samples, cfg.originals, cfg.batch_size, rank, world):
+                yield (images, originals), {}
+        else:
+            for images, labels, numbers in open_images("samples", cfg.samples, cfg.batch_size, rank, world):
+                yield (images, labels), {"index": numbers}
+
+    if pairs:
+        identity["originals"] = {"path": cfg.originals}
+    return Source(batches(), identity, described)
+
+
+def from_generator(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]) -> Source:
+    """Samples that a model draws now, in parts on disk: a run that was stopped goes on with them.
+
+    Args:
+        cfg: The command's configuration.
+        fabric: The processes; each draws its share of the parts.
+        prepare: Told the images' size, number and classes before they are drawn.
+
+    Raises:
+        ConfigError: The model has no denoiser, or the labels are not right.
+    """
+    generator, run = open_generator(cfg)
+    generator = generator.to(fabric.device)
+    labels = label_list(cfg, generator.num_classes)
+    prepare(generator.autoencoder.image_size, len(labels), labels)
+    plan = plan_of(cfg, generator, labels)
+    parts = draw(cfg, fabric, generator, labels, Path(cfg.output_dir) / "parts", plan)
+
+    def batches() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
+        for images, numbers in read_parts(parts, cfg.batch_size, mine):
+            pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+            yield (
+                (pixels, torch.tensor([labels[number] for number in numbers])),
+                {"index": torch.tensor(list(numbers))},
+            )
+
+    identity = {"checkpoint": str(cfg.checkpoint), **plan, **how_sampled(cfg.labels, generator)}
+    return Source(batches(), {"samples": identity}, run, parts, labels)
+
+
+def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]) -> Source:
+    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data.
+
+    Args:
+        cfg: The command's configuration.
+        fabric: The processes; each takes a stretch of the images.
+        prepare: Told the images' size and number before they are made.
+
+    Raises:
+        ConfigError: There are no such images, or fewer than ``count``.
+    """
+    autoencoder, run = open_autoencoder(cfg)
+    autoencoder = autoencoder.to(fabric.device)
+    data = open_data(run, autoencoder.image_size)
+    count = checked_count(data, cfg.count)
+    prepare(autoencoder.image_size, count)
+    mine = stretch(count, fabric.global_rank, fabric.world_size)
+    batches = data.range_dataloader("val", [mine])
+    pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
+    identity = {"samples": model_identity(cfg, run, autoencoder)}
+    return Source(((pair, {}) for pair in pairs), identity, run)
+
+
+def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple[str, Source]]:
+    """Kept latents decoded by each of ``decoders``, which are all opened before the first of them decodes.
+
+    Args:
+        cfg: The command's configuration.
+        fabric: The processes; each takes its share of the files.
+        metric: It may check what it is about to get.
+
+    Raises:
+        FileNotFoundError: There are no such latents, or no such decoder.
+        ConfigError: A decoder is of another encoder, or takes latents of another shape.
+    """
+    files, known = latent_parts(cfg.latents)
+    described, labels = known["model"], known["labels"]
+    decoders = {}
+    for name in cfg.decoders:
+        held = read(name)
+        other = held.description.get("encoder")
+        if other and (found := changes(*(_without_places(one) for one in (described["encoder"], other)))):
+            raise ConfigError(
+                f"decoders: {name} is for latents of another encoder than those of latents={cfg.latents}: {found}"
+            )
+        bundle = Bundle(
+            str(cfg.latents), {"encoder": described["encoder"], "decoder": described["decoder"]}
+        ).with_decoder(held)
+        wanted: Any = assemble(bundle, encode=False, make=make_part).decoder
+        decoders[name] = wanted.to(fabric.device)
+        shape = np.load(files[0], mmap_mode="r").shape[1:]
+        if shape != (wanted.channels, wanted.grid, wanted.grid):
+            raise ConfigError(
+                f"decoders: {name} takes latents of {wanted.channels}×{wanted.grid}×{wanted.grid}, those of latents={cfg.latents} "
+                f"are {'×'.join(map(str, shape))}"
+            )
+        if hasattr(metric, "prepare"):
+            metric.prepare(wanted.image_size, len(labels), labels)
+    starts = np.cumsum([0, *(len(np.load(file, mmap_mode="r")) for file in files)])
+
+    def batches(decoder: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        for number in share(range(len(files)), fabric.global_rank, fabric.world_size):
+            for part, begins in _in_batches(np.load(files[number], mmap_mode="r"), int(starts[number]), cfg.batch_size):
+                with torch.no_grad(), torch.autocast(fabric.device.type, torch.bfloat16, cfg.precision == "bf16-mixed"):
+                    images = decoder(part.to(fabric.device)).clamp(0, 1)
+                numbers = torch.arange(begins, begins + len(part))
+                yield (to_uint8(images.float(), cfg.quantize), torch.tensor(labels)[numbers]), {"index": numbers}
+
+    for name, decoder in decoders.items():
+        decoded = {"precision": cfg.precision, "quantize": cfg.quantize, "latents": str(cfg.latents), "decoder": name}
+        yield name, Source(batches(decoder), {"samples": {**known["samples"], **decoded}}, cfg)
+
+
+def _in_batches(values: Any, start: int, size: int) -> Iterator[tuple[Tensor, int]]:
+    for first_row in range(0, len(values), size):
+        yield torch.from_numpy(np.array(values[first_row : first_row + size])), start + first_row
+
+
+def _without_places(described: Any) -> Any:
+    """An encoder's description without where its weights came from."""
+    places = ("checkpoint", "pretrained", "hub_id", "revision", "dtype")
+    return {key: value for key, value in described.items() if key not in places}
+
+
+def open_source(cfg: DictConfig, fabric: Fabric, metric: Any) -> Source:
+    """The images that are named, or that the model makes.
+
+    Args:
+        cfg: The command's configuration.
+        fabric: The processes.
+        metric: It says whether it takes reconstructions with their originals, and may check what it is about to get.
+    """
+    pairs = getattr(metric, "takes_originals", False)
+    if cfg.samples is not None:
+        return from_files(cfg, fabric, pairs)
+    prepare = getattr(metric, "prepare", lambda *_: None)
+    return (from_autoencoder if pairs else from_generator)(cfg, fabric, prepare)

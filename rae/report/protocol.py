@@ -1,0 +1,81 @@
+"""The protocol of scores: every rule that moves them, beside the scores, and where it differs from a published one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rae.cost.budget import evaluations
+from rae.generator import Generator
+from rae.metric.generation import PROTOCOLS
+
+_LABELS = {"equal": "balanced", "random": "random"}
+_SAMPLES: dict[str, dict[str, Any]] = {
+    "adm": {"labels": "balanced", "bytes": "floor", "precision": "32-true"},
+    "raev2": {"labels": "balanced", "bytes": "floor"},
+    "ours": {"labels": "balanced", "bytes": "floor", "precision": "32-true"},
+}
+"""What the protocols ask of the samples; what they ask of the metric: :data:`rae.metric.generation.PROTOCOLS`."""
+_REFERENCES = {"adm": ("adm_imagenet256", "adm_imagenet512"), "raev2": ("jit_imagenet256",)}
+"""References of the published numbers."""
+
+
+def how_sampled(labels: str, generator: Generator) -> dict[str, Any]:
+    """The rule of the labels and how often a sample passes through the networks, for ``samples.json``."""
+    counts = None
+    if generator.sampler.evaluations is not None:
+        counts = evaluations(generator.sampler, generator.guidance, generator.flow)
+    return {"label_rule": _LABELS.get(labels, "list"), "evaluations": counts}
+
+
+def protocol_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The rules of scores, from what identifies them; of a set of metrics, those of every metric by its name.
+
+    Of samples in files that do not say how they came about, what is not known is ``unknown``.
+    """
+    samples, metric = identity.get("samples") or {}, identity.get("metric") or {}
+    rules = {
+        "labels": samples.get("label_rule", "unknown"),
+        "bytes": samples.get("quantize", "unknown"),
+        "precision": samples.get("precision", "unknown"),
+        "sampler": samples.get("sampler", "unknown"),
+        "evaluations": samples.get("evaluations", "unknown"),
+        "guidance": samples.get("guidance", "unknown"),
+    }
+    if "detector" in metric:
+        return {**rules, **_metric_rules(metric, rules)}
+    return {**rules, **{name: _metric_rules(one, rules) for name, one in metric.items() if isinstance(one, Mapping)}}
+
+
+def _metric_rules(metric: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, Any]:
+    references = metric.get("references") or {"": metric.get("reference")}
+    found: dict[str, Any] = {
+        "reference": {name: one and (one.get("name") or one.get("path")) for name, one in references.items()},
+        "detector": (metric.get("detector") or {}).get("name"),
+        "resize": (metric.get("detector") or {}).get("resize", "the detector's own"),
+    }
+    found |= {name: metric[name] for name in ("split_rule", "split_size", "distance_precision") if name in metric}
+    if len(references) == 1:
+        found["reference"] = next(iter(found["reference"].values()))
+    asked = metric.get("protocol")
+    if asked is None:
+        return found
+    wanted = {**_SAMPLES[asked], **PROTOCOLS[asked]}
+    differing = [
+        f"{name}: {value} where {asked} has {wanted[name]}"
+        for name, value in {**rules, **found}.items()
+        if name in wanted and value not in (wanted[name], "unknown")
+    ]
+    names = found["reference"].values() if isinstance(found["reference"], dict) else [found["reference"]]
+    if asked in _REFERENCES and not set(names) & set(_REFERENCES[asked]):
+        differing.append(f"reference: {found['reference']} where {asked} has {' or '.join(_REFERENCES[asked])}")
+    return {**found, "protocol": asked, "differences": differing}
+
+
+def differences(rules: Mapping[str, Any]) -> list[str]:
+    """All differences from the protocols that were asked for, a line each."""
+    found = [str(line) for line in rules.get("differences", [])]
+    for name, inner in rules.items():
+        if isinstance(inner, Mapping):
+            found += [f"{name}: {line}" for line in inner.get("differences", [])]
+    return found
