@@ -11,7 +11,7 @@ import pytest
 
 from rae.cli.main import _flags_first, _without_fixed_keys
 
-COMMANDS = ["train", "stats", "reconstruct", "sample", "evaluate", "app"]
+COMMANDS = ["train", "stats", "reconstruct", "sample", "evaluate", "probe", "app"]
 
 
 def run(command: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:

@@ -292,6 +292,7 @@ reconstruct = entry("reconstruct", "rae.commands.reconstruct:reconstruct", _LIST
 sample = entry("sample", "rae.commands.sample:sample", _LIST_JOBS)
 app = entry("app", "rae.app.command:app")
 reference = entry("reference", "rae.commands.reference:reference")
+probe = entry("probe", "rae.commands.probe:probe", _LIST_JOBS)
 evaluate = entry("evaluate", "rae.commands.evaluate:evaluate", "rae.report.sweep:summarise")
 download = entry("download", "rae.commands.download:download")
 cost = entry("cost", "rae.commands.cost:cost", complete=False)
@@ -307,6 +308,7 @@ COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
     "sample": (sample, "draws images"),
     "reference": (reference, "statistics of real images that scores compare with"),
     "evaluate": (evaluate, "scores of samples or reconstructions, from files or from a model"),
+    "probe": (probe, "what can be seen of an encoder and a decoder before a denoiser is trained on them"),
     "convert": (convert, "models to other formats, configurations of the authors' code to ours"),
     "cost": (cost, "operations, memory and hours of a training, before it is begun"),
     "app": (app, "a web page that reconstructs uploaded images and draws samples"),

@@ -21,7 +21,7 @@ class TimmDetector(Detector):
     """One feature vector of an image from a network of timm.
 
     Bytes are resized bicubically with antialiasing, as floats that are not clamped, then normalised; sides that the patches do not
-    divide are padded. See :class:`~rae.metric.features.Detector` for the other arguments.
+    divide are padded.
 
     Args:
         model: Name of the timm architecture.
@@ -35,6 +35,7 @@ class TimmDetector(Detector):
         checkpoint: Local weight file.
         hub_id: Hub repository of the weights; None for timm's own.
         revision: Branch, tag or commit of it.
+        batch_size: Images that go through the network at once.
         arguments: Further sizes of the network.
 
     Raises:

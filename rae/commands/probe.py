@@ -1,0 +1,151 @@
+"""rae-probe: what can be seen of an encoder and a decoder before a denoiser is trained on them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from rae.autoencoder import RAE
+from rae.cli.build import make, seed
+from rae.cli.checks import check_metric, refuse_existing
+from rae.cli.config import save_config
+from rae.cli.models import open_autoencoder
+from rae.commands.reconstruct import checked_count, model_identity, open_data
+from rae.image import to_float, to_uint8
+from rae.io.errors import ConfigError
+from rae.io.files import write_json
+from rae.jobs.processes import start
+from rae.metric.spectrum import LatentSpectrum
+from rae.report.probe import plot_probe
+from rae.report.table import markdown, versions
+from rae.rng import normal, sample_seed
+
+log = logging.getLogger(__name__)
+
+
+def probe(cfg: DictConfig) -> None:
+    """Describes the latents of held-out images, and draws them with noise and between one another.
+
+    Raises:
+        ConfigError: Levels outside their range, fewer than two images, several devices, or a metric of samples.
+    """
+    for name, low, high in (("noise", 0.0, 1.0), ("interpolation", 0.0, 0.5)):
+        if not cfg[name] or any(not low <= level <= high for level in cfg[name]):
+            raise ConfigError(f"{name}={list(cfg[name])} must hold levels in [{low}, {high}]")
+    if not check_metric(cfg.metric):
+        raise ConfigError("rae-probe compares drawn images with originals: choose metric=psnr or metric=reconstruction")
+    folder = Path(cfg.output_dir)
+    refuse_existing(cfg, folder / "probe.json")
+    fabric = start(cfg)
+    if fabric.world_size > 1:
+        raise ConfigError(f"rae-probe runs on one device; leave out devices={cfg.devices}")
+    seed(cfg)
+    autoencoder, run = open_autoencoder(cfg)
+    autoencoder = autoencoder.to(fabric.device)
+    metric = make(run.metric).to(fabric.device)
+    data = open_data(run, autoencoder.image_size)
+    count = checked_count(data, cfg.count)
+    if count < 2:
+        raise ConfigError(f"count={count}: latents of at least 2 images are needed")
+    metric.prepare(autoencoder.image_size, count)
+    classes = 0 if cfg.images is not None else len(data.class_names)
+    spectrum = LatentSpectrum(autoencoder.latent_shape, classes).to(fabric.device)
+    kept, originals = [], []
+    with torch.no_grad(), computing(cfg, fabric.device):
+        for batch in tqdm(data.range_dataloader("val", [range(count)]), desc="encoding", delay=2):
+            images = batch["image"].to(fabric.device)
+            latents = autoencoder.encode(to_float(images))
+            spectrum.update(autoencoder.latent.denormalize(latents.float()), batch.get("label") if classes else None)
+            kept.append(latents.float().cpu())
+            originals.append(images.cpu())
+    measure = Curve(cfg, autoencoder, metric, torch.cat(kept), torch.cat(originals))
+    encoder = _finite(spectrum.compute())
+    found: dict[str, Any] = {
+        "encoder": encoder,
+        "noise": [{"sigma": sigma, **measure(measure.noisy(sigma))} for sigma in cfg.noise],
+        "interpolation": [{"alpha": alpha, **measure(measure.between(alpha))} for alpha in cfg.interpolation],
+    }
+    pictures = {
+        "eigenvalues": spectrum.eigenvalues().tolist(),
+        "position_variance": spectrum.position_variance().tolist(),
+    }
+    identity = {"model": model_identity(cfg, run, autoencoder), "metric": metric.identity, "versions": versions()}
+    save_config(run, folder)
+    write_json(folder / "probe.json", {**found, **pictures, "identity": identity})
+    plot_probe({**found, **pictures}, folder / "probe.png")
+    print(markdown([encoder]), markdown(found["noise"]), markdown(found["interpolation"]), sep="\n\n")
+    log.info("probe.json and probe.png are in %s", folder)
+
+
+class Curve:
+    """Images drawn from changed latents against the originals: what the metric says, and the cycle error.
+
+    The cycle error is ‖E(D(z)) − z‖² / ‖z‖² in normalised latents: how far the drawn image's own latent is from the one it
+    was drawn from.
+
+    Args:
+        cfg: The command's configuration.
+        autoencoder: The model, on its device.
+        metric: Of reconstructions and originals.
+        latents: Normalised latents N×C×h×w, on the CPU.
+        originals: Images uint8 N×3×H×W, on the CPU.
+    """
+
+    def __init__(self, cfg: DictConfig, autoencoder: RAE, metric: Any, latents: Tensor, originals: Tensor) -> None:
+        self.cfg, self.autoencoder, self.metric = cfg, autoencoder, metric
+        self.latents, self.originals = latents, originals
+
+    def noisy(self, sigma: float) -> Callable[[range], Tensor]:
+        """Latents with noise of a standard deviation, the same for an image at every level."""
+
+        def changed(numbers: range) -> Tensor:
+            seeds = [sample_seed(self.cfg.seed, "probe", number) for number in numbers]
+            return self.latents[numbers.start : numbers.stop] + sigma * normal(seeds, self.latents.shape[1:])
+
+        return changed
+
+    def between(self, alpha: float) -> Callable[[range], Tensor]:
+        """Latents on the way to that of the next image; the last one's next is the first."""
+
+        def changed(numbers: range) -> Tensor:
+            others = torch.tensor([(number + 1) % len(self.latents) for number in numbers])
+            return torch.lerp(self.latents[numbers.start : numbers.stop], self.latents[others], alpha)
+
+        return changed
+
+    def __call__(self, changed: Callable[[range], Tensor]) -> dict[str, float]:
+        """All scores by name."""
+        self.metric.reset()
+        error, size = 0.0, 0.0
+        for numbers in self._batches():
+            latents = changed(numbers).to(self.autoencoder.latent.mean.device)
+            with torch.no_grad(), computing(self.cfg, latents.device):
+                images = self.autoencoder.decode(latents).clamp(0, 1).float()
+                again = self.autoencoder.encode(images)
+            self.metric.update(to_uint8(images, self.cfg.quantize), self.originals[numbers.start : numbers.stop])
+            error += (again - latents).double().square().sum().item()
+            size += latents.double().square().sum().item()
+        scores = {name: float(value) for name, value in self.metric.compute().items() if name != "images"}
+        return scores | {"cycle_error": error / size}
+
+    def _batches(self) -> Iterator[range]:
+        for begins in range(0, len(self.latents), self.cfg.batch_size):
+            yield range(begins, min(begins + self.cfg.batch_size, len(self.latents)))
+
+
+def computing(cfg: DictConfig, device: torch.device) -> torch.autocast:
+    """The arithmetic of the networks that ``precision`` names."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16-mixed")
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
