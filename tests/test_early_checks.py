@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rae.commands import evaluate, sample
+from rae.commands import sample, sources
 from rae.flow import EulerSampler, FullGrid
 from rae.generator import Generator
 from rae.io.errors import ConfigError
@@ -51,7 +51,7 @@ def _nothing_is_drawn(monkeypatch):
 
     for name in ("draw", "forward"):
         monkeypatch.setattr(Generator, name, draws)
-    for command in (evaluate, sample):
+    for command in (sources, sample):
         monkeypatch.setattr(command, "draw", draws)
     monkeypatch.setattr("rae.autoencoder.RAE.forward", draws)
 
@@ -59,7 +59,7 @@ def _nothing_is_drawn(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        ([], ConfigError, "give one of them, samples=… .* or checkpoint=…"),
+        ([], ConfigError, "give one of them, samples=… .*, checkpoint=…"),
         (["checkpoint=tests"], ValueError, r"fid, sfid, precision, recall need a reference: give metric\.reference="),
         (["checkpoint=tests", "metric=all"], ValueError, r"fid, sfid, precision, recall need a reference"),
         (

@@ -16,9 +16,12 @@ import torch
 from PIL import Image
 
 from rae.flow import EulerSampler, FullGrid
+from rae.io.errors import ConfigError
+from rae.io.files import write_json
 from rae.metric import CallableDetector
 from rae.metric import GenerationMetrics as GenerationScores
 from rae.metric import ReconstructionMetrics as ReconstructionScores
+from rae.report.progress import epochs_to
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.scores import ScoreReconstructions, ScoreSamples
 from tests.digits_runs import run, stage1_options, stage2_options
@@ -107,10 +110,33 @@ def test_the_best_checkpoint_is_that_of_the_best_score(tmp_path, reference):
         train(2, tmp_path, steps=2, callbacks=(generation(reference, averaged=False, live=True), wrong))
 
 
+def test_a_report_of_runs_names_the_epoch_at_which_they_were_good_enough(tmp_path, capsys):
+    rows = [(1.0, 9.0), (2.0, 5.0), (4.0, 1.0), (5.0, 3.0)]
+    assert epochs_to(rows, 2.0) == {"epoch": 4.0, "interpolated": 3.5, "interval": 2.0}
+    assert epochs_to(rows, 9.5) == {"epoch": 1.0, "interpolated": 1.0, "interval": None}
+    assert epochs_to(rows, 0.5) == {"epoch": None, "interpolated": None, "interval": None}
+    for name, guidance in (("plain", None), ("guided", {"_target_": "rae.flow.ClassifierFreeGuidance", "scale": 2.0})):
+        for step, (epoch, value) in enumerate(rows):
+            content = {"step": step, "epoch": epoch, "scores": {"eval/fid": value}, "identity": {"guidance": guidance}}
+            write_json(tmp_path / name / "evaluation" / f"step_{step:08d}.json", content)
+    run("evaluate", f"report=[{tmp_path}/plain,{tmp_path}/guided]", f"output_dir={tmp_path}/out")
+    printed = capsys.readouterr().out
+    assert f"| {tmp_path}/plain | no | 1 | 4 | 3.5 | 2 |" in printed
+    assert f"| {tmp_path}/guided | yes | 1 | 4 | 3.5 | 2 |" in printed
+    assert (tmp_path / "out" / "report.csv").read_text().count("plain") == 4
+    assert (tmp_path / "out" / "report.png").stat().st_size > 5000
+    with pytest.raises(ConfigError, match=r"report_score=eval/is is no score of .*; it has eval/fid"):
+        run("evaluate", f"report={tmp_path}/plain", "report_score=eval/is", f"output_dir={tmp_path}/x")
+    with pytest.raises(FileNotFoundError, match="train with evaluation=generation"):
+        run("evaluate", f"report={tmp_path}", f"output_dir={tmp_path}/x")
+
+
 def test_epochs_are_scored_at_their_ends(tmp_path):
     callback = ScoreReconstructions(ReconstructionScores(), every_n_epochs=2)
     train(1, tmp_path, batch=20, steps=-1, max_epochs=5, callbacks=(ema_of(1), callback))  # two steps an epoch
-    assert sorted(path.stem for path in (tmp_path / "evaluation").iterdir()) == ["step_00000004", "step_00000008"]
+    written = sorted((tmp_path / "evaluation").iterdir())
+    assert [path.stem for path in written] == ["step_00000004", "step_00000008"]
+    assert [json.loads(path.read_text())["epoch"] for path in written] == [2.0, 4.0]
     assert callback.scores["eval/images"] == 8
 
 

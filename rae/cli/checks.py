@@ -76,10 +76,11 @@ def check_files(cfg: DictConfig, config: str) -> None:
     if config != "download" and cfg.get("decoder") is not None and "collection" in cfg:
         check_published(cfg)
     check_denoiser(cfg)
-    if config == "evaluate" and [cfg.samples, cfg.checkpoint, cfg.latents].count(None) != 2:
+    if config == "evaluate" and [cfg.samples, cfg.checkpoint, cfg.latents, cfg.report].count(None) != 3:
         raise ConfigError(
-            f"samples={cfg.samples}, checkpoint={cfg.checkpoint} and latents={cfg.latents}: give one of them, samples=… (an .npz, "
-            "a folder of images or of tar shards), checkpoint=… (a model that makes them) or latents=… decoders=[…]"
+            f"samples={cfg.samples}, checkpoint={cfg.checkpoint}, latents={cfg.latents}, report={cfg.report}: give one of them, "
+            "samples=… (an .npz, a folder of images or of tar shards), checkpoint=… (a model that makes them), latents=… "
+            "decoders=[…] or report=… (training runs)"
         )
     for key in _MODELS:
         value = cfg.get(key)

@@ -24,6 +24,7 @@ from rae.jobs.images import checked_path, open_images
 from rae.jobs.processes import first, start
 from rae.jobs.samples import write_npz
 from rae.report.neighbours import write_sheet
+from rae.report.progress import report_runs
 from rae.report.protocol import differences, protocol_of
 from rae.report.table import markdown, table, versions, write_csv, write_scores
 
@@ -62,8 +63,13 @@ def evaluate(cfg: DictConfig) -> None:
     """
     if cfg.batch_size < 1:
         raise ConfigError(f"batch_size={cfg.batch_size} must be at least 1")
-    check_given(cfg)
     folder = Path(cfg.output_dir)
+    if cfg.report is not None:
+        refuse_existing(cfg, folder / "report.csv")
+        runs = [cfg.report] if isinstance(cfg.report, str) else list(cfg.report)
+        print(report_runs(runs, cfg.report_score, cfg.report_at, folder))
+        return
+    check_given(cfg)
     refuse_existing(cfg, folder / ("scores.json" if cfg.latents is None else "decoders.csv"))
     fabric = start(cfg)
     seed(cfg)

@@ -146,7 +146,9 @@ class Evaluation(PerStep):
         if trainer.is_global_zero:
             folder = Path(self.folder or Path(trainer.default_root_dir) / "evaluation")
             identity = {**self.identity, "metric": getattr(self.metric, "identity", None)}
-            content = {"step": self.scored_step, "scores": self.scores, "identity": identity}
+            seen = (trainer.fit_loop.epoch_loop.batch_idx + 1) / max(1.0, float(trainer.num_training_batches))
+            when = {"step": self.scored_step, "epoch": trainer.current_epoch + seen}
+            content = {**when, "scores": self.scores, "identity": identity}
             write_json(folder / f"step_{self.scored_step:08d}.json", content)
             said = ", ".join(f"{name.removeprefix(self.prefix)} {value:.4g}" for name, value in self.scores.items())
             log.info("step %d: %s", self.scored_step, said)
