@@ -61,7 +61,8 @@ def test_a_published_reference_is_known_by_its_name_and_hash(tmp_path, monkeypat
     found = read_reference("jit_imagenet256")
     assert (found.info.kind, found.info.image_size) == ("training", (256, 256))
     assert found.identity["name"] == "jit_imagenet256"
-    read_reference("jit_imagenet256")
+    with pytest.raises(ValueError, match=r"jit_imagenet256 holds features of 'inception', .* detector is 'toy'"):
+        read_reference("jit_imagenet256").for_detector(Toy(), ["moments"])
     np.savez(file, mu=np.ones(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match=r"another hash than at its first use.*the file was changed"):
         read_reference("jit_imagenet256")

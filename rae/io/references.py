@@ -17,18 +17,21 @@ class Published(NamedTuple):
     file: str
     kind: str  # training or validation
     image_size: int
+    detector: str | None  # whose features it holds; None where the file says so itself
     source: str  # where it comes from
 
 
 PUBLISHED = {
     "adm_imagenet256": Published(
-        "VIRTUAL_imagenet256_labeled.npz", "training", 256, f"{_ADM}/256/VIRTUAL_imagenet256_labeled.npz"
+        "VIRTUAL_imagenet256_labeled.npz", "training", 256, "inception", f"{_ADM}/256/VIRTUAL_imagenet256_labeled.npz"
     ),
-    "adm_imagenet512": Published("VIRTUAL_imagenet512.npz", "training", 512, f"{_ADM}/512/VIRTUAL_imagenet512.npz"),
-    "jit_imagenet256": Published("imagenet_256_fid_stats.npz", "training", 256, _RAEV2),
-    "val256": Published("val256.npz", "validation", 256, "rae-reference data.val_path=/imagenet/val name=val256"),
+    "adm_imagenet512": Published(
+        "VIRTUAL_imagenet512.npz", "training", 512, "inception", f"{_ADM}/512/VIRTUAL_imagenet512.npz"
+    ),
+    "jit_imagenet256": Published("imagenet_256_fid_stats.npz", "training", 256, "inception", _RAEV2),
+    "val256": Published("val256.npz", "validation", 256, None, "rae-reference data.val_path=/imagenet/val name=val256"),
     **{
-        f"{name}_imagenet256": Published(f"{name}_in256_t{side}.npz", "training", 256, _RAEV2)
+        f"{name}_imagenet256": Published(f"{name}_in256_t{side}.npz", "training", 256, name, _RAEV2)
         for name, side in (
             ("convnext", 224),
             ("dinov2_cls", 256),

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from rae.io.files import file_hash, parse_json, write_atomically
-from rae.io.references import reference_file
+from rae.io.references import PUBLISHED, reference_file
 from rae.io.tensors import state_hash
 from rae.metric.features import Detector
 from rae.metric.frechet import FeatureMoments
@@ -127,6 +127,12 @@ class Reference:
         Raises:
             ValueError: Needed numbers are of another detector or missing, and there are no images to compute them from.
         """
+        space = PUBLISHED[self.published].detector if self.published is not None else None
+        if space not in (None, detector.name):
+            raise ValueError(
+                f"reference {self.published} holds features of {space!r}, but this metric's detector is {detector.name!r}; "
+                f"choose a reference of {detector.name!r}"
+            )
         stored = self._stored(detector)
         missing = [need for need in needs if getattr(stored, need) is None]
         if missing:
