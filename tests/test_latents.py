@@ -250,8 +250,7 @@ def files(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stats", "cache_latents", "shard"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("name", "workers"), [("stats", 2), ("cache_latents", 0), ("shard", 2)])
 def test_killed_work_goes_on_and_ends_as_if_it_had_not_been(folder, tmp_path, name, workers):
     given = overrides(folder, tmp_path, f"data.num_workers={workers}")
     given = [key for key in given if not key.startswith("output_dir=")]

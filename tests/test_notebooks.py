@@ -14,6 +14,9 @@ LARGEST = 400_000  # bytes
 MACHINE = re.compile(r"/(?:work|root|tmp|home|Users)/|0x[0-9a-f]{6,}")
 """What says on which machine, or in which process, a notebook was executed."""
 
+BAR = re.compile(r"\r\w+: .*?it/s\]")
+"""A bar of progress."""
+
 
 def named(path: Path) -> str:
     return path.stem
@@ -65,9 +68,20 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks")
 
 
+SHORTER = {"6_raev2": ("STEPS, SEEDS = (200, 400), (0, 1, 2)", "STEPS, SEEDS = (10, 20), (0, 1)")}
+"""What is trained more briefly here than for the committed outputs: the line, and what stands in its place."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
-def test_notebooks_execute(path, folder):
-    notebook = execute(path, folder)
-    assert not [output for output in outputs_of(notebook) if output.get("name") == "stderr"]
-    assert kinds(notebook) == kinds(nbformat.read(path, as_version=4))
+def test_notebooks_execute(path, folder, tmp_path):
+    committed = nbformat.read(path, as_version=4)
+    for cell in committed.cells:
+        if path.stem in SHORTER:
+            cell.source = cell.source.replace(*SHORTER[path.stem])
+    assert path.stem not in SHORTER or SHORTER[path.stem][1] in "".join(cell.source for cell in committed.cells)
+    nbformat.write(committed, tmp_path / path.name)
+    notebook = execute(tmp_path / path.name, folder)
+    said = "".join(output.text for output in outputs_of(notebook) if output.get("name") == "stderr")
+    assert not BAR.sub("", said).strip()  # where this takes longer than two seconds, there is a bar
+    assert kinds(notebook) == kinds(committed)
