@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,14 +56,14 @@ def probe(cfg: DictConfig) -> None:
     if count < 2:
         raise ConfigError(f"count={count}: latents of at least 2 images are needed")
     metric.prepare(autoencoder.image_size, count)
-    classes = 0 if cfg.images is not None else len(data.class_names)
-    spectrum = LatentSpectrum(autoencoder.latent_shape, classes).to(fabric.device)
+    classes = 0 if cfg.images is not None else int(OmegaConf.select(run, "data.num_classes") or 0)
+    spectrum = LatentSpectrum(autoencoder.latent_shape, classes if classes > 1 else 0).to(fabric.device)
     kept, originals = [], []
     with torch.no_grad(), computing(cfg, fabric.device):
         for batch in tqdm(data.range_dataloader("val", [range(count)]), desc="encoding", delay=2):
             images = batch["image"].to(fabric.device)
             latents = autoencoder.encode(to_float(images))
-            spectrum.update(autoencoder.latent.denormalize(latents.float()), batch.get("label") if classes else None)
+            spectrum.update(autoencoder.latent.denormalize(latents.float()), batch.get("label"))
             kept.append(latents.float().cpu())
             originals.append(images.cpu())
     measure = Curve(cfg, autoencoder, metric, torch.cat(kept), torch.cat(originals))
