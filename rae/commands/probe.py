@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def probe(cfg: DictConfig) -> None:
             kept.append(latents.float().cpu())
             originals.append(images.cpu())
     measure = Curve(cfg, autoencoder, metric, torch.cat(kept), torch.cat(originals))
-    encoder = _finite(spectrum.compute())
+    encoder = spectrum.compute()
     found: dict[str, Any] = {
         "encoder": encoder,
         "noise": [{"sigma": sigma, **measure(measure.noisy(sigma))} for sigma in cfg.noise],
@@ -144,8 +143,3 @@ class Curve:
 def computing(cfg: DictConfig, device: torch.device) -> torch.autocast:
     """The arithmetic of the networks that ``precision`` names."""
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16-mixed")
-
-
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no infinity."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}

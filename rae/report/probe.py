@@ -34,11 +34,13 @@ def plot_probe(found: Mapping[str, Any], path: Path) -> None:
     axes = list(figure.subplots(rows, columns).flat)
     encoder = found["encoder"]
     spectrum, positions = axes[:2]
-    spectrum.semilogy(range(1, len(found["eigenvalues"]) + 1), [max(value, 1e-12) for value in found["eigenvalues"]])
+    varying = [value for value in found["eigenvalues"] if value > 1e-9 * found["eigenvalues"][0]]
+    spectrum.semilogy(range(1, len(varying) + 1), varying)
     spectrum.set(title=f"effective rank {encoder['effective_rank']:.1f} of {len(found['eigenvalues'])}")
     spectrum.set(xlabel="direction", ylabel="variance of the latents")
     image = positions.imshow(found["position_variance"], cmap="viridis")
     figure.colorbar(image, ax=positions)
+    positions.set(xticks=[], yticks=[])
     positions.set(title=f"variance by position: largest / smallest {encoder['position_spread']:.2f}")
     for axis, name in zip(axes[2:], scores, strict=False):
         for kind, level, label in (
@@ -47,7 +49,7 @@ def plot_probe(found: Mapping[str, Any], path: Path) -> None:
         ):
             axis.plot([row[level] for row in found[kind]], [row[name] for row in found[kind]], "o-", label=label)
         axis.set(title=_TITLES.get(name, name), xlabel="σ or α")
-        axis.legend()
+    axes[2].legend()
     for axis in axes[2 + len(scores) :]:
         axis.axis("off")
     FigureCanvasAgg(figure)

@@ -22,11 +22,13 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
     return torch.exp(-torch.special.xlogy(shares, shares).sum())
 
 
-def condition_number(eigenvalues: Tensor) -> Tensor:
-    """Largest eigenvalue of a covariance divided by the smallest; infinite where that is not positive."""
+def condition_number(eigenvalues: Tensor, floor: float = 1e-9) -> Tensor:
+    """Largest eigenvalue of a covariance divided by the smallest that is more than ``floor`` times the largest.
+
+    A LayerNorm leaves one direction without variance, the sum of the channels; it does not count.
+    """
     values = eigenvalues.double()
-    smallest, largest = values.min(), values.max()
-    return largest / smallest if smallest > 0 else torch.tensor(torch.inf, dtype=torch.float64)
+    return values.max() / values[values > floor * values.max()].min()
 
 
 def kurtosis(moments: Tensor) -> Tensor:
