@@ -12,7 +12,7 @@ from scipy.special import rel_entr
 from rae.metric import FDr6, GenerationMetrics, TimmDetector, read_reference
 from rae.metric.functional import mind, permuted_inception_score
 from rae.metric.several import NORMALISERS, fdr
-from rae.report.protocol import differences, protocol_of
+from rae.report.protocol import differences, in_words, protocol_of
 from tests.small_images import images_of, reference_of
 from tests.test_metric_generation import Toy, scored
 
@@ -169,6 +169,13 @@ def test_differences_from_the_protocol_are_named(real):
         "toy",
     )
     assert rules["sampler"] == "unknown"
+    assert in_words(rules) == "rules: labels random, bytes floor, precision bf16-mixed, split_rule ordered"
+    guided = {
+        "guidance": {"_target_": "rae.flow.ClassifierFreeGuidance", "scale": 1.5},
+        "evaluations": {"denoiser": 98},
+    }
+    said = in_words(protocol_of({"samples": {**samples, **guided}, "metric": {}}))
+    assert said == "rules: labels random, bytes floor, precision bf16-mixed, ClassifierFreeGuidance 1.5, 98 evaluations"
     assert differences(rules) == [
         "labels: random where raev2 has balanced",
         "split_rule: ordered where raev2 has permuted",

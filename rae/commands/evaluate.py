@@ -25,7 +25,7 @@ from rae.jobs.processes import first, start
 from rae.jobs.samples import write_npz
 from rae.report.neighbours import write_sheet
 from rae.report.progress import report_runs
-from rae.report.protocol import differences, protocol_of
+from rae.report.protocol import differences, in_words, protocol_of
 from rae.report.table import markdown, table, versions, write_csv, write_scores
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def check_given(cfg: DictConfig) -> None:
         FileNotFoundError: The samples, the originals or the reference do not exist.
     """
     pairs = check_metric(cfg.metric)
-    if (cfg.latents is None) != (cfg.decoders is None):
+    if (cfg.latents is None) != (not cfg.decoders):
         raise ConfigError(f"latents={cfg.latents} and decoders={cfg.decoders} go together: give both or neither")
     if cfg.latents is not None and pairs:
         raise ConfigError("latents are of generated images: they have no originals; choose a metric of samples")
@@ -91,6 +91,7 @@ def evaluate(cfg: DictConfig) -> None:
             if source.parts is not None:
                 _keep_or_remove(cfg, source, folder)
             print(table(scores))
+            print(in_words(identity["protocol"]))
             for line in differences(identity["protocol"]):
                 print(f"differs from the protocol: {line}")
             log.info("scores.json and scores.csv are in %s", folder)
@@ -128,6 +129,7 @@ def _compare_decoders(cfg: DictConfig, fabric: Fabric, metric: Any, folder: Path
         save_config(cfg, folder)
         write_csv(folder / "decoders.csv", rows)
         print(markdown(rows))
+        print(in_words(identity["protocol"]))
         log.info("decoders.csv and the scores of each decoder are in %s", folder)
 
 

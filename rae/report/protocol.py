@@ -72,6 +72,19 @@ def _metric_rules(metric: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[s
     return {**found, "protocol": asked, "differences": differing}
 
 
+def in_words(rules: Mapping[str, Any]) -> str:
+    """The rules in one line below a table: ``labels balanced, bytes floor, …``; of a set of metrics, what is common to all."""
+    words = [f"{name} {rules[name]}" for name in ("labels", "bytes", "precision")]
+    guidance, counts = rules["guidance"], rules["evaluations"]
+    if isinstance(guidance, Mapping):
+        kind = str(guidance.get("_target_")).rpartition(".")[2]
+        words.append(f"{kind} {guidance['scale']:g}" if "scale" in guidance else kind)
+    if isinstance(counts, Mapping):
+        words.append(f"{sum(counts.get(name, 0) for name in ('denoiser', 'guide'))} evaluations")
+    words += [f"{name} {rules[name]}" for name in ("reference", "split_rule") if rules.get(name) is not None]
+    return "rules: " + ", ".join(words)
+
+
 def differences(rules: Mapping[str, Any]) -> list[str]:
     """All differences from the protocols that were asked for, a line each."""
     found = [str(line) for line in rules.get("differences", [])]
