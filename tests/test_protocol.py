@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from scipy.special import rel_entr
 
+from rae.cli.build import make
+from rae.cli.errors import compose
 from rae.metric import FDr6, GenerationMetrics, TimmDetector, read_reference
 from rae.metric.functional import mind, permuted_inception_score
 from rae.metric.several import NORMALISERS, fdr
@@ -185,3 +187,17 @@ def test_differences_from_the_protocol_are_named(real):
     assert "one: labels: random where raev2 has balanced" in differences(of_a_set)
     with pytest.raises(ValueError, match=r"protocol='jit' is unknown; choose one of adm, raev2, ours"):
         GenerationMetrics(detector, metrics=["inception_score"], protocol="jit")
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("convnext", 1024), ("dinov2_cls", 1024), ("mae_cls", 1024), ("siglip_cls", 1152), ("clip_cls", 1024)],
+)
+def test_networks_of_fdr6_give_the_features_of_their_table(name, width):
+    node = compose("evaluate", ["metric=fdr6"]).metric[name].detector
+    node.pretrained = False
+    with torch.device("meta"):
+        detector = make(node)
+        assert (detector.name, detector.autocast) == (name, None if name == "convnext" else torch.bfloat16)
+        detector.autocast = None  # which that device does not know
+        assert detector.extract(torch.empty(2, 3, 256, 256, dtype=torch.uint8)).pool.shape == (2, width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -97,7 +98,7 @@ class TimmDetector(Detector):
             images.float(), (self.side, self.side), mode="bicubic", antialias=True, align_corners=False
         )
         pixels = (pixels / 255 - self.image_mean) / self.image_std
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+        with nullcontext() if self.autocast is None else torch.autocast(images.device.type, self.autocast):
             found = self.network.forward_features(pixels)
             if self.pool == "class":
                 pooled = found[:, 0]
