@@ -25,7 +25,7 @@ $(READY): pyproject.toml
 demo: $(READY)  ## both stages on handwritten digits, to a picture and a table of scores, on a CPU within minutes
 	$(BIN)/rae-demo
 
-test: $(READY)  ## the fast tests: no GPU, no downloads; a minute and a half on two cores
+test: $(READY)  ## the fast tests: no GPU, no downloads; two minutes on two quick cores
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not gpu" -n 2 --dist worksteal --durations=5
 
 test-slow: $(READY)  ## the tests that take longer

@@ -44,6 +44,7 @@ def test_misspelt_override_is_answered_in_one_line(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_failed_task_is_answered_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # empty, and tests make no downloads
     result = run("download", "model=dit_dh_xl_256", folder=tmp_path)

@@ -74,6 +74,7 @@ def test_the_list_names_every_experiment_with_its_size_hardware_hours_and_score(
             assert one[key].rstrip(".") in text
 
 
+@pytest.mark.slow
 def test_matrices_are_multiplied_as_for_the_published_numbers():
     assert {recipe(name).matmul for name in STAGE1 + STAGE2} == {"tf32"}
     models = [path.stem for path in (conf_dir() / "model").glob("*.yaml")]

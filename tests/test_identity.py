@@ -232,6 +232,7 @@ def test_a_resumed_run_keeps_its_random_encoder(random_run, tmp_path: Path):
         more.module.on_load_checkpoint({})
 
 
+@pytest.mark.slow
 def test_a_changed_encoder_file_is_refused_wherever_its_run_is_opened(tmp_path: Path):
     encoder = stage1(tmp_path, *RANDOM).module.autoencoder.encoder
     path, folder = tmp_path / "encoder.safetensors", tmp_path / "run"

@@ -79,6 +79,7 @@ def test_augmentation_shifts_by_whole_pixels_over_grey():
 # --- losses ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_perceptual_loss_is_the_packages():
     import lpips
 

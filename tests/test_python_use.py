@@ -21,6 +21,7 @@ from rae.training.preview import ReconstructionPreview
 from tests.small_models import make_generator
 
 
+@pytest.mark.slow
 def test_an_export_is_loaded_with_what_it_was_exported_with_unless_told(tmp_path):
     generator = make_generator().eval()
     generator.guidance, generator.sampler = ClassifierFreeGuidance(2.0), HeunSampler()

@@ -146,6 +146,7 @@ def test_begun_work_is_bound_to_the_names_of_the_images(folder, tmp_path):
 # --- stage 2 asks for them ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stage_2_does_not_begin_without_a_word_on_the_statistics(tmp_path):
     files = (conf_dir() / "experiment").glob("*dit*.yaml")
     composed = [compose("train", given) for given in (["stage=2"], *([f"experiment={file.stem}"] for file in files))]
