@@ -29,6 +29,9 @@ from rae.rng import normal, sample_seed
 
 log = logging.getLogger(__name__)
 
+MOST = 1000
+"""Images that are taken where no number is given: their latents are kept in memory."""
+
 
 def probe(cfg: DictConfig) -> None:
     """Describes the latents of held-out images, and draws them with noise and between one another.
@@ -51,7 +54,7 @@ def probe(cfg: DictConfig) -> None:
     autoencoder = autoencoder.to(fabric.device)
     metric = make(run.metric).to(fabric.device)
     data = open_data(run, autoencoder.image_size)
-    count = checked_count(data, cfg.count)
+    count = checked_count(data, min(MOST, data.samples("val")) if cfg.count is None else cfg.count)
     if count < 2:
         raise ConfigError(f"count={count}: latents of at least 2 images are needed")
     metric.prepare(autoencoder.image_size, count)

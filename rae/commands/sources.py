@@ -16,6 +16,7 @@ from rae.cli.build import make_part
 from rae.cli.models import open_autoencoder, open_generator
 from rae.commands.reconstruct import checked_count, model_identity, open_data
 from rae.formats import Bundle, assemble, read
+from rae.formats.open import complete
 from rae.image import to_uint8
 from rae.io.errors import ConfigError
 from rae.io.files import changes
@@ -153,6 +154,8 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
     decoders = {}
     for name in cfg.decoders:
         held = read(name)
+        if "decoder" not in held.states and held.description.get("decoder_checkpoint") is not None:
+            held = complete(held)  # a run of stage 2, which names its decoder
         other = held.description.get("encoder")
         if other and (found := changes(*(_without_places(one) for one in (described["encoder"], other)))):
             raise ConfigError(
