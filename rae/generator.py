@@ -27,6 +27,13 @@ Classes = Tensor | Sequence[int | str] | int | str
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
+def computing(precision: str, device: torch.device) -> torch.autocast:
+    """The arithmetic of the networks in Lightning's words; raises ValueError unless it is ``32-true`` or ``bf16-mixed``."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision} is unknown; choose {' or '.join(PRECISIONS)}")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+
 class Generator(Exportable, nn.Module):
     """Draws images of given classes.
 
@@ -306,9 +313,7 @@ class Generator(Exportable, nn.Module):
         Raises:
             ValueError: An unknown precision or ``quantize``, or see :meth:`latents`.
         """
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision} is unknown; choose {' or '.join(PRECISIONS)}")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        with computing(precision, self.device):
             latents = self.latents(labels, seed, indices)
             if on_latents is not None:
                 on_latents(self.autoencoder.latent.denormalize(latents).float())

@@ -14,7 +14,7 @@ from torch import Tensor
 from rae.autoencoder import RAE
 from rae.data.transforms import ImageTransform
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, InternalGuidance, NoGuidance
-from rae.generator import PRECISIONS, Generator
+from rae.generator import PRECISIONS, Generator, computing
 from rae.image import open_rgb, to_float, to_uint8
 from rae.metric import ReconstructionMetrics
 
@@ -190,7 +190,7 @@ class Viewer:
         return f"{label} ({names[label]})" if label < len(names) else str(label)
 
     def _arithmetic(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+        return computing(self.precision, self.device)
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:

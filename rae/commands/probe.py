@@ -18,6 +18,7 @@ from rae.cli.checks import check_metric, refuse_existing
 from rae.cli.config import save_config
 from rae.cli.models import open_autoencoder
 from rae.commands.reconstruct import checked_count, model_identity, open_data
+from rae.generator import computing
 from rae.image import to_float, to_uint8
 from rae.io.errors import ConfigError
 from rae.io.files import write_json
@@ -61,7 +62,7 @@ def probe(cfg: DictConfig) -> None:
     classes = 0 if cfg.images is not None else int(OmegaConf.select(run, "data.num_classes") or 0)
     spectrum = LatentSpectrum(autoencoder.latent_shape, classes if classes > 1 else 0).to(fabric.device)
     kept, originals = [], []
-    with torch.no_grad(), computing(cfg, fabric.device):
+    with torch.no_grad(), computing(cfg.precision, fabric.device):
         for batch in tqdm(data.range_dataloader("val", [range(count)]), desc="encoding", delay=2):
             images = batch["image"].to(fabric.device)
             latents = autoencoder.encode(to_float(images))
@@ -129,7 +130,7 @@ class Curve:
         error, size = 0.0, 0.0
         for numbers in self._batches():
             latents = changed(numbers).to(self.autoencoder.latent.mean.device)
-            with torch.no_grad(), computing(self.cfg, latents.device):
+            with torch.no_grad(), computing(self.cfg.precision, latents.device):
                 images = self.autoencoder.decode(latents).clamp(0, 1).float()
                 again = self.autoencoder.encode(images)
             self.metric.update(to_uint8(images, self.cfg.quantize), self.originals[numbers.start : numbers.stop])
@@ -141,8 +142,3 @@ class Curve:
     def _batches(self) -> Iterator[range]:
         for begins in range(0, len(self.latents), self.cfg.batch_size):
             yield range(begins, min(begins + self.cfg.batch_size, len(self.latents)))
-
-
-def computing(cfg: DictConfig, device: torch.device) -> torch.autocast:
-    """The arithmetic of the networks that ``precision`` names."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16-mixed")

@@ -71,7 +71,7 @@ def sample(cfg: DictConfig) -> None:
             return
         save_config(run, folder)
         if latents is not None:
-            describe_latents(latents, {**plan, **how_sampled(cfg.labels, generator)}, labels, plain(run))
+            describe_latents(latents, {**plan, **how_sampled(cfg.labels, generator)}, labels, plain(run), parts.size)
         if cfg.npz:
             write_npz(folder / "samples.npz", parts, labels)
         write_sheets(cfg, parts, labels, folder)

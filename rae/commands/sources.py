@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from rae.cli.build import make_part
 from rae.cli.models import open_autoencoder, open_generator
 from rae.commands.reconstruct import checked_count, model_identity, open_data
 from rae.formats import Bundle, assemble, read
 from rae.formats.open import complete
+from rae.generator import computing
 from rae.image import to_uint8
 from rae.io.errors import ConfigError
 from rae.io.files import changes
@@ -149,7 +149,8 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
         FileNotFoundError: There are no such latents, or no such decoder.
         ConfigError: A decoder is of another encoder, or takes latents of another shape.
     """
-    files, known = latent_parts(cfg.latents)
+    parts, known = latent_parts(cfg.latents)
+    shape = np.load(parts.path(0), mmap_mode="r").shape[1:]
     described, labels = known["model"], known["labels"]
     decoders = {}
     for name in cfg.decoders:
@@ -166,7 +167,6 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
         ).with_decoder(held)
         wanted: Any = assemble(bundle, encode=False, make=make_part).decoder
         decoders[name] = wanted.to(fabric.device)
-        shape = np.load(files[0], mmap_mode="r").shape[1:]
         if shape != (wanted.channels, wanted.grid, wanted.grid):
             raise ConfigError(
                 f"decoders: {name} takes latents of {wanted.channels}×{wanted.grid}×{wanted.grid}, those of latents={cfg.latents} "
@@ -174,24 +174,18 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
             )
         if hasattr(metric, "prepare"):
             metric.prepare(wanted.image_size, len(labels), labels)
-    starts = np.cumsum([0, *(len(np.load(file, mmap_mode="r")) for file in files)])
 
     def batches(decoder: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        for number in share(range(len(files)), fabric.global_rank, fabric.world_size):
-            for part, begins in _in_batches(np.load(files[number], mmap_mode="r"), int(starts[number]), cfg.batch_size):
-                with torch.no_grad(), torch.autocast(fabric.device.type, torch.bfloat16, cfg.precision == "bf16-mixed"):
-                    images = decoder(part.to(fabric.device)).clamp(0, 1)
-                numbers = torch.arange(begins, begins + len(part))
-                yield (to_uint8(images.float(), cfg.quantize), torch.tensor(labels)[numbers]), {"index": numbers}
+        mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
+        for latents, numbers in read_parts(parts, cfg.batch_size, mine):
+            with torch.no_grad(), computing(cfg.precision, fabric.device):
+                images = decoder(torch.from_numpy(latents).to(fabric.device)).clamp(0, 1)
+            index = torch.tensor(list(numbers))
+            yield (to_uint8(images.float(), cfg.quantize), torch.tensor(labels)[index]), {"index": index}
 
     for name, decoder in decoders.items():
         decoded = {"precision": cfg.precision, "quantize": cfg.quantize, "latents": str(cfg.latents), "decoder": name}
         yield name, Source(batches(decoder), {"samples": {**known["samples"], **decoded}}, cfg)
-
-
-def _in_batches(values: Any, start: int, size: int) -> Iterator[tuple[Tensor, int]]:
-    for first_row in range(0, len(values), size):
-        yield torch.from_numpy(np.array(values[first_row : first_row + size])), start + first_row
 
 
 def _without_places(described: Any) -> Any:

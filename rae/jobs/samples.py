@@ -234,14 +234,16 @@ def _save(path: Path, values: NDArray[Any]) -> None:
 LATENTS = "latents.json"
 
 
-def describe_latents(folder: Path, plan: Mapping[str, Any], labels: Sequence[int], model: Mapping[str, Any]) -> None:
-    """Says beside kept latents how they were drawn, their labels, and of which encoder and decoder."""
+def describe_latents(
+    folder: Path, plan: Mapping[str, Any], labels: Sequence[int], model: Mapping[str, Any], size: int
+) -> None:
+    """Says beside kept latents how they were drawn, their labels, of which encoder and decoder, and how many are in a part."""
     parts = {name: model.get(name) for name in ("encoder", "decoder")}
-    write_json(folder / LATENTS, {"samples": dict(plan), "labels": list(labels), "model": parts})
+    write_json(folder / LATENTS, {"samples": dict(plan), "labels": list(labels), "part_size": size, "model": parts})
 
 
-def latent_parts(folder: str | Path) -> tuple[list[Path], dict[str, Any]]:
-    """The files of latents float32 n×C×h×w that ``rae-sample keep_latents=true`` wrote, in order, and what is said of them.
+def latent_parts(folder: str | Path) -> tuple[Parts, dict[str, Any]]:
+    """The latents float32 n×C×h×w that ``rae-sample keep_latents=true`` wrote, and what is said of them.
 
     Raises:
         FileNotFoundError: There are no such latents, or files are missing.
@@ -252,13 +254,10 @@ def latent_parts(folder: str | Path) -> tuple[list[Path], dict[str, Any]]:
             f"latents={folder} holds no {LATENTS}: give the folder latents/ that rae-sample keep_latents=true wrote"
         )
     known = parse_json((root / LATENTS).read_bytes(), str(root / LATENTS))
-    files = sorted(root.glob("part-*.npy"))
-    held = sum(len(np.load(file, mmap_mode="r")) for file in files)
-    if held != len(known["labels"]):
-        raise FileNotFoundError(
-            f"latents={folder} holds {held} latents, but {LATENTS} names {len(known['labels'])}; draw them again"
-        )
-    return files, known
+    parts = Parts(root, known["samples"], len(known["labels"]), known["part_size"], ".npy")
+    if missing := parts.missing():
+        raise FileNotFoundError(f"latents={folder} lacks {parts.path(missing[0]).name}; draw them again")
+    return parts, known
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:
@@ -269,8 +268,8 @@ def _png(image: NDArray[np.uint8]) -> bytes:
 
 def read_parts(
     parts: Parts, batch_size: int, wanted: Sequence[int] | None = None
-) -> Iterator[tuple[NDArray[np.uint8], range]]:
-    """Images uint8 n×H×W×3 with their numbers, of all parts or of those wanted, at most ``batch_size`` of one part at once."""
+) -> Iterator[tuple[NDArray[Any], range]]:
+    """Images uint8 n×H×W×3, or latents, with their numbers, of all parts or those wanted, ``batch_size`` of one part at once."""
     for part in range(len(parts)) if wanted is None else wanted:
         items = parts.items(part)
         images = np.load(parts.path(part), mmap_mode="r")

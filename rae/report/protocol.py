@@ -52,7 +52,7 @@ def _metric_rules(metric: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[s
     found: dict[str, Any] = {
         "reference": {name: one and (one.get("name") or one.get("path")) for name, one in references.items()},
         "detector": (metric.get("detector") or {}).get("name"),
-        "resize": (metric.get("detector") or {}).get("resize", "the detector's own"),
+        "resize": (metric.get("detector") or {}).get("side", "the detector's own"),
     }
     found |= {name: metric[name] for name in ("split_rule", "split_size", "distance_precision") if name in metric}
     if len(references) == 1:

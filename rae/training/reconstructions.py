@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rae.autoencoder import RAE
+from rae.generator import computing
 from rae.image import to_float, to_uint8
 
 
@@ -25,6 +26,6 @@ def reconstructions(
     """
     for batch in batches:
         images = batch["image"].to(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        with torch.no_grad(), computing(precision, device):
             drawn = autoencoder(to_float(images))
         yield to_uint8(drawn.float(), quantize), images
