@@ -6,11 +6,11 @@ READY := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow golden test-xla gpu coverage bench lint format clean
+.PHONY: help install demo demo-text test test-slow golden test-xla gpu coverage bench lint format clean
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(READY)  ## the environment, with everything the other targets need
 
@@ -24,6 +24,9 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## both stages on handwritten digits, to a picture and a table of scores, on a CPU within minutes
 	$(BIN)/rae-demo
+
+demo-text: $(READY)  ## pictures from sentences: all stages on pictograms with captions, on a CPU within 25 minutes
+	$(BIN)/rae-demo pictures
 
 test: $(READY)  ## the fast tests: no GPU, no downloads; two minutes on two quick cores
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not gpu" -n 2 --dist worksteal --durations=5

@@ -27,14 +27,19 @@ def recipes() -> str:
         "Written by `docs/pages.py` from the headers in `conf/experiment/`; `rae-train --list` prints the same.",
         "",
     ]
-    for title, start in (("ImageNet", "imagenet"), ("Handwritten digits, on a CPU", "digits")):
+    for title, start in (
+        ("ImageNet", "imagenet"),
+        ("Text to image", "t2i"),
+        ("Handwritten digits, on a CPU", "digits"),
+        ("Pictures from sentences, on a CPU", "pictures"),
+    ):
         rows = [
             (f"`{one['name']}`", one["about"], one["Size"], one["Hardware"], one["Hours"], one["Expected"])
             for one in experiments()
             if one["name"].startswith(start)
         ]
         lines += [f"## {title}", "", markdown(("experiment", "what", "size", "hardware", "time", "expected"), rows), ""]
-    lines += ["## Commands", "", "```bash", "# needs ImageNet, or the demo's files"]
+    lines += ["## Commands", "", "```bash", "# needs ImageNet, captions, or the demos' files"]
     lines += [one["Command"] for one in experiments()]
     return "\n".join([*lines, "```", ""])
 

@@ -1,4 +1,4 @@
-"""From noise and class labels to images: guided denoiser, sampler, decoder (paper §4 and appendix)."""
+"""From noise and class labels or prompts to images: guided denoiser, sampler, decoder (paper §4 and appendix)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rae.autoencoder import RAE
-from rae.condition import Conditions, label_of, readable_names
+from rae.condition import Conditions, readable_names
 from rae.denoiser import Denoiser
+from rae.encoder.text import TextEncoder
 from rae.flow import AutoGuidance, FlowMatching, Guidance, InternalGuidance, NoGuidance, Sampler
 from rae.image import to_pil, to_uint8
 from rae.io.export import Exportable
 from rae.layers import trusted
-from rae.rng import normal, sample_seed
+from rae.prompts import Classes, beside_null, check_negative_prompt, check_text_encoder, checked_prompts, labels_of
+from rae.rng import arc, normal, sample_seed
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Arithmetic of the networks that samples can be drawn in; published numbers are of float32 with TF32 products."""
 OUTPUTS = ("float", "uint8", "pil")
-Classes = Tensor | Sequence[int | str] | int | str
-"""One class or several, by number or by name."""
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -35,7 +35,7 @@ def computing(precision: str, device: torch.device) -> torch.autocast:
 
 
 class Generator(Exportable, nn.Module):
-    """Draws images of given classes.
+    """Draws images of given classes, or of prompts.
 
     Sample ``i`` depends on the seed and on ``i`` alone, so it is the same for any batch size, order or number of processes.
 
@@ -47,6 +47,8 @@ class Generator(Exportable, nn.Module):
         guidance: Any guidance of :mod:`rae.flow`; None for none.
         guide: The smaller, less trained denoiser that autoguidance steers away from.
         class_names: Names of the classes 0, 1, …, or ``imagenet1k``; None where they are not known.
+        text_encoder: Makes features of prompts, for a denoiser that is told a text.
+        negative_prompt: What classifier-free guidance steers away from; None for the null text.
 
     Raises:
         ValueError: Autoguidance without a guide, networks for latents of another shape, or too few or many names.
@@ -61,6 +63,8 @@ class Generator(Exportable, nn.Module):
         guidance: Guidance | None = None,
         guide: Denoiser | None = None,
         class_names: Sequence[str] | str | None = None,
+        text_encoder: TextEncoder | None = None,
+        negative_prompt: str | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
@@ -70,15 +74,19 @@ class Generator(Exportable, nn.Module):
         self.guidance = guidance if guidance is not None else NoGuidance()
         self.guide = guide
         self.class_names = readable_names(class_names or ())
+        self.text_encoder = text_encoder
+        self.negative_prompt = negative_prompt
+        check_text_encoder(denoiser, text_encoder)
+        check_negative_prompt(negative_prompt, text_encoder, self.guidance)
         self._captured = False
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names has {len(self.class_names)} names for {self.num_classes} classes")
         if isinstance(self.guidance, AutoGuidance) and guide is None:
             raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
         if isinstance(self.guidance, InternalGuidance) and not denoiser.has_base:
+            kind = type(denoiser).__name__
             raise ValueError(
-                f"internal guidance needs a denoiser with a base head (denoiser.base_depth); this {type(denoiser).__name__} has "
-                "none: choose guidance=cfg or none"
+                f"internal guidance needs a denoiser with a base head; this {kind} has none: guidance=cfg or none"
             )
         for name, network in (("denoiser", denoiser), ("guide", guide)):
             shape = getattr(network, "latent_shape", None)
@@ -99,9 +107,10 @@ class Generator(Exportable, nn.Module):
 
     def __repr__(self) -> str:
         """What it draws and how; ``print(draw.denoiser)`` shows a network."""
+        told = f"{self.num_classes} classes" if self.num_classes else "texts" if self.text_encoder else "no classes"
         parameters = sum(weight.numel() for weight in self.denoiser.parameters()) / 1e6
         return (
-            f"Generator({self.autoencoder.image_size}×{self.autoencoder.image_size} px, {self.num_classes} classes, "
+            f"Generator({self.autoencoder.image_size}×{self.autoencoder.image_size} px, {told}, "
             f"{type(self.denoiser).__name__} {parameters:.1f} M parameters, {self.sampler!r}, {self.guidance!r})"
         )
 
@@ -130,23 +139,20 @@ class Generator(Exportable, nn.Module):
         Raises:
             ValueError: An unknown name, or a number outside [0, num_classes).
         """
-        given = classes.tolist() if isinstance(classes, Tensor) else classes
-        given = [given] if isinstance(given, int | str) else list(given)
-        labels = [label_of(item, self.class_names) if isinstance(item, str) else int(item) for item in given]
-        if wrong := [label for label in labels if not 0 <= label < self.num_classes]:
-            raise ValueError(f"labels must lie in [0, {self.num_classes - 1}], got {wrong[:8]}")
-        return torch.tensor(labels, dtype=torch.int64)
+        return labels_of(classes, self.class_names, self.num_classes)
 
     def conditions_of(self, told: Classes | Conditions) -> dict[str, Tensor]:
-        """What the denoiser is told, tensors B×… by name: of classes (see :meth:`labels_of`), or as they are given.
+        """What the denoiser is told, tensors B×… by name: of classes (see :meth:`labels_of`) or prompts, or as they are given.
 
         Raises:
-            ValueError: Unknown classes, or conditions that the denoiser does not take.
+            ValueError: Unknown classes, empty prompts, or conditions that the denoiser does not take.
         """
         if isinstance(told, Mapping):
             conditions = dict(told)
         elif "label" in self.denoiser.condition.names:
             conditions = {"label": self.labels_of(told)}
+        elif self.text_encoder is not None:
+            conditions = self.text_encoder(checked_prompts(told))
         else:
             raise ValueError(f"this model is not told a class; give a mapping of {list(self.denoiser.condition.names)}")
         if not conditions:
@@ -235,11 +241,12 @@ class Generator(Exportable, nn.Module):
 
         guide = self.flow.velocity_model(self._callable(self.guide)) if self.guide is not None else None
         conditions = {name: value.to(self.device) for name, value in conditions.items()}
+        null = None
+        if self.guidance.needs_null:
+            told = self.denoiser.condition
+            conditions, null = beside_null(conditions, told, self.text_encoder, self.negative_prompt)
         velocity = self.guidance(
-            self.flow.velocity_model(self._callable(self.denoiser)),
-            conditions,
-            null=self.denoiser.condition.null(conditions) if self.guidance.needs_null else None,
-            guide=guide,
+            self.flow.velocity_model(self._callable(self.denoiser)), conditions, null=null, guide=guide
         )
         with trusted():
             return self.sampler.sample(velocity, noise, shift=self.flow.shift, step_noise=step_noise, on_step=on_step)
@@ -322,13 +329,11 @@ class Generator(Exportable, nn.Module):
         return to_uint8(images.float(), quantize)  # in bfloat16 neighbouring grey levels are one number
 
     @torch.no_grad()
-    def interpolate(self, label: int, pair: tuple[int, int], count: int, seed: int = 0) -> Tensor:
+    def interpolate(self, label: int | str, pair: tuple[int, int], count: int, seed: int = 0) -> Tensor:
         """Images count×3×H×W between two samples of a class, from noise on the arc between theirs.
 
-        Points on the straight line would have too small a norm: noise of high dimension lies near a sphere (Shoemake 1985).
-
         Args:
-            label: The class.
+            label: The class, or the prompt.
             pair: Numbers of the two samples in the set of the seed; they are the first and last image.
             count: Images, both ends counted.
             seed: Seed of the set.
@@ -338,12 +343,8 @@ class Generator(Exportable, nn.Module):
         """
         if count < 2:
             raise ValueError(f"count must be at least 2, both ends counted, got {count}")
-        first, last = self.noise(seed, pair).double()
-        cosine = torch.dot(first.flatten(), last.flatten()) / (first.norm() * last.norm())
-        angle = torch.arccos(cosine.clamp(-1, 1))
-        steps = torch.linspace(0, 1, count, dtype=torch.float64, device=first.device).reshape(-1, 1, 1, 1)
-        noise = (torch.sin((1 - steps) * angle) * first + torch.sin(steps * angle) * last) / torch.sin(angle)
-        noise[0], noise[-1] = first, last
+        first, last = self.noise(seed, pair)
+        noise = arc(first, last, count)
         # Stochastic samplers draw further noise: one and the same for the whole row, or it would jump.
-        latents = self.latents([label] * count, seed, [pair[0]] * count, noise=noise.float())
+        latents = self.latents([label] * count, seed, [pair[0]] * count, noise=noise)
         return self.autoencoder.decode(latents).clamp(0, 1)

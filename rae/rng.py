@@ -67,6 +67,19 @@ def uniform(seeds: Sequence[int], shape: Sequence[int] = (), device: torch.devic
     return to_device(_rows(torch.rand, seeds, shape, torch.device("cpu")), torch.device(device))
 
 
+def arc(first: Tensor, last: Tensor, count: int) -> Tensor:
+    """Noise float32 count×… on the arc between two draws, both ends counted (Shoemake 1985).
+
+    Points on the straight line would have too small a norm: noise of high dimension lies near a sphere.
+    """
+    a, b = first.double(), last.double()
+    angle = torch.arccos((torch.dot(a.flatten(), b.flatten()) / (a.norm() * b.norm())).clamp(-1, 1))
+    steps = torch.linspace(0, 1, count, dtype=torch.float64, device=a.device).reshape(-1, *(1,) * a.ndim)
+    noise = (torch.sin((1 - steps) * angle) * a + torch.sin(steps * angle) * b) / torch.sin(angle)
+    noise[0], noise[-1] = a, b
+    return noise.float()
+
+
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Values of the CPU on a device; on their way to a GPU the CPU does not wait for it."""
     if device.type != "cuda":

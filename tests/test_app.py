@@ -127,10 +127,10 @@ def test_steps_change_the_grid_alone(sampler):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"label": 4}, "class must be a whole number in 0 … 3, got 4"),
-        ({"label": None}, "class must be a whole number in 0 … 3, got nothing"),
-        ({"label": float("inf")}, "class must be a whole number in 0 … 3, got inf"),
-        ({"label": 1.5}, "class must be a whole number in 0 … 3, got 1.5"),
+        ({"told": 4}, "class must be a whole number in 0 … 3, got 4"),
+        ({"told": None}, "class must be a whole number in 0 … 3, got nothing"),
+        ({"told": float("inf")}, "class must be a whole number in 0 … 3, got inf"),
+        ({"told": 1.5}, "class must be a whole number in 0 … 3, got 1.5"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"count": 0}, "count must be a whole number of at least 1, got 0"),
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
@@ -140,7 +140,7 @@ def test_steps_change_the_grid_alone(sampler):
 )
 def test_sampling_refuses(arguments, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        Viewer(generator()).sample(**{"label": 0, **arguments})
+        Viewer(generator()).sample(**{"told": 0, **arguments})
 
 
 def test_an_autoencoder_draws_no_samples():
@@ -309,7 +309,7 @@ def test_the_page_enforces_what_its_sliders_allow():
 
     made = build_page(Viewer(generator()), "", Limits(max_count=3, max_steps=9, max_scale=2)).fns.values()
     (sample,) = [each.fn for each in made if each.name == "sample"]
-    assert len(sample(1, "cfg", 1.5, 2, 3, 0).value) == 3
+    assert len(sample(1, "", "cfg", 1.5, 2, 3, 0).value) == 3
     for changed, message in (
         ({"count": 4}, "count must be a whole number in 1 … 3, got 4"),
         ({"count": 1e12}, "count must be a whole number in 1 … 3, got"),
@@ -317,6 +317,6 @@ def test_the_page_enforces_what_its_sliders_allow():
         ({"scale": 2.1}, "guidance scale must be a number in 1 … 2; 1 is none, got 2.1"),
         ({"scale": "much"}, "guidance scale must be a number in 1 … 2; 1 is none, got 'much'"),
     ):
-        given = {"label": 1, "guidance": "cfg", "scale": 1.5, "steps": 2, "count": 1, "seed": 0, **changed}
+        given = {"told": 1, "away": "", "guidance": "cfg", "scale": 1.5, "steps": 2, "count": 1, "seed": 0, **changed}
         with pytest.raises(Error, match=re.escape(message)):
             sample(**given)

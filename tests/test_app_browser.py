@@ -25,6 +25,7 @@ from rae.flow import ClassifierFreeGuidance, EulerSampler, PublishedGrid
 from rae.generator import Generator
 from rae.image import to_uint8
 from tests.test_app import configuration, generator, picture
+from tests.text_runs import make_text_generator
 
 HOW_TO_INSTALL = "on Debian: apt-get install -y chromium chromium-driver; then pip install selenium"
 PROGRESS = """
@@ -211,3 +212,25 @@ def click_through_samples(page, model):
     same.sampler, same.guidance = EulerSampler(PublishedGrid(201)), ClassifierFreeGuidance(2.5)
     expected = to_uint8(same([2] * 6, seed=11)).permute(0, 2, 3, 1).numpy()
     assert np.abs(images_of(page, "#samples").astype(int) - expected).max() <= 1
+
+
+@pytest.mark.slow
+def test_drawing_what_a_sentence_says(tmp_path):
+    """A prompt, a negative one, and what the page says of an empty one."""
+    made = make_text_generator()
+    model = made.save_pretrained(tmp_path / "model")
+    arguments = [f"checkpoint={model}", "guidance=cfg", "guidance.scale=2", "encode=false"]
+    with served(tmp_path, *arguments, environment={}) as url, browser(tmp_path / "profile") as page:
+        page.get(url)
+        wait_for(lambda: page.find_elements("css selector", "#prompt textarea"))
+        draw = page.find_element("id", "draw")
+        draw.click()
+        assert "prompt 0 is empty: say what is to be drawn" in dismiss(page)
+        page.find_element("css selector", "#prompt textarea").send_keys("a tiger above an owl")
+        page.find_element("css selector", "#negative textarea, #negative input").send_keys("a dog")
+        draw.click()
+        wait_for(lambda: len(page.find_elements("css selector", "#samples img")) == 8)
+        assert "“a tiger above an owl”, samples 0 to 7 of seed 0, cfg 2" in page.find_element("id", "samples").text
+        steered = make_text_generator(guidance=ClassifierFreeGuidance(2.0), negative_prompt="a dog")
+        expected = to_uint8(steered(["a tiger above an owl"] * 8)).permute(0, 2, 3, 1).numpy()
+        assert np.abs(images_of(page, "#samples").astype(int) - expected).max() <= 1

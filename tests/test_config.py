@@ -50,11 +50,12 @@ def applies(setting: tuple[str, ...], group: str, choice: str) -> bool:
     if group in ("stage", "hydra", "paths", *SHARED):
         return False
     if group == "experiment":  # it chooses its stage itself
-        return setting == (("stats",) if choice.endswith("stats") else ("train", "stage=0"))
+        roots = {"stats": ("stats",), "latents": ("cache_latents",)}
+        return setting == roots.get(choice.rpartition("_")[2], ("train", "stage=0"))
     if group == "debug":
         return setting[0] == "train"
     if choice.startswith("stage"):
-        return setting[-1] == f"stage={choice[-1]}"
+        return setting[-1] == f"stage={choice[len('stage')]}"
     if (setting[-1], group) == ("stage=0", "encoder"):
         return choice == "digits"
     return group in groups_of(*setting)

@@ -284,7 +284,7 @@ def test_labels_that_are_none_are_named(tmp_path, name, content):
 
 def test_whole_labels_of_any_form_are_taken(tmp_path):
     files = {"a.png": png(), "a.cls": b"3", "b.png": png(), "b.cls": b"4.0", "c.png": png(), "c.json": b'{"label": 0}'}
-    assert [label for *_, label in read_index(tar_with(tmp_path / "a.tar", files))] == [3, 4, 0]
+    assert [entry.label for entry in read_index(tar_with(tmp_path / "a.tar", files))] == [3, 4, 0]
 
 
 @pytest.mark.parametrize(

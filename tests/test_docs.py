@@ -102,6 +102,7 @@ def test_the_table_of_weights_is_that_of_the_models():
     assert set(config_groups()["encoder"]) - shown == {
         "digits",
         "digits_small",
+        "pictures",
         "timm",
         "dinov2",
         "dinov2_layers",

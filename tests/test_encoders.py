@@ -17,7 +17,7 @@ from rae.encoder.fusion import fuse
 from rae.layers import tokens_to_grid
 
 # Those of published weights; the rest (digits and any timm model) have a size of one's own.
-ENCODERS = sorted(set(config_groups()["encoder"]) - {"digits", "digits_small", "timm"})
+ENCODERS = sorted(set(config_groups()["encoder"]) - {"digits", "digits_small", "pictures", "timm"})
 LARGE = {name for name in ENCODERS if re.search(r"_(l|l14|so400m|h|g|7b|1b)(_|$)", name)}
 """Of more weights than a network of base size."""
 

@@ -19,7 +19,7 @@ from rae.flow import EulerSampler, FlowMatching, PublishedGrid
 from rae.generator import Generator
 from rae.io.errors import ConfigError
 from rae.jobs.images import open_images, open_pairs
-from rae.jobs.samples import label_list
+from rae.jobs.wanted import label_list
 from rae.metric import read_reference
 from tests.digits_runs import run
 

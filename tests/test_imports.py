@@ -10,7 +10,20 @@ import pytest
 ROOT = Path(__file__).parents[1] / "rae"
 MATERIALS = ["rng", "io", "image", "layers", "condition"]
 PARTS = ["flow", "loss", "latent", "encoder", "decoder", "denoiser", "discriminator", "metric", "data"]
-ORDER = [*MATERIALS, *PARTS, "autoencoder", "generator", "formats", "training", "jobs", "cost", "report", "cpu", "cli"]
+ORDER = [
+    *MATERIALS,
+    *PARTS,
+    "autoencoder",
+    "prompts",
+    "generator",
+    "formats",
+    "training",
+    "jobs",
+    "cost",
+    "report",
+    "cpu",
+    "cli",
+]
 ORDER += ["commands", "app", "demo"]
 THIRD_PARTY = {
     "lightning": {"data", "training", "jobs", "cli", "commands", "demo"},

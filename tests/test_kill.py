@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from rae.formats.run import read_step
+from tests import text_runs
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -33,13 +34,14 @@ STAGES: dict[int | str, list[str]] = {
         "denoiser.head_width=64", "scheduler.warmup_steps=3", "callbacks.preview.classes=2", "callbacks.preview.per_class=2",
         "sampler.grid.points=4"],
 }  # fmt: skip
-STAGES["raev2"] = [*STAGES[2], "denoiser=in_context_dit_dh_xl", "denoiser.heads=2", "denoiser.head_heads=2",
-    "denoiser.head_depth=1", "denoiser.base_depth=1", "flow=raev2", "optimizer=muon", "guidance=internal"]  # fmt: skip
+STAGES["text"] = [*text_runs.SMALL, "data.batch_size=64", "data.train_images=512", f"trainer.max_steps={STEPS}",
+    "callbacks.checkpoint.every_n_steps=4", "trainer.val_check_interval=7", "text_encoder.checkpoint=null",
+    "decoder_checkpoint=null", "guidance=internal"]  # fmt: skip
 KILLS: dict[int | str, dict[str, int]] = {
     1: {"between:6": 4, "save:8": 7, "step:11": 8},
     2: {"step:6": 4, "save:8": 4, "step:13": 12},
 }
-KILLS["raev2"] = KILLS[2]
+KILLS["text"] = {"step:6": 4, "save:8": 4, "step:13": 12}
 """Where each stage is killed, and the step of the last checkpoint then; stage 1 also saves the best validation, at step 7."""
 TWO = ["trainer.devices=2", "strategy=ddp"]
 
@@ -89,7 +91,7 @@ def logged(folder: Path) -> dict[tuple[int, str], str]:
     return values
 
 
-@pytest.mark.parametrize(("stage", "processes"), [(1, 2), (2, 1), ("raev2", 2)])
+@pytest.mark.parametrize(("stage", "processes"), [(1, 2), (2, 1), ("text", 2)])
 def test_a_killed_run_ends_bitwise_where_an_undisturbed_one_does(stage: int | str, processes: int, tmp_path: Path):
     overrides = STAGES[stage] + (TWO if processes == 2 else [])
     finish(start([*overrides, f"output_dir={tmp_path}/whole"]), killed=False)

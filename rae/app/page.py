@@ -92,7 +92,7 @@ def _facts(viewer: Viewer) -> str:
     channels, height, width = viewer.autoencoder.latent_shape
     facts = [f"images of {side}×{side} pixels", f"latents of {channels}×{height}×{width}"]
     if viewer.generator is not None:
-        facts.append(f"{viewer.generator.num_classes} classes")
+        facts.append("told a text" if viewer.takes_text else f"{viewer.generator.num_classes} classes")
     return ", ".join(facts)
 
 
@@ -176,7 +176,12 @@ def _samples(viewer: Viewer, limits: Limits) -> None:
     note = None if has_guide else "autoguidance needs a guide: start with guidance=autoguidance guide_checkpoint=…"
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            label = gr.Number(0, label=f"Class, 0 … {generator.num_classes - 1}", precision=0, elem_id="class")
+            told: gr.Textbox | gr.Number
+            if viewer.takes_text:
+                told = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
+            else:
+                told = gr.Number(0, label=f"Class, 0 … {generator.num_classes - 1}", precision=0, elem_id="class")
+            away = gr.Textbox(label="Negative prompt", lines=1, visible=viewer.takes_text, elem_id="negative")
             guidance = gr.Radio(viewer.guidances, value=own, label="Guidance", info=note, elem_id="guidance")
             strength = generator.guidance.scale
             strongest = max(limits.max_scale, strength)
@@ -203,7 +208,8 @@ def _samples(viewer: Viewer, limits: Limits) -> None:
 
     @in_words
     def sample(
-        label: int,
+        told: int | str,
+        away: str,
         guidance: str,
         scale: float,
         steps: int,
@@ -217,11 +223,12 @@ def _samples(viewer: Viewer, limits: Limits) -> None:
         whole("count", count, 1, limits.max_count)  # a request need not come from the sliders
         chosen = None if adaptive else whole("steps", steps, 1, most)
         within("guidance scale", scale, min(1, strength), strongest)
-        images = viewer.sample(label, guidance, scale, chosen, seed, count, on_progress)
+        images = viewer.sample(told, guidance, scale, chosen, seed, count, on_progress, away or None)
         guided = "" if guidance == "none" else f", {guidance} {scale:g}"
-        title = f"Class {viewer.title_of(label)}, samples 0 to {len(images) - 1} of seed {seed}{guided}"
+        what = viewer.title_of(told) if viewer.takes_text else f"Class {viewer.title_of(told)}"
+        title = f"{what}, samples 0 to {len(images) - 1} of seed {seed}{guided}"
         return gr.Gallery([pixels(image) for image in images], label=title)
 
-    settings = [label, guidance, scale, steps, count, seed]
+    settings = [told, away, guidance, scale, steps, count, seed]
     # As sent: the checks above answer in words, Gradio's own would leave a trace in the log.
     button.click(sample, settings, gallery, preprocess=False, api_visibility="private")

@@ -121,24 +121,26 @@ class Viewer:
 
     def sample(
         self,
-        label: int,
+        told: int | str,
         guidance: str = "none",
         scale: float = 1.0,
         steps: int | None = None,
         seed: int = 0,
         count: int = 8,
         on_progress: OnProgress | None = None,
+        negative_prompt: str | None = None,
     ) -> Tensor:
-        """Samples of one class: sample i is that of :class:`~rae.generator.Generator` with the same seed and number.
+        """Samples of one class or prompt: sample i is that of :class:`~rae.generator.Generator` with the same seed and number.
 
         Args:
-            label: The class, in [0, num_classes).
+            told: The class, in [0, num_classes), or for models that are told a text the prompt.
             guidance: One of ``guidances``; the interval is that of the model's own guidance.
             scale: Strength of the guidance; 1 is none.
             steps: Steps of the sampler, at least 1; None for the sampler's own number.
             seed: Seed of the set of samples.
             count: Samples, at least 1.
             on_progress: Told of every step.
+            negative_prompt: What classifier-free guidance steers away from; None or empty for the null text.
 
         Returns:
             Images uint8 count×3×H×W.
@@ -146,8 +148,9 @@ class Viewer:
         Raises:
             ValueError: The model has no denoiser, or one of the arguments is outside its range.
         """
-        generator = self._set(guidance, scale, steps)
-        label = whole("class", label, 0, generator.num_classes - 1)
+        generator = self._set(guidance, scale, steps, negative_prompt or None)
+        if generator.text_encoder is None:
+            told = whole("class", told, 0, generator.num_classes - 1)
         seed = whole("seed", seed, 0)
         count = whole("count", count, 1)
         length = generator.sampler.calls
@@ -162,12 +165,12 @@ class Viewer:
                     on_progress(turn * length + number + 1, len(starts) * length, doing)
 
             with torch.no_grad(), self._arithmetic():
-                latents = generator.latents([label] * len(numbers), seed, numbers, on_step)
+                latents = generator.latents([told] * len(numbers), seed, numbers, on_step)
                 images.append(to_uint8(self.autoencoder.decode(latents).float()).cpu())
         return torch.cat(images)
 
-    def _set(self, guidance: str, scale: float, steps: int | None) -> Generator:
-        """The model with another guidance and number of steps; the networks are shared."""
+    def _set(self, guidance: str, scale: float, steps: int | None, negative_prompt: str | None) -> Generator:
+        """The model with another guidance, number of steps and negative prompt; the networks are shared."""
         own = self.generator
         if own is None:
             raise ValueError("the model has no denoiser: samples are drawn by a model of stage 2")
@@ -182,10 +185,20 @@ class Viewer:
         else:
             chosen = kind(float(scale), own.guidance.interval)
         sampler = own.sampler if steps is None else own.sampler.with_steps(whole("steps", steps, 1))
-        return Generator(own.autoencoder, own.denoiser, own.flow, sampler, chosen, own.guide).eval()
+        if negative_prompt is not None and not chosen.needs_null:
+            raise ValueError("a negative prompt needs guidance=cfg, which steers away from it")
+        parts: dict[str, Any] = {"text_encoder": own.text_encoder, "negative_prompt": negative_prompt}
+        return Generator(own.autoencoder, own.denoiser, own.flow, sampler, chosen, own.guide, **parts).eval()
 
-    def title_of(self, label: int) -> str:
-        """A class as its number, with its name where that is known."""
+    @property
+    def takes_text(self) -> bool:
+        """Whether the model is told a text."""
+        return self.generator is not None and self.generator.text_encoder is not None
+
+    def title_of(self, label: int | str) -> str:
+        """A prompt, or a class as its number, with its name where that is known."""
+        if isinstance(label, str):
+            return f"“{label}”"
         names = self.generator.class_names if self.generator is not None else ()
         return f"{label} ({names[label]})" if label < len(names) else str(label)
 

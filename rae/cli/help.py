@@ -21,6 +21,7 @@ GROUPS = {
     "discriminator": "adversary of the decoder",
     "loss": "loss of the decoder",
     "condition": "what a denoiser is told in context: label, text, navigation",
+    "text_encoder": "frozen network that makes features of captions and prompts",
     "denoiser": "diffusion transformer on the latents",
     "flow": "path between data and noise, prediction, training times, shift",
     "guidance": "guidance of the samples",

@@ -283,7 +283,7 @@ def convert() -> None:
 
 def demo() -> None:
     """Both stages on handwritten digits."""
-    _function("rae.demo.digits:main")()
+    _function("rae.demo.command:main")()
 
 
 stats = entry("stats", "rae.commands.stats:stats")
@@ -298,7 +298,10 @@ download = entry("download", "rae.commands.download:download")
 cost = entry("cost", "rae.commands.cost:cost", complete=False)
 
 COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
-    "demo": (demo, "both stages on handwritten digits, from nothing to a picture and scores, on a CPU within minutes"),
+    "demo": (
+        demo,
+        "all stages on small real pictures, from nothing to a picture and scores, on a CPU: digits or pictures",
+    ),
     "download": (download, "fetches the files of a published model"),
     "shard": (shard, "packs images into tar shards"),
     "train": (train, "trains an encoder of your own, a decoder (stage 1) or a diffusion transformer (stage 2)"),

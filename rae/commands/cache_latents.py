@@ -18,6 +18,7 @@ from rae.commands.stats import describe_data
 from rae.data import ImageDataModule
 from rae.data.latents import DTYPES, INDEX, checksums
 from rae.encoder import Encoder
+from rae.encoder.text import TextEncoder
 from rae.image import to_float
 from rae.io.errors import ConfigError
 from rae.io.files import write_json
@@ -43,6 +44,8 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"flips={cfg.flips} is unknown; choose one of {', '.join(_FLIPS)}")
     if any(split not in ("train", "val") for split in cfg.splits):
         raise ConfigError(f"splits={list(cfg.splits)} may hold train and val")
+    if cfg.text and cfg.text_encoder is None:
+        raise ConfigError("text=true needs text_encoder=…, e.g. text_encoder=qwen3_0_6b, whose features are kept")
     keep_still(cfg.data)
 
 
@@ -60,7 +63,14 @@ def required_bytes(cfg: DictConfig, shape: tuple[int, ...], images: int) -> int:
     return size * images
 
 
-def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDataModule, split: str) -> None:
+def cache_split(
+    cfg: DictConfig,
+    fabric: Fabric,
+    encoder: Encoder,
+    data: ImageDataModule,
+    split: str,
+    text_encoder: TextEncoder | None = None,
+) -> None:
     """Writes the latents of ``train`` or ``val`` that are not there yet, and their description once all are.
 
     Args:
@@ -69,6 +79,7 @@ def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDa
         encoder: On the device.
         data: The data module, set up.
         split: Which of the two.
+        text_encoder: Makes the features of captions, which are kept too; None for none.
 
     Raises:
         ValueError: The folder holds latents of another encoder or of other images.
@@ -89,6 +100,8 @@ def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDa
         "normalised": False,
         "shape": list(encoder.latent_shape),
     }
+    if text_encoder is not None:
+        plan["text"] = text_encoder.fingerprint()
     parts = Parts(folder, plan, images, cfg.part_size, ".safetensors", "latents")
     mine = begin(fabric, parts)
     with first(fabric) as is_first:
@@ -98,15 +111,22 @@ def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDa
     with torch.no_grad():
         for part, batches in batches_of(data, split, parts, mine, fabric, f"encoding {split}"):
             columns: dict[str, list[Any]] = {"latent": [], "label": []}
+            texts: list[torch.Tensor] = []
             for batch in batches:
                 pixels = to_float(batch["image"].to(fabric.device))
                 columns["latent"].append(encoder(pixels).to(dtype).cpu())
                 if cfg.flips == "both":
                     columns.setdefault("mirrored", []).append(encoder(pixels.flip(-1)).to(dtype).cpu())
                 columns["label"].append(batch["label"])
+                if text_encoder is not None:
+                    texts += _texts(text_encoder, batch, dtype)
             part_of = {name: torch.cat(rows) for name, rows in columns.items()}
             for name in [name for name in part_of if name != "label"]:
                 part_of[f"{name}_crc"] = checksums(part_of[name], part_of["label"])
+            if texts:
+                part_of["text"] = torch.cat(texts)
+                part_of["text_end"] = torch.tensor([len(text) for text in texts]).cumsum(0)
+                part_of["text_crc"] = torch.cat([checksums(text[None], torch.zeros(1).long()) for text in texts])
             save_state(part_of, parts.path(part))
     fabric.barrier()
     with first(fabric) as is_first:
@@ -122,6 +142,18 @@ def cache_split(cfg: DictConfig, fabric: Fabric, encoder: Encoder, data: ImageDa
             }
             write_json(folder / INDEX, described)
             log.info("%d latents are in %s", images, folder)
+
+
+def _texts(text_encoder: TextEncoder, batch: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Features L×C of every caption of a batch, without padding.
+
+    Raises:
+        ConfigError: The data hold no captions.
+    """
+    if "caption" not in batch:
+        raise ConfigError("text=true: the data hold no captions; add data.captions=…")
+    told = text_encoder(batch["caption"])
+    return [text[mask].to(dtype).cpu() for text, mask in zip(told["text"], told["text_mask"], strict=True)]
 
 
 def _announce(cfg: DictConfig, folder: Path, shape: tuple[int, ...], images: int, parts: int) -> None:
@@ -158,13 +190,14 @@ def cache_latents(cfg: DictConfig) -> None:
     seed(cfg)
     check_paths(cfg.data)
     encoder = make(cfg.encoder).to(fabric.device)
+    text_encoder = make(cfg.text_encoder).to(fabric.device) if cfg.text else None
     data = make(cfg.data)
     data.setup("fit" if "train" in cfg.splits else "validate")
     if not any(data.samples(split) for split in cfg.splits):
         raise ConfigError(f"splits={list(cfg.splits)}: there are no such images; add data.val_path=…, or choose train")
     for split in cfg.splits:
         if data.samples(split):
-            cache_split(cfg, fabric, encoder, data, split)
+            cache_split(cfg, fabric, encoder, data, split, text_encoder)
     data.teardown("fit")
     with first(fabric) as is_first:
         if is_first:

@@ -35,11 +35,14 @@ _NOT_LOADED = {"pretrained": False, "checkpoint": None, "stats": "none", "compil
 
 
 def without_weights(cfg: DictConfig) -> DictConfig:
-    """The configuration with all that loads a file, and compilation, taken out of it."""
+    """The configuration with all that loads a file, and compilation, taken out of it; a frozen text encoder is not counted."""
     bare = cfg.copy()
     OmegaConf.set_struct(bare, False)
     bare.decoder_checkpoint = None
-    for group in ("encoder", "discriminator", "latent", "loss.perceptual", "training"):
+    if bare.get("denoiser") is not None and bare.get("text_encoder") is not None:
+        bare.condition = OmegaConf.to_container(bare.condition, resolve=True)  # it speaks of the text encoder
+        bare.text_encoder = None
+    for group in ("encoder", "text_encoder", "discriminator", "latent", "loss.perceptual", "training"):
         node = OmegaConf.select(bare, group)
         for key, value in _NOT_LOADED.items() if node is not None and "_target_" in node else ():
             if key in list(node) or (key == "pretrained" and group == "encoder"):  # ??? is among the former

@@ -1,10 +1,9 @@
-"""rae-sample: images of given classes from a trained model, as PNG files, .npz or shards, with a labelled grid."""
+"""rae-sample: images of given classes or prompts from a trained model, as PNG files, .npz or shards, with a labelled grid."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -16,17 +15,19 @@ from rae.generator import Generator
 from rae.image import grid_scale, label_rows, make_grid, save_png, to_uint8
 from rae.io.files import write_json
 from rae.io.parts import Parts
+from rae.jobs.layouts import WRITERS, write_captions
 from rae.jobs.processes import first, start
 from rae.jobs.samples import (
+    Wanted,
     check_interpolations,
     describe_latents,
     draw,
     finished,
-    label_list,
     pick,
     plan_of,
     write_npz,
 )
+from rae.jobs.wanted import check_layout, prompt_list, wanted
 from rae.report.protocol import how_sampled
 
 log = logging.getLogger(__name__)
@@ -36,35 +37,37 @@ def sample(cfg: DictConfig) -> None:
     """Rebuilds the model, draws what is not there yet and writes the results.
 
     Raises:
-        ConfigError: The model has no denoiser, the labels are not right, or the folder holds other samples.
+        ConfigError: The model has no denoiser, the labels or prompts are not right, or the folder holds other samples.
     """
     check_interpolations(cfg)
+    check_layout(cfg)
     folder = Path(cfg.output_dir)
     fabric = start(cfg)
     generator, run = open_generator(cfg)
     generator = generator.to(fabric.device)
     if cfg.compile:
         generator.compile(mode=None if cfg.compile is True else str(cfg.compile))
-    labels = label_list(cfg, generator.num_classes)
+    labels = wanted(cfg, generator)
     plan = plan_of(cfg, generator, labels)
     description = folder / "samples.json"
-    wanted = {
+    asked = {
         "samples.npz": cfg.npz,
         "images": cfg.png,
         "shards": cfg.shards,
         "sheets": cfg.sheets,
         "latents": cfg.keep_latents,
+        str(cfg.layout): cfg.layout is not None,
     }
     with first(fabric) as is_first:
         if is_first and cfg.force:
-            for name in ("samples.json", *wanted, "parts"):
+            for name in ("samples.json", *asked, "parts"):
                 _remove(folder / name)
     there = fabric.broadcast(finished(description, plan) if fabric.is_global_zero else None)
-    if there and all((folder / name).exists() for name, asked in wanted.items() if asked):
+    if there and all((folder / name).exists() for name, one in asked.items() if one):
         log.info("these %d samples are in %s already", len(labels), folder)
         return
 
-    png, shards, latents = (folder / name if wanted[name] else None for name in ("images", "shards", "latents"))
+    png, shards, latents = (folder / name if asked[name] else None for name in ("images", "shards", "latents"))
     parts = draw(cfg, fabric, generator, labels, folder / "parts", plan, png, shards, latents)
     with first(fabric) as is_first:
         if not is_first:
@@ -74,6 +77,10 @@ def sample(cfg: DictConfig) -> None:
             describe_latents(latents, {**plan, **how_sampled(cfg.labels, generator)}, labels, plain(run), parts.size)
         if cfg.npz:
             write_npz(folder / "samples.npz", parts, labels)
+        if png is not None and generator.text_encoder is not None:
+            write_captions(png, [str(told) for told in labels])
+        if cfg.layout is not None:
+            WRITERS[cfg.layout](folder / cfg.layout, parts, prompt_list(cfg), cfg.samples_per_prompt)
         write_sheets(cfg, parts, labels, folder)
         if cfg.interpolations:
             write_interpolations(cfg, generator, labels, folder)
@@ -81,41 +88,43 @@ def sample(cfg: DictConfig) -> None:
         parts.remove()
         made = (
             ["grid.png"]
-            + [name for name, asked in wanted.items() if asked]
+            + [name for name, one in asked.items() if one]
             + ["interpolations.png"] * bool(cfg.interpolations)
         )
         log.info("%d images: %s are in %s", len(labels), ", ".join(made), folder)
 
 
-def write_sheets(cfg: DictConfig, parts: Parts, labels: Sequence[int], folder: Path) -> None:
-    """``grid.png``, one class a row, and with ``sheets`` a picture of every class with all its samples.
+def write_sheets(cfg: DictConfig, parts: Parts, labels: Wanted, folder: Path) -> None:
+    """``grid.png``, one class or prompt a row, and with ``sheets`` a picture of every one with all its samples.
 
     Args:
         cfg: Configuration with ``grid_columns``, ``grid_rows`` and ``sheets``.
         parts: Samples that are drawn.
-        labels: Label of every sample.
+        labels: Class or prompt of every sample.
         folder: Where the pictures go.
     """
-    by_class: dict[int, list[int]] = {}
-    for number, label in enumerate(labels):
+    by_class: dict[int | str, list[int]] = {}
+    told: list[int | str] = [*labels]
+    for number, label in enumerate(told):
         by_class.setdefault(label, []).append(number)
     columns = min(cfg.grid_columns, max(map(len, by_class.values())))
     rows = [(label, numbers[:columns]) for label, numbers in list(by_class.items())[: cfg.grid_rows]]
     pictures = [pick(parts, numbers) for _, numbers in rows]
     scale = grid_scale(pictures[0].shape[-1])
     save_png(label_rows(pictures, [str(label) for label, _ in rows], columns, scale), folder / "grid.png")
-    for label, numbers in by_class.items() if cfg.sheets else ():
+    for row, (label, numbers) in enumerate(by_class.items() if cfg.sheets else ()):
         width = max(1, round(len(numbers) ** 0.5))
-        save_png(make_grid(pick(parts, numbers), width, scale=scale), folder / "sheets" / f"class{label:04d}.png")
+        name = f"prompt{row:04d}.png" if isinstance(label, str) else f"class{label:04d}.png"
+        save_png(make_grid(pick(parts, numbers), width, scale=scale), folder / "sheets" / name)
 
 
-def write_interpolations(cfg: DictConfig, generator: Generator, labels: Sequence[int], folder: Path) -> None:
-    """``interpolations.png``: for each class two samples and, between them, what is drawn from noise between theirs.
+def write_interpolations(cfg: DictConfig, generator: Generator, labels: Wanted, folder: Path) -> None:
+    """``interpolations.png``: for each class or prompt two samples and, between them, what is drawn from noise between theirs.
 
     Args:
         cfg: Configuration with ``interpolations``, ``grid_rows``, ``seed`` and ``quantize``.
         generator: The model, on the device.
-        labels: Their first classes get a row each.
+        labels: The first classes or prompts get a row each.
         folder: Where the picture goes.
     """
     classes = list(dict.fromkeys(labels))[: cfg.grid_rows]

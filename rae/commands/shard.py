@@ -30,6 +30,8 @@ def shard(cfg: DictConfig) -> None:
         cfg.synsets,
         cfg.shuffle,
         cfg.seed,
+        cfg.captions,
+        cfg.caption_key,
         images_per_shard=cfg.images_per_shard,
         resize=cfg.resize,
         quality=cfg.quality,
@@ -39,4 +41,5 @@ def shard(cfg: DictConfig) -> None:
     classes = f" of {len(index['classes'])} classes" if index["classes"] else " without labels (synsets=… gives them)"
     written = f"{size(index['bytes'])} in {len(index['shards'])} shards"
     print(f"{index['images']} images{classes}, {written}; {len(index['broken'])} left out")
-    log.info("data=shards data.train_path=%s trains from them", folder)
+    captions = "" if plan.captions is None else f" data.unlabelled=true data.captions={plan.captions}"
+    log.info("data=shards data.train_path=%s%s trains from them", folder, captions)

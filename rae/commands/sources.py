@@ -22,7 +22,8 @@ from rae.io.errors import ConfigError
 from rae.io.files import changes
 from rae.io.parts import Parts, share, stretch
 from rae.jobs.images import describe_samples, open_images, open_pairs
-from rae.jobs.samples import draw, label_list, latent_parts, plan_of, read_parts
+from rae.jobs.samples import Wanted, draw, latent_parts, plan_of, read_parts
+from rae.jobs.wanted import wanted
 from rae.report.protocol import how_sampled
 from rae.training.reconstructions import reconstructions
 
@@ -40,7 +41,7 @@ class Source:
         identity: What tells these images from others.
         described: The configuration that says how they came about.
         parts: Where samples that were drawn for this lie; None for files.
-        labels: Labels of these samples.
+        labels: Labels or prompts of these samples.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Source:
         identity: dict[str, Any],
         described: DictConfig,
         parts: Parts | None = None,
-        labels: Sequence[int] = (),
+        labels: Wanted = (),
     ) -> None:
         self.batches = batches
         self.identity = identity
@@ -58,12 +59,13 @@ class Source:
         self.labels = labels
 
 
-def from_files(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
+def from_files(cfg: DictConfig, fabric: Fabric, metric: Any, pairs: bool) -> Source:
     """Images of files; with their originals for metrics of reconstructions.
 
     Args:
         cfg: Configuration with ``samples``, ``originals`` and ``batch_size``.
         fabric: The processes; each reads its share of the batches.
+        metric: It says whether it takes prompts.
         pairs: Whether the metric takes originals too.
     """
     rank, world = fabric.global_rank, fabric.world_size
@@ -75,20 +77,31 @@ def from_files(cfg: DictConfig, fabric: Fabric, pairs: bool) -> Source:
             for images, originals in open_pairs(cfg.samples, cfg.originals, cfg.batch_size, rank, world):
                 yield (images, originals), {}
         else:
-            for images, labels, numbers in open_images("samples", cfg.samples, cfg.batch_size, rank, world):
-                yield (images, labels), {"index": numbers}
+            for images, told, numbers in open_images("samples", cfg.samples, cfg.batch_size, rank, world):
+                yield _update(images, told, numbers, metric)
 
     if pairs:
         identity["originals"] = {"path": cfg.originals}
     return Source(batches(), identity, described)
 
 
-def from_generator(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]) -> Source:
+def _update(
+    images: torch.Tensor, told: Sequence[Any] | None, numbers: torch.Tensor, metric: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a metric's ``update``: labels, or prompts for metrics that take them."""
+    if isinstance(told, list) and told and isinstance(told[0], str):
+        prompts = {"prompts": list(told)} if getattr(metric, "takes_prompts", False) else {}
+        return (images, None), {"index": numbers, **prompts}
+    return (images, None if told is None else torch.as_tensor(told)), {"index": numbers}
+
+
+def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callable[..., None]) -> Source:
     """Samples that a model draws now, in parts on disk: a run that was stopped goes on with them.
 
     Args:
         cfg: The command's configuration.
         fabric: The processes; each draws its share of the parts.
+        metric: It says whether it takes prompts.
         prepare: Told the images' size, number and classes before they are drawn.
 
     Raises:
@@ -96,8 +109,9 @@ def from_generator(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]
     """
     generator, run = open_generator(cfg)
     generator = generator.to(fabric.device)
-    labels = label_list(cfg, generator.num_classes)
-    prepare(generator.autoencoder.image_size, len(labels), labels)
+    labels = wanted(cfg, generator)
+    classes = None if generator.text_encoder is not None else labels
+    prepare(generator.autoencoder.image_size, len(labels), classes)
     plan = plan_of(cfg, generator, labels)
     parts = draw(cfg, fabric, generator, labels, Path(cfg.output_dir) / "parts", plan)
 
@@ -105,10 +119,8 @@ def from_generator(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]
         mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
         for images, numbers in read_parts(parts, cfg.batch_size, mine):
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-            yield (
-                (pixels, torch.tensor([labels[number] for number in numbers])),
-                {"index": torch.tensor(list(numbers))},
-            )
+            told: list[Any] = [labels[number] for number in numbers]
+            yield _update(pixels, told, torch.tensor(list(numbers)), metric)
 
     identity = {"checkpoint": str(cfg.checkpoint), **plan, **how_sampled(cfg.labels, generator)}
     return Source(batches(), {"samples": identity}, run, parts, labels)
@@ -165,23 +177,23 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
         bundle = Bundle(
             str(cfg.latents), {"encoder": described["encoder"], "decoder": described["decoder"]}
         ).with_decoder(held)
-        wanted: Any = assemble(bundle, encode=False, make=make_part).decoder
-        decoders[name] = wanted.to(fabric.device)
-        if shape != (wanted.channels, wanted.grid, wanted.grid):
+        network: Any = assemble(bundle, encode=False, make=make_part).decoder
+        decoders[name] = network.to(fabric.device)
+        if shape != (network.channels, network.grid, network.grid):
             raise ConfigError(
-                f"decoders: {name} takes latents of {wanted.channels}×{wanted.grid}×{wanted.grid}, those of latents={cfg.latents} "
-                f"are {'×'.join(map(str, shape))}"
+                f"decoders: {name} takes latents of {network.channels}×{network.grid}×{network.grid}, those of "
+                f"latents={cfg.latents} are {'×'.join(map(str, shape))}"
             )
         if hasattr(metric, "prepare"):
-            metric.prepare(wanted.image_size, len(labels), labels)
+            metric.prepare(network.image_size, len(labels), None if isinstance(labels[0], str) else labels)
 
     def batches(decoder: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
         for latents, numbers in read_parts(parts, cfg.batch_size, mine):
             with torch.no_grad(), computing(cfg.precision, fabric.device):
                 images = decoder(torch.from_numpy(latents).to(fabric.device)).clamp(0, 1)
-            index = torch.tensor(list(numbers))
-            yield (to_uint8(images.float(), cfg.quantize), torch.tensor(labels)[index]), {"index": index}
+            told = [labels[number] for number in numbers]
+            yield _update(to_uint8(images.float(), cfg.quantize), told, torch.tensor(list(numbers)), metric)
 
     for name, decoder in decoders.items():
         decoded = {"precision": cfg.precision, "quantize": cfg.quantize, "latents": str(cfg.latents), "decoder": name}
@@ -204,6 +216,6 @@ def open_source(cfg: DictConfig, fabric: Fabric, metric: Any) -> Source:
     """
     pairs = getattr(metric, "takes_originals", False)
     if cfg.samples is not None:
-        return from_files(cfg, fabric, pairs)
+        return from_files(cfg, fabric, metric, pairs)
     prepare = getattr(metric, "prepare", lambda *_: None)
-    return (from_autoencoder if pairs else from_generator)(cfg, fabric, prepare)
+    return from_autoencoder(cfg, fabric, prepare) if pairs else from_generator(cfg, fabric, metric, prepare)

@@ -84,7 +84,15 @@ def training_step(module: Any, size: int, precision: torch.dtype | None = None, 
     _stand_in(module, micro_batches)
 
     def work(images: int) -> None:
-        batch = {"label": torch.zeros(images, dtype=torch.int64), "epoch": keys[images], "index": keys[images]}
+        batch: dict[str, Any] = {
+            "epoch": keys[images],
+            "index": keys[images],
+            "label": torch.zeros(images, dtype=torch.int64),
+        }
+        if name == "denoiser":
+            batch |= {key: value for key, value in network.condition.nothing(images).items() if key != "label"}
+        elif name == "network":
+            batch["caption"] = ["a caption"] * images  # read by stage 0 with captions alone
         for number in range(micro_batches):
             if cached:
                 batch["latent"] = torch.empty(images, *module.autoencoder.latent_shape)

@@ -5,6 +5,7 @@ from rae.data.folder import ImageFolder, ImageFolderDataModule
 from rae.data.latents import CachedLatents, LatentsDataModule
 from rae.data.loader import SeededDataset
 from rae.data.module import ImageDataModule
+from rae.data.pictures import PicturesDataModule, PicturesDataset
 from rae.data.sampler import ShardedBatchSampler
 from rae.data.shards import ShardsDataModule, TarShards
 from rae.data.synthetic import SyntheticDataModule, SyntheticDataset
@@ -19,6 +20,8 @@ __all__ = [
     "ImageFolderDataModule",
     "ImageTransform",
     "LatentsDataModule",
+    "PicturesDataModule",
+    "PicturesDataset",
     "SeededDataset",
     "ShardedBatchSampler",
     "ShardsDataModule",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from rae.data.captions import read_captions
 from rae.data.loader import ImageFiles, Names
 from rae.data.module import StoredDataModule
 from rae.data.transforms import ImageTransform
@@ -14,15 +17,22 @@ from rae.image import IMAGE_ENDINGS
 class ImageFolder(ImageFiles):
     """Images at any depth below a folder; its subfolders, sorted by name, are the classes 0, 1, ….
 
-    ``unlabelled`` gives all images label 0; a folder without subfolders is always unlabelled.
+    ``unlabelled`` gives all images label 0; a folder without subfolders is always unlabelled. ``captions`` names a file in the
+    folder, see :func:`~rae.data.captions.read_captions`, and ``caption_key`` its column.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: There are no images in it.
+        FileNotFoundError: There is no such folder, or no such file of captions.
+        ValueError: There are no images in it, or one without caption.
     """
 
     def __init__(
-        self, root: str | Path, transform: ImageTransform, unlabelled: bool = False, max_bad_share: float = 0.01
+        self,
+        root: str | Path,
+        transform: ImageTransform,
+        unlabelled: bool = False,
+        max_bad_share: float = 0.01,
+        captions: str | None = None,
+        caption_key: str = "text",
     ) -> None:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
@@ -44,6 +54,21 @@ class ImageFolder(ImageFiles):
             raise ValueError(f"{str(self.root)!r} holds no image; known endings are {', '.join(IMAGE_ENDINGS)}")
         self.files = Names([file for file, _ in found])
         super().__init__([label for _, label in found], transform, max_bad_share)
+        self.captioned = captions is not None
+        if captions is not None:
+            texts = read_captions(self.root / captions, caption_key)
+            bare = [file for file in self.files if not any(text.strip() for text in texts.get(file, ()))]
+            if bare:
+                raise ValueError(
+                    f"{len(bare)} of {len(found)} images have no caption in {str(self.root / captions)!r}, {bare[0]!r} for one; "
+                    "add them, or take the images away"
+                )
+            self._texts = Names([json.dumps(texts[file]) for file in self.files])
+
+    def captions(self, position: int) -> Sequence[str]:
+        """See :meth:`ImageFiles.captions`."""
+        texts: list[str] = json.loads(self._texts[position])
+        return texts
 
     def name(self, position: int) -> str:
         """Its path."""
@@ -74,7 +99,8 @@ class ImageFolderDataModule(StoredDataModule):
 
     ``mode``, ``resize``, ``flip``, ``exact`` and ``fast_decode`` say how training images are cropped, see
     :class:`~rae.data.transforms.ImageTransform`; those for validation are cropped from the centre, exactly and unflipped.
-    ``unlabelled`` gives all images label 0 and ignores subfolders as classes.
+    ``unlabelled`` gives all images label 0 and ignores subfolders as classes. ``captions`` names a file of captions in either
+    folder (``metadata.jsonl``, with ``file_name`` and the column ``caption_key``): batches then hold ``caption``, B texts.
     """
 
     def __init__(
@@ -94,10 +120,14 @@ class ImageFolderDataModule(StoredDataModule):
         pin_memory: bool = True,
         exact: bool = False,
         fast_decode: bool = False,
+        captions: str | None = None,
+        caption_key: str = "text",
     ) -> None:
         common = (batch_size, num_workers, seed, image_size, num_classes, pin_memory, max_bad_share)
         super().__init__(train_path, val_path, *common)
         self.unlabelled = unlabelled
+        self.captions = captions
+        self.caption_key = caption_key
         self.train_transform = ImageTransform(image_size, mode, resize, flip, exact, fast_decode)
         self.val_transform = ImageTransform(image_size, "center_crop", exact=True)
 
@@ -129,7 +159,7 @@ class ImageFolderDataModule(StoredDataModule):
                 )
 
     def _images(self, path: str, transform: ImageTransform) -> ImageFiles:
-        folder = ImageFolder(path, transform, self.unlabelled, self.max_bad_share)
+        folder = ImageFolder(path, transform, self.unlabelled, self.max_bad_share, self.captions, self.caption_key)
         if len(folder.classes) > self.num_classes:
             raise ValueError(
                 f"{path!r} holds {len(folder.classes)} class folders, but data.num_classes is {self.num_classes}; "

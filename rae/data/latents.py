@@ -94,7 +94,21 @@ class CachedLatents(SeededDataset):
                 f"{str(path)!r} holds a latent of {tuple(latent.shape)} with label {int(label)}, but {INDEX} says "
                 f"{tuple(self.index.get('shape', ()))} and {self.index['num_classes']} classes; {_REMEDY}"
             )
-        return {"latent": latent, "label": int(label), "index": index}
+        sample = {"latent": latent, "label": int(label), "index": index}
+        return sample | {"text": self._text(file, row, path)} if self.index.get("text") else sample
+
+    def _text(self, file: Any, row: int, path: Path) -> Tensor:
+        """Features L×C of the caption; raises ValueError where they are damaged."""
+        try:
+            ends = file.get_slice("text_end")
+            start = int(ends[row - 1]) if row else 0
+            text = file.get_slice("text")[start : int(ends[row])]
+            known = int(file.get_slice("text_crc")[row])
+        except (SafetensorError, IndexError, OSError) as error:
+            raise ValueError(f"{str(path)!r} is damaged ({error}); {_REMEDY}") from error
+        if checksums(text[None], torch.zeros(1, dtype=torch.int64))[0] != known:
+            raise ValueError(f"{str(path)!r} is damaged: the text of latent {row} has another checksum; {_REMEDY}")
+        return text.float()
 
 
 _REMEDY = f"remove it and {INDEX}, and run rae-cache-latents again: it makes only what is missing"
@@ -187,6 +201,23 @@ class LatentsDataModule(StoredDataModule):
                 f"set data.num_classes={index['num_classes']}"
             )
         return latents
+
+    def check_text_encoder(self, check: Callable[[Mapping[str, Any], str], None]) -> None:
+        """Lets a text encoder refuse features of another; ``check`` is :meth:`rae.encoder.text.TextEncoder.check`.
+
+        Raises:
+            ValueError: There are no features of captions.
+        """
+        for path in (self.train_path, self.val_path):
+            if path is None:
+                continue
+            described = read_index(Path(path).expanduser()).get("text")
+            if not described:
+                raise ValueError(
+                    f"the latents in {path!r} come without their captions' features, which the denoiser is told: cache them with "
+                    "rae-cache-latents text=true"
+                )
+            check(described, f"the text in {path!r}")
 
     def check_encoder(self, differences: Callable[[Mapping[str, Any]], str]) -> None:
         """Raises ValueError for an encoder whose latents these are not; names what differs.

@@ -13,17 +13,19 @@ import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rae.data.sampler import Key
 from rae.data.storage import UnreachableError
 from rae.data.transforms import ImageTransform, open_for
-from rae.rng import sample_seed
+from rae.rng import sample_seed, uniform
 
 log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
-"""``image`` (uint8 3×H×W) or ``latent`` (C×H×W), ``label``, ``index`` (int); optionally ``broken``, (name, reason) of bad files."""
+"""``image`` (uint8 3×H×W) or ``latent`` (C×H×W), ``label``, ``index`` (int); optionally ``caption`` (text) or ``text`` (its
+features L×C), and ``broken``, (name, reason) of bad files."""
 
 _STACKED = ("image", "latent")
 
@@ -79,7 +81,7 @@ class Names(Sequence[str]):
 
 
 class ImageFiles(SeededDataset):
-    """Labelled images to be opened and transformed.
+    """Labelled images to be opened and transformed; with captions where :meth:`captions` gives some.
 
     One that cannot be read is replaced by the next one that can, the same one in every run, as long as their share is at most
     ``max_bad_share``.
@@ -97,6 +99,20 @@ class ImageFiles(SeededDataset):
     def file(self, position: int) -> str | IO[bytes]:
         """The image file at a position: a path, or a file opened for reading bytes."""
         return self.name(position)
+
+    captioned = False
+    """Whether there are captions."""
+
+    def captions(self, position: int) -> Sequence[str]:
+        """The captions of the image at a position; a sample has one of them, drawn by its seed."""
+        return ()
+
+    def caption(self, position: int, seed: int) -> str:
+        """One of the captions of an image, each as likely; raises ValueError where there is none, or an empty one."""
+        texts = self.captions(position)
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError("it has no caption, or an empty one")
+        return texts[int(uniform([sample_seed(seed, "caption")])[0] * len(texts))].strip()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,6 +135,7 @@ class ImageFiles(SeededDataset):
         while True:
             position = (index + len(broken)) % len(self)
             try:
+                text = {"caption": self.caption(position, seed)} if self.captioned else {}
                 image = self.transform(open_for(self.transform, self.file(position)), seed)
             except UnreachableError:
                 raise
@@ -126,7 +143,7 @@ class ImageFiles(SeededDataset):
                 broken.append((self.name(position), first_line(error)))
                 check_share(len(broken), len(self), self.max_bad_share, [name for name, _ in broken])
             else:
-                return {"image": image, "label": int(self.labels[position]), "index": index, "broken": broken}
+                return {"image": image, "label": int(self.labels[position]), "index": index, "broken": broken, **text}
 
 
 class KeyedDataset(Dataset[Sample]):
@@ -149,6 +166,8 @@ class KeyedDataset(Dataset[Sample]):
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """Samples to a batch: ``image`` uint8 B×3×H×W or ``latent`` B×C×h×w; ``label``, ``index``, ``epoch`` int64 B.
 
+    Captions are ``caption``, a list of B texts, and ``wrong_caption``, texts that nearly fit; their features are
+    ``text`` B×L×C, padded to the longest, and ``text_mask``.
     ``replaced``, bool B, says whether another image stands in for one that cannot be read; ``broken`` names the latter.
     """
     if "error" in samples[0]:
@@ -158,6 +177,13 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     }
     for name in ("label", "index", "epoch"):
         batch[name] = torch.tensor([int(sample[name]) for sample in samples], dtype=torch.int64)
+    for name in ("caption", "wrong_caption"):
+        if name in samples[0]:
+            batch[name] = [sample[name] for sample in samples]
+    if "text" in samples[0]:
+        lengths = torch.tensor([len(sample["text"]) for sample in samples])
+        batch["text"] = pad_sequence([sample["text"] for sample in samples], batch_first=True)
+        batch["text_mask"] = torch.arange(batch["text"].shape[1]) < lengths[:, None]
     batch["replaced"] = torch.tensor([bool(sample.get("broken")) for sample in samples])
     batch["broken"] = [entry for sample in samples for entry in sample.get("broken", ())]
     return batch
@@ -195,6 +221,11 @@ class BrokenFiles:
             names = "".join(f"\n  {name}" for name in list(self.reasons)[:_LISTED])
             more = f"\n  and {len(self.reasons) - _LISTED} more" if len(self.reasons) > _LISTED else ""
             log.warning("%d of %d files could not be read:%s%s", len(self.reasons), self.length, names, more)
+
+
+def _rows(values: Any, chosen: Tensor) -> Any:
+    """The chosen entries of a tensor or list."""
+    return values[chosen] if isinstance(values, Tensor) else [values[row] for row in chosen.nonzero()[:, 0].tolist()]
 
 
 def first_line(error: Exception) -> str:
@@ -274,7 +305,7 @@ class BatchLoader:
                     raise batch["error"]
                 self.broken.add(batch.pop("broken"))
                 own = ~batch.pop("replaced")
-                yield batch if self.replace or own.all() else {key: value[own] for key, value in batch.items()}
+                yield batch if self.replace or own.all() else {key: _rows(value, own) for key, value in batch.items()}
         except Exception:
             self.close()
             raise

@@ -125,6 +125,14 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         dataset = self._dataset(split)
         return 0 if dataset is None else len(dataset)
 
+    def first_captions(self, split: str, count: int) -> list[str]:
+        """Captions of the first samples of ``train`` or ``val``; fewer where there are not so many."""
+        dataset = self._dataset(split)
+        found = (
+            [] if dataset is None else [dataset[number].get("caption") for number in range(min(count, len(dataset)))]
+        )
+        return [caption for caption in found if caption is not None]
+
     def names_hash(self, split: str) -> str | None:
         """SHA-256 of the files of ``train`` or ``val``, by name, label and order; None where the data are no files."""
         dataset = self._dataset(split)

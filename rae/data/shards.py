@@ -6,7 +6,7 @@ import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
@@ -21,8 +21,23 @@ from rae.io.files import parse_json, write_json
 INDEX = "index.json"
 """Name of the index of a whole folder, which ``rae-shard`` writes."""
 
-Entry = tuple[str, int, int, int]
-"""Key, first byte and size of an image within its shard, and its label (-1: none)."""
+TEXT = "txt"
+"""The ending of files that hold one caption."""
+
+
+class Entry(NamedTuple):
+    """Where an image is within its shard, its label, and where its caption is."""
+
+    key: str
+    first: int
+    """First byte."""
+    size: int
+    label: int = -1
+    """-1 for none."""
+    text_first: int = 0
+    """First byte of the file with the caption."""
+    text_size: int = -1
+    """-1 for none."""
 
 
 def index_name(shard: str) -> str:
@@ -30,20 +45,28 @@ def index_name(shard: str) -> str:
     return f"{shard.removesuffix('.tar')}.json"
 
 
-def read_index(shard: str | Path) -> list[Entry]:
+def read_index(shard: str | Path, captions: str | None = None) -> list[Entry]:
     """Where the images of a shard are; only the headers and the labels (``.cls`` or ``.json`` with ``label``) are read.
+
+    Args:
+        shard: A tar file.
+        captions: Which file of an image holds its captions: ``txt``, or any other word for its ``.json``.
 
     Raises:
         ValueError: The file is no tar file, is cut short or damaged, or a label is no whole number.
     """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
+    texts: dict[str, tuple[int, int]] = {}
+    wanted = None if captions is None else TEXT if captions == TEXT else "json"
     try:
         with open_file(str(shard)) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
             for member in tar:
                 key, extension = base_plus_ext(member.name)
                 if not member.isfile() or key is None:
                     continue
+                if extension == wanted:
+                    texts[key] = (member.offset_data, member.size)
                 if f".{extension.lower()}" in IMAGE_ENDINGS:
                     images[key] = (member.offset_data, member.size)
                 elif extension in ("cls", "json"):
@@ -58,7 +81,7 @@ def read_index(shard: str | Path) -> list[Entry]:
         raise ValueError(
             f"shard {str(shard)!r} cannot be indexed: {error}; it must be a whole, uncompressed tar: repair or remove it"
         ) from error
-    return [(key, first, size, labels.get(key, -1)) for key, (first, size) in images.items()]
+    return [Entry(key, *place, labels.get(key, -1), *texts.get(key, ())) for key, place in images.items()]
 
 
 def _label(value: Any, name: str) -> int:
@@ -73,10 +96,11 @@ class TarShards(ImageFiles):
 
     ``unlabelled`` gives all images label 0, else there must be a label with each. ``index_path`` is a file that keeps where
     the images are, so that a later run need not search the shards again; shards of ``rae-shard`` have their own indices.
+    ``captions`` is ``txt`` for a caption in a text file beside each image, or the key of its ``.json`` that holds one or a list.
 
     Raises:
         FileNotFoundError: There are no shards.
-        ValueError: There are no images in them, or no labels.
+        ValueError: There are no images in them, no labels, or an image without caption.
     """
 
     def __init__(
@@ -86,23 +110,32 @@ class TarShards(ImageFiles):
         unlabelled: bool = False,
         max_bad_share: float = 0.01,
         index_path: str | Path | None = None,
+        captions: str | None = None,
     ) -> None:
         self.shards = find_tars(path, INDEX)
         self.remote = is_remote(self.shards[0])
-        self._fetched: dict[int, bytes] = {}
-        index = _indexed(self.shards, None if index_path is None else Path(index_path))
+        self.captioned = captions is not None
+        self._caption_key = captions
+        self._fetched: dict[Place, bytes] = {}
+        index = _indexed(self.shards, None if index_path is None else Path(index_path), captions)
         entries = [entry for shard in index for entry in shard]
         if not entries:
             raise ValueError(f"the shards of {path!r} hold no image; known endings are {', '.join(IMAGE_ENDINGS)}")
-        self.keys = Names([key for key, *_ in entries])
-        self.places = np.array([(first, size) for _, first, size, _ in entries], np.int64)
+        self.keys = Names([entry.key for entry in entries])
+        self.places = np.array([(entry.first, entry.size) for entry in entries], np.int64)
+        self.text_places = np.array([(entry.text_first, entry.text_size) for entry in entries], np.int64)
         self.shard_of = np.repeat(np.arange(len(index)), [len(shard) for shard in index])
-        labels = np.array([label for *_, label in entries], np.int64)
+        labels = np.array([entry.label for entry in entries], np.int64)
         super().__init__(np.zeros_like(labels) if unlabelled else labels, transform, max_bad_share)
         if self.labels.min() < 0:
             raise ValueError(
                 f"{self.name(int(self.labels.argmin()))} has no label (.cls, or .json with label); "
                 "set data.unlabelled=true to take all images as one class"
+            )
+        if self.captioned and self.text_places[:, 1].min() < 0:
+            raise ValueError(
+                f"{self.name(int(self.text_places[:, 1].argmin()))} has no caption: data.captions={captions} wants a "
+                f".{TEXT if captions == TEXT else 'json'} file with each image"
             )
         if not self.remote:  # on the network a stretch that is missing ends the run when it is asked for
             self._check_sizes()
@@ -119,13 +152,27 @@ class TarShards(ImageFiles):
 
     def file(self, position: int) -> IO[bytes]:
         """The content of the image file."""
-        content = self._fetched.get(position)
-        return io.BytesIO(read_ranges([self._where(position)])[0] if content is None else content)
+        return io.BytesIO(self._read(self._where(position)))
+
+    def captions(self, position: int) -> Sequence[str]:
+        """See :meth:`ImageFiles.captions`; raises ValueError for a file that holds none."""
+        content = self._read(self._text_where(position))
+        if self._caption_key == TEXT:
+            return [content.decode()]
+        value = parse_json(content, self.name(position))
+        texts = value.get(self._caption_key) if isinstance(value, dict) else None
+        return [texts] if isinstance(texts, str) else texts or []
+
+    def _read(self, place: Place) -> bytes:
+        content = self._fetched.get(place)
+        return read_ranges([place])[0] if content is None else content
 
     def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
         """The samples of a batch; from the network all are fetched at once, so that its delay counts once."""
         if self.remote:
-            self._fetched = dict(zip(indices, read_ranges([self._where(index) for index in indices]), strict=True))
+            places = [self._where(index) for index in indices]
+            places += [self._text_where(index) for index in indices if self.captioned]
+            self._fetched = dict(zip(places, read_ranges(places), strict=True))
         try:
             return super().load_many(indices, seeds)
         finally:
@@ -135,34 +182,44 @@ class TarShards(ImageFiles):
         """Shard and key."""
         return f"{self.shards[self.shard_of[position]]}:{self.keys[position]}"
 
-    def _where(self, position: int) -> tuple[str, int, int]:
+    def _where(self, position: int) -> Place:
         first, size = self.places[position].tolist()
         return self.shards[self.shard_of[position]], first, size
 
+    def _text_where(self, position: int) -> Place:
+        first, size = self.text_places[position].tolist()
+        return self.shards[self.shard_of[position]], first, size
 
-def _indexed(shards: list[str], cache: Path | None) -> list[list[Entry]]:
+
+Place = tuple[str, int, int]
+"""A stretch of a file: its path, first byte and size."""
+
+
+def _indexed(shards: list[str], cache: Path | None, captions: str | None) -> list[list[Entry]]:
     """The index of every shard: the one that stands beside it, that of the cache, or one that is made now."""
-    beside = [_index_beside(shard) for shard in shards]
+    beside = [_index_beside(shard, captions) for shard in shards]
     if all(entries is not None for entries in beside):
         return [entries for entries in beside if entries is not None]
     files = [[shard.rsplit("/", 1)[-1], size_of(shard)] for shard in shards]
     if cache is not None and cache.is_file():
         kept = read_json(str(cache))
-        if isinstance(kept, dict) and kept.get("files") == files:
+        if isinstance(kept, dict) and kept.get("files") == files and kept.get("captions") == captions:
             return [_entries(entries, str(cache)) for entries in kept["index"]]
-    index = [read_index(shard) for shard in shards]
+    index = [read_index(shard, captions) for shard in shards]
     if cache is not None:
-        write_json(cache, {"files": files, "index": index})
+        write_json(cache, {"files": files, "captions": captions, "index": index})
     return index
 
 
-def _index_beside(shard: str) -> list[Entry] | None:
-    """The index that ``rae-shard`` wrote with a shard; None where there is none, or it is of a smaller file.
+def _index_beside(shard: str, captions: str | None) -> list[Entry] | None:
+    """The index that ``rae-shard`` wrote with a shard; None where there is none, or it is of a smaller file or other captions.
 
     A shard that is smaller than its index says keeps it: what is missing then counts as unreadable.
     """
     content = read_json(index_name(shard))
     if not isinstance(content, dict) or "entries" not in content:
+        return None
+    if captions is not None and content.get("captions") != captions:
         return None
     if not is_remote(shard) and size_of(shard) > (size if isinstance(size := content.get("bytes"), int) else -1):
         return None
@@ -172,8 +229,9 @@ def _index_beside(shard: str) -> list[Entry] | None:
 def _entries(listed: Any, name: str) -> list[Entry]:
     """The entries of an index in a file of this name; raises ValueError where they are none."""
     try:
-        entries = [(str(key), int(first), int(size), int(label)) for key, first, size, label, *_ in listed]
-        if any(first < 0 or size < 0 or label < -1 for _, first, size, label in entries):
+        # What rae-shard writes ends with the image's name; former versions knew no captions.
+        entries = [Entry(str(key), *map(int, rest[: 5 if len(rest) >= 5 else 3])) for key, *rest in listed]
+        if any(entry.first < 0 or entry.size < 0 or entry.label < -1 or entry.text_first < 0 for entry in entries):
             raise ValueError("a negative number")
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
@@ -190,7 +248,8 @@ class ShardsDataModule(ImageFolderDataModule):
 
     A path is a folder of shards, or a pattern such as ``/data/train-{0000..0146}.tar``, or the address of one of them. In
     ``index_folder`` the indices of shards that were not made by ``rae-shard`` are kept for later runs; without it the shards
-    are searched in every run. The ``options`` are those of :class:`~rae.data.folder.ImageFolderDataModule`.
+    are searched in every run. ``captions`` is ``txt`` (a text file beside each image) or the key of its ``.json`` that holds one
+    caption or a list. The ``options`` are those of :class:`~rae.data.folder.ImageFolderDataModule`.
     """
 
     def __init__(
@@ -198,9 +257,10 @@ class ShardsDataModule(ImageFolderDataModule):
         train_path: str | None = None,
         val_path: str | None = None,
         index_folder: str | None = None,
+        captions: str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(train_path, val_path, **options)
+        super().__init__(train_path, val_path, captions=captions, **options)
         self.index_folder = index_folder
 
     def _class_names(self, path: str) -> list[str]:
@@ -213,7 +273,7 @@ class ShardsDataModule(ImageFolderDataModule):
         index = None
         if self.index_folder is not None:
             index = Path(self.index_folder) / ("train.json" if path == self.train_path else "val.json")
-        shards = TarShards(path, transform, self.unlabelled, self.max_bad_share, index)
+        shards = TarShards(path, transform, self.unlabelled, self.max_bad_share, index, self.captions)
         if (largest := int(shards.labels.max())) >= self.num_classes:
             raise ValueError(
                 f"{path!r} holds label {largest}, but data.num_classes is {self.num_classes}; "

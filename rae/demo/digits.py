@@ -1,21 +1,18 @@
-"""rae-demo: both stages on real handwritten digits, from nothing to a picture and a table of scores, on a CPU."""
+"""The demo on handwritten digits: its commands, its table, and the small model of the notebooks."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import json
-import resource
-import shlex
-import subprocess
-import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
 from rae.cli.errors import compose
-from rae.report.table import columns
+from rae.demo.tables import read_json
+
+FOLDER, GUIDANCE = "demo", 1.5
+NOTE = "LPIPS needs VGG weights, which are a download: the demo trains its decoder without it, with L1 and the GAN."
+PICTURES = ("reconstructions", "samples", "samples_cfg")
 
 
 def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
@@ -90,27 +87,6 @@ def small_model(folder: str | Path = "outputs/small") -> Path:
     return folder / "stage2"
 
 
-def run(title: str, command: list[str]) -> float:
-    """Prints and runs one command in a process of its own; returns its wall-clock seconds.
-
-    Raises:
-        SystemExit: The command failed.
-    """
-    print(f"\n{title}\n$ {shlex.join(command)}", flush=True)
-    start = time.perf_counter()
-    arguments = [command[0].removeprefix("rae-"), *command[1:]]
-    status = subprocess.run([sys.executable, "-m", "rae", *arguments], check=False).returncode  # noqa: S603
-    if status:
-        raise SystemExit(f"rae-demo: {command[0]} failed with exit code {status}; the command above can be run alone")
-    return time.perf_counter() - start
-
-
-def read_json(path: Path) -> dict[str, float]:
-    """Numbers that a command wrote."""
-    content = json.loads(path.read_text())
-    return content.get("scores", content)
-
-
 def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:
     """Rows (what, measured, yardstick) from the files that the commands wrote, and the seconds that they took."""
     encoder, stage1, stage2 = (read_json(folder / run / "summary.json") for run in ("encoder", "stage1", "stage2"))
@@ -143,27 +119,3 @@ def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:
         ("whole run", f"{wall / 60:.1f} min", "≤ 10 min on two idle cores"),
         ("whole run, CPU time", f"{cpu / 60:.1f} min", ""),
     ]
-
-
-def main() -> None:
-    """Runs the demo and prints the table."""
-    parser = argparse.ArgumentParser(prog="rae-demo", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything the demo makes")
-    parser.add_argument("--guidance", type=float, default=1.5, help="scale of classifier-free guidance")
-    arguments = parser.parse_args()
-    folder: Path = arguments.output
-    print("LPIPS needs VGG weights, which are a download: the demo trains its decoder without it, with L1 and the GAN.")
-    start = time.perf_counter()
-    for title, command in commands(folder, arguments.guidance):
-        seconds = run(title, command)
-        print(f"  ({seconds:.0f} s)", flush=True)
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    rows = table(folder, time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
-    print(f"\n{columns(rows)}")
-    print("\nPictures:")
-    for name in ("reconstructions", "samples", "samples_cfg"):
-        print(f"  {(folder / name / 'grid.png').resolve()}")
-
-
-if __name__ == "__main__":
-    main()

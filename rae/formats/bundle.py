@@ -19,9 +19,10 @@ from rae.formats.denoiser import load_denoiser
 from rae.generator import Generator
 from rae.io.describe import Described, rebuild
 from rae.io.errors import ConfigError
+from rae.io.tensors import load_strict
 from rae.latent import LatentNormalizer
 
-PARTS = ("encoder", "decoder", "latent", "flow", "denoiser", "sampler", "guidance", "guide")
+PARTS = ("encoder", "decoder", "latent", "flow", "denoiser", "sampler", "guidance", "guide", "text_encoder")
 """What a model is made of."""
 _MAY_DIFFER = ("input_size",)  # decoders serve other grids
 _OF_THE_GRID = ("grid", "position_scale")
@@ -45,6 +46,8 @@ class Bundle:
     """State dicts of the networks and of ``latent``, each read when it is called; in any naming that is known."""
     records: tuple[tuple[str, dict[str, Any] | None], ...] = ()
     """What each source says of its encoder, see :meth:`rae.encoder.Encoder.record`; ``states`` has the first one's weights."""
+    text_record: Mapping[str, Any] | None = None
+    """What tells the text encoder, see :meth:`rae.encoder.text.TextEncoder.fingerprint`."""
     mapped: bool = False
     """Whether tensors are mapped from a file and nobody else's, so that networks may take them over."""
 
@@ -161,7 +164,16 @@ def assemble(bundle: Bundle, encode: bool = True, make: Make = make_part) -> RAE
         denoiser = _network(bundle, "denoiser", make)
         names = readable_names(bundle.description.get("class_names") or ())
         known = names if len(names) == denoiser.num_classes else ()
-        return Generator(autoencoder, denoiser, **parts, guide=guide, class_names=known).eval()
+        text_encoder = _text_encoder(bundle, make)
+        return Generator(
+            autoencoder,
+            denoiser,
+            **parts,
+            guide=guide,
+            class_names=known,
+            text_encoder=text_encoder,
+            negative_prompt=bundle.description.get("negative_prompt"),
+        ).eval()
 
 
 def assemble_autoencoder(bundle: Bundle, encode: bool = True, make: Make = make_part) -> RAE:
@@ -175,6 +187,19 @@ def assemble_autoencoder(bundle: Bundle, encode: bool = True, make: Make = make_
     autoencoder = RAE(encoder, decoder, make("latent", bundle.description.get("latent"), **moments))
     _settle(autoencoder, bundle)
     return autoencoder
+
+
+def _text_encoder(bundle: Bundle, make: Make) -> Any:
+    """The text encoder with its weights, where a description names one; it must be the one that the source was made with."""
+    described = bundle.description.get("text_encoder")
+    if described is None:
+        return None
+    encoder = make("text_encoder", described)
+    if "text_encoder" in bundle.states:
+        load_strict(encoder, bundle.states["text_encoder"](), f"text_encoder of {bundle.source!r}")
+    if bundle.text_record is not None:
+        encoder.check(bundle.text_record, bundle.source)
+    return encoder
 
 
 def _network(bundle: Bundle, part: str, make: Make) -> Any:

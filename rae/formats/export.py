@@ -20,6 +20,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from rae.autoencoder import RAE
+from rae.encoder.text import TextEncoder
 from rae.formats.bundle import Bundle
 from rae.formats.original import refuse_existing
 from rae.generator import Generator
@@ -88,6 +89,10 @@ def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None 
             "guidance": describe(model.guidance),
             "guide": None if model.guide is None else describe(model.guide),
         }
+        if model.text_encoder is not None:
+            config["text_encoder"] = describe_text_encoder(model.text_encoder)
+            if config["text_encoder"]["stored"]:
+                state |= _prefixed("text_encoder", model.text_encoder.state_dict())
         if model.guide is not None:
             state |= _prefixed("guide", model.guide.state_dict())
     config["weights"] = {"file": WEIGHTS, "sha256": state_hash(state)}
@@ -124,6 +129,13 @@ def describe_encoder(autoencoder: RAE, store: bool | None) -> dict[str, Any]:
     if "hub_id" in description and not stored:
         description["hub_id"] = getattr(encoder, "hub_id", None)
     return {"model": description, "stored": stored, "sha256": encoder.weights_hash()}
+
+
+def describe_text_encoder(encoder: TextEncoder) -> dict[str, Any]:
+    """What an export says of its text encoder, whose weights it stores unless they come from the hub."""
+    description = describe(encoder)
+    description |= {"checkpoint": None} if "checkpoint" in description else {}
+    return {"model": description, "stored": not encoder.recoverable, **encoder.fingerprint()}
 
 
 def push(
@@ -270,7 +282,12 @@ def read(path: Path, averaged: bool = True) -> Bundle:
     if current or not stored:  # former versions hashed resized weights
         record["fingerprint"] = {"weights": entry["sha256"], "dtype": entry["model"].get("dtype") or "float32"}
     networks += ["encoder"] if stored else []
-    return Bundle(str(path), described, {name: partial(part, name) for name in networks}, ((str(path), record),))
+    text = dict(config.get("text_encoder") or {})
+    if text:
+        described["text_encoder"] = text.pop("model")
+        networks += ["text_encoder"] if text.pop("stored") else []
+    states = {name: partial(part, name) for name in networks}
+    return Bundle(str(path), described, states, ((str(path), record),), text or None)
 
 
 def _prefixed(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

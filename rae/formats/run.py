@@ -230,4 +230,4 @@ def read(path: Path, averaged: bool = True) -> Bundle:
     names = checkpoint.get("class_names")
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         described["class_names"] = names
-    return Bundle(str(path), described, states, ((str(path), record),))
+    return Bundle(str(path), described, states, ((str(path), record),), checkpoint.get("text_encoder"))

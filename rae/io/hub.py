@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.error import URLError
 
@@ -51,7 +52,11 @@ def find_file(given: str | None, url: str, what: str, remedy: str) -> Path:
 
 
 def read_weights(
-    checkpoint: str | None, hub_id: str | None, revision: str | None, option: str = "encoder.checkpoint"
+    checkpoint: str | None,
+    hub_id: str | None,
+    revision: str | None,
+    option: str = "encoder.checkpoint",
+    names: Sequence[str] = HUB_FILES,
 ) -> dict[str, Tensor]:
     """Reads a state dict from the local file, or else from the hub (its cache first).
 
@@ -60,6 +65,7 @@ def read_weights(
         hub_id: Repository on the Hugging Face hub.
         revision: Branch, tag or commit of the repository.
         option: Name of the option that gives the local file, for messages.
+        names: Files of the repository, of which the first that is there is read.
 
     Raises:
         FileNotFoundError: No file and no connection; names the repository, the cache and the option.
@@ -70,7 +76,7 @@ def read_weights(
     elif hub_id is None:
         raise FileNotFoundError(f"no weights are named: give {option}=/path/to/file (.safetensors, .bin, .pt or .pth)")
     else:
-        state = read_file(fetch_weights(hub_id, revision, option))
+        state = read_file(fetch_weights(hub_id, revision, option, names))
     for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -79,11 +85,11 @@ def read_weights(
     return state
 
 
-def fetch_weights(hub_id: str, revision: str | None, option: str) -> Path:
+def fetch_weights(hub_id: str, revision: str | None, option: str, names: Sequence[str] = HUB_FILES) -> Path:
     """The weight file of a repository, from the hub's cache where it is there; arguments and errors of :func:`read_weights`."""
     problem: Exception | None = None
     cached_only = False
-    for name in HUB_FILES:
+    for name in names:
         try:
             return Path(hf_hub_download(hub_id, name, revision=revision, local_files_only=cached_only))
         except LocalEntryNotFoundError as error:  # no connection: the cache may hold another name, without asking again

@@ -8,18 +8,20 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rae.data.shards import read_index
+from rae.data.captions import CAPTIONS, read_captions
+from rae.data.shards import TEXT, read_index
 from rae.data.storage import read_ranges
 from rae.io.errors import ConfigError
 from rae.io.files import parse_json
 from rae.metric import ImageBatch, iterate_folder, iterate_npz
-from rae.metric.images import decode_image, same_size
+from rae.metric.images import decode_image, folder_files, open_npz, same_size
 
-Batch = tuple[Tensor, Tensor | None, Tensor]
-"""Images uint8 B×3×H×W, their labels B where there are any, and their numbers B."""
+Batch = tuple[Tensor, Any, Tensor]
+"""Images uint8 B×3×H×W, their labels B or a list of prompts where there are any, and their numbers B."""
 
 
 def iterate_shards(path: Path, batch_size: int) -> Iterator[ImageBatch]:
@@ -28,7 +30,7 @@ def iterate_shards(path: Path, batch_size: int) -> Iterator[ImageBatch]:
     Raises:
         ValueError: There is no image, they are of several sizes, or one is damaged.
     """
-    entries = [(str(shard), *entry) for shard in sorted(path.glob("*.tar")) for entry in sorted(read_index(shard))]
+    entries = [(str(shard), *entry[:4]) for shard in sorted(path.glob("*.tar")) for entry in sorted(read_index(shard))]
     if not entries:
         raise ValueError(f"the shards of {str(path)!r} hold no image")
     labelled = all(entry[-1] >= 0 for entry in entries)
@@ -76,11 +78,40 @@ def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size
         batches = iterate_shards(path, batch_size)
     else:
         batches = iterate_folder(path, batch_size)
-    done = 0
+    prompts, done = prompts_of(path), 0
     for number, (images, labels) in enumerate(batches):
         if number % world_size == rank:
-            yield images, labels, torch.arange(done, done + len(images))
+            told = labels if prompts is None else prompts[done : done + len(images)]
+            yield images, told, torch.arange(done, done + len(images))
         done += len(images)
+
+
+def prompts_of(path: Path) -> list[str] | None:
+    """The prompts of samples that ``rae-sample`` wrote, in the order in which they are read; None where there are none.
+
+    Raises:
+        ValueError: They are not one for each sample.
+    """
+    if path.is_file():
+        with open_npz(path) as archive:
+            if "prompts.npy" not in archive.namelist():
+                return None
+        with np.load(path, allow_pickle=False) as arrays:
+            texts: list[str] = arrays["prompts"].tolist()
+            return texts
+    if shards := sorted(path.glob("*.tar")):
+        entries = [(str(shard), entry) for shard in shards for entry in sorted(read_index(shard, TEXT))]
+        if any(entry.text_size < 0 for _, entry in entries):
+            return None
+        places = [(shard, entry.text_first, entry.text_size) for shard, entry in entries]
+        return [content.decode() for content in read_ranges(places)]
+    if not (path / CAPTIONS).is_file():
+        return None
+    known = read_captions(path / CAPTIONS)
+    names = [str(file.relative_to(path)) for file in folder_files(path)]
+    if bare := [name for name in names if not known.get(name)]:
+        raise ValueError(f"{str(path / CAPTIONS)!r} says no prompt of {bare[0]}")
+    return [known[name][0] for name in names]
 
 
 def open_pairs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zipfile
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from lightning import Fabric
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
@@ -28,71 +27,13 @@ from rae.io.files import changes, parse_json, write_atomically, write_json
 from rae.io.parts import Parts
 from rae.io.tensors import state_hash
 from rae.jobs.processes import begin
-from rae.rng import sample_seed
+from rae.jobs.wanted import hash_of
 
+Wanted = Sequence[int] | Sequence[str]
+"""Class or prompt of every sample."""
 _WRITERS = 2  # threads that compress and write while the next images are sampled
 _WAITING = 4  # parts that may wait for them
 _MOST_INTERPOLATIONS = 1_000  # images in a row of one picture
-
-
-def class_list(classes: object, num_classes: int) -> list[int]:
-    """The classes to draw: ``all``, or the list given.
-
-    Raises:
-        ConfigError: Neither of the two, or a class outside the range.
-    """
-    if classes == "all":
-        return list(range(num_classes))
-    listed = [classes] if isinstance(classes, int) else classes
-    if not isinstance(listed, list) or not listed or not all(isinstance(item, int) for item in listed):
-        raise ConfigError(f"classes={classes!r} must be all or a list of numbers, e.g. classes=[0,7]")
-    if wrong := [item for item in listed if not 0 <= item < num_classes]:
-        raise ConfigError(f"classes={wrong} lie outside 0 … {num_classes - 1}, the classes of this run")
-    return listed
-
-
-def label_list(cfg: DictConfig, num_classes: int) -> list[int]:
-    """The label of every sample, which depends on the configuration alone.
-
-    ``labels=equal`` draws ``samples_per_class`` of each of the ``classes``, class by class; ``random`` draws ``count`` labels,
-    each from the seed and the sample's number; a file lists them (text, .npy, or an .npz with ``arr_1``).
-
-    Raises:
-        ConfigError: A number below 1, or a label outside the range.
-        FileNotFoundError: There is no such file.
-    """
-    classes = class_list(
-        OmegaConf.to_container(cfg.classes) if OmegaConf.is_list(cfg.classes) else cfg.classes, num_classes
-    )
-    for key in ("samples_per_class", "batch_size", "part_size"):
-        if cfg[key] < 1:
-            raise ConfigError(f"{key}={cfg[key]} must be at least 1")
-    if cfg.labels == "equal":
-        return [label for label in classes for _ in range(cfg.samples_per_class)]
-    if cfg.labels == "random":
-        if not isinstance(cfg.count, int) or cfg.count < 1:
-            raise ConfigError(f"labels=random needs count=… (how many samples), got count={cfg.count}")
-        return [classes[sample_seed(cfg.seed, "label", number) % len(classes)] for number in range(cfg.count)]
-    return _listed_labels(Path(cfg.labels).expanduser(), num_classes)
-
-
-def _listed_labels(path: Path, num_classes: int) -> list[int]:
-    if not path.is_file():
-        raise FileNotFoundError(f"labels={str(path)!r} does not exist; choose equal, random, or give a file of labels")
-    try:
-        if path.suffix == ".npy":
-            values = np.load(path)
-        elif path.suffix == ".npz":
-            values = np.load(path)["arr_1"]
-        else:
-            values = np.array([int(word) for word in path.read_text().split()])
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"labels={str(path)!r} holds no list of labels: {error}") from error
-    labels = [int(value) for value in np.ravel(values)]
-    wrong = [label for label in labels if not 0 <= label < num_classes]
-    if wrong or not labels:
-        raise ConfigError(f"labels={str(path)!r} must hold labels in 0 … {num_classes - 1}, got {wrong[:8] or 'none'}")
-    return labels
 
 
 def check_interpolations(cfg: DictConfig) -> None:
@@ -107,11 +48,14 @@ def check_interpolations(cfg: DictConfig) -> None:
         )
 
 
-def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dict[str, Any]:
-    """All that the samples depend on: weights (without encoder), sampler, guidance, labels, seed, precision, rule of the bytes."""
+def plan_of(cfg: DictConfig, generator: Generator, labels: Wanted) -> dict[str, Any]:
+    """All that the samples depend on: weights (without encoder), sampler, guidance, what is drawn, seed, precision, bytes' rule."""
     weights = {
         key: value for key, value in generator.state_dict().items() if not key.startswith("autoencoder.encoder.")
     }
+    told: dict[str, Any] = {"labels": hash_of(labels)}
+    if generator.text_encoder is not None:
+        told = {"prompts": hash_of(labels), "negative_prompt": generator.negative_prompt}
     return {
         "model": state_hash(weights),
         "sampler": describe(generator.sampler),
@@ -122,7 +66,7 @@ def plan_of(cfg: DictConfig, generator: Generator, labels: Sequence[int]) -> dic
         "float32": cfg.matmul,
         "quantize": cfg.quantize,
         "samples": len(labels),
-        "labels": hashlib.sha256(np.asarray(labels, dtype=np.int64).tobytes()).hexdigest(),
+        **told,
         "image_size": generator.autoencoder.image_size,
     }
 
@@ -131,7 +75,7 @@ def draw(
     cfg: DictConfig,
     fabric: Fabric,
     generator: Generator,
-    labels: Sequence[int],
+    labels: Wanted,
     folder: Path,
     plan: dict[str, Any],
     png: Path | None = None,
@@ -144,11 +88,11 @@ def draw(
         cfg: Configuration with ``seed``, ``batch_size``, ``part_size``, ``precision`` and ``quantize``.
         fabric: The processes; each draws its share of the parts, all of which are done when it returns.
         generator: Draws.
-        labels: Label of every sample.
+        labels: Class or prompt of every sample.
         folder: Where the parts are kept: .npy files uint8 n×H×W×3.
         plan: From :func:`plan_of`.
         png: Folder for one PNG a sample; None for none.
-        shards: Folder for tar shards of PNGs with labels, one a part; None for none.
+        shards: Folder for tar shards of PNGs with labels or prompts, one a part; None for none.
         latents: Folder for the latents, one file a part, see :func:`latent_parts`; None for none.
     """
     asked = {"png": png is not None, "shards": shards is not None} | ({"latents": True} if latents is not None else {})
@@ -170,9 +114,9 @@ def draw(
 
             for start in range(items.start, items.stop, cfg.batch_size):
                 numbers = range(start, min(start + cfg.batch_size, items.stop))
-                wanted = [labels[number] for number in numbers]
+                told: Any = [labels[number] for number in numbers]
                 images = generator.draw(
-                    wanted, cfg.seed, numbers, cfg.precision, cfg.quantize, keep if latents is not None else None
+                    told, cfg.seed, numbers, cfg.precision, cfg.quantize, keep if latents is not None else None
                 )
                 batches.append(_to_host(images))
                 bar.update(len(numbers))
@@ -200,7 +144,7 @@ def _to_host(images: torch.Tensor) -> tuple[torch.Tensor, Any]:
 
 def _write(
     batches: Sequence[tuple[torch.Tensor, Any]],
-    labels: Sequence[int],
+    labels: Wanted,
     numbers: range,
     path: Path,
     png: Path | None,
@@ -212,19 +156,26 @@ def _write(
             arrival.synchronize()
     images = torch.cat([batch for batch, _ in batches]).permute(0, 2, 3, 1).numpy()
     encoded = [_png(image) for image in images] if png is not None or shards is not None else []
-    names = [f"{number:06d}_class{labels[number]:04d}" for number in numbers]
+    names = [png_name(number, labels[number]) for number in numbers]
     if png is not None:
         for name, content in zip(names, encoded, strict=True):
-            write_atomically(png / f"{name}.png", lambda file, content=content: file.write(content))  # type: ignore[misc]
+            write_atomically(png / name, lambda file, content=content: file.write(content))  # type: ignore[misc]
     if shards is not None:
 
         def write_tar(file: IO[bytes]) -> None:
             with TarWriter(file, mtime=0, encoder=False) as tar:
                 for number, content in zip(numbers, encoded, strict=True):
-                    tar.write({"__key__": f"{number:06d}", "png": content, "cls": str(labels[number]).encode()})
+                    told = labels[number]
+                    said = {"txt" if isinstance(told, str) else "cls": str(told).encode()}
+                    tar.write({"__key__": f"{number:06d}", "png": content, **said})
 
         write_atomically(shards / f"samples-{path.stem.rpartition('-')[2]}.tar", write_tar)
     _save(path, images)
+
+
+def png_name(number: int, told: int | str) -> str:
+    """Name of a sample's PNG file."""
+    return f"{number:06d}.png" if isinstance(told, str) else f"{number:06d}_class{told:04d}.png"
 
 
 def _save(path: Path, values: NDArray[Any]) -> None:
@@ -235,9 +186,9 @@ LATENTS = "latents.json"
 
 
 def describe_latents(
-    folder: Path, plan: Mapping[str, Any], labels: Sequence[int], model: Mapping[str, Any], size: int
+    folder: Path, plan: Mapping[str, Any], labels: Wanted, model: Mapping[str, Any], size: int
 ) -> None:
-    """Says beside kept latents how they were drawn, their labels, of which encoder and decoder, and how many are in a part."""
+    """Says beside kept latents how they were drawn, labels or prompts, encoder and decoder, and how many are in a part."""
     parts = {name: model.get(name) for name in ("encoder", "decoder")}
     write_json(folder / LATENTS, {"samples": dict(plan), "labels": list(labels), "part_size": size, "model": parts})
 
@@ -277,10 +228,10 @@ def read_parts(
             yield np.array(images[start : start + batch_size]), items[start : start + batch_size]
 
 
-def write_npz(path: Path, parts: Parts, labels: Sequence[int] | None) -> Path:
+def write_npz(path: Path, parts: Parts, labels: Wanted | None) -> Path:
     """Packs all parts into an .npz as the evaluation suites read it, part by part: ``arr_0`` uint8 N×H×W×3, ``arr_1`` int64 N.
 
-    Without labels there is no ``arr_1``.
+    Without labels there is no ``arr_1``; prompts are ``prompts``, texts N.
     """
     _, height, width, _ = np.load(parts.path(0), mmap_mode="r").shape
 
@@ -293,8 +244,10 @@ def write_npz(path: Path, parts: Parts, labels: Sequence[int] | None) -> Path:
                     member.write(images.tobytes())
             if labels is None:
                 return
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
+            values = np.asarray(labels)
+            name = "prompts.npy" if values.dtype.kind == "U" else "arr_1.npy"
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values if values.dtype.kind == "U" else values.astype(np.int64))
 
     return write_atomically(path, write)
 

@@ -1,6 +1,7 @@
 """Metrics: images in, numbers out."""
 
 from rae.metric.builder import ReferenceBuilder
+from rae.metric.clip_score import ClipScore
 from rae.metric.features import CallableDetector, Detector, EncoderDetector, Features
 from rae.metric.frechet import FeatureMoments, FrechetDistance
 from rae.metric.generation import GenerationMetrics
@@ -15,6 +16,7 @@ from rae.metric.timm_detector import TimmDetector
 
 __all__ = [
     "CallableDetector",
+    "ClipScore",
     "Detector",
     "EncoderDetector",
     "FDr6",

@@ -25,6 +25,7 @@ class MetricSet(nn.Module):
         if len(set(kinds.values())) > 1:
             raise ValueError(f"metrics of generated images and of reconstructions cannot be mixed: {kinds}")
         self.takes_originals = next(iter(kinds.values()))
+        self.takes_prompts = any(getattr(metric, "takes_prompts", False) for metric in chosen.values())
 
     def prepare(self, *args: Any, **options: Any) -> None:
         """Lets all metrics check what can be before there are images; arguments as theirs."""
@@ -33,9 +34,10 @@ class MetricSet(nn.Module):
                 metric.prepare(*args, **options)
 
     def update(self, *images: Any, **options: Any) -> None:
-        """Adds a batch to all metrics; arguments as theirs."""
+        """Adds a batch to all metrics; arguments as theirs, ``prompts`` for those that take them."""
+        prompts = {"prompts": options.pop("prompts")} if "prompts" in options else {}
         for metric in self.metrics.values():
-            metric.update(*images, **options)
+            metric.update(*images, **options, **(prompts if getattr(metric, "takes_prompts", False) else {}))
 
     def compute(self) -> dict[str, float]:
         """All scores by name; raises ValueError where two metrics give a score the same name and another value."""

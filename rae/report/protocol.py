@@ -21,11 +21,12 @@ _REFERENCES = {"adm": ("adm_imagenet256", "adm_imagenet512"), "raev2": ("jit_ima
 
 
 def how_sampled(labels: str, generator: Generator) -> dict[str, Any]:
-    """The rule of the labels and how often a sample passes through the networks, for ``samples.json``."""
+    """The rule of the labels, or "prompts", and how often a sample passes through the networks, for ``samples.json``."""
     counts = None
     if generator.sampler.evaluations is not None:
         counts = evaluations(generator.sampler, generator.guidance, generator.flow)
-    return {"label_rule": _LABELS.get(labels, "list"), "evaluations": counts}
+    rule = "prompts" if generator.text_encoder is not None else _LABELS.get(labels, "list")
+    return {"label_rule": rule, "evaluations": counts}
 
 
 def protocol_of(identity: Mapping[str, Any]) -> dict[str, Any]:

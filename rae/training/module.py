@@ -57,6 +57,9 @@ class TrainingModule(L.LightningModule):
     takes_latents: bool = False
     """Whether batches may hold cached latents in place of images."""
 
+    takes_captions: bool = False
+    """Whether captions are read; where they are not, batches come without."""
+
     def __init__(
         self,
         optimizer: OptimizerFactory,
@@ -166,7 +169,8 @@ class TrainingModule(L.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Leaves the keys of the samples, from which draws are made, on the CPU: reading them back would wait for the device."""
         keys = {name: batch[name] for name in ("epoch", "index") if name in batch}
-        rest = {name: value for name, value in batch.items() if name not in keys}
+        unread = () if self.takes_captions else ("caption", "wrong_caption")
+        rest = {name: value for name, value in batch.items() if name not in keys and name not in unread}
         return {**super().transfer_batch_to_device(rest, device, dataloader_idx), **keys}
 
     @property

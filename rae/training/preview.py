@@ -105,8 +105,8 @@ class ReconstructionPreview(PicturePreview):
 class SamplePreview(PicturePreview):
     """Samples of a few classes, each class a row, always from the noise of one seed; options as of :class:`PicturePreview`.
 
-    ``classes`` lists the rows, or a number takes the first ones; each has ``per_class`` samples. A guidance with a guide
-    does not go.
+    ``classes`` lists the rows, or a number takes the first ones; each has ``per_class`` samples. Where the denoiser is told a text,
+    rows are ``prompts``, or the first captions for validation. A guidance with a guide does not go.
     """
 
     name = "samples"
@@ -118,19 +118,37 @@ class SamplePreview(PicturePreview):
         classes: int | list[int] = 8,
         per_class: int = 8,
         seed: int = 0,
+        prompts: list[str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.sampler = sampler
         self.guidance = guidance
         self.classes = classes
+        self.prompts = prompts
         self.per_class = per_class
         self.seed = seed
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
         """One row a class."""
+        wanted = [row for row in self._rows(trainer, pl_module) for _ in range(self.per_class)]
+        if not wanted:
+            return None
+        generator = Generator(
+            pl_module.autoencoder,
+            pl_module.denoiser,
+            pl_module.flow,
+            self.sampler,
+            self.guidance,
+            text_encoder=pl_module.text_encoder,
+        )
+        return to_uint8(generator(wanted, seed=self.seed)), self.per_class
+
+    def _rows(self, trainer: L.Trainer, pl_module: Any) -> list[Any]:
+        """The class or prompt of every row."""
+        first = self.classes if isinstance(self.classes, int) else len(self.classes)
+        if pl_module.text_encoder is not None:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            return self.prompts or data.first_captions("val", first)
         total = int(pl_module.denoiser.num_classes)
-        classes = range(min(self.classes, total)) if isinstance(self.classes, int) else self.classes
-        labels = [label for label in classes for _ in range(self.per_class)]
-        generator = Generator(pl_module.autoencoder, pl_module.denoiser, pl_module.flow, self.sampler, self.guidance)
-        return to_uint8(generator(labels, seed=self.seed)), self.per_class
+        return list(range(min(first, total))) if isinstance(self.classes, int) else self.classes

@@ -72,7 +72,8 @@ class ScoreSamples(Evaluation):
 
     The metric takes images alone, as :class:`rae.metric.GenerationMetrics` does. ``guide`` is an exported model (folder or hub id)
     whose denoiser guides, for autoguidance. ``samples_per_class`` samples of the ``classes``, None for all, are drawn
-    ``batch_size`` at once; sample i depends on ``seed`` and on i alone. ``options`` are those of :class:`Evaluation`.
+    ``batch_size`` at once, or where the denoiser is told a text, one of each of the first ``captions`` for validation; sample i
+    depends on ``seed`` and on i alone. ``options`` are those of :class:`Evaluation`.
     """
 
     def __init__(
@@ -83,17 +84,21 @@ class ScoreSamples(Evaluation):
         guide: str | None = None,
         classes: Sequence[int] | None = None,
         samples_per_class: int = 50,
+        captions: int = 1000,
         batch_size: int = 64,
         seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(metric, **options)
-        at_least_one("callbacks.evaluation", samples_per_class=samples_per_class, batch_size=batch_size)
+        at_least_one(
+            "callbacks.evaluation", samples_per_class=samples_per_class, captions=captions, batch_size=batch_size
+        )
         self.sampler = sampler
         self.guidance = guidance
         self.guide = None if guide is None else load_denoiser(guide)
         self.classes = classes
         self.samples_per_class = samples_per_class
+        self.captions = captions
         self.batch_size = batch_size
         self.seed = seed
 
@@ -106,6 +111,7 @@ class ScoreSamples(Evaluation):
             "guidance": None if self.guidance is None else describe(self.guidance),
             "classes": "all" if self.classes is None else list(self.classes),
             "samples_per_class": self.samples_per_class,
+            "captions": self.captions,
             "seed": self.seed,
         }
 
@@ -119,18 +125,36 @@ class ScoreSamples(Evaluation):
         super().on_fit_start(trainer, pl_module)
 
     def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
-        """Class by class."""
+        """Class by class, or a caption a sample."""
+        wanted = self._wanted(trainer, pl_module)
+        return len(wanted), None if pl_module.text_encoder is not None else wanted
+
+    def _wanted(self, trainer: L.Trainer, pl_module: Any) -> list[Any]:
+        """The class or prompt of every sample; raises ValueError where there are no captions."""
+        if pl_module.text_encoder is not None:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            if not (prompts := data.first_captions("val", self.captions)):
+                raise ValueError(
+                    "callbacks.evaluation draws the captions for validation, and the data hold none: set data.val_path and "
+                    "data.captions"
+                )
+            return list(prompts)
         classes = range(pl_module.denoiser.num_classes) if self.classes is None else self.classes
-        labels = [label for label in classes for _ in range(self.samples_per_class)]
-        return len(labels), labels
+        return [label for label in classes for _ in range(self.samples_per_class)]
 
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
         """The processes draw the batches in turn."""
         guide = None if self.guide is None else self.guide.to(pl_module.device)
         generator = Generator(
-            pl_module.autoencoder, pl_module.denoiser, pl_module.flow, self.sampler, self.guidance, guide
+            pl_module.autoencoder,
+            pl_module.denoiser,
+            pl_module.flow,
+            self.sampler,
+            self.guidance,
+            guide,
+            text_encoder=pl_module.text_encoder,
         )
-        labels = self.plan(trainer, pl_module)[1] or []
+        labels = self._wanted(trainer, pl_module)
         starts = range(0, len(labels), self.batch_size)
         rank, world = trainer.global_rank, trainer.world_size
         turns = range(0, len(starts), world)
@@ -141,4 +165,7 @@ class ScoreSamples(Evaluation):
             chosen = [labels[number] for number in numbers]
             images = generator.draw(chosen, self.seed, numbers, self.precision, self.quantize)
             if turn + rank < len(starts):
-                self.metric.update(images, torch.tensor(chosen), index=torch.tensor(list(numbers)))
+                prompted = pl_module.text_encoder is not None
+                prompts = {"prompts": chosen} if prompted and getattr(self.metric, "takes_prompts", False) else {}
+                told = None if prompted else torch.tensor(chosen)
+                self.metric.update(images, told, index=torch.tensor(list(numbers)), **prompts)

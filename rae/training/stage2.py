@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from rae.autoencoder import RAE
 from rae.condition import drop
 from rae.data.latents import LatentsDataModule
 from rae.denoiser import Denoiser
+from rae.encoder.text import TextEncoder
 from rae.flow import FlowMatching
 from rae.image import to_float
+from rae.prompts import check_text_encoder
 from rae.rng import normal, sample_seeds, to_device, uniform
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 from rae.training.strategy import shard, whole
@@ -31,6 +34,8 @@ class Stage2Module(TrainingModule):
         flow: Path, prediction, time distribution and shift.
         optimizer: Makes the optimiser from the parameters.
         scheduler: Makes the schedule from the optimiser and ``steps_per_epoch``; None for a constant rate.
+        text_encoder: Frozen; makes the features of captions for a denoiser that is told a text. Batches with cached features do
+            without.
         label_dropout: Share of labels (or of whatever else the denoiser is told) replaced by the null condition, in [0, 1);
             0 forgoes classifier-free guidance.
         seed: Seed of every draw.
@@ -39,8 +44,9 @@ class Stage2Module(TrainingModule):
         config: See :class:`~rae.training.module.TrainingModule`.
     """
 
-    frozen = ("autoencoder.",)
+    frozen = ("autoencoder.", "text_encoder.")
     takes_latents = True
+    takes_captions = True
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class Stage2Module(TrainingModule):
         flow: FlowMatching,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
+        text_encoder: TextEncoder | None = None,
         label_dropout: float = 0.1,
         seed: int = 42,
         compile: bool | Sequence[str] = False,
@@ -65,6 +72,8 @@ class Stage2Module(TrainingModule):
             )
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.denoiser = denoiser
+        check_text_encoder(denoiser, text_encoder)
+        self.text_encoder = None if text_encoder is None else text_encoder.requires_grad_(False)
         self.flow = flow
         self.label_dropout = label_dropout
         self._sharded = False
@@ -87,6 +96,8 @@ class Stage2Module(TrainingModule):
         encoder, described = self.autoencoder.encoder, self.autoencoder.latent.encoder
         if isinstance(data, LatentsDataModule):
             data.check_encoder(encoder.differences)
+            if self.text_encoder is not None:
+                data.check_text_encoder(self.text_encoder.check)
         if described is not None and (differing := encoder.differences(described)):
             raise ValueError(
                 f"the latent statistics (latent.stats) are of another encoder: {differing}; compute them for this one with "
@@ -94,11 +105,24 @@ class Stage2Module(TrainingModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the names of the classes, where the data tell them."""
+        """Adds the names of the classes, where the data tell them, and what tells the text encoder."""
         super().on_save_checkpoint(checkpoint)
+        if self._text_record is not None:
+            checkpoint["text_encoder"] = self._text_record
         names = getattr(getattr(self._trainer, "datamodule", None), "class_names", [])
         if len(names) == int(self.denoiser.num_classes):
             checkpoint["class_names"] = list(names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See :class:`~rae.training.module.TrainingModule`; raises ValueError, too, where the text encoder is another."""
+        super().on_load_checkpoint(checkpoint)
+        if self.text_encoder is not None and "text_encoder" in checkpoint:
+            self.text_encoder.check(checkpoint["text_encoder"], "the checkpoint")
+
+    @cached_property
+    def _text_record(self) -> dict[str, Any] | None:
+        """Made once: its hash reads all weights, which never change in training."""
+        return None if self.text_encoder is None else self.text_encoder.fingerprint()
 
     def configure_model(self) -> None:
         """Shares the denoiser out where the strategy says so (``trainer=fsdp``)."""
@@ -128,6 +152,23 @@ class Stage2Module(TrainingModule):
             return self.autoencoder.latent.normalize(batch["latent"].float())
         return self.autoencoder.encode(to_float(batch["image"]))
 
+    def text_of(self, batch: Any) -> dict[str, Tensor]:
+        """Features and mask of a batch's captions; nothing where they are cached, or the denoiser is told no text.
+
+        Raises:
+            ValueError: There are neither captions nor features.
+        """
+        if "text" not in self.denoiser.condition.names or "text" in batch:
+            return {}
+        if "caption" not in batch:
+            raise ValueError(
+                "the denoiser is told a text, but the data hold no captions: add data.captions=…, or cached latents with text "
+                "(rae-cache-latents text=true)"
+            )
+        if self.text_encoder is None:
+            raise ValueError("the denoiser is told a text: add text_encoder=…, e.g. text_encoder=qwen3_0_6b")
+        return self.text_encoder(batch["caption"])
+
     def losses(self, batch: Batch, purpose: str, label_dropout: float) -> Tensor:
         """Flow-matching loss of every sample, B, with the draws that belong to the samples."""
         latents = self.encode(batch)
@@ -139,7 +180,7 @@ class Stage2Module(TrainingModule):
         noise = normal(seeds("noise"), latents.shape[1:], device=latents.device)
         t = to_device(self.flow.sample_time(uniform(seeds("time"))), latents.device)
         told = self.denoiser.condition
-        conditions = {name: batch[name] for name in told.names if name in batch}
+        conditions = {name: batch[name] for name in told.names if name in batch} | self.text_of(batch)
         if label_dropout:
             draws = uniform(seeds("label"), device=latents.device)
             conditions = drop(conditions, told.null(conditions), draws, label_dropout)
@@ -150,7 +191,7 @@ class Stage2Module(TrainingModule):
         """Mean loss of the batch, as Lightning is to sum it over the micro-batches of a step."""
         self.remember(batch)
         loss = self.losses(batch, "train", self.label_dropout).mean()
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["epoch"]))
         return loss * (self.micro_batches / self.group_size(batch_idx))  # Lightning divides by accumulate_grad_batches
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

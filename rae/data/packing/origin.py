@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scipy.io import loadmat
 
+from rae.data.captions import read_captions
 from rae.data.folder import class_folders, image_files
 from rae.data.storage import check_tar_end
 from rae.image import IMAGE_ENDINGS
@@ -26,12 +27,30 @@ class Source:
     file: str  # the file that holds it
     first: int = 0  # first byte within the file
     size: int | None = None  # number of bytes; None for the whole file
+    captions: tuple[str, ...] = ()
 
     def read(self) -> bytes:
         """The image file's content."""
         with open(self.file, "rb") as file:
             file.seek(self.first)
             return file.read(-1 if self.size is None else self.size)
+
+
+def with_captions(sources: Sequence[Source], file: str | Path, column: str = "text") -> list[Source]:
+    """The images with the captions of a file, see :func:`~rae.data.captions.read_captions`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: An image has no caption.
+    """
+    texts = read_captions(Path(file).expanduser(), column)
+    found = [replace(source, captions=tuple(filter(str.strip, texts.get(source.name, ())))) for source in sources]
+    if bare := [source.name for source in found if not source.captions]:
+        raise ValueError(
+            f"{len(bare)} of {len(found)} images have no caption in {str(file)!r}, {bare[0]!r} for one; add them, or take the "
+            "images away"
+        )
+    return found
 
 
 def find_sources(path: str | Path, synsets: str | Path | None = None) -> tuple[list[Source], list[str]]:
@@ -68,7 +87,7 @@ def find_sources(path: str | Path, synsets: str | Path | None = None) -> tuple[l
         flat = False
     classes = [] if flat else sorted({str(name) for name, _ in named})
     number = {name: label for label, name in enumerate(classes)}
-    found = [Source(s.name, -1 if flat else number[str(name)], s.file, s.first, s.size) for name, s in named]
+    found = [replace(source, label=-1 if flat else number[str(name)]) for name, source in named]
     return sorted(found, key=lambda source: (source.label, source.name)), classes
 
 

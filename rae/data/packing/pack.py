@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import os
 import re
@@ -20,8 +21,8 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from rae.data.loader import check_share, first_line
-from rae.data.packing.origin import Source, find_sources
-from rae.data.shards import INDEX, index_name, read_index
+from rae.data.packing.origin import Source, find_sources, with_captions
+from rae.data.shards import INDEX, TEXT, index_name, read_index
 from rae.data.transforms import resize_shorter
 from rae.image import open_rgb
 from rae.io.files import file_hash, parse_json, write_atomically, write_json
@@ -60,7 +61,14 @@ class ShardPlan:
 
     @classmethod
     def of(
-        cls, images: str | Path, synsets: str | Path | None = None, shuffle: bool = True, seed: int = 42, **options: Any
+        cls,
+        images: str | Path,
+        synsets: str | Path | None = None,
+        shuffle: bool = True,
+        seed: int = 42,
+        captions: str | Path | None = None,
+        caption_key: str = "text",
+        **options: Any,
     ) -> ShardPlan:
         """The plan for a folder or tar file, see :func:`~rae.data.packing.origin.find_sources`.
 
@@ -68,6 +76,8 @@ class ShardPlan:
         images and does not need it. ``options`` are the other arguments of the class.
         """
         sources, classes = find_sources(images, synsets)
+        if captions is not None:
+            sources = with_captions(sources, captions, caption_key)
         if shuffle:
             generator = torch.Generator().manual_seed(sample_seed(seed, "shards"))
             sources = [sources[position] for position in torch.randperm(len(sources), generator=generator).tolist()]
@@ -83,11 +93,18 @@ class ShardPlan:
         return self.sources[shard * self.images_per_shard : (shard + 1) * self.images_per_shard]
 
     @property
+    def captions(self) -> str | None:
+        """How the captions are read back (``data.captions``): ``txt`` for one each, ``text`` for lists in JSON; None for none."""
+        counts = {len(source.captions) for source in self.sources}
+        return None if 0 in counts else TEXT if counts == {1} else "text"
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What the shards depend on, in a few words: options, and the hash of all names and labels in their order."""
         digest = hashlib.sha256()
         for source in self.sources:
-            digest.update(f"{source.name}|{source.label}\n".encode())
+            captions = f"|{json.dumps(source.captions)}" if source.captions else ""
+            digest.update(f"{source.name}|{source.label}{captions}\n".encode())
         options = {key: getattr(self, key) for key in ("images_per_shard", "resize", "quality", "check", "seed")}
         return {"files": len(self.sources), "names": digest.hexdigest(), "classes": list(self.classes), **options}
 
@@ -225,6 +242,7 @@ class _Writer(Dataset["Packed | str"]):
         self.plan = plan
         self.folder = folder
         self.shards = shards
+        self.captions = plan.captions
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -252,14 +270,24 @@ class _Writer(Dataset["Packed | str"]):
                     key = f"{number:08d}"
                     names[key] = source.name
                     label = {} if source.label < 0 else {"cls": str(source.label).encode()}
-                    tar.write({"__key__": key, extension: content, **label})
+                    tar.write({"__key__": key, extension: content, **label, **self._captions(source)})
 
         write_atomically(path, write)
-        entries = [[*entry, names[entry[0]]] for entry in read_index(path)]
-        labels = Counter(str(entry[3]) for entry in entries)
+        found = read_index(path, self.captions)
+        entries = [[*entry, names[entry.key]] for entry in found]
+        labels = Counter(str(entry.label) for entry in found)
         packed = Packed(path.name, len(entries), path.stat().st_size, file_hash(path), dict(labels), broken)
-        write_json(path.with_name(index_name(path.name)), {**asdict(packed), "entries": entries})
+        said = {} if self.captions is None else {"captions": self.captions}
+        write_json(path.with_name(index_name(path.name)), {**asdict(packed), **said, "entries": entries})
         return packed
+
+    def _captions(self, source: Source) -> dict[str, bytes]:
+        """The file with the captions of an image, by its ending."""
+        if self.captions is None:
+            return {}
+        if self.captions == TEXT:
+            return {TEXT: source.captions[0].encode()}
+        return {"json": json.dumps({self.captions: source.captions}, ensure_ascii=False).encode()}
 
     def _content(self, source: Source) -> tuple[str, bytes]:
         """Extension and bytes under which an image is stored."""
@@ -294,5 +322,6 @@ def _kept(folder: Path, name: str) -> Packed | None:
         return None
     content = parse_json(file.read_bytes(), str(file))
     content.pop("entries")
+    content.pop("captions", None)
     packed = Packed(**{**content, "broken": [tuple(entry) for entry in content["broken"]]})
     return packed if (folder / name).stat().st_size == packed.bytes else None

@@ -1,0 +1,59 @@
+"""Captions of images in folders: a file of lines beside them, in the layout of Hugging Face's image folders."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from rae.io.files import parse_json
+
+CAPTIONS = "metadata.jsonl"
+"""The usual name of the file."""
+NAME = "file_name"
+"""The column that names the image."""
+
+
+def read_captions(path: Path, column: str = "text") -> dict[str, list[str]]:
+    """Captions by the name of their image, relative to the folder that the file is in.
+
+    A row of the file has ``file_name`` and the caption's ``column``, in JSON lines a text or a list of texts; an image may have
+    several rows.
+
+    Args:
+        path: A ``.jsonl`` or ``.csv`` file.
+        column: Name of the column with the captions.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A row cannot be read or lacks a column.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.captions: {str(path)!r} does not exist; give the name of a .jsonl or .csv file in the images' folder, with the "
+            f"columns {NAME} and {column}"
+        )
+    rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8")))) if path.suffix == ".csv" else _lines(path)
+    found: dict[str, list[str]] = {}
+    for number, row in enumerate(rows, 1):
+        name, texts = (row.get(key) if isinstance(row, dict) else None for key in (NAME, column))
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(name, str) or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"{str(path)!r}: row {number} needs {NAME!r} and {column!r}, a text, got {str(row)[:80]}; data.caption_key names "
+                "another column"
+            )
+        found.setdefault(name, []).extend(texts)
+    return found
+
+
+def _lines(path: Path) -> list[Any]:
+    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [parse_json(line.encode(), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def caption_line(name: str, texts: list[str], column: str = "text") -> str:
+    """One line of such a file, as JSON."""
+    return json.dumps({NAME: name, column: texts[0] if len(texts) == 1 else texts}, ensure_ascii=False)

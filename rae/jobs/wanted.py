@@ -1,0 +1,209 @@
+"""What is to be drawn: a class or a prompt for every sample, from the keys of a command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from rae.generator import Generator
+from rae.io.errors import ConfigError
+from rae.io.files import parse_json
+from rae.rng import sample_seed
+
+LAYOUTS = ("geneval", "dpg")
+"""Layouts of benchmarks of texts: GenEval (arXiv 2310.11513) and DPG-Bench (arXiv 2403.05135)."""
+DPG_PICTURES = 4
+"""Samples of a prompt in one picture of DPG-Bench, two by two."""
+
+
+class Prompt(NamedTuple):
+    """A text, the name of what it came from, and what else was said of it there."""
+
+    text: str
+    name: str
+    said: Mapping[str, Any] | None = None
+
+
+def wanted(cfg: DictConfig, generator: Generator) -> list[int] | list[str]:
+    """The class or the prompt of every sample, which depends on the configuration alone.
+
+    Args:
+        cfg: Configuration with the keys of :func:`label_list` and :func:`prompt_list`.
+        generator: Says what it is told.
+
+    Raises:
+        ConfigError: Prompts for a model that is told classes, classes for one that is told texts, or none at all.
+    """
+    given = prompt_list(cfg)
+    if generator.text_encoder is None:
+        if given or cfg.negative_prompt is not None:
+            raise ConfigError(
+                f"prompt and prompts are for models that are told a text; this one is told {_told(generator)}: classes=[…]"
+            )
+        return label_list(cfg, generator.num_classes)
+    if cfg.classes != "all" or cfg.labels != "equal":
+        raise ConfigError(
+            f"classes={cfg.classes} and labels={cfg.labels} are for models that are told a class; this one is told a text: "
+            'prompt="…" or prompts=FILE'
+        )
+    if not given:
+        raise ConfigError('this model is told a text: prompt="…", or prompts=FILE (a prompt a line, or JSON lines)')
+    return [prompt.text for prompt in given for _ in range(cfg.samples_per_prompt)]
+
+
+def _told(generator: Generator) -> str:
+    return f"one of {generator.num_classes} classes" if generator.num_classes else "no text"
+
+
+def prompt_list(cfg: DictConfig) -> list[Prompt]:
+    """The prompts that ``prompt`` or ``prompts`` name; empty where neither does.
+
+    ``prompts`` is a text file with a prompt a line, a ``.jsonl`` whose lines hold ``prompt`` (GenEval) or ``text``, or a folder of
+    text files with one prompt each (DPG-Bench).
+
+    Raises:
+        ConfigError: Both are given, a prompt is empty, a line holds none, or the layout does not go with them.
+        FileNotFoundError: There is no such file.
+    """
+    if cfg.prompt is not None and cfg.prompts is not None:
+        raise ConfigError("prompt and prompts are both given: give one of them")
+    if cfg.prompt is not None:
+        found = [Prompt(str(cfg.prompt), "0")]
+    elif cfg.prompts is not None:
+        found = _read_prompts(Path(cfg.prompts).expanduser())
+    else:
+        return []
+    for prompt in found:
+        if not prompt.text.strip():
+            raise ConfigError(f"prompt {prompt.name!r} is empty: say what is to be drawn")
+    if cfg.samples_per_prompt < 1:
+        raise ConfigError(f"samples_per_prompt={cfg.samples_per_prompt} must be at least 1")
+    return found
+
+
+def check_layout(cfg: DictConfig) -> None:
+    """Refuses prompts that a benchmark's layout cannot hold.
+
+    Raises:
+        ConfigError: Says what it needs.
+    """
+    if cfg.layout is None:
+        return
+    if cfg.layout not in LAYOUTS:
+        raise ConfigError(f"layout={cfg.layout} is unknown; choose {' or '.join(LAYOUTS)}, or null")
+    found = prompt_list(cfg)
+    if cfg.layout == "geneval" and not (found and all(prompt.said and "tag" in prompt.said for prompt in found)):
+        raise ConfigError(
+            "layout=geneval needs prompts=evaluation_metadata.jsonl of GenEval, whose lines hold prompt and tag"
+        )
+    if cfg.layout == "dpg" and (cfg.samples_per_prompt != DPG_PICTURES or not found):
+        raise ConfigError(
+            f"layout=dpg needs prompts=FOLDER (dpg_bench/prompts) and samples_per_prompt={DPG_PICTURES}, which make one picture"
+        )
+
+
+def _read_prompts(path: Path) -> list[Prompt]:
+    if path.is_dir():
+        files = sorted(path.glob("*.txt"))
+        found = [Prompt(_text(file).strip(), file.stem) for file in files]
+    elif path.suffix == ".jsonl":
+        lines = [line for line in _text(path).splitlines() if line.strip()]
+        values = [parse_json(line.encode(), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+        texts = [value.get("prompt", value.get("text")) if isinstance(value, dict) else None for value in values]
+        if wrong := [number for number, text in enumerate(texts, 1) if not isinstance(text, str)]:
+            raise ConfigError(f'prompts={path}: line {wrong[0]} holds no prompt; every line needs {{"prompt": "…"}}')
+        found = [
+            Prompt(text, str(number), value)
+            for number, (text, value) in enumerate(zip(map(str, texts), values, strict=True))
+        ]
+    else:
+        lines = [line.strip() for line in _text(path).splitlines()]
+        found = [Prompt(line, str(number)) for number, line in enumerate(filter(None, lines))]
+    if not found:
+        raise ConfigError(f"prompts={path} holds no prompt")
+    return found
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"prompts={str(path)!r} does not exist: give a text file, a .jsonl file, or a folder of text files"
+        )
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompts={str(path)!r} is no text file: {error}") from error
+
+
+def class_list(classes: object, num_classes: int) -> list[int]:
+    """The classes to draw: ``all``, or the list given.
+
+    Raises:
+        ConfigError: Neither of the two, or a class outside the range.
+    """
+    if classes == "all":
+        return list(range(num_classes))
+    listed = [classes] if isinstance(classes, int) else classes
+    if not isinstance(listed, list) or not listed or not all(isinstance(item, int) for item in listed):
+        raise ConfigError(f"classes={classes!r} must be all or a list of numbers, e.g. classes=[0,7]")
+    if wrong := [item for item in listed if not 0 <= item < num_classes]:
+        raise ConfigError(f"classes={wrong} lie outside 0 … {num_classes - 1}, the classes of this run")
+    return listed
+
+
+def label_list(cfg: DictConfig, num_classes: int) -> list[int]:
+    """The label of every sample, which depends on the configuration alone.
+
+    ``labels=equal`` draws ``samples_per_class`` of each of the ``classes``, class by class; ``random`` draws ``count`` labels,
+    each from the seed and the sample's number; a file lists them (text, .npy, or an .npz with ``arr_1``).
+
+    Raises:
+        ConfigError: A number below 1, or a label outside the range.
+        FileNotFoundError: There is no such file.
+    """
+    classes = class_list(
+        OmegaConf.to_container(cfg.classes) if OmegaConf.is_list(cfg.classes) else cfg.classes, num_classes
+    )
+    for key in ("samples_per_class", "batch_size", "part_size"):
+        if cfg[key] < 1:
+            raise ConfigError(f"{key}={cfg[key]} must be at least 1")
+    if cfg.labels == "equal":
+        return [label for label in classes for _ in range(cfg.samples_per_class)]
+    if cfg.labels == "random":
+        if not isinstance(cfg.count, int) or cfg.count < 1:
+            raise ConfigError(f"labels=random needs count=… (how many samples), got count={cfg.count}")
+        return [classes[sample_seed(cfg.seed, "label", number) % len(classes)] for number in range(cfg.count)]
+    return _listed_labels(Path(cfg.labels).expanduser(), num_classes)
+
+
+def _listed_labels(path: Path, num_classes: int) -> list[int]:
+    if not path.is_file():
+        raise FileNotFoundError(f"labels={str(path)!r} does not exist; choose equal, random, or give a file of labels")
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path)
+        elif path.suffix == ".npz":
+            values = np.load(path)["arr_1"]
+        else:
+            values = np.array([int(word) for word in path.read_text().split()])
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"labels={str(path)!r} holds no list of labels: {error}") from error
+    labels = [int(value) for value in np.ravel(values)]
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong or not labels:
+        raise ConfigError(f"labels={str(path)!r} must hold labels in 0 … {num_classes - 1}, got {wrong[:8] or 'none'}")
+    return labels
+
+
+def hash_of(wanted: Sequence[int] | Sequence[str]) -> str:
+    """SHA-256 of labels or prompts."""
+    if wanted and isinstance(wanted[0], str):
+        return hashlib.sha256(json.dumps(list(wanted)).encode()).hexdigest()
+    return hashlib.sha256(np.asarray(wanted, dtype=np.int64).tobytes()).hexdigest()
