@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rae.cli.errors import compose
 from rae.commands.cost import estimate
-from rae.cost import Card, Memory, Plan, evaluations, on_paper, optimizer_ratio, shares, static_memory, training_step
+from rae.cost import Card, Memory, Plan, on_paper, optimizer_ratio, shares, static_memory, training_step
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH
 from rae.flow import (
@@ -29,6 +29,7 @@ from rae.flow import (
     HeunSampler,
     NoGuidance,
     PublishedGrid,
+    evaluations,
 )
 from rae.io.errors import ConfigError
 from rae.loss import Phases, Stage1Loss
@@ -230,20 +231,20 @@ def test_state_of_optimisers():
     ],
 )
 def test_evaluations_of_a_sample(sampler, guidance, denoiser, guide):
-    assert evaluations(sampler, guidance, FlowMatching()) == {"denoiser": denoiser, "base": 0, "guide": guide}
+    assert evaluations(sampler, guidance) == {"denoiser": denoiser, "base": 0, "guide": guide}
 
 
 def test_guidance_outside_its_interval_costs_nothing():
     sampler = EulerSampler(PublishedGrid(50))
     inside = sum(0.25 <= time <= 0.75 for time in sampler.grid.times(1.0).tolist()[:-1])
-    found = evaluations(sampler, ClassifierFreeGuidance(1.5, (0.25, 0.75)), FlowMatching())
+    found = evaluations(sampler, ClassifierFreeGuidance(1.5, (0.25, 0.75)))
     assert found["denoiser"] == 49 + inside
     assert 0 < inside < 49
 
 
 def test_adaptive_samplers_have_no_number():
     with pytest.raises(ValueError, match="adaptive"):
-        evaluations(AdaptiveSampler(PublishedGrid(50)), NoGuidance(), FlowMatching())
+        evaluations(AdaptiveSampler(PublishedGrid(50)), NoGuidance())
 
 
 # --- the command -------------------------------------------------------------------------------------------------

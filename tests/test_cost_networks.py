@@ -9,10 +9,10 @@ from rae.autoencoder import RAE
 from rae.cli.build import make
 from rae.cli.errors import compose
 from rae.commands.cost import without_weights
-from rae.cost import evaluations, measure, on_paper, parameters, shares
+from rae.cost import measure, on_paper, parameters, shares
 from rae.cost.steps import denoising, encoding
 from rae.discriminator import DinoDiscriminator
-from rae.flow import EulerSampler, FlowMatching, FullGrid, InternalGuidance
+from rae.flow import EulerSampler, FullGrid, InternalGuidance, evaluations
 from rae.loss import PerceptualLoss
 from tests.small_runs import denoiser_step
 
@@ -57,7 +57,7 @@ def test_in_context_dit_dh_against_closed_form():
     assert denoising(network).forward == full
     assert denoising(network, base=True).forward == full + base
     sampler, guidance = EulerSampler(FullGrid(10)), InternalGuidance(1.78, (0.1, 1.0), None, 2.0, (0.0, 0.45))
-    calls = evaluations(sampler, guidance, FlowMatching())  # times 1, 0.9, …, 0.1: at five of them the batch is doubled
+    calls = evaluations(sampler, guidance)  # times 1, 0.9, …, 0.1: at five of them the batch is doubled
     assert calls == {"denoiser": 6 + 2 * 4, "base": 6 + 2 * 4, "guide": 0}
 
 

@@ -30,6 +30,7 @@ from rae.training.ema import WeightAverage
 from rae.training.preview import ReconstructionPreview, SamplePreview
 from tests.small_models import make_generator
 from tests.small_runs import make_module
+from tests.text_runs import make_text_generator
 
 CUDA = torch.device("cuda")
 
@@ -142,6 +143,17 @@ def test_samplers_and_guidances(cuda, sampler, guidance):
         drawn = model.autoencoder.decode(latents)
     assert drawn.device.type == "cuda"
     assert drawn.shape == (2, 3, 32, 32)
+
+
+def test_prompts(cuda, monkeypatch):
+    model = make_text_generator(guidance=GUIDANCES["cfg"], negative_prompt="a dog")
+    monkeypatch.setattr(type(model.text_encoder), "tokenize", known(type(model.text_encoder).tokenize))
+    model.sampler.grid = flow.PublishedGrid(3)
+    with cuda():
+        moved(model)
+        latents = model.latents(["a tiger above an owl", "an owl"], seed=0)
+    assert latents.device.type == "cuda"
+    assert latents.shape == (2, 32, 4, 4)
 
 
 def test_autoencoder(cuda):

@@ -39,9 +39,8 @@ STAGES["text"] = [*text_runs.SMALL, "data.batch_size=64", "data.train_images=512
     "decoder_checkpoint=null", "guidance=internal"]  # fmt: skip
 KILLS: dict[int | str, dict[str, int]] = {
     1: {"between:6": 4, "save:8": 7, "step:11": 8},
-    2: {"step:6": 4, "save:8": 4, "step:13": 12},
+    "text": {"step:6": 4, "save:8": 4, "step:13": 12},
 }
-KILLS["text"] = {"step:6": 4, "save:8": 4, "step:13": 12}
 """Where each stage is killed, and the step of the last checkpoint then; stage 1 also saves the best validation, at step 7."""
 TWO = ["trainer.devices=2", "strategy=ddp"]
 
@@ -91,7 +90,7 @@ def logged(folder: Path) -> dict[tuple[int, str], str]:
     return values
 
 
-@pytest.mark.parametrize(("stage", "processes"), [(1, 2), (2, 1), ("text", 2)])
+@pytest.mark.parametrize(("stage", "processes"), [(1, 2), ("text", 2)])
 def test_a_killed_run_ends_bitwise_where_an_undisturbed_one_does(stage: int | str, processes: int, tmp_path: Path):
     overrides = STAGES[stage] + (TWO if processes == 2 else [])
     finish(start([*overrides, f"output_dir={tmp_path}/whole"]), killed=False)

@@ -77,6 +77,9 @@ def test_scores_are_those_of_the_samples_of_both_kinds_of_weights(tmp_path, refe
     assert [content["step"] for content in written] == [2, 4]
     assert written[1]["scores"] == callback.scores
     assert written[1]["identity"]["seed"] == 0
+    rules = written[1]["protocol"]
+    assert (rules["labels"], rules["bytes"], rules["precision"]) == ("balanced", "floor", "32-true")
+    assert rules["evaluations"] == {"denoiser": 3, "base": 0, "guide": 0}
     assert float(trainer.logged_metrics["eval/fd_pooled"]) == pytest.approx(callback.scores["eval/fd_pooled"])
 
 

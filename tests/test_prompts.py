@@ -23,7 +23,9 @@ from rae.demo.picture_scores import PictureScores
 from rae.flow import ClassifierFreeGuidance
 from rae.generator import Generator
 from rae.io.errors import ConfigError
+from rae.jobs.wanted import wanted
 from rae.metric import ClipScore
+from tests.small_models import make_generator
 from tests.text_runs import SMALL, make_text_generator, text_weights, train_small
 
 PROMPTS = ["a tiger above an owl on a blue background", "an owl", "a dog to the left of a cat on a pink background"]
@@ -123,11 +125,11 @@ def test_samples_keep_their_prompts_in_every_layout(run: Path, tmp_path: Path):
     scenes = [PROMPTS[0], "an owl above a dog on a white background", PROMPTS[2]]
     (tmp_path / "prompts.txt").write_text("\n".join(scenes) + "\n\n")
     out = drawn(run, tmp_path / "out", f"prompts={tmp_path}/prompts.txt", "samples_per_prompt=2", "shards=true")
-    wanted = [scene for scene in scenes for _ in range(2)]
+    told = [scene for scene in scenes for _ in range(2)]
     with np.load(out / "samples.npz") as arrays:
         images = arrays["arr_0"]
-        assert arrays["prompts"].tolist() == wanted
-    expected = load(run, ["sampler.grid.points=4"], encode=False)(wanted, output="uint8").permute(0, 2, 3, 1)
+        assert arrays["prompts"].tolist() == told
+    expected = load(run, ["sampler.grid.points=4"], encode=False)(told, output="uint8").permute(0, 2, 3, 1)
     assert np.abs(images.astype(int) - expected.numpy()).max() <= 1
     options = {"batch_size": 6, "num_workers": 0, "image_size": 48, "num_classes": 1, "flip": False}
     folder = ImageFolderDataModule(val_path=str(out / "images"), train_path=None, captions="metadata.jsonl", **options)
@@ -135,7 +137,7 @@ def test_samples_keep_their_prompts_in_every_layout(run: Path, tmp_path: Path):
     for data in (folder, shards):
         data.setup("validate")
         (batch,) = data.val_dataloader()
-        assert batch["caption"] == wanted
+        assert batch["caption"] == told
         assert np.array_equal(batch["image"].permute(0, 2, 3, 1).numpy(), images)
     said = json.loads((out / "samples.json").read_text())
     assert said["label_rule"] == "prompts"
@@ -197,6 +199,14 @@ def test_layouts_of_benchmarks(run: Path, tmp_path: Path):
 def test_prompts_from_the_shell_that_cannot_be_drawn(run: Path, tmp_path: Path, overrides: list[str], message: str):
     with pytest.raises(ValueError, match=message):
         drawn(run, tmp_path / "out", *overrides)
+
+
+def test_a_model_of_classes_refuses_a_prompt():
+    cfg = compose("sample", ["checkpoint=unused", "prompt=owl"])
+    with pytest.raises(
+        ConfigError, match=r"for models that are told a text; this one is told one of 10 classes: classes="
+    ):
+        wanted(cfg, make_generator())
 
 
 def test_files_of_prompts_that_cannot_be_read(run: Path, tmp_path: Path):

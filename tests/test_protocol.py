@@ -13,8 +13,8 @@ from rae.cli.build import make
 from rae.cli.errors import compose
 from rae.metric import FDr6, GenerationMetrics, TimmDetector, read_reference
 from rae.metric.functional import mind, permuted_inception_score
+from rae.metric.protocol import differences, in_words, protocol_of
 from rae.metric.several import NORMALISERS, fdr
-from rae.report.protocol import differences, in_words, protocol_of
 from tests.small_images import images_of, reference_of
 from tests.test_metric_generation import Toy, scored
 

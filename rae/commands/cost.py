@@ -15,7 +15,6 @@ from rae.cost import (
     Card,
     Plan,
     Step,
-    evaluations,
     on_paper,
     optimizer_ratio,
     parameters,
@@ -24,6 +23,7 @@ from rae.cost import (
     training_step,
 )
 from rae.cost.steps import decoding, denoising, evaluate_once
+from rae.flow import evaluations
 from rae.io.errors import ConfigError
 from rae.io.files import write_json
 from rae.report.cost import row, text
@@ -200,7 +200,7 @@ def _sampling(
 ) -> dict[str, Any]:
     sampler, guidance = make(cfg.sampler), make(cfg.guidance)
     try:
-        calls = evaluations(sampler, guidance, module.flow)
+        calls = evaluations(sampler, guidance, module.flow.shift)
     except ValueError as error:  # an adaptive sampler
         return {"unknown": str(error)}
     flops = {"decoder": decoding(module.autoencoder, autocast).forward}

@@ -23,9 +23,9 @@ from rae.io.files import write_json
 from rae.jobs.images import checked_path, open_images
 from rae.jobs.processes import first, start
 from rae.jobs.samples import write_npz
+from rae.metric.protocol import differences, in_words, protocol_of
 from rae.report.neighbours import write_sheet
 from rae.report.progress import report_runs
-from rae.report.protocol import differences, in_words, protocol_of
 from rae.report.table import markdown, table, versions, write_csv, write_scores
 
 log = logging.getLogger(__name__)

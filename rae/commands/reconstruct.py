@@ -26,7 +26,7 @@ from rae.io.tensors import state_hash
 from rae.jobs.processes import batches_of, begin, first, start
 from rae.jobs.samples import check_interpolations, pick, write_npz
 from rae.metric.functional import psnr
-from rae.report.protocol import protocol_of
+from rae.metric.protocol import protocol_of
 from rae.report.table import table, versions, write_scores
 from rae.training.reconstructions import reconstructions
 

@@ -27,8 +27,7 @@ from rae.jobs.samples import (
     plan_of,
     write_npz,
 )
-from rae.jobs.wanted import check_layout, prompt_list, wanted
-from rae.report.protocol import how_sampled
+from rae.jobs.wanted import check_layout, how_sampled, prompt_list, wanted
 
 log = logging.getLogger(__name__)
 

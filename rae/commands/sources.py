@@ -23,8 +23,7 @@ from rae.io.files import changes
 from rae.io.parts import Parts, share, stretch
 from rae.jobs.images import describe_samples, open_images, open_pairs
 from rae.jobs.samples import Wanted, draw, latent_parts, plan_of, read_parts
-from rae.jobs.wanted import wanted
-from rae.report.protocol import how_sampled
+from rae.jobs.wanted import how_sampled, wanted
 from rae.training.reconstructions import reconstructions
 
 _OF_MODELS = (

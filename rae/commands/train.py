@@ -24,6 +24,7 @@ _KNOWN_WARNINGS = (
     ".*module\\(s\\) in eval mode",  # the frozen networks
     ".*smaller than the logging interval",  # steps are counted over epochs
     ".*overridden `(on_before_batch_transfer|transfer_batch_to_device)`",  # labels are looked at, keys stay on the CPU
+    ".*Trying to infer the `batch_size`",  # captions are lists; what is logged says the size itself
     ".*Total length of .* across ranks is zero",  # a run without validation images
 )
 

@@ -1,6 +1,6 @@
 """What training and sampling cost: parameters, floating-point operations, memory, hours on a card."""
 
-from rae.cost.budget import Card, Memory, Plan, evaluations, optimizer_ratio, static_memory
+from rae.cost.budget import Card, Memory, Plan, optimizer_ratio, static_memory
 from rae.cost.meter import Work, measure, on_paper, parameters, shares
 from rae.cost.steps import Piece, Step, training_step
 
@@ -11,7 +11,6 @@ __all__ = [
     "Plan",
     "Step",
     "Work",
-    "evaluations",
     "measure",
     "on_paper",
     "optimizer_ratio",

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from rae.cost.meter import parameters
 from rae.cost.steps import ALL, Step
-from rae.flow import FlowMatching
 from rae.layers import denoiser_blocks
 from rae.loss import Phases, Stage1Loss
 
@@ -168,32 +167,3 @@ def optimizer_ratio(factory: Callable[[Any], torch.optim.Optimizer]) -> float:
     state = optimizer.state[weight].values()
     held = sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor) and value.ndim)
     return held / (weight.numel() * weight.element_size())
-
-
-def evaluations(sampler: Any, guidance: Any, flow: FlowMatching) -> dict[str, int]:
-    """How often a sample passes through ``denoiser``, in these through its ``base`` head, and through ``guide``.
-
-    Found by running the sampler on models that count.
-
-    Raises:
-        ValueError: A sampler whose steps depend on the networks.
-    """
-    if sampler.evaluations is None:
-        raise ValueError(
-            "an adaptive sampler takes as many steps as the networks' outputs call for; choose another one"
-        )
-    counts = {"denoiser": 0, "base": 0, "guide": 0}
-
-    def counting(name: str) -> Callable[..., Any]:
-        def model(x: Tensor, t: Tensor, base: bool = False, **conditions: Tensor) -> Any:
-            counts[name] += len(x)
-            counts["base"] += len(x) * base
-            return (x, x) if base else x
-
-        return model
-
-    label = {"label": torch.zeros(1, dtype=torch.int64)}
-    velocity = guidance(counting("denoiser"), label, null=label, guide=counting("guide"))
-    start = torch.zeros(1, 1, 1, 1)
-    sampler.sample(velocity, start, shift=flow.shift, step_noise=lambda _: start)
-    return counts

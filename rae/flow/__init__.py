@@ -1,5 +1,6 @@
 """Flow matching: paths, times, objective, guidance and samplers. Models are callables."""
 
+from rae.flow.counting import evaluations
 from rae.flow.guidance import AutoGuidance, ClassifierFreeGuidance, Guidance, InternalGuidance, NoGuidance
 from rae.flow.objective import FlowMatching
 from rae.flow.ode import (
@@ -55,5 +56,6 @@ __all__ = [
     "VPPath",
     "check_time",
     "dimension_shift",
+    "evaluations",
     "shift_time",
 ]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from rae.flow import evaluations
 from rae.generator import Generator
 from rae.io.errors import ConfigError
 from rae.io.files import parse_json
@@ -21,6 +22,9 @@ LAYOUTS = ("geneval", "dpg")
 """Layouts of benchmarks of texts: GenEval (arXiv 2310.11513) and DPG-Bench (arXiv 2403.05135)."""
 DPG_PICTURES = 4
 """Samples of a prompt in one picture of DPG-Bench, two by two."""
+
+
+_LABELS = {"equal": "balanced", "random": "random"}
 
 
 class Prompt(NamedTuple):
@@ -207,3 +211,12 @@ def hash_of(wanted: Sequence[int] | Sequence[str]) -> str:
     if wanted and isinstance(wanted[0], str):
         return hashlib.sha256(json.dumps(list(wanted)).encode()).hexdigest()
     return hashlib.sha256(np.asarray(wanted, dtype=np.int64).tobytes()).hexdigest()
+
+
+def how_sampled(labels: str, generator: Generator) -> dict[str, Any]:
+    """The rule of the labels, or "prompts", and how often a sample passes through the networks, for ``samples.json``."""
+    counts = None
+    if generator.sampler.evaluations is not None:
+        counts = evaluations(generator.sampler, generator.guidance, generator.flow.shift)
+    rule = "prompts" if generator.text_encoder is not None else _LABELS.get(labels, "list")
+    return {"label_rule": rule, "evaluations": counts}

@@ -13,6 +13,7 @@ from rae.metric.features import Detector, check_images
 from rae.metric.frechet import FeatureMoments
 from rae.metric.group import MetricGroup
 from rae.metric.manifold import KeptFeatures
+from rae.metric.numbers import Numbers
 from rae.metric.reference import Reference, ReferenceInfo, Statistics, statistics_hash
 
 KEPT = 10_000
@@ -47,7 +48,7 @@ class ReferenceBuilder(MetricGroup):
         self.total = total
         self.kept = kept
         self.size: tuple[int, int] | None = None
-        self._seen = 0
+        self._numbers = Numbers()
         self.parts["pool"] = FeatureMoments(detector.width)
         if detector.spatial_width is not None:
             self.parts["spatial"] = FeatureMoments(detector.spatial_width)
@@ -58,7 +59,7 @@ class ReferenceBuilder(MetricGroup):
         """Forgets all images."""
         super().reset()
         self.size = None
-        self._seen = 0
+        self._numbers = Numbers()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Adds the images that another builder of the same kind has seen; raises ValueError for images of another size."""
@@ -82,8 +83,7 @@ class ReferenceBuilder(MetricGroup):
         check_images(images)
         self._set_size((int(images.shape[2]), int(images.shape[3])))
         if index is None:
-            index = self._seen + torch.arange(len(images))
-            self._seen += len(images)
+            index = self._numbers.following(len(images))
         index = index.cpu()
         if self.total is not None and not (int(index.min()) >= 0 and int(index.max()) < self.total):
             raise ValueError(f"index must lie in 0…{self.total - 1}, got {int(index.min())}…{int(index.max())}")

@@ -17,6 +17,7 @@ from rae.metric.functional.mind import mind
 from rae.metric.group import MetricGroup
 from rae.metric.inception_score import InceptionScore, LabelCounts, PermutedInceptionScore
 from rae.metric.manifold import KeptFeatures, ManifoldMetrics
+from rae.metric.numbers import Numbers
 from rae.metric.reference import Reference, Statistics, open_reference
 
 NAMES = ("fid", "sfid", "inception_score", *manifold.NAMES, "mind")
@@ -108,7 +109,7 @@ class GenerationMetrics(MetricGroup):
         self.neighbours = neighbours
         self.distance_precision = distance_precision
         self._resolved: dict[str, Statistics] | None = None
-        self._seen = 0
+        self._numbers = Numbers()
         # Moments are taken in any case: they count the samples and show features that are not finite.
         self.parts["pool"] = FeatureMoments(detector.width)
         if "sfid" in self.names:
@@ -195,12 +196,11 @@ class GenerationMetrics(MetricGroup):
         self._resolve()
         seen = self.features_of(images)
         self.feed(pool=seen.pool, spatial=seen.spatial, manifold=seen.pool)
-        numbers = self._seen + torch.arange(len(images)) if index is None else index
-        self._seen += len(images)
+        numbers = self._numbers.following(len(images)) if index is None else index
         if "mind" in self.parts:
             self.parts["mind"].update(seen.pool, numbers)
         if "inception_score" in self.parts:
-            self.parts["inception_score"].update(seen.probabilities, index if self.split_rule == "ordered" else numbers)
+            self.parts["inception_score"].update(seen.probabilities, numbers)
         if labels is not None:
             self.feed(labels=labels)
 

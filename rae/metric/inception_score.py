@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rae.metric.frechet import SummedMetric
@@ -17,6 +16,7 @@ from rae.metric.functional.inception_score import (
     score_from_sums,
 )
 from rae.metric.manifold import KeptFeatures
+from rae.metric.numbers import Numbers
 
 
 class InceptionScore(SummedMetric):
@@ -41,7 +41,7 @@ class InceptionScore(SummedMetric):
             )
         self.split_size = split_size
         self.splits = splits
-        self._seen = 0
+        self._numbers = Numbers()
         self.add_sum("total", splits, classes)
         self.add_sum("entropy", splits)
         self.add_sum("count", splits, dtype=torch.int64)
@@ -49,15 +49,13 @@ class InceptionScore(SummedMetric):
     def reset(self) -> None:
         """Forgets all samples."""
         super().reset()
-        self._seen = 0
+        self._numbers = Numbers()
 
     def update(self, probabilities: Tensor, index: Tensor | None = None) -> None:
         """Adds class probabilities B×K and the number of every sample among all that are drawn, B; None counts them."""
         check_probabilities(probabilities)
         if index is None:
-            world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-            index = (self._seen + torch.arange(len(probabilities))) * world + rank
-            self._seen += len(probabilities)
+            index = self._numbers.following(len(probabilities))
         if index.shape != (len(probabilities),):
             raise ValueError(
                 f"index must hold {len(probabilities)} numbers, one per sample, got shape {tuple(index.shape)}"

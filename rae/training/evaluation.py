@@ -14,6 +14,7 @@ import torch
 from rae.generator import PRECISIONS
 from rae.image import QUANTIZE
 from rae.io.files import write_json
+from rae.metric.protocol import protocol_of
 from rae.training.ema import find_ema
 from rae.training.per_step import PerStep, at_least_one
 
@@ -146,9 +147,10 @@ class Evaluation(PerStep):
         if trainer.is_global_zero:
             folder = Path(self.folder or Path(trainer.default_root_dir) / "evaluation")
             identity = {**self.identity, "metric": getattr(self.metric, "identity", None)}
+            rules = protocol_of({"samples": self.identity, "metric": identity["metric"]})
             seen = (trainer.fit_loop.epoch_loop.batch_idx + 1) / max(1.0, float(trainer.num_training_batches))
             when = {"step": self.scored_step, "epoch": trainer.current_epoch + seen}
-            content = {**when, "scores": self.scores, "identity": identity}
+            content = {**when, "scores": self.scores, "identity": identity, "protocol": rules}
             write_json(folder / f"step_{self.scored_step:08d}.json", content)
             said = ", ".join(f"{name.removeprefix(self.prefix)} {value:.4g}" for name, value in self.scores.items())
             log.info("step %d: %s", self.scored_step, said)

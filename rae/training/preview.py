@@ -11,9 +11,18 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from rae.denoiser import Denoiser
 from rae.flow import Guidance, Sampler
 from rae.generator import Generator
 from rae.image import make_grid, save_png, to_float, to_pil, to_uint8
+
+
+def generator_of(
+    module: Any, sampler: Sampler, guidance: Guidance | None = None, guide: Denoiser | None = None
+) -> Generator:
+    """What draws with the networks of a stage-2 module."""
+    parts = (module.autoencoder, module.denoiser, module.flow)
+    return Generator(*parts, sampler, guidance, guide, text_encoder=module.text_encoder)
 
 
 class PicturePreview(L.Callback):
@@ -134,14 +143,7 @@ class SamplePreview(PicturePreview):
         wanted = [row for row in self._rows(trainer, pl_module) for _ in range(self.per_class)]
         if not wanted:
             return None
-        generator = Generator(
-            pl_module.autoencoder,
-            pl_module.denoiser,
-            pl_module.flow,
-            self.sampler,
-            self.guidance,
-            text_encoder=pl_module.text_encoder,
-        )
+        generator = generator_of(pl_module, self.sampler, self.guidance)
         return to_uint8(generator(wanted, seed=self.seed)), self.per_class
 
     def _rows(self, trainer: L.Trainer, pl_module: Any) -> list[Any]:

@@ -9,13 +9,13 @@ import lightning as L
 import torch
 from tqdm import tqdm
 
-from rae.flow import Guidance, Sampler
+from rae.flow import Guidance, NoGuidance, Sampler, evaluations
 from rae.formats.open import load_denoiser
-from rae.generator import Generator
 from rae.io.describe import describe
 from rae.io.parts import stretch
 from rae.training.evaluation import Evaluation, Scores
 from rae.training.per_step import at_least_one
+from rae.training.preview import generator_of
 from rae.training.reconstructions import reconstructions
 from rae.training.strategy import FullyShardedStrategy
 
@@ -101,6 +101,8 @@ class ScoreSamples(Evaluation):
         self.captions = captions
         self.batch_size = batch_size
         self.seed = seed
+        self._rule = "balanced"
+        self._evaluations: dict[str, int] | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -113,6 +115,8 @@ class ScoreSamples(Evaluation):
             "samples_per_class": self.samples_per_class,
             "captions": self.captions,
             "seed": self.seed,
+            "label_rule": self._rule,
+            "evaluations": self._evaluations,
         }
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -122,6 +126,9 @@ class ScoreSamples(Evaluation):
                 f"callbacks.evaluation.sampler={type(self.sampler).__name__} takes as many steps as the samples call for, which "
                 "does not go with trainer=fsdp: choose a sampler with a fixed number, e.g. sampler=euler, or trainer=ddp"
             )
+        if getattr(self.sampler, "evaluations", None) is not None:
+            self._evaluations = evaluations(self.sampler, self.guidance or NoGuidance(), pl_module.flow.shift)
+        self._rule = "prompts" if pl_module.text_encoder is not None else "balanced"
         super().on_fit_start(trainer, pl_module)
 
     def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
@@ -145,15 +152,7 @@ class ScoreSamples(Evaluation):
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
         """The processes draw the batches in turn."""
         guide = None if self.guide is None else self.guide.to(pl_module.device)
-        generator = Generator(
-            pl_module.autoencoder,
-            pl_module.denoiser,
-            pl_module.flow,
-            self.sampler,
-            self.guidance,
-            guide,
-            text_encoder=pl_module.text_encoder,
-        )
+        generator = generator_of(pl_module, self.sampler, self.guidance, guide)
         labels = self._wanted(trainer, pl_module)
         starts = range(0, len(labels), self.batch_size)
         rank, world = trainer.global_rank, trainer.world_size

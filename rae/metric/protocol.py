@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rae.cost.budget import evaluations
-from rae.generator import Generator
 from rae.metric.generation import PROTOCOLS
 
-_LABELS = {"equal": "balanced", "random": "random"}
 _SAMPLES: dict[str, dict[str, Any]] = {
     "adm": {"labels": "balanced", "bytes": "floor", "precision": "32-true"},
     "raev2": {"labels": "balanced", "bytes": "floor"},
@@ -18,15 +15,6 @@ _SAMPLES: dict[str, dict[str, Any]] = {
 """What the protocols ask of the samples; what they ask of the metric: :data:`rae.metric.generation.PROTOCOLS`."""
 _REFERENCES = {"adm": ("adm_imagenet256", "adm_imagenet512"), "raev2": ("jit_imagenet256",)}
 """References of the published numbers."""
-
-
-def how_sampled(labels: str, generator: Generator) -> dict[str, Any]:
-    """The rule of the labels, or "prompts", and how often a sample passes through the networks, for ``samples.json``."""
-    counts = None
-    if generator.sampler.evaluations is not None:
-        counts = evaluations(generator.sampler, generator.guidance, generator.flow)
-    rule = "prompts" if generator.text_encoder is not None else _LABELS.get(labels, "list")
-    return {"label_rule": rule, "evaluations": counts}
 
 
 def protocol_of(identity: Mapping[str, Any]) -> dict[str, Any]:
