@@ -13,7 +13,9 @@ import torch
 from sklearn.datasets import load_sample_images
 
 import rae
+from rae.demo.pictures import write_prompts
 from rae.image import save_png
+from tests import text_runs
 from tests.guides import ROOT, blocks, commands
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,11 +23,21 @@ pytestmark = pytest.mark.slow
 _ELSEWHERE = ("rae-demo", "rae-app")  # the demo is what CI's reader runs; the page has tests of its own
 
 
+@pytest.fixture(scope="module")
+def text_demo(tmp_path_factory) -> Path:
+    """What the text demo leaves, from a small run."""
+    folder = tmp_path_factory.mktemp("demo_text")
+    text_runs.train_small(folder)
+    write_prompts(folder)
+    return folder
+
+
 @pytest.fixture
-def home(trained, tmp_path_factory) -> Path:
+def home(trained, text_demo, tmp_path_factory) -> Path:
     """A folder as a reader has it after the demo, with some photographs."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "demo").symlink_to(trained)
+    (folder / "demo_text").symlink_to(text_demo)
     for number, image in enumerate(load_sample_images().images):
         save_png(torch.from_numpy(image.copy()).permute(2, 0, 1), folder / "photos" / f"{number}.png")
     (folder / "photo.jpg").write_bytes((folder / "photos" / "0.png").read_bytes())

@@ -37,7 +37,7 @@ def kinds(notebook):
 
 def test_all_notebooks_are_there():
     names = ["1_tour", "2_training", "3_sampling_and_guidance", "4_your_encoder_and_data", "5_evaluation"]
-    names += ["6_raev2"]
+    names += ["6_raev2", "7_text"]
     assert [path.stem for path in NOTEBOOKS] == names
     readme = (NOTEBOOKS[0].parent / "README.md").read_text()
     assert all(f"({name}.ipynb)" in readme for name in names)
@@ -68,7 +68,13 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks")
 
 
-SHORTER = {"6_raev2": ("STEPS, SEEDS = (200, 400), (0, 1, 2)", "STEPS, SEEDS = (10, 20), (0, 1)")}
+SHORTER = {
+    "6_raev2": ("STEPS, SEEDS = (200, 400), (0, 1, 2)", "STEPS, SEEDS = (10, 20), (0, 1)"),
+    "7_text": (
+        'STEPS = {"encoder": 150, "stage1": 250, "stage2": 900}',
+        'STEPS = {"encoder": 5, "stage1": 5, "stage2": 10}',
+    ),
+}
 """What is trained more briefly here than for the committed outputs: the line, and what stands in its place."""
 
 

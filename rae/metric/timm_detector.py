@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,6 +65,7 @@ class TimmDetector(Detector):
     ) -> None:
         if pool not in POOLS:
             raise ValueError(f"detector.pool={pool!r} is unknown; choose one of {', '.join(POOLS)}")
+        timm: Any = importlib.import_module("timm")  # 50 MB that FID does without
         if not timm.is_model(model):
             raise ValueError(f"detector.model={model!r} is unknown to timm; see timm.list_models()")
         network: Any = timm.create_model(model, pretrained=False, **(arguments or {}))
