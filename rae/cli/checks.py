@@ -41,9 +41,16 @@ def check_metric(node: DictConfig | None) -> bool:
 
 
 _MODELS = ("checkpoint", "decoder_checkpoint", "guide_checkpoint")
-_IMAGES = ("samples", "originals", "neighbours_of")
+_IMAGES = "an .npz file, a folder of images or of tar shards"
+_GIVEN = {
+    **dict.fromkeys(("samples", "originals", "neighbours_of"), _IMAGES),
+    "prompts": "a text file, a .jsonl file, or a folder of text files",
+    "captions": "a .jsonl or .csv file",
+}
+"""What keys of files and folders take."""
 WEIGHT_FILES = (
     "encoder.checkpoint",
+    "text_encoder.checkpoint",
     "discriminator.checkpoint",
     "loss.perceptual.vgg_checkpoint",
     "vgg_checkpoint",
@@ -97,12 +104,10 @@ def check_files(cfg: DictConfig, config: str) -> None:
             raise FileNotFoundError(
                 f"{key}={value}: weight file {value!r} does not exist; give the path of an existing file"
             )
-    for key in _IMAGES:
+    for key, kinds in _GIVEN.items():
         value = cfg.get(key)
         if isinstance(value, str) and not Path(value).expanduser().exists():
-            raise FileNotFoundError(
-                f"{key}={value} does not exist: give an .npz file, a folder of images or of tar shards"
-            )
+            raise FileNotFoundError(f"{key}={value} does not exist: give {kinds}")
     data = cfg.get("data")
     if config in _TRAINS_ON and isinstance(data, DictConfig) and not data._is_none():
         if str(data.get("_target_")).startswith("rae.data.") and data.get("train_path", "") is None:

@@ -219,6 +219,11 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{str(file)!r} is damaged: {', '.join(wrong) or 'weights'} says nothing; export the model again"
         )
+    text = config.get("text_encoder")
+    if text is not None and not (
+        isinstance(text, dict) and isinstance(text.get("model"), dict) and isinstance(text.get("stored"), bool)
+    ):
+        raise ValueError(f"{str(file)!r} is damaged: text_encoder says nothing; export the model again")
     if config["weights"]["file"] in (".", "..") or config["weights"]["file"] != Path(config["weights"]["file"]).name:
         raise ValueError(
             f"{str(file)!r} is refused: weights.file={config['weights']['file']!r} must be the name of a file in its own folder"

@@ -81,7 +81,11 @@ def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size
     prompts, done = prompts_of(path), 0
     for number, (images, labels) in enumerate(batches):
         if number % world_size == rank:
-            told = labels if prompts is None else prompts[done : done + len(images)]
+            told: Any = labels if prompts is None else prompts[done : done + len(images)]
+            if prompts is not None and len(told) != len(images):
+                raise ValueError(
+                    f"{key}={given} holds {len(prompts)} prompts for more images: they must be one for each"
+                )
             yield images, told, torch.arange(done, done + len(images))
         done += len(images)
 

@@ -73,7 +73,8 @@ class ShardPlan:
         """The plan for a folder or tar file, see :func:`~rae.data.packing.origin.find_sources`.
 
         With ``shuffle`` every shard holds images of all classes: for readers that read shard after shard. Ours draws single
-        images and does not need it. ``options`` are the other arguments of the class.
+        images and does not need it. ``captions`` is a file of them, with their
+        column ``caption_key``. ``options`` are the other arguments of the class.
         """
         sources, classes = find_sources(images, synsets)
         if captions is not None:
