@@ -67,9 +67,9 @@ class Client:
 
 
 def functions(client: Client) -> dict[str, int]:
-    """Numbers of the page's functions by the count of their inputs: an upload has one, a drawing six."""
+    """Numbers of the page's functions by the count of their inputs: an upload has one, a drawing seven."""
     config = json.loads(client.ask("GET", "/config")[1])
-    kinds = {1: "reconstruct", 6: "sample"}
+    kinds = {1: "reconstruct", 7: "sample"}
     return {kinds[len(made["inputs"])]: made["id"] for made in config["dependencies"] if len(made["inputs"]) in kinds}
 
 
@@ -178,12 +178,12 @@ def test_the_served_page_withstands_foreign_and_damaged_requests(tmp_path):
         # Settings beyond the sliders.
         for number, (settings, reason) in enumerate(
             [
-                ([1, "cfg", 1.5, 2, 7, 0], "count must be a whole number in 1 … 6, got 7"),
-                ([1, "cfg", 1.5, 2, 10**12, 0], "count must be a whole number in 1 … 6"),
-                ([1, "cfg", 1.5, 10**9, 1, 0], "steps must be a whole number in 1 … 250"),
-                ([1, "cfg", 1e9, 2, 1, 0], "guidance scale must be a number in 1 … 5"),
-                ([9, "cfg", 1.5, 2, 1, 0], "class must be a whole number in 0 … 3, got 9"),
-                ([1, "cfg", 1.5, 2, 2, 0], "^done$"),
+                ([1, "", "cfg", 1.5, 2, 7, 0], "count must be a whole number in 1 … 6, got 7"),
+                ([1, "", "cfg", 1.5, 2, 10**12, 0], "count must be a whole number in 1 … 6"),
+                ([1, "", "cfg", 1.5, 10**9, 1, 0], "steps must be a whole number in 1 … 250"),
+                ([1, "", "cfg", 1e9, 2, 1, 0], "guidance scale must be a number in 1 … 5"),
+                ([9, "", "cfg", 1.5, 2, 1, 0], "class must be a whole number in 0 … 3, got 9"),
+                ([1, "", "cfg", 1.5, 2, 2, 0], "^done$"),
             ]
         ):
             assert re.search(reason, answer := client.call(numbers["sample"], settings, f"s{number}")), answer
@@ -191,7 +191,7 @@ def test_the_served_page_withstands_foreign_and_damaged_requests(tmp_path):
         done = []
         threads = [
             threading.Thread(
-                target=lambda i=i: done.append(client.call(numbers["sample"], [1, "none", 1, 1, 1, i], f"m{i}"))
+                target=lambda i=i: done.append(client.call(numbers["sample"], [1, "", "none", 1, 1, 1, i], f"m{i}"))
             )
             for i in range(50)
         ]
