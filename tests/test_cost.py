@@ -165,7 +165,7 @@ def test_peak_is_that_of_a_process(checkpointing):
     done = subprocess.run(
         [sys.executable, "-c", PROCESS, str(checkpointing)],
         cwd=root,
-        env={"PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "65536", "PATH": ""},
+        env={"PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PATH": ""},
         capture_output=True,
         text=True,
         check=True,

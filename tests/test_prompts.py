@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from rae.commands.sample import sample
 from rae.commands.train import train
 from rae.data import ImageFolderDataModule, PicturesDataset, ShardsDataModule
 from rae.demo.picture_scores import PictureScores
-from rae.flow import ClassifierFreeGuidance
+from rae.flow import AutoGuidance, ClassifierFreeGuidance
 from rae.generator import Generator
 from rae.io.errors import ConfigError
 from rae.jobs.wanted import wanted
 from rae.metric import ClipScore
-from tests.small_models import make_generator
+from tests.small_models import make_generator, randomise
 from tests.text_runs import SMALL, make_text_generator, text_weights, train_small
 
 PROMPTS = ["a tiger above an owl on a blue background", "an owl", "a dog to the left of a cat on a pink background"]
@@ -72,6 +73,16 @@ def test_a_negative_prompt_takes_the_null_texts_place(generator: Generator):
         ValueError, match="negative_prompt='an owl' needs a model that is told a text, and guidance=cfg"
     ):
         make_text_generator(negative_prompt="an owl")
+
+
+def test_a_guide_is_told_the_same_text(generator: Generator):
+    itself = make_text_generator(guidance=AutoGuidance(3.0), guide=generator.denoiser)
+    torch.testing.assert_close(itself(PROMPTS), generator(PROMPTS), rtol=0, atol=1e-5)
+    other = copy.deepcopy(generator.denoiser)
+    randomise(other, 4)
+    assert (
+        make_text_generator(guidance=AutoGuidance(3.0), guide=other)(PROMPTS) - generator(PROMPTS)
+    ).abs().max() > 1e-3
 
 
 def test_prompts_that_are_none_are_refused(generator: Generator):
