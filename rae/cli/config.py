@@ -25,10 +25,10 @@ _PATHS = (
         "data.train_path",
         "data.val_path",
     ),
-    *("samples", "originals", "neighbours_of", "labels", "images", "synsets", "source"),
+    *("samples", "originals", "neighbours_of", "labels", "images", "synsets", "source", "prompts", "captions"),
     *("metric.reference", "callbacks.evaluation.metric.reference", "callbacks.evaluation.guide"),
 )
-_NETWORKS = ("stage", "encoder", "latent", "decoder", "discriminator", "denoiser")
+_NETWORKS = ("stage", "encoder", "text_encoder", "latent", "decoder", "discriminator", "denoiser")
 _LISTED = 3  # differences that an error spells out
 
 
