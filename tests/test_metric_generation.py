@@ -226,3 +226,19 @@ def test_manifold_metrics_need_a_reference():
         metric.compute()
     with pytest.raises(ValueError, match="B×3"):
         metric.update(torch.zeros(5, 4))
+
+
+def test_samples_are_counted_anew_after_a_reset():
+    """The last split holds five samples: numbers that went on would fill it, and divide the same samples otherwise."""
+    torch.manual_seed(0)
+    probabilities = torch.randn(3 * 8 * 8, 4)
+    detector = CallableDetector(
+        lambda images: (images.flatten(1)[:, :6], (images.flatten(1) @ probabilities).softmax(1)), 6, classes=4
+    )
+    metric = GenerationMetrics(detector, None, ["inception_score"], split_size=10, split_rule="ordered")
+    images = torch.randint(0, 256, (95, 3, 8, 8), dtype=torch.uint8)
+    metric.update(images)
+    first = metric.compute()
+    metric.reset()
+    metric.update(images)
+    assert metric.compute() == first

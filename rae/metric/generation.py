@@ -136,6 +136,11 @@ class GenerationMetrics(MetricGroup):
                 "VIRTUAL_imagenet256_labeled.npz), or ask for inception_score alone"
             )
 
+    def reset(self) -> None:
+        """Forgets all samples, and counts from 0 again those that come without numbers."""
+        super().reset()
+        self._numbers = Numbers()
+
     def prepare(self, image_size: int, count: int | None = None, labels: Sequence[int] | None = None) -> None:
         """Checks all that can be before there are images, and computes what is missing of the reference.
 
