@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rae.io.parts import Parts, share, stretch
 from rae.jobs.images import describe_samples, open_images, open_pairs
 from rae.jobs.samples import Wanted, draw, latent_parts, plan_of, read_parts
 from rae.jobs.wanted import how_sampled, wanted
+from rae.metric.several import update_arguments
 from rae.training.reconstructions import reconstructions
 
 _OF_MODELS = (
@@ -77,21 +78,11 @@ def from_files(cfg: DictConfig, fabric: Fabric, metric: Any, pairs: bool) -> Sou
                 yield (images, originals), {}
         else:
             for images, told, numbers in open_images("samples", cfg.samples, cfg.batch_size, rank, world):
-                yield _update(images, told, numbers, metric)
+                yield update_arguments(metric, images, told, numbers)
 
     if pairs:
         identity["originals"] = {"path": cfg.originals}
     return Source(batches(), identity, described)
-
-
-def _update(
-    images: torch.Tensor, told: Sequence[Any] | None, numbers: torch.Tensor, metric: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a metric's ``update``: labels, or prompts for metrics that take them."""
-    if isinstance(told, list) and told and isinstance(told[0], str):
-        prompts = {"prompts": list(told)} if getattr(metric, "takes_prompts", False) else {}
-        return (images, None), {"index": numbers, **prompts}
-    return (images, None if told is None else torch.as_tensor(told)), {"index": numbers}
 
 
 def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callable[..., None]) -> Source:
@@ -119,7 +110,7 @@ def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callab
         for images, numbers in read_parts(parts, cfg.batch_size, mine):
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
             told: list[Any] = [labels[number] for number in numbers]
-            yield _update(pixels, told, torch.tensor(list(numbers)), metric)
+            yield update_arguments(metric, pixels, told, torch.tensor(list(numbers)))
 
     identity = {"checkpoint": str(cfg.checkpoint), **plan, **how_sampled(cfg.labels, generator)}
     return Source(batches(), {"samples": identity}, run, parts, labels)
@@ -192,7 +183,7 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
             with torch.no_grad(), computing(cfg.precision, fabric.device):
                 images = decoder(torch.from_numpy(latents).to(fabric.device)).clamp(0, 1)
             told = [labels[number] for number in numbers]
-            yield _update(to_uint8(images.float(), cfg.quantize), told, torch.tensor(list(numbers)), metric)
+            yield update_arguments(metric, to_uint8(images.float(), cfg.quantize), told, torch.tensor(list(numbers)))
 
     for name, decoder in decoders.items():
         decoded = {"precision": cfg.precision, "quantize": cfg.quantize, "latents": str(cfg.latents), "decoder": name}

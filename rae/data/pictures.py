@@ -38,7 +38,7 @@ BACKGROUNDS = {
 RELATIONS = {"to the left of": (0, 1), "above": (1, 0)}
 """Relations, and the direction (down, right) from the first thing to the second."""
 _HELD_OUT = 10  # one of so many triples of two things and a relation
-_SPLIT_SEED = 0  # the split never changes, whatever the run's seed
+_SPLIT_SEED = 0  # fixed, so that every run holds the same triples out
 _CAPTION = re.compile(rf"an? (.+) ({'|'.join(RELATIONS)}) an? (.+) on an? (\w+) background")
 
 

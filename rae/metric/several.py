@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class MetricSet(nn.Module):
@@ -60,6 +61,23 @@ class MetricSet(nn.Module):
     def identity(self) -> dict[str, Any]:
         """Identity of every metric by name."""
         return {name: metric.identity for name, metric in self.metrics.items()}
+
+
+def update_arguments(
+    metric: Any, images: Tensor, told: Sequence[Any] | Tensor | None, numbers: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a metric's ``update`` for samples: their labels, or their prompts where it takes these.
+
+    Args:
+        metric: Any metric of generated images.
+        images: uint8 B×3×H×W.
+        told: B labels or prompts; None where they are not known.
+        numbers: Number of every sample, int64 B.
+    """
+    if isinstance(told, list) and told and isinstance(told[0], str):
+        prompts = {"prompts": list(told)} if getattr(metric, "takes_prompts", False) else {}
+        return (images, None), {"index": numbers, **prompts}
+    return (images, None if told is None else torch.as_tensor(told)), {"index": numbers}
 
 
 NORMALISERS = {

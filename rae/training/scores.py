@@ -13,6 +13,7 @@ from rae.flow import Guidance, NoGuidance, Sampler, evaluations
 from rae.formats.open import load_denoiser
 from rae.io.describe import describe
 from rae.io.parts import stretch
+from rae.metric.several import update_arguments
 from rae.training.evaluation import Evaluation, Scores
 from rae.training.per_step import at_least_one
 from rae.training.preview import generator_of
@@ -164,7 +165,5 @@ class ScoreSamples(Evaluation):
             chosen = [labels[number] for number in numbers]
             images = generator.draw(chosen, self.seed, numbers, self.precision, self.quantize)
             if turn + rank < len(starts):
-                prompted = pl_module.text_encoder is not None
-                prompts = {"prompts": chosen} if prompted and getattr(self.metric, "takes_prompts", False) else {}
-                told = None if prompted else torch.tensor(chosen)
-                self.metric.update(images, told, index=torch.tensor(list(numbers)), **prompts)
+                given, options = update_arguments(self.metric, images, chosen, torch.tensor(list(numbers)))
+                self.metric.update(*given, **options)
