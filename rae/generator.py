@@ -34,6 +34,15 @@ def computing(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
+def check_second_time(sampler: Sampler, denoiser: Denoiser) -> None:
+    """Raises ValueError for a sampler of average velocities and a denoiser that knows none."""
+    if sampler.second_time and not denoiser.second_time:
+        raise ValueError(
+            f"{type(sampler).__name__} needs a denoiser that knows a second time, and this one's second_time is "
+            f"{denoiser.second_time}: choose sampler=euler, or train one with flow=mean_flow (experiment=digits_meanflow)"
+        )
+
+
 class Generator(Exportable, nn.Module):
     """Draws images of given classes, or of prompts.
 
@@ -88,6 +97,7 @@ class Generator(Exportable, nn.Module):
             raise ValueError(
                 f"internal guidance needs a denoiser with a base head; this {kind} has none: guidance=cfg or none"
             )
+        check_second_time(sampler, denoiser)
         for name, network in (("denoiser", denoiser), ("guide", guide)):
             shape = getattr(network, "latent_shape", None)
             if shape is not None and tuple(shape) != tuple(autoencoder.latent_shape):

@@ -20,7 +20,7 @@ from rae.cli.build import make
 from rae.cli.errors import compose
 from rae.cli.groups import config_groups
 from rae.condition import LabelTokens
-from rae.denoiser import InContextDiTDH
+from rae.denoiser import DiTDH, InContextDiTDH
 from rae.discriminator import DiffAugment
 from rae.image import QUANTIZE, to_float, to_uint8
 from rae.loss import PerceptualLoss
@@ -28,6 +28,7 @@ from rae.metric import InceptionDetector, ReconstructionMetrics
 from rae.metric.frechet import FeatureMoments
 from rae.training.ema import WeightAverage
 from rae.training.preview import ReconstructionPreview, SamplePreview
+from rae.training.teacher import Teacher
 from tests.small_models import make_generator
 from tests.small_runs import make_module
 from tests.text_runs import make_text_generator
@@ -135,7 +136,9 @@ def test_samplers_and_guidances(cuda, sampler, guidance):
     model.sampler, model.guidance = make(node), GUIDANCES[guidance]
     if guidance == "internal":
         model.denoiser = InContextDiTDH(32, 4, 32, 2, 4, 48, 1, 4, LabelTokens(10), base_depth=1)
-    model.sampler.grid = flow.PublishedGrid(4)
+    if model.sampler.second_time:
+        model.denoiser = DiTDH(32, 4, 32, 1, 2, 48, 1, 2, num_classes=10, second_time=True)
+    model.sampler.grid = flow.FullGrid(3)
     labels = torch.tensor([1, 7])  # which the host knows too
     with cuda():
         moved(model)
@@ -182,12 +185,18 @@ def test_losses_and_detectors(cuda):
 
 def test_losses_of_stage_2_and_averages(cuda):
     module = make_module(2)
+    objectives = [flow.FlowMatching(), flow.MeanFlow(), flow.ImprovedMeanFlow(), flow.ConsistencyMidTraining(points=3)]
+    module.denoiser = DiTDH(16, 2, 16, 1, 2, 24, 1, 2, num_classes=4, second_time=True)
+    teacher = Teacher(make_module(2).denoiser, flow.FlowMatching())
     known_to_the_host = {"epoch": torch.zeros(4, dtype=torch.long), "index": torch.arange(4)}
     with cuda(), torch.no_grad():
         moved(module)
         batch = {"image": torch.empty(4, 3, 16, 16, dtype=torch.uint8, device=CUDA), **known_to_the_host}
         batch["label"] = torch.empty(4, dtype=torch.long, device=CUDA)
-        assert module.losses(batch, "train", 0.1).device.type == "cuda"
+        moved(teacher)
+        for module.flow in objectives:
+            module.teacher = teacher if module.flow.second_time else None
+            assert module.losses(batch, "train", 0.1).device.type == "cuda"
         average = WeightAverage(module.denoiser, 0.9)
         average.update(module.denoiser)
         assert {value.device.type for value in average.averages.values()} == {"cuda"}

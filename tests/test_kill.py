@@ -37,8 +37,10 @@ STAGES: dict[int | str, list[str]] = {
 STAGES["text"] = [*text_runs.SMALL, "data.batch_size=64", "data.train_images=512", f"trainer.max_steps={STEPS}",
     "callbacks.checkpoint.every_n_steps=4", "trainer.val_check_interval=7", "text_encoder.checkpoint=null",
     "decoder_checkpoint=null", "guidance=internal"]  # fmt: skip
+STAGES["mean_flow"] = [*STAGES[2], "flow=mean_flow", "denoiser.second_time=true", "sampler=jump"]
 KILLS: dict[int | str, dict[str, int]] = {
     1: {"between:6": 4, "save:8": 7, "step:11": 8},
+    "mean_flow": {"save:8": 4, "step:11": 8},
     "text": {"step:6": 4, "save:8": 4, "step:13": 12},
 }
 """Where each stage is killed, and the step of the last checkpoint then; stage 1 also saves the best validation, at step 7."""
@@ -90,9 +92,12 @@ def logged(folder: Path) -> dict[tuple[int, str], str]:
     return values
 
 
-@pytest.mark.parametrize(("stage", "processes"), [(1, 2), ("text", 2)])
+@pytest.mark.parametrize(("stage", "processes"), [(1, 2), ("mean_flow", 1), ("text", 2)])
 def test_a_killed_run_ends_bitwise_where_an_undisturbed_one_does(stage: int | str, processes: int, tmp_path: Path):
     overrides = STAGES[stage] + (TWO if processes == 2 else [])
+    if stage == "mean_flow":
+        finish(start([*STAGES[2], "trainer.max_steps=1", f"output_dir={tmp_path}/teacher"]), killed=False)
+        overrides += [f"teacher_checkpoint={tmp_path}/teacher", f"init_checkpoint={tmp_path}/teacher"]
     finish(start([*overrides, f"output_dir={tmp_path}/whole"]), killed=False)
     killed = [*overrides, f"output_dir={tmp_path}/killed"]
     for kill, step in KILLS[stage].items():

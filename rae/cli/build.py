@@ -24,6 +24,7 @@ from rae.io.errors import ConfigError
 from rae.io.files import differing
 from rae.jobs.processes import processes_of, set_matmul
 from rae.training.precision import XLAMixedPrecision, check_precision
+from rae.training.teacher import Teacher, begin, open_teacher
 
 log = logging.getLogger(__name__)
 
@@ -199,9 +200,24 @@ def _strategy(cfg: DictConfig) -> Any:
     return node if isinstance(node, str) else make(node)
 
 
+def build_denoiser(cfg: DictConfig) -> Any:
+    """The denoiser, with the weights of ``init_checkpoint`` where one is given."""
+    denoiser = make(cfg.denoiser)
+    if cfg.get("init_checkpoint") is not None:
+        begin(denoiser, cfg.init_checkpoint)
+    return denoiser
+
+
+def build_teacher(cfg: DictConfig) -> Teacher | None:
+    """The denoiser of ``teacher_checkpoint``; None where none is given."""
+    return None if cfg.get("teacher_checkpoint") is None else open_teacher(cfg.teacher_checkpoint)
+
+
 _BUILDERS: dict[str, Callable[[DictConfig], Any]] = {
     "autoencoder": build_autoencoder,
     "config": plain,
+    "denoiser": build_denoiser,
+    "teacher": build_teacher,
 }
 """How arguments of a training module are made that are no config group of their own."""
 

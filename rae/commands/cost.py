@@ -23,12 +23,13 @@ from rae.cost import (
     training_step,
 )
 from rae.cost.steps import decoding, denoising, evaluate_once
-from rae.flow import evaluations
+from rae.flow import FlowMatching, evaluations
 from rae.io.errors import ConfigError
 from rae.io.files import write_json
 from rae.report.cost import row, text
 from rae.report.table import markdown
 from rae.training.precision import check_precision
+from rae.training.teacher import Teacher
 
 _CHOICES = {"print": ("table", "row"), "matmul": ("fp32", "tf32")}
 _NOT_LOADED = {"pretrained": False, "checkpoint": None, "stats": "none", "compile": False}
@@ -38,7 +39,7 @@ def without_weights(cfg: DictConfig) -> DictConfig:
     """The configuration with all that loads a file, and compilation, taken out of it; a frozen text encoder is not counted."""
     bare = cfg.copy()
     OmegaConf.set_struct(bare, False)
-    bare.decoder_checkpoint = None
+    bare.decoder_checkpoint = bare.init_checkpoint = bare.teacher_checkpoint = None
     if bare.get("denoiser") is not None and bare.get("text_encoder") is not None:
         bare.condition = OmegaConf.to_container(bare.condition, resolve=True)  # it speaks of the text encoder
         bare.text_encoder = None
@@ -79,7 +80,10 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     arithmetic = {"trained": "bf16" if autocast else cfg.matmul, "encoder": "bf16" if encoder_halved else cfg.matmul}
 
     with torch.device("meta"):
-        module: Any = on_paper(build_module(without_weights(cfg)))
+        module: Any = build_module(without_weights(cfg))
+        if cfg.get("teacher_checkpoint") is not None:  # it counts as one of the denoiser's own size
+            module.teacher = Teacher(make(cfg.denoiser), FlowMatching())
+        module = on_paper(module)
     networks = _networks(module)
     cached = str(cfg.data["_target_"]).endswith("LatentsDataModule")
     step = training_step(module, int(cfg.image_size), autocast, cached)

@@ -43,6 +43,9 @@ class Denoiser(Described, nn.Module):
         patch: Side of a patch, dividing ``grid``.
         width: Width of the time embedding.
         checkpointing: Recompute the blocks in the backward pass instead of keeping their activations.
+        second_time: Whether it is also told a time r ≤ t, for average velocities over [r, t]
+            (:mod:`rae.flow.mean_flow`). The embedding of r is added to that of t and starts at zero, so that with the
+            weights of a denoiser without it the new one predicts the same.
 
     Raises:
         ValueError: A size below 1, or ``grid`` is not divisible by ``patch``.
@@ -53,7 +56,9 @@ class Denoiser(Described, nn.Module):
     has_base = False
     """Whether it also predicts from its first blocks (``base=True``), which internal guidance steers away from."""
 
-    def __init__(self, channels: int, grid: int, patch: int, width: int, checkpointing: bool) -> None:
+    def __init__(
+        self, channels: int, grid: int, patch: int, width: int, checkpointing: bool, second_time: bool = False
+    ) -> None:
         super().__init__()
         if min(channels, grid, patch, width) < 1:
             raise ValueError(
@@ -66,6 +71,11 @@ class Denoiser(Described, nn.Module):
         self.patch = patch
         self.checkpointing = checkpointing
         self.time_embedding = TimeEmbedding(width)
+        self.second_time = second_time
+        if second_time:
+            self.second_embedding = TimeEmbedding(width)
+            nn.init.zeros_(self.second_embedding.fc2.weight)
+            nn.init.zeros_(self.second_embedding.fc2.bias)
 
     @property
     def num_classes(self) -> int:
@@ -77,13 +87,19 @@ class Denoiser(Described, nn.Module):
         """Channels, height and width of the latents."""
         return (self.channels, self.grid, self.grid)
 
-    def check(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> None:
+    def embed_time(self, t: Tensor, r: Tensor | None) -> Tensor:
+        """Times B => B×width; of a denoiser with a second time that of r, which is t where it is not given, is added."""
+        embedding = self.time_embedding(t)
+        return embedding + self.second_embedding(t if r is None else r) if self.second_time else embedding
+
+    def check(self, x_t: Tensor, t: Tensor, conditions: Conditions, r: Tensor | None = None) -> None:
         """Checks shapes and, on the host, values; nothing is read back from a device.
 
         Args:
             x_t: Latents B×C×h×w.
             t: Times B.
             conditions: Tensors by name, B×….
+            r: Second times B, at most t.
 
         Raises:
             ValueError: With what was received and what is required.
@@ -92,12 +108,21 @@ class Denoiser(Described, nn.Module):
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}, required is B×{'×'.join(map(str, self.latent_shape))}")
         if t.shape != x_t.shape[:1]:
             raise ValueError(f"t must hold one value a sample: batch {x_t.shape[0]}, t {tuple(t.shape)}")
+        if r is not None and not self.second_time:
+            raise ValueError(
+                f"this {type(self).__name__} knows no second time r, which average velocities need: train one with "
+                "denoiser.second_time=true and flow=mean_flow, or choose a sampler of velocities, e.g. sampler=euler"
+            )
+        if r is not None and r.shape != t.shape:
+            raise ValueError(f"r must hold one value a sample, as t does: t {tuple(t.shape)}, r {tuple(r.shape)}")
         self.condition.check(conditions, len(x_t))
         if may_look(x_t):
             if t.numel() and not (t.min() >= 0 and t.max() <= 1 + 1e-6):
                 raise ValueError(
                     f"t must lie in [0, 1] (0 = data, 1 = noise), got {t.min().item()} to {t.max().item()}"
                 )
+            if r is not None and not (r.min() >= 0 and (r <= t).all()):
+                raise ValueError(f"r must lie in [0, t], got r={r.tolist()[:8]} for t={t.tolist()[:8]}")
             self.condition.check_values(conditions)
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *arguments: Tensor | nn.Module | None) -> Tensor:
@@ -120,13 +145,23 @@ class LabelDenoiser(Denoiser):
         num_classes: Number of classes; the null label is ``num_classes``.
         width: Width of the time and label embeddings.
         checkpointing: See :class:`Denoiser`.
+        second_time: See :class:`Denoiser`.
 
     Raises:
         ValueError: See :class:`Denoiser`.
     """
 
-    def __init__(self, channels: int, grid: int, patch: int, num_classes: int, width: int, checkpointing: bool) -> None:
-        super().__init__(channels, grid, patch, width, checkpointing)
+    def __init__(
+        self,
+        channels: int,
+        grid: int,
+        patch: int,
+        num_classes: int,
+        width: int,
+        checkpointing: bool,
+        second_time: bool = False,
+    ) -> None:
+        super().__init__(channels, grid, patch, width, checkpointing, second_time)
         self.label_embedding = LabelEmbedding(num_classes, width)
 
     @property

@@ -30,6 +30,7 @@ class DiTDH(LabelDenoiser):
         rope: Rotary embedding of the attention; without it only the backbone's table tells the head where a token is.
         position_table: Fixed sine-cosine table in the backbone; the head has none.
         checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
+        second_time: See :class:`~rae.denoiser.base.Denoiser`.
 
     Raises:
         ValueError: Sizes that do not divide, or an unknown ``norm`` or ``mlp``.
@@ -56,8 +57,9 @@ class DiTDH(LabelDenoiser):
         rope: bool = True,
         position_table: bool = True,
         checkpointing: bool = False,
+        second_time: bool = False,
     ) -> None:
-        super().__init__(channels, grid, patch, num_classes, width, checkpointing)
+        super().__init__(channels, grid, patch, num_classes, width, checkpointing, second_time)
         side = grid // patch
         self.backbone_embedding = PatchEmbedding(channels, width, patch)
         self.head_embedding = PatchEmbedding(channels, head_width, patch)
@@ -71,16 +73,17 @@ class DiTDH(LabelDenoiser):
         self.head_rope = RotaryEmbedding2D(head_width // head_heads, side) if rope else None
         self.final = FinalLayer(head_width, patch * patch * channels, norm)
 
-    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor, *, r: Tensor | None = None) -> Tensor:
         """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B.
 
         Args:
             x_t: Latents between data and noise, B×C×H×W.
             t: Times B in [0, 1].
             label: Labels B in [0, num_classes]; ``num_classes`` means no class.
+            r: Second times B in [0, t], where the denoiser knows one; None for t.
         """
-        self.check(x_t, t, {"label": label})
-        time = self.time_embedding(t)  # B×D
+        self.check(x_t, t, {"label": label}, r)
+        time = self.embed_time(t, r)  # B×D
         # SiLU twice on purpose: the released models have one outside and one inside every modulation.
         condition = F.silu(F.silu(time + self.label_embedding(label)))[:, None]  # B×1×D
         s = self.backbone_embedding(x_t)  # B×N×D

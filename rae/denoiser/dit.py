@@ -26,6 +26,7 @@ class DiT(LabelDenoiser):
         mlp: ``swiglu`` or ``gelu``.
         rope: Rotary embedding of the attention, beside the fixed table.
         checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
+        second_time: See :class:`~rae.denoiser.base.Denoiser`.
 
     Raises:
         ValueError: Sizes that do not divide, or an unknown ``norm`` or ``mlp``.
@@ -48,8 +49,9 @@ class DiT(LabelDenoiser):
         mlp: str = "swiglu",
         rope: bool = True,
         checkpointing: bool = False,
+        second_time: bool = False,
     ) -> None:
-        super().__init__(channels, grid, patch, num_classes, width, checkpointing)
+        super().__init__(channels, grid, patch, num_classes, width, checkpointing, second_time)
         self.patch_embedding = PatchEmbedding(channels, width, patch)
         position_buffer(self, width, grid // patch)
         self.blocks = make_blocks(depth, width, heads, mlp_ratio, qk_norm, norm, mlp)
@@ -67,17 +69,18 @@ class DiT(LabelDenoiser):
         nn.init.zeros_(self.time_embedding.fc1.bias)
         nn.init.zeros_(self.time_embedding.fc2.bias)
 
-    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor, *, r: Tensor | None = None) -> Tensor:
         """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B.
 
         Args:
             x_t: Latents between data and noise, B×C×H×W.
             t: Times B in [0, 1].
             label: Labels B in [0, num_classes]; ``num_classes`` means no class.
+            r: Second times B in [0, t], where the denoiser knows one; None for t.
         """
-        self.check(x_t, t, {"label": label})
+        self.check(x_t, t, {"label": label}, r)
         x = self.patch_embedding(x_t) + self.position  # B×N×D
-        c = self.time_embedding(t) + self.label_embedding(label)  # B×D
+        c = self.embed_time(t, r) + self.label_embedding(label)  # B×D
         condition = F.silu(c)[:, None]  # B×1×D
         x = self.run_blocks(self.blocks, x, condition, self.rope)  # B×N×D
         return unpatchify(self.final(x, condition), self.patch, self.channels)  # B×C×H×W

@@ -31,6 +31,7 @@ class InContextDiT(Denoiser):
         time_tokens: Number of learned tokens to which the time is added.
         base_depth: Blocks before the base head; None for no base head.
         checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
+        second_time: See :class:`~rae.denoiser.base.Denoiser`.
 
     Raises:
         ValueError: Sizes that do not divide, a base head deeper than the network, or a condition that makes no tokens.
@@ -52,8 +53,9 @@ class InContextDiT(Denoiser):
         time_tokens: int = 4,
         base_depth: int | None = 8,
         checkpointing: bool = False,
+        second_time: bool = False,
     ) -> None:
-        super().__init__(channels, grid, patch, width, checkpointing)
+        super().__init__(channels, grid, patch, width, checkpointing, second_time)
         if base_depth is not None and not 1 <= base_depth <= depth:
             raise ValueError(
                 f"denoiser.base_depth={base_depth} must lie in [1, {depth}], the backbone's depth; null for no base head"
@@ -104,7 +106,7 @@ class InContextDiT(Denoiser):
         return unpatchify(tokens, self.patch, self.channels)
 
     def forward(
-        self, x_t: Tensor, t: Tensor, *, base: bool = False, **conditions: Tensor
+        self, x_t: Tensor, t: Tensor, *, base: bool = False, r: Tensor | None = None, **conditions: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction B×C×H×W for x_t B×C×H×W at times B; with ``base`` the pair (full, base) of them.
 
@@ -112,10 +114,11 @@ class InContextDiT(Denoiser):
             x_t: Latents between data and noise, B×C×H×W.
             t: Times B in [0, 1].
             base: Whether the base head's prediction is wanted too.
+            r: Second times B in [0, t], where the denoiser knows one; None for t.
             conditions: The condition's tensors by name, B×….
         """
-        self.check(x_t, t, conditions)
-        tokens, early = self.run_backbone(x_t, self.time_embedding(t), conditions, base)  # B×N×D each
+        self.check(x_t, t, conditions, r)
+        tokens, early = self.run_backbone(x_t, self.embed_time(t, r), conditions, base)  # B×N×D each
         full = self.to_latent(self.final(tokens))
         if early is None:
             return full
@@ -141,6 +144,7 @@ class InContextDiTDH(InContextDiT):
         time_tokens: See :class:`InContextDiT`.
         base_depth: See :class:`InContextDiT`.
         checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
+        second_time: See :class:`~rae.denoiser.base.Denoiser`.
 
     Raises:
         ValueError: See :class:`InContextDiT`.
@@ -162,9 +166,21 @@ class InContextDiTDH(InContextDiT):
         time_tokens: int = 4,
         base_depth: int | None = 8,
         checkpointing: bool = False,
+        second_time: bool = False,
     ) -> None:
         super().__init__(
-            channels, grid, width, depth, heads, condition, patch, mlp_ratio, time_tokens, base_depth, checkpointing
+            channels,
+            grid,
+            width,
+            depth,
+            heads,
+            condition,
+            patch,
+            mlp_ratio,
+            time_tokens,
+            base_depth,
+            checkpointing,
+            second_time,
         )
         out = patch * patch * channels
         self.head_embedding = PatchEmbedding(channels, head_width, patch)
@@ -175,11 +191,11 @@ class InContextDiTDH(InContextDiT):
         self.base_final = FinalLayer(width, out) if self.has_base else None
 
     def forward(
-        self, x_t: Tensor, t: Tensor, *, base: bool = False, **conditions: Tensor
+        self, x_t: Tensor, t: Tensor, *, base: bool = False, r: Tensor | None = None, **conditions: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See :meth:`InContextDiT.forward`."""
-        self.check(x_t, t, conditions)
-        time = self.time_embedding(t)  # B×D
+        self.check(x_t, t, conditions, r)
+        time = self.embed_time(t, r)  # B×D
         tokens, early = self.run_backbone(x_t, time, conditions, base)  # B×N×D each
         s = F.silu(self.projection(F.silu(time[:, None] + tokens)))  # B×N×D_head
         x = self.run_blocks(self.head, self.head_embedding(x_t), s, self.head_rope)  # B×N×D_head

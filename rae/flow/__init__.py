@@ -2,6 +2,7 @@
 
 from rae.flow.counting import evaluations
 from rae.flow.guidance import AutoGuidance, ClassifierFreeGuidance, Guidance, InternalGuidance, NoGuidance
+from rae.flow.mean_flow import ConsistencyMidTraining, ImprovedMeanFlow, JumpSampler, MeanFlow
 from rae.flow.objective import FlowMatching
 from rae.flow.ode import (
     AdaptiveSampler,
@@ -30,6 +31,7 @@ __all__ = [
     "AutoGuidance",
     "ClassifierFreeGuidance",
     "Coefficients",
+    "ConsistencyMidTraining",
     "EulerMaruyamaSampler",
     "EulerSampler",
     "FlowMatching",
@@ -38,9 +40,12 @@ __all__ = [
     "Guidance",
     "Heun3Sampler",
     "HeunSampler",
+    "ImprovedMeanFlow",
     "InternalGuidance",
+    "JumpSampler",
     "LinearPath",
     "LogitNormalTime",
+    "MeanFlow",
     "MidpointSampler",
     "NoGuidance",
     "ODESampler",

@@ -15,7 +15,7 @@ from rae.io.describe import Described
 
 Model = Callable[..., Any]
 """Denoiser (x, t B, conditions by name) -> velocity; with ``base=True`` the pair (full, base)."""
-Velocity = Callable[[Tensor, "float | Tensor"], Tensor]
+Velocity = Callable[..., Tensor]
 Field = Callable[[Tensor, Tensor, Conditions], Tensor]
 
 
@@ -58,17 +58,18 @@ class Guidance(Described, ABC):
             guide: The weaker denoiser; autoguidance needs it.
 
         Returns:
-            Velocity field of x B×… and a time (float, or one value a sample).
+            Velocity field of x B×… and a time (float, or one value a sample); a third argument, a float r at most the time,
+            asks all models for the average velocity over [r, t].
 
         Raises:
             ValueError: The null condition, the guide or a base head is missing.
         """
         self.check(null, guide)
 
-        def velocity(x: Tensor, t: float | Tensor) -> Tensor:
+        def velocity(x: Tensor, t: float | Tensor, r: float | None = None) -> Tensor:
             times = expand_time(t, x)
             if not isinstance(t, Tensor):
-                return self.field(t, model, null, guide)(x, times, conditions)
+                return self.field(t, until(model, r), null, guide and until(guide, r))(x, times, conditions)
             out = torch.empty_like(x)
             groups: dict[tuple[bool, ...], list[int]] = {}
             for row, value in enumerate(t.tolist()):
@@ -123,6 +124,13 @@ def inside(t: float, interval: tuple[float, float]) -> bool:
     """Whether a time lies in an interval, ends included, as float32 numbers (a shifted grid's first may be one ulp above 1)."""
     time, low, high = (np.float32(value) for value in (min(t, 1.0), *interval))
     return bool(low <= time <= high)
+
+
+def until(model: Model, r: float | None) -> Model:
+    """The model with a second time, the same for all samples; the model itself for None."""
+    if r is None:
+        return model
+    return lambda x, t, **conditions: model(x, t, r=torch.full_like(t, r), **conditions)
 
 
 def plain(model: Model) -> Field:

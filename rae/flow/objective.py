@@ -40,6 +40,13 @@ class FlowMatching(Described):
             prediction or a floor on another than the linear path.
     """
 
+    draws: tuple[int, ...] = ()
+    """Shape of the uniform draws of a sample from which :meth:`sample_time` makes its times."""
+    second_time = False
+    """Whether the network must know a second time."""
+    needs_teacher = False
+    """Whether it learns from a trained denoiser alone."""
+
     def __init__(
         self,
         path: Path | None = None,

@@ -20,6 +20,8 @@ class Sampler(Described, ABC):
 
     stochastic = False
     """Whether a step draws noise."""
+    second_time = False
+    """Whether it asks for average velocities, of a denoiser that knows a second time."""
     stages: int
     """Evaluations of the velocity in one step."""
     grid: PublishedGrid | FullGrid

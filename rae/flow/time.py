@@ -147,7 +147,7 @@ class PublishedGrid(Described):
             start: Where 1 − t begins.
             end: Where 1 − t ends.
         """
-        return shift_time(1 - torch.linspace(start, end, self.points), check_shift(shift))
+        return shift_time(1 - torch.linspace(start, end, self.points, device="cpu"), check_shift(shift))
 
 
 OfficialGrid = PublishedGrid
@@ -182,7 +182,7 @@ class FullGrid(Described):
             start: Where 1 − t begins.
             end: Where 1 − t ends.
         """
-        return shift_time(1 - torch.linspace(start, end, self.points), check_shift(shift))
+        return shift_time(1 - torch.linspace(start, end, self.points, device="cpu"), check_shift(shift))
 
     def with_steps(self, steps: int) -> FullGrid:
         """A grid of the same kind with another number of steps; ValueError below 1."""

@@ -29,6 +29,7 @@ _TWO_WIDTHS = (
     (r"^x_embedder\.", "head_embedding."),
     (r"^s_projector\.", "projection."),
 )
+_SECOND_TIME = "second_embedding."
 _FIXED = re.compile(r"^(pos_embed|(enc_|dec_)?feat_rope\.freqs_(cos|sin))$")
 
 
@@ -103,15 +104,37 @@ def load_denoiser(denoiser: Denoiser, state: Mapping[str, Tensor], source: str, 
     Raises:
         ValueError: Weights that do not fit; all keys are listed.
     """
+    load_strict(denoiser, _in_our_naming(state, denoiser, source), source, adopt)
+
+
+def begin_with(denoiser: Denoiser, state: Mapping[str, Tensor], source: str) -> None:
+    """Fills a denoiser that is to be trained further with weights of another, which need not know a second time.
+
+    Args:
+        denoiser: The denoiser to fill; where the other knows no second time, this one's embedding of it stays at zero.
+        state: See :func:`load_denoiser`.
+        source: See :func:`load_denoiser`.
+
+    Raises:
+        ValueError: Weights that do not fit; all keys are listed.
+    """
+    state = dict(_in_our_naming(state, denoiser, source))
+    if denoiser.second_time and not any(key.startswith(_SECOND_TIME) for key in state):
+        state |= {key: value for key, value in denoiser.state_dict().items() if key.startswith(_SECOND_TIME)}
+    load_strict(denoiser, state, source)
+
+
+def _in_our_naming(state: Mapping[str, Tensor], denoiser: Denoiser, source: str) -> Mapping[str, Tensor]:
+    """The weights under the denoiser's own keys; ValueError for RAEv2's where the denoiser is of another kind."""
     if any(key.startswith(raev2.MARK) for key in state):
         if not isinstance(denoiser, InContextDiT):
             raise ValueError(
                 f"{source} are weights of RAEv2, whose denoisers are told in context; this one is a {type(denoiser).__name__}"
             )
-        state = raev2.to_ours(state, denoiser)
-    elif any(key.startswith(("t_embedder.", "x_embedder.", "s_embedder.")) for key in state):
-        state = original_to_ours(state, denoiser)
-    load_strict(denoiser, state, source, adopt)
+        return raev2.to_ours(state, denoiser)
+    if any(key.startswith(("t_embedder.", "x_embedder.", "s_embedder.")) for key in state):
+        return original_to_ours(state, denoiser)
+    return state
 
 
 def original_to_ours(state: Mapping[str, Tensor], model: Denoiser) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rae.denoiser import Denoiser
 from rae.flow import Guidance, Sampler
-from rae.generator import Generator
+from rae.generator import Generator, check_second_time
 from rae.image import make_grid, save_png, to_float, to_pil, to_uint8
 
 
@@ -137,6 +137,10 @@ class SamplePreview(PicturePreview):
         self.prompts = prompts
         self.per_class = per_class
         self.seed = seed
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Raises ValueError for a sampler of average velocities and a denoiser that knows none."""
+        check_second_time(self.sampler, pl_module.denoiser)
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
         """One row a class."""

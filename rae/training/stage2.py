@@ -16,10 +16,12 @@ from rae.denoiser import Denoiser
 from rae.encoder.text import TextEncoder
 from rae.flow import FlowMatching
 from rae.image import to_float
+from rae.io.tensors import state_hash
 from rae.prompts import check_text_encoder
 from rae.rng import normal, sample_seeds, to_device, uniform
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 from rae.training.strategy import shard, whole
+from rae.training.teacher import Teacher
 
 
 class Stage2Module(TrainingModule):
@@ -36,6 +38,7 @@ class Stage2Module(TrainingModule):
         scheduler: Makes the schedule from the optimiser and ``steps_per_epoch``; None for a constant rate.
         text_encoder: Frozen; makes the features of captions for a denoiser that is told a text. Batches with cached features do
             without.
+        teacher: Trained denoiser that the flow learns from (``flow=mean_flow`` may, ``flow=cmt`` must); None for none.
         label_dropout: Share of labels (or of whatever else the denoiser is told) replaced by the null condition, in [0, 1);
             0 forgoes classifier-free guidance.
         seed: Seed of every draw.
@@ -44,7 +47,7 @@ class Stage2Module(TrainingModule):
         config: See :class:`~rae.training.module.TrainingModule`.
     """
 
-    frozen = ("autoencoder.", "text_encoder.")
+    frozen = ("autoencoder.", "text_encoder.", "teacher.")
     takes_latents = True
     takes_captions = True
 
@@ -56,6 +59,7 @@ class Stage2Module(TrainingModule):
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
         text_encoder: TextEncoder | None = None,
+        teacher: Teacher | None = None,
         label_dropout: float = 0.1,
         seed: int = 42,
         compile: bool | Sequence[str] = False,
@@ -74,6 +78,17 @@ class Stage2Module(TrainingModule):
         self.denoiser = denoiser
         check_text_encoder(denoiser, text_encoder)
         self.text_encoder = None if text_encoder is None else text_encoder.requires_grad_(False)
+        if flow.second_time and not denoiser.second_time:
+            raise ValueError(
+                f"{type(flow).__name__} trains average velocities, which need denoiser.second_time=true, not false"
+            )
+        if teacher is not None:
+            teacher.check(denoiser)
+        if teacher is not None and not flow.second_time:
+            raise ValueError(
+                f"{type(flow).__name__} learns from no teacher: teacher_checkpoint=null, or flow=mean_flow or cmt"
+            )
+        self.teacher = teacher
         self.flow = flow
         self.label_dropout = label_dropout
         self._sharded = False
@@ -90,8 +105,10 @@ class Stage2Module(TrainingModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """Raises ValueError for cached latents and latent statistics of another encoder."""
+        """Raises ValueError for cached latents and latent statistics of another encoder, and a teacher that is missing."""
         super().setup(stage)
+        if self.teacher is None and self.flow.needs_teacher:
+            raise ValueError(f"{type(self.flow).__name__} needs teacher_checkpoint=…, a run of stage 2 or its export")
         data = getattr(self.trainer, "datamodule", None)
         encoder, described = self.autoencoder.encoder, self.autoencoder.latent.encoder
         if isinstance(data, LatentsDataModule):
@@ -109,6 +126,8 @@ class Stage2Module(TrainingModule):
         super().on_save_checkpoint(checkpoint)
         if self._text_record is not None:
             checkpoint["text_encoder"] = self._text_record
+        if self.teacher is not None:
+            checkpoint["teacher"] = self._teacher_hash
         names = getattr(getattr(self._trainer, "datamodule", None), "class_names", [])
         if len(names) == int(self.denoiser.num_classes):
             checkpoint["class_names"] = list(names)
@@ -118,6 +137,14 @@ class Stage2Module(TrainingModule):
         super().on_load_checkpoint(checkpoint)
         if self.text_encoder is not None and "text_encoder" in checkpoint:
             self.text_encoder.check(checkpoint["text_encoder"], "the checkpoint")
+        if self.teacher is not None and checkpoint.get("teacher") != self._teacher_hash:
+            raise ValueError(
+                "the run was begun with another teacher: teacher_checkpoint holds other weights now; give those that it had"
+            )
+
+    @cached_property
+    def _teacher_hash(self) -> str | None:
+        return None if self.teacher is None else state_hash(self.teacher.state_dict())
 
     @cached_property
     def _text_record(self) -> dict[str, Any] | None:
@@ -178,14 +205,15 @@ class Stage2Module(TrainingModule):
             return sample_seeds(self.seed, f"{purpose} {what}", epochs, indices)
 
         noise = normal(seeds("noise"), latents.shape[1:], device=latents.device)
-        t = to_device(self.flow.sample_time(uniform(seeds("time"))), latents.device)
+        t = to_device(self.flow.sample_time(uniform(seeds("time"), self.flow.draws)), latents.device)
         told = self.denoiser.condition
         conditions = {name: batch[name] for name in told.names if name in batch} | self.text_of(batch)
         if label_dropout:
             draws = uniform(seeds("label"), device=latents.device)
             conditions = drop(conditions, told.null(conditions), draws, label_dropout)
         heads = {"base": True} if self.denoiser.has_base else {}
-        return self.flow.loss(self.denoiser, latents, noise, t, **heads, **conditions)
+        teacher = {"teacher": self.teacher} if self.teacher is not None else {}
+        return self.flow.loss(self.denoiser, latents, noise, t, **heads, **teacher, **conditions)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, as Lightning is to sum it over the micro-batches of a step."""

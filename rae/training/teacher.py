@@ -1,0 +1,95 @@
+"""A trained denoiser as a frozen velocity field, which another one learns from; and weights to begin with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from rae.denoiser import Denoiser
+from rae.flow import FlowMatching
+from rae.formats import Bundle, read
+from rae.formats.bundle import make_part
+from rae.formats.denoiser import begin_with
+from rae.io.errors import ConfigError
+
+
+class Teacher(nn.Module):
+    """(x_t B×C×h×w, t B, conditions by name) -> velocity B×C×h×w, without gradients.
+
+    Args:
+        denoiser: The trained denoiser.
+        flow: What it was trained with.
+    """
+
+    def __init__(self, denoiser: Denoiser, flow: FlowMatching) -> None:
+        super().__init__()
+        self.denoiser = denoiser.requires_grad_(False).eval()
+        self.flow = flow
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        """See the class."""
+        velocity: Tensor = self.flow.velocity_model(self.denoiser)(x, t, **conditions)
+        return velocity
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Refuses to teach a denoiser of other latents or conditions.
+
+        Raises:
+            ValueError: Names both values.
+        """
+        own, other = _told(self.denoiser), _told(denoiser)
+        if differing := [f"{key} {value} and not {other[key]}" for key, value in own.items() if other[key] != value]:
+            raise ValueError(f"teacher_checkpoint is of a denoiser with {', '.join(differing)}, this run's own")
+
+
+def _told(denoiser: Denoiser) -> dict[str, Any]:
+    return {
+        "latents": "×".join(map(str, denoiser.latent_shape)),
+        "conditions": ", ".join(denoiser.condition.names),
+        "num_classes": denoiser.num_classes,
+    }
+
+
+def open_teacher(source: str) -> Teacher:
+    """The denoiser of a run of stage 2 (its moving average) or of an export.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ConfigError: It holds no denoiser, or does not say what it predicts.
+    """
+    bundle = read(source)
+    if "denoiser" not in bundle.states or not bundle.description.get("flow"):
+        raise ConfigError(f"teacher_checkpoint={source} has no denoiser; give a run of stage 2 or its export")
+    denoiser, flow = (make_part(part, bundle.description[part]) for part in ("denoiser", "flow"))
+    bundle.fill("denoiser", denoiser)
+    return Teacher(denoiser, flow)
+
+
+def begin(denoiser: Denoiser, source: str) -> None:
+    """Gives a denoiser the weights of a run of stage 2 (their moving average) or of an export to begin with.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ConfigError: It holds no denoiser.
+        ValueError: The denoisers differ; names the arguments, or all keys.
+    """
+    bundle: Bundle = read(source)
+    if "denoiser" not in bundle.states:
+        raise ConfigError(
+            f"init_checkpoint={source} has no denoiser; give a run of stage 2, its export or a weight file"
+        )
+    described = bundle.description.get("denoiser") or {}
+    differing = [
+        f"denoiser.{key}={described[key]} there and {value} here"
+        for key, value in denoiser.arguments.items()
+        if key in described and isinstance(value, int | float | str) and value != described[key]
+    ]
+    try:
+        begin_with(denoiser, bundle.states["denoiser"](), f"init_checkpoint={source}")
+    except ValueError as error:
+        raise ConfigError(f"{error}; {', '.join(differing)}" if differing else str(error)) from error
