@@ -54,7 +54,7 @@ def required_bytes(cfg: DictConfig, shape: tuple[int, ...], images: int) -> int:
 
     Args:
         cfg: Configuration with ``dtype`` and ``flips``.
-        shape: C×h×w of a latent.
+        shape: C×h×w of a latent, or K×C×h×w of stacked layers.
         images: Number of images.
     """
     size = DTYPES[cfg.dtype].itemsize * (2 if cfg.flips == "both" else 1)
@@ -87,6 +87,7 @@ def cache_split(
     """
     folder = Path(cfg.output_dir) / split
     images = data.samples(split)
+    shape = (len(encoder.layers or ()), *encoder.latent_shape) if cfg.stacked else encoder.latent_shape
     plan = {
         "split": split,
         "encoder": encoder.fingerprint(),
@@ -98,15 +99,17 @@ def cache_split(
         "flips": cfg.flips,
         "checksums": "crc32",
         "normalised": False,
-        "shape": list(encoder.latent_shape),
+        "shape": list(shape),
     }
+    if cfg.stacked:
+        plan["stacked"] = True
     if text_encoder is not None:
         plan["text"] = text_encoder.fingerprint()
     parts = Parts(folder, plan, images, cfg.part_size, ".safetensors", "latents")
     mine = begin(fabric, parts)
     with first(fabric) as is_first:
         if is_first:
-            _announce(cfg, folder, encoder.latent_shape, images, len(parts))
+            _announce(cfg, folder, shape, images, len(parts))
     dtype = DTYPES[cfg.dtype]
     with torch.no_grad():
         for part, batches in batches_of(data, split, parts, mine, fabric, f"encoding {split}"):
@@ -114,9 +117,9 @@ def cache_split(
             texts: list[torch.Tensor] = []
             for batch in batches:
                 pixels = to_float(batch["image"].to(fabric.device))
-                columns["latent"].append(encoder(pixels).to(dtype).cpu())
+                columns["latent"].append(encoder(pixels, cfg.stacked).to(dtype).cpu())
                 if cfg.flips == "both":
-                    columns.setdefault("mirrored", []).append(encoder(pixels.flip(-1)).to(dtype).cpu())
+                    columns.setdefault("mirrored", []).append(encoder(pixels.flip(-1), cfg.stacked).to(dtype).cpu())
                 columns["label"].append(batch["label"])
                 if text_encoder is not None:
                     texts += _texts(text_encoder, batch, dtype)
@@ -175,6 +178,7 @@ def _announce(cfg: DictConfig, folder: Path, shape: tuple[int, ...], images: int
         raise OSError(
             f"{folder} has {free / 1e9:.1f} GB free, but {(needed - there) / 1e9:.1f} GB are still to be written; "
             "flips=none or dtype=bfloat16 halve it, output_dir=… writes elsewhere"
+            + (f", stacked=false makes it 1/{shape[0]}" if cfg.stacked else "")
         )
 
 
@@ -182,7 +186,7 @@ def cache_latents(cfg: DictConfig) -> None:
     """Encodes training and validation images, each once.
 
     Raises:
-        ConfigError: See :func:`check`; or none of the splits has images.
+        ConfigError: See :func:`check`; or none of the splits has images, or there are no layers to stack.
     """
     check(cfg)
 
@@ -190,6 +194,11 @@ def cache_latents(cfg: DictConfig) -> None:
     seed(cfg)
     check_paths(cfg.data)
     encoder = make(cfg.encoder).to(fabric.device)
+    if cfg.stacked and len(encoder.layers or ()) < 2:
+        raise ConfigError(
+            f"stacked=true keeps each of several layers, but encoder.layers={encoder.layers}; set stacked=false, or choose an "
+            "encoder such as encoder=dinov3_l_k7"
+        )
     text_encoder = make(cfg.text_encoder).to(fabric.device) if cfg.text else None
     data = make(cfg.data)
     data.setup("fit" if "train" in cfg.splits else "validate")

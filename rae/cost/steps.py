@@ -95,7 +95,8 @@ def training_step(module: Any, size: int, precision: torch.dtype | None = None, 
             batch["caption"] = ["a caption"] * images  # read by stage 0 with captions alone
         for number in range(micro_batches):
             if cached:
-                batch["latent"] = torch.empty(images, *module.autoencoder.latent_shape)
+                layers = [len(module.autoencoder.encoder.layers)] if module.layer_dropout else []
+                batch["latent"] = torch.empty(images, *layers, *module.autoencoder.latent_shape)
             else:
                 batch["image"] = torch.empty(images, 3, size, size, dtype=torch.uint8)
             result = module.training_step(batch, number)

@@ -72,7 +72,7 @@ class CachedLatents(SeededDataset):
         return {**self.__dict__, "_files": {}}  # open files stay with the process that opened them
 
     def load(self, index: int, seed: int) -> Sample:
-        """The latent C×h×w at a position, in the precision that it was stored with; raises ValueError where it is damaged."""
+        """The latent C×h×w at a position, or its layers K×C×h×w, as stored; raises ValueError where they are damaged."""
         part, row = divmod(index, int(self.index["part"]))
         path = self.folder / self.index["files"][part]["file"]
         name = "mirrored" if self.flip and flip_of(seed) else "latent"
@@ -157,7 +157,7 @@ def _fault_of(index: Any) -> str:
 
 
 class LatentsDataModule(StoredDataModule):
-    """Cached latents in place of images: batches hold ``latent`` B×C×h×w instead of ``image``.
+    """Cached latents in place of images: batches hold ``latent`` B×C×h×w, or layers B×K×C×h×w, instead of ``image``.
 
     Order, flips and the position within an epoch are those of the images that they were made of. ``flip`` makes every other
     training sample that of the mirrored image; see :class:`StoredDataModule` for the other arguments.
@@ -218,6 +218,15 @@ class LatentsDataModule(StoredDataModule):
                     "rae-cache-latents text=true"
                 )
             check(described, f"the text in {path!r}")
+
+    def check_stacked(self, what: str) -> None:
+        """Raises ValueError where the training latents are fused, so that ``what`` finds no layers to choose from."""
+        if self.train_path is not None and not read_index(Path(self.train_path).expanduser()).get("stacked"):
+            raise ValueError(
+                f"{what} takes random subsets of the encoder's layers, but the latents in {self.train_path!r} are fused already: "
+                "cache the layers themselves with rae-cache-latents stacked=true, train from images, or set "
+                "training.layer_dropout=0"
+            )
 
     def check_encoder(self, differences: Callable[[Mapping[str, Any]], str]) -> None:
         """Raises ValueError for an encoder whose latents these are not; names what differs.

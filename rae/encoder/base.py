@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rae.encoder.fusion import check_fusion, fuse, renewed, simplest
 from rae.io.describe import Described
 from rae.io.tensors import load_strict, state_hash
-from rae.layers import at_least_float, tokens_to_grid
+from rae.layers import at_least_float, grid_to_tokens, tokens_to_grid
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 _PUBLISHED = "published:"
@@ -222,15 +222,34 @@ class Encoder(Described, nn.Module, ABC):
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Normalised pixels B×3×S×S => patch tokens B×N×C, without gradients."""
+        return fuse(self._chosen(pixels), self.fusion, self._pooled)
+
+    def _chosen(self, pixels: Tensor) -> list[Tensor]:
+        """Normalised pixels B×3×S×S => patch tokens B×N×C of each layer that makes the latent."""
         weight = next(self.parameters(), None)  # a parent's .to(…) may have changed the precision
         dtype = self.dtype if weight is None else weight.dtype
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            chosen = [at_least_float(tokens) for tokens in self.layer_tokens(pixels.to(dtype), self.layers)]
-        pooled = -1 if self.pooled_layer is None else sorted(self.layers or []).index(self.pooled_layer)
-        return fuse(chosen, self.fusion, pooled)
+            return [at_least_float(tokens) for tokens in self.layer_tokens(pixels.to(dtype), self.layers)]
 
-    def forward(self, images: Tensor) -> Tensor:
+    @property
+    def _pooled(self) -> int:
+        """Which of the chosen layers is averaged over the positions."""
+        return -1 if self.pooled_layer is None else sorted(self.layers or []).index(self.pooled_layer)
+
+    def fused(self, stacked: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The layers of :meth:`forward` with ``stacked``, B×K×C×h×w => latents B×C×h×w, as :func:`rae.encoder.fusion.fuse`.
+
+        Args:
+            stacked: The layers.
+            keep: Bool B×K, the layers that each latent is of; None for all.
+        """
+        tokens = [grid_to_tokens(layer) for layer in stacked.unbind(1)]
+        return tokens_to_grid(fuse(tokens, self.fusion, self._pooled, keep))
+
+    def forward(self, images: Tensor, stacked: bool = False) -> Tensor:
         """Images B×3×H×W in [0, 1] => latents float32 B×C×h×w, not normalised.
+
+        With ``stacked`` they are not fused: B×K×C×h×w, K layers in the order of depth, each after its norm; see :meth:`fused`.
 
         Raises:
             ValueError: ``images`` is no float batch of RGB images.
@@ -243,6 +262,8 @@ class Encoder(Described, nn.Module, ABC):
             pixels = self._resized(images.float()) if self.resize_first else images.float()
             pixels = (pixels - self.image_mean) / self.image_std
             pixels = pixels if self.resize_first else self._resized(pixels)
+        if stacked:
+            return torch.stack([tokens_to_grid(tokens) for tokens in self._chosen(pixels)], dim=1)
         return tokens_to_grid(self.tokens(pixels))
 
     def _resized(self, images: Tensor) -> Tensor:

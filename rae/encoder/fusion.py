@@ -1,4 +1,7 @@
-"""How the tokens of several layers become one latent: pure functions (RAEv2, arXiv 2605.18324, encoder section)."""
+"""How the tokens of several layers become one latent: pure functions (RAEv2, arXiv 2605.18324, encoder section).
+
+Random subsets of the layers, on which decoder and denoiser are trained: FuseReg, arXiv 2609.31620.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 FUSIONS = ("last", "sum", "mean", "mean_plus_pooled")
+MEANS = ("mean", "mean_plus_pooled")
+"""Of these, layers can be left out without changing the expectation."""
 FINAL_NORMS = ("plain", "affine", "none")
 
 
-def fuse(tokens: Sequence[Tensor], fusion: str, pooled: int = -1) -> Tensor:
+def fuse(tokens: Sequence[Tensor], fusion: str, pooled: int = -1, keep: Tensor | None = None) -> Tensor:
     """One latent from the normed patch tokens of the chosen layers.
 
     Args:
@@ -20,14 +25,24 @@ def fuse(tokens: Sequence[Tensor], fusion: str, pooled: int = -1) -> Tensor:
         fusion: ``last``: the last of them; ``sum``; ``mean``; ``mean_plus_pooled``: the mean, and to every token the mean over
             all positions of one layer added (RAEv2).
         pooled: Index in ``tokens`` of the layer that is averaged over its positions.
+        keep: Bool B×K, the layers that each sample's mean is of, one at least; None for all. What is averaged over the positions
+            stays, even where that layer is dropped (FuseReg).
 
     Returns:
         B×N×C.
 
     Raises:
-        ValueError: Unknown ``fusion``.
+        ValueError: Unknown ``fusion``, or ``keep`` with a fusion that is no mean.
     """
     check_fusion(fusion, None)
+    if keep is not None:
+        if fusion not in MEANS:
+            raise ValueError(f"keep={tuple(keep.shape)} takes layers out of a mean; fusion={fusion} is none")
+        weights = keep.to(tokens[0].dtype) / keep.sum(1, keepdim=True)  # B×K, a sample's sum is 1
+        mean = torch.zeros_like(tokens[0])
+        for layer, weight in zip(tokens, weights.unbind(1), strict=True):
+            mean.addcmul_(layer, weight[:, None, None])
+        return mean if fusion == "mean" else mean + tokens[pooled].mean(1, keepdim=True)
     if fusion == "last":
         return tokens[-1]
     total = tokens[0] if len(tokens) == 1 else torch.stack(list(tokens)).sum(0)
@@ -54,6 +69,39 @@ def check_fusion(fusion: str, layers: Sequence[int] | None, pooled_layer: int | 
         raise ValueError(
             f"encoder.pooled_layer={pooled_layer} must be one of encoder.layers={layers}, with "
             f"encoder.fusion=mean_plus_pooled and not {fusion}; null takes the deepest layer"
+        )
+
+
+def kept_layers(draws: Tensor, p: float) -> Tensor:
+    """Which layers each sample keeps: each with probability 1 − p, and where none is left, one of them all (FuseReg).
+
+    The mean over the kept layers has the mean over all of them as its expectation, as no layer is preferred.
+
+    Args:
+        draws: Uniform draws in [0, 1), B×(K+1): one a layer, and the one that chooses where none is left.
+        p: Probability of dropping a layer, in [0, 1).
+
+    Returns:
+        Bool B×K, at least one of each row true.
+    """
+    keep = draws[:, :-1] >= p
+    one = (draws[:, -1:] * keep.shape[1]).long()  # B×1, in 0…K−1
+    return torch.where(keep.any(1, keepdim=True), keep, torch.zeros_like(keep).scatter(1, one, True))
+
+
+def check_layer_dropout(p: float, fusion: str, layers: Sequence[int] | None) -> None:
+    """Refuses to drop layers at random where there is no mean of several.
+
+    Raises:
+        ValueError: ``p`` outside [0, 1), or above 0 with another fusion or a single layer.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"training.layer_dropout={p} must lie in [0, 1); 0 keeps all layers")
+    if p and (fusion not in MEANS or layers is None or len(layers) < 2):
+        raise ValueError(
+            f"training.layer_dropout={p} leaves layers out of a mean of several, but encoder.fusion={fusion} with "
+            f"encoder.layers={layers}; choose encoder.fusion=mean or mean_plus_pooled with two layers or more, or "
+            "training.layer_dropout=0"
         )
 
 

@@ -39,6 +39,7 @@ class AverageVelocity(FlowMatching):
     """
 
     second_time = True
+    takes_target = False
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class MeanFlow(AverageVelocity):
         return torch.stack([t, torch.where(u[:, 2] < self.equal, t, pair.amin(1))], dim=1)
 
     def loss(
-        self, model: Model, data: Tensor, noise: Tensor, t: Tensor, teacher: Model | None = None, **conditions: Any
+        self, model: Model, data: Tensor, noise: Tensor, t: Tensor, *, teacher: Model | None = None, **conditions: Any
     ) -> Tensor:
         """Mean square of the identity's error, B, plus a base head's; the gradient is that of the weighted loss.
 
@@ -222,7 +223,7 @@ class ConsistencyMidTraining(AverageVelocity):
         return every.to(u.device)[(u * len(every)).long()]
 
     def loss(
-        self, model: Model, data: Tensor, noise: Tensor, t: Tensor, teacher: Model | None = None, **conditions: Any
+        self, model: Model, data: Tensor, noise: Tensor, t: Tensor, *, teacher: Model | None = None, **conditions: Any
     ) -> Tensor:
         """Mean square of the error over the pairs, B, plus a base head's, which learns the teacher's velocity.
 

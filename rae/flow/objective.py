@@ -84,7 +84,14 @@ class FlowMatching(Described):
         """Shifted training times B in [0, 1) of uniform draws B."""
         return shift_time(self.time(u), self.shift)
 
-    def loss(self, model: Model, data: Tensor, noise: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+    @property
+    def takes_target(self) -> bool:
+        """Whether :meth:`loss` may be given a target: the error is one of (x_t − data) / max(t, floor)."""
+        return self.prediction == "data" or self.time_floor is not None
+
+    def loss(
+        self, model: Model, data: Tensor, noise: Tensor, t: Tensor, *, target: Tensor | None = None, **conditions: Any
+    ) -> Tensor:
         """Loss of every sample, B: the mean over its values, summed over the model's outputs with their weights.
 
         Args:
@@ -92,12 +99,21 @@ class FlowMatching(Described):
             data: Clean latents B×….
             noise: Standard normal noise of the same shape.
             t: Times B in [0, 1].
+            target: What the model is to learn instead of ``data``, of which x_t still is: (x_t − target) / max(t, floor) is the
+                velocity (FuseReg, arXiv 2609.31620); None for the data.
             conditions: What else the model takes, e.g. ``label``.
 
         Raises:
-            ValueError: The model's output is not of the data's shape.
+            ValueError: The model's output is not of the data's shape, or a target of its own where :attr:`takes_target` is false.
         """
         point = self.path.interpolate(data, noise, t)
+        if target is not None:
+            if not self.takes_target:
+                raise ValueError(
+                    f"a target beside the data needs flow.prediction=data, or velocity with flow.time_floor; got "
+                    f"prediction={self.prediction} with time_floor={self.time_floor}"
+                )
+            data = target
         output = model(point.x_t, t, **conditions)
         full, *base = output if isinstance(output, tuple) else (output,)
         loss = self._loss(full, data, noise, t, point)

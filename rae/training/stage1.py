@@ -23,6 +23,7 @@ from rae.rng import normal, sample_seeds, uniform
 from rae.training.adversarial_step import decoder_gradients, gan_gradients, last_layer_gradients, reconstruct, trained
 from rae.training.averaging import average_gradients, average_over_processes, several_processes
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
+from rae.training.subsets import check_subsets, draw_subsets
 
 
 class Stage1Module(TrainingModule):
@@ -40,6 +41,8 @@ class Stage1Module(TrainingModule):
         discriminator: The discriminator; None to train without.
         augment: Differentiable augmentation of what the discriminator sees; None for none.
         noise_tau: Largest standard deviation of the training noise on the latents, τ.
+        layer_dropout: Probability p in [0, 1) with which each layer of the encoder is left out of an image's latent in training
+            (FuseReg, arXiv 2609.31620); 0 takes the whole fusion, which validation always does.
         accumulate: Micro-batches per optimiser step.
         seed: Seed of every draw.
         compile: Whether the decoder is compiled, or names of networks: ``decoder``, ``encoder``.
@@ -58,6 +61,7 @@ class Stage1Module(TrainingModule):
         discriminator: DinoDiscriminator | None = None,
         augment: DiffAugment | None = None,
         noise_tau: float = 0.8,
+        layer_dropout: float = 0.0,
         accumulate: int = 1,
         seed: int = 42,
         compile: bool | Sequence[str] = False,
@@ -76,6 +80,7 @@ class Stage1Module(TrainingModule):
         self.discriminator = discriminator
         self.augment = augment
         self.noise_tau = noise_tau
+        self.layer_dropout = check_subsets(layer_dropout, autoencoder.encoder)
         self.accumulate = accumulate
         self._pending: list[Batch] = []  # what the discriminator's turn needs: images as floats, latents without noise
         self._gan_gradients: list[Tensor] | None = None
@@ -125,7 +130,7 @@ class Stage1Module(TrainingModule):
         """Adds the gradients of one of ``group`` micro-batches to the decoder."""
         images = to_float(batch["image"])
         # Neither RAE.encode nor RAE.decode: what the one normalises the other undoes, and the noise comes before both.
-        latents = self.autoencoder.encoder(images)
+        latents = self._encoded(images, batch)
         self._pending.append({**batch, "image": images, "latent": latents})
         noise = normal(self._seeds("latent noise", batch), latents.shape[1:], device=latents.device)
         level = uniform(self._seeds("latent noise level", batch), device=latents.device)
@@ -149,6 +154,15 @@ class Stage1Module(TrainingModule):
                 else:
                     torch._foreach_add_(self._gan_gradients, gradients)
         decoder_gradients(made, at_image)
+
+    def _encoded(self, images: Tensor, batch: Batch) -> Tensor:
+        """Latents as the encoder makes them, of a random subset of its layers where these are dropped."""
+        encoder = self.autoencoder.encoder
+        if not self.layer_dropout:
+            latents: Tensor = encoder(images)
+            return latents
+        layers = encoder(images, stacked=True)
+        return encoder.fused(layers, draw_subsets(self._seeds("latent layers", batch), layers, self.layer_dropout))
 
     def _gan_scale(self, pair: Tensor) -> Tensor:
         """Weight of the GAN loss from the gradients of both losses at the last layer's weight, stacked."""

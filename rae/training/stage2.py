@@ -21,6 +21,7 @@ from rae.prompts import check_text_encoder
 from rae.rng import normal, sample_seeds, to_device, uniform
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 from rae.training.strategy import shard, whole
+from rae.training.subsets import check_subsets, draw_subsets
 from rae.training.teacher import Teacher
 
 
@@ -41,6 +42,8 @@ class Stage2Module(TrainingModule):
         teacher: Trained denoiser that the flow learns from (``flow=mean_flow`` may, ``flow=cmt`` must); None for none.
         label_dropout: Share of labels (or of whatever else the denoiser is told) replaced by the null condition, in [0, 1);
             0 forgoes classifier-free guidance.
+        layer_dropout: Probability p in [0, 1) with which each layer of the encoder is left out of what the denoiser sees of an
+            image; it still learns the whole fusion (FuseReg, arXiv 2609.31620). 0 leaves none out, nor does validation.
         seed: Seed of every draw.
         compile: Whether the denoiser is compiled, or names of networks: ``denoiser``, ``encoder``.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
@@ -61,6 +64,7 @@ class Stage2Module(TrainingModule):
         text_encoder: TextEncoder | None = None,
         teacher: Teacher | None = None,
         label_dropout: float = 0.1,
+        layer_dropout: float = 0.0,
         seed: int = 42,
         compile: bool | Sequence[str] = False,
         on_nonfinite: OnNonfinite = "stop",
@@ -91,6 +95,13 @@ class Stage2Module(TrainingModule):
         self.teacher = teacher
         self.flow = flow
         self.label_dropout = label_dropout
+        self.layer_dropout = check_subsets(layer_dropout, autoencoder.encoder)
+        if layer_dropout and not flow.takes_target:
+            raise ValueError(
+                f"training.layer_dropout={layer_dropout} needs a velocity towards the whole fusion, (x_t − z) / max(t, floor): "
+                f"flow.prediction={flow.prediction} with flow.time_floor={flow.time_floor} has none; choose flow=raev2, or "
+                "flow.prediction=velocity with flow.time_floor=0.05"
+            )
         self._sharded = False
         self.compile_networks(compile, {"denoiser": denoiser, "encoder": autoencoder.encoder})
 
@@ -113,6 +124,8 @@ class Stage2Module(TrainingModule):
         encoder, described = self.autoencoder.encoder, self.autoencoder.latent.encoder
         if isinstance(data, LatentsDataModule):
             data.check_encoder(encoder.differences)
+            if self.layer_dropout:
+                data.check_stacked(f"training.layer_dropout={self.layer_dropout}")
             if self.text_encoder is not None:
                 data.check_text_encoder(self.text_encoder.check)
         if described is not None and (differing := encoder.differences(described)):
@@ -174,10 +187,19 @@ class Stage2Module(TrainingModule):
             self.log("train/grad_norm", norm)
 
     def encode(self, batch: Batch) -> Tensor:
-        """Normalised latents B×C×h×w of a batch of images or of cached latents."""
+        """Normalised latents B×C×h×w of a batch of images or of cached latents, also of stacked layers."""
         if "latent" in batch:
-            return self.autoencoder.latent.normalize(batch["latent"].float())
+            cached = batch["latent"].float()
+            whole = self.autoencoder.encoder.fused(cached) if cached.ndim == 5 else cached
+            return self.autoencoder.latent.normalize(whole)
         return self.autoencoder.encode(to_float(batch["image"]))
+
+    def encode_subset(self, batch: Batch, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Normalised latents B×C×h×w of a random subset of the layers, and of all of them; one seed a sample."""
+        encoder, normalize = self.autoencoder.encoder, self.autoencoder.latent.normalize
+        layers = batch["latent"].float() if "latent" in batch else encoder(to_float(batch["image"]), stacked=True)
+        keep = draw_subsets(seeds, layers, self.layer_dropout)
+        return normalize(encoder.fused(layers, keep)), normalize(encoder.fused(layers))
 
     def text_of(self, batch: Any) -> dict[str, Tensor]:
         """Features and mask of a batch's captions; nothing where they are cached, or the denoiser is told no text.
@@ -196,14 +218,14 @@ class Stage2Module(TrainingModule):
             raise ValueError("the denoiser is told a text: add text_encoder=…, e.g. text_encoder=qwen3_0_6b")
         return self.text_encoder(batch["caption"])
 
-    def losses(self, batch: Batch, purpose: str, label_dropout: float) -> Tensor:
-        """Flow-matching loss of every sample, B, with the draws that belong to the samples."""
-        latents = self.encode(batch)
+    def losses(self, batch: Batch, purpose: str, label_dropout: float, subsets: bool = False) -> Tensor:
+        """Flow-matching loss of every sample, B, with the draws that belong to the samples; with ``subsets`` of the layers."""
         epochs, indices = batch["epoch"].tolist(), batch["index"].tolist()
 
         def seeds(what: str) -> list[int]:
             return sample_seeds(self.seed, f"{purpose} {what}", epochs, indices)
 
+        latents, target = self.encode_subset(batch, seeds("layers")) if subsets else (self.encode(batch), None)
         noise = normal(seeds("noise"), latents.shape[1:], device=latents.device)
         t = to_device(self.flow.sample_time(uniform(seeds("time"), self.flow.draws)), latents.device)
         told = self.denoiser.condition
@@ -211,14 +233,14 @@ class Stage2Module(TrainingModule):
         if label_dropout:
             draws = uniform(seeds("label"), device=latents.device)
             conditions = drop(conditions, told.null(conditions), draws, label_dropout)
-        heads = {"base": True} if self.denoiser.has_base else {}
-        teacher = {"teacher": self.teacher} if self.teacher is not None else {}
-        return self.flow.loss(self.denoiser, latents, noise, t, **heads, **teacher, **conditions)
+        options = {"base": self.denoiser.has_base or None, "teacher": self.teacher, "target": target}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        return self.flow.loss(self.denoiser, latents, noise, t, **given, **conditions)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, as Lightning is to sum it over the micro-batches of a step."""
         self.remember(batch)
-        loss = self.losses(batch, "train", self.label_dropout).mean()
+        loss = self.losses(batch, "train", self.label_dropout, subsets=self.layer_dropout > 0).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["epoch"]))
         return loss * (self.micro_batches / self.group_size(batch_idx))  # Lightning divides by accumulate_grad_batches
 
