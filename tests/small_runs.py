@@ -2,6 +2,7 @@
 
 ``python -m tests.small_runs STAGE DEVICES BATCH ACCUMULATE STEPS OUT [PRECISION] [COMPILE]``
 ``python -m tests.small_runs sharded FOLDER`` makes fully sharded runs of two processes, see :func:`sharded`
+``python -m tests.small_runs aligned FOLDER`` makes a run of one process and a fully sharded one of two
 ``python -m tests.small_runs monitored FOLDER`` makes a run of two processes that score it differently
 ``python -m tests.small_runs stopped FOLDER`` makes a run of two that begin with other weights, and of which one is interrupted
 """
@@ -33,6 +34,7 @@ from rae.encoder import tiny_encoder
 from rae.flow import EulerSampler, FlowMatching, FullGrid
 from rae.loss import Stage1Loss
 from rae.metric import CallableDetector
+from rae.training.alignment import Alignment
 from rae.training.averaging import average_gradients
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.ema import EMA
@@ -76,6 +78,9 @@ def make_module(stage: int, accumulate: int = 1, lr: float = 0.05, compile_netwo
     denoiser = DiTDH(16, 2, 16, 1, 2, 24, 1, 2, num_classes=4)
     for parameter in denoiser.parameters():  # no layer at zero, so that every part learns at once
         torch.nn.init.normal_(parameter, std=0.1)
+    denoiser.checkpointing = "CHECKPOINTING" in os.environ
+    aligned = os.environ.get("ALIGNED")  # the projector of a further loss
+    alignment = None if aligned is None else Alignment(16, 16, 1, aligned, hidden=8, target="zscore")
     return Stage2Module(
         autoencoder,
         denoiser,
@@ -83,6 +88,7 @@ def make_module(stage: int, accumulate: int = 1, lr: float = 0.05, compile_netwo
         optimizer,
         scheduler,
         compile=["denoiser", "encoder"] if compile_network else False,
+        alignment=alignment,
     )
 
 
@@ -223,6 +229,17 @@ def monitored() -> None:
     train(2, folder, 2, 4, 1, max_epochs=2, steps=-1, callbacks=(ema_of(2), OwnScore(), saver))
 
 
+def aligned() -> None:
+    """A run of one process, and one whose weights two share out; the former is the first process's own."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[2])
+    if "LOCAL_RANK" not in os.environ:
+        torch.save(weights(train(2, folder)[1]), folder / "one.pt")
+    strategy = FullyShardedStrategy(False, process_group_backend="gloo")
+    saver = RunCheckpoint(str(folder), every_n_steps=3)
+    train(2, folder, 2, 2, 1, callbacks=(ema_of(2), saver), strategy=strategy)
+
+
 class StopOne(L.Callback):
     """Interrupts the second process in its fourth step; each keeps what the test asks for in a file of its own."""
 
@@ -257,6 +274,8 @@ def stopped() -> None:
 def main() -> None:
     if sys.argv[1] == "stopped":
         return stopped()
+    if sys.argv[1] == "aligned":
+        return aligned()
     if sys.argv[1] == "sharded":
         return sharded()
     if sys.argv[1] == "monitored":

@@ -23,6 +23,7 @@ GROUPS = {
     "condition": "what a denoiser is told in context: label, text, navigation",
     "text_encoder": "frozen network that makes features of captions and prompts",
     "denoiser": "diffusion transformer on the latents",
+    "alignment": "further loss of the denoiser on the tokens of one block: REPA",
     "flow": "path between data and noise, prediction, training times, shift",
     "guidance": "guidance of the samples",
     "sampler": "solver that goes from noise to data",

@@ -70,6 +70,8 @@ class Denoiser(Described, nn.Module):
         self.grid = grid
         self.patch = patch
         self.checkpointing = checkpointing
+        self.watched: tuple[nn.Module, list[Tensor]] | None = None
+        """A block, and where its output is put in every forward with gradients; for losses on tokens inside."""
         self.time_embedding = TimeEmbedding(width)
         self.second_time = second_time
         if second_time:
@@ -132,6 +134,8 @@ class Denoiser(Described, nn.Module):
                 x = checkpoint(block, x, *arguments, use_reentrant=False)
             else:
                 x = block(x, *arguments)
+            if self.watched is not None and block is self.watched[0] and torch.is_grad_enabled():
+                self.watched[1].append(x)
         return x
 
 

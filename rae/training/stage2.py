@@ -19,6 +19,7 @@ from rae.image import to_float
 from rae.io.tensors import state_hash
 from rae.prompts import check_text_encoder
 from rae.rng import normal, sample_seeds, to_device, uniform
+from rae.training.alignment import Alignment
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 from rae.training.strategy import shard, whole
 from rae.training.subsets import check_subsets, draw_subsets
@@ -48,9 +49,10 @@ class Stage2Module(TrainingModule):
         compile: Whether the denoiser is compiled, or names of networks: ``denoiser``, ``encoder``.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
+        alignment: A further loss on the tokens of one block (REPA); None for none.
     """
 
-    frozen = ("autoencoder.", "text_encoder.", "teacher.")
+    frozen = ("autoencoder.", "text_encoder.", "teacher.", "alignment.encoder.")
     takes_latents = True
     takes_captions = True
 
@@ -69,6 +71,7 @@ class Stage2Module(TrainingModule):
         compile: bool | Sequence[str] = False,
         on_nonfinite: OnNonfinite = "stop",
         config: dict[str, Any] | None = None,
+        alignment: Alignment | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler, seed, on_nonfinite, config)
         if not 0.0 <= label_dropout < 1.0:
@@ -102,12 +105,17 @@ class Stage2Module(TrainingModule):
                 f"flow.prediction={flow.prediction} with flow.time_floor={flow.time_floor} has none; choose flow=raev2, or "
                 "flow.prediction=velocity with flow.time_floor=0.05"
             )
+        self.alignment = alignment
+        if alignment is not None and flow.needs_teacher:
+            raise ValueError(f"{type(flow).__name__} trains on no images, which alignment needs: alignment=null")
+        if alignment is not None:
+            alignment.watch(denoiser)
         self._sharded = False
         self.compile_networks(compile, {"denoiser": denoiser, "encoder": autoencoder.encoder})
 
     def networks(self) -> list[nn.Module]:
-        """The denoiser."""
-        return [self.denoiser]
+        """The denoiser, and with it what aligns its tokens: one optimiser trains both."""
+        return [self.denoiser if self.alignment is None else nn.ModuleList([self.denoiser, self.alignment])]
 
     def train(self, mode: bool = True) -> Stage2Module:
         """Sets the mode of the denoiser; the autoencoder always stays in evaluation mode."""
@@ -169,6 +177,8 @@ class Stage2Module(TrainingModule):
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None and not self._sharded:
             shard(self.denoiser, mesh["data_parallel"])
+            if self.alignment is not None:
+                shard(self.alignment.projector, mesh["data_parallel"])
             self._sharded = True
 
     def configure_gradient_clipping(
@@ -181,7 +191,7 @@ class Stage2Module(TrainingModule):
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
         limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
-        parameters = list(self.denoiser.parameters())
+        parameters = [weight for network in self.networks() for weight in network.parameters() if weight.requires_grad]
         norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
         if self.check_finite(norm, parameters):
             self.log("train/grad_norm", norm)
@@ -235,7 +245,28 @@ class Stage2Module(TrainingModule):
             conditions = drop(conditions, told.null(conditions), draws, label_dropout)
         options = {"base": self.denoiser.has_base or None, "teacher": self.teacher, "target": target}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        return self.flow.loss(self.denoiser, latents, noise, t, **given, **conditions)
+        loss = self.flow.loss(self.denoiser, latents, noise, t, **given, **conditions)
+        if self.alignment is None or purpose != "train":
+            return loss
+        aligned = self.alignment(self.aligned_to(batch, latents if target is None else target))
+        self.log("train/alignment", aligned.mean(), batch_size=len(aligned))
+        return loss + aligned
+
+    def aligned_to(self, batch: Batch, latents: Tensor) -> Tensor:
+        """What the alignment compares with, B×C×h×w: the latents, or features of the images by its own encoder.
+
+        Raises:
+            ValueError: It has an encoder, and the batch holds cached latents and no images.
+        """
+        assert self.alignment is not None
+        if self.alignment.encoder is None:
+            return latents
+        if "image" not in batch:
+            raise ValueError(
+                "alignment.encoder needs images, and data=latents holds none: choose data=imagenet, say, or align with the "
+                "latents themselves (alignment.encoder=null)"
+            )
+        return self.alignment.encoder(to_float(batch["image"]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, as Lightning is to sum it over the micro-batches of a step."""
