@@ -14,7 +14,7 @@ from rae.autoencoder import RAE
 from rae.condition import Conditions, readable_names
 from rae.denoiser import Denoiser
 from rae.encoder.text import TextEncoder
-from rae.flow import AutoGuidance, FlowMatching, Guidance, InternalGuidance, NoGuidance, Sampler
+from rae.flow import FlowMatching, Guidance, NoGuidance, Sampler, check_guidance
 from rae.image import to_pil, to_uint8
 from rae.io.export import Exportable
 from rae.layers import trusted
@@ -34,15 +34,6 @@ def computing(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def check_second_time(sampler: Sampler, denoiser: Denoiser) -> None:
-    """Raises ValueError for a sampler of average velocities and a denoiser that knows none."""
-    if sampler.second_time and not denoiser.second_time:
-        raise ValueError(
-            f"{type(sampler).__name__} needs a denoiser that knows a second time, and this one's second_time is "
-            f"{denoiser.second_time}: choose sampler=euler, or train one with flow=mean_flow (experiment=digits_meanflow)"
-        )
-
-
 class Generator(Exportable, nn.Module):
     """Draws images of given classes, or of prompts.
 
@@ -60,7 +51,8 @@ class Generator(Exportable, nn.Module):
         negative_prompt: What classifier-free guidance steers away from; None for the null text.
 
     Raises:
-        ValueError: Autoguidance without a guide, networks for latents of another shape, or too few or many names.
+        ValueError: A guidance that needs what is not there (see :func:`rae.flow.check_guidance`), networks for latents of another
+            shape, or too few or many names.
     """
 
     def __init__(
@@ -90,14 +82,7 @@ class Generator(Exportable, nn.Module):
         self._captured = False
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names has {len(self.class_names)} names for {self.num_classes} classes")
-        if isinstance(self.guidance, AutoGuidance) and guide is None:
-            raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
-        if isinstance(self.guidance, InternalGuidance) and not denoiser.has_base:
-            kind = type(denoiser).__name__
-            raise ValueError(
-                f"internal guidance needs a denoiser with a base head; this {kind} has none: guidance=cfg or none"
-            )
-        check_second_time(sampler, denoiser)
+        check_guidance(self.guidance, flow, sampler, denoiser, guide)
         for name, network in (("denoiser", denoiser), ("guide", guide)):
             shape = getattr(network, "latent_shape", None)
             if shape is not None and tuple(shape) != tuple(autoencoder.latent_shape):
@@ -132,13 +117,14 @@ class Generator(Exportable, nn.Module):
             guidance_scale: Strength of the guidance, 1 for none; None for its own. Without guidance, classifier-free.
 
         Raises:
-            ValueError: ``steps`` is below 1.
+            ValueError: ``steps`` is below 1, or see :func:`rae.flow.check_guidance`.
         """
         other = copy.copy(self)
         if steps is not None:
             other.sampler = self.sampler.with_steps(steps)
         if guidance_scale is not None:
             other.guidance = self.guidance.with_scale(guidance_scale)
+            check_guidance(other.guidance, self.flow, self.sampler, self.denoiser, self.guide)
         return other
 
     def labels_of(self, classes: Classes) -> Tensor:

@@ -18,7 +18,18 @@ from rae.cli.config import absolute_paths
 from rae.cli.errors import compose
 from rae.cli.models import open_generator
 from rae.denoiser import DiTDH
-from rae.flow import AutoGuidance, ClassifierFreeGuidance, EulerMaruyamaSampler, EulerSampler, FullGrid, PublishedGrid
+from rae.flow import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ComposedGuidance,
+    EulerMaruyamaSampler,
+    EulerSampler,
+    FlowMatching,
+    FullGrid,
+    GVPPath,
+    PublishedGrid,
+)
 from rae.generator import Generator
 from rae.image import center_crop, to_uint8
 from rae.io.errors import ConfigError
@@ -135,7 +146,10 @@ def test_steps_change_the_grid_alone(sampler):
         ({"count": 0}, "count must be a whole number of at least 1, got 0"),
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"scale": float("nan")}, "guidance scale must be a number, e.g. 1.5; 1 is none, got nan"),
-        ({"guidance": "autoguidance"}, "guidance='autoguidance' must be one of none, cfg with this model"),
+        (
+            {"guidance": "autoguidance"},
+            "guidance='autoguidance' must be one of none, cfg, apg, cfg_zero with this model",
+        ),
     ],
 )
 def test_sampling_refuses(arguments, message):
@@ -183,6 +197,18 @@ def test_classes_are_shown_with_their_names(exports):
     assert Viewer(model).title_of(1) == "1 (dog)"
 
 
+def test_a_composition_is_offered_where_the_model_came_with_one():
+    parts = [ClassifierFreeGuidance(2.0, (0.2, 0.9)), AdaptiveProjectedGuidance(1.0)]
+    model = generator(guidance=ComposedGuidance(parts))
+    viewer = Viewer(model)
+    assert viewer.guidances == ["none", "cfg", "apg", "cfg_zero", "composed"]
+    drawn = viewer.sample(3, "composed", 1.0, seed=7, count=2)  # the scale is that of the last part
+    same = Generator(model.autoencoder, model.denoiser, model.flow, model.sampler, parts[0])
+    assert (drawn.int() - same.draw([3, 3], 7).int()).abs().max() <= 1
+    curved = Generator(model.autoencoder, model.denoiser, FlowMatching(GVPPath()), model.sampler)
+    assert Viewer(curved).guidances == ["none", "cfg", "cfg_zero"]
+
+
 def test_without_an_encoder_only_samples_are_drawn(exports):
     viewer, about = open_viewer(configuration(exports / "generator", "encode=false", "sampler.grid.points=3"))
     assert not viewer.encodes
@@ -199,7 +225,7 @@ def test_autoguidance_is_offered_where_there_is_a_guide(exports, tmp_path):
     for kind, scale in (("none", 1.0), ("cfg", 1.4), ("autoguidance", 1.4)):  # whatever the page starts with
         given = [f"guidance={kind}", *([] if kind == "none" else [f"guidance.scale={scale}"])]
         viewer = open_viewer(configuration(tmp_path / "guided", *given))[0]
-        assert viewer.guidances == ["none", "cfg", "autoguidance"]
+        assert viewer.guidances == ["none", "cfg", "apg", "cfg_zero", "autoguidance"]
         assert viewer.generator.guidance.scale == scale
     expected = Generator(
         model.autoencoder, model.denoiser, model.flow, viewer.generator.sampler, AutoGuidance(3), model.guide
@@ -207,7 +233,7 @@ def test_autoguidance_is_offered_where_there_is_a_guide(exports, tmp_path):
     drawn = viewer.sample(1, "autoguidance", 3, seed=5, count=2)
     assert (drawn.int() - expected.draw([1, 1], 5).int()).abs().max() <= 1
     assert open_generator(configuration(tmp_path / "guided"))[0].guide is None  # commands do not carry it along
-    assert open_viewer(configuration(exports / "generator"))[0].guidances == ["none", "cfg"]
+    assert open_viewer(configuration(exports / "generator"))[0].guidances == ["none", "cfg", "apg", "cfg_zero"]
 
 
 def test_absent_gradio_is_named(monkeypatch, exports):

@@ -114,6 +114,9 @@ GUIDANCES = {
     "none": flow.NoGuidance(),
     "cfg": flow.ClassifierFreeGuidance(1.5, (0.0, 0.85)),
     "autoguidance": flow.AutoGuidance(1.4, (0.1, 1.0)),
+    "apg": flow.AdaptiveProjectedGuidance(1.5, (0.0, 0.85), norm_limit=10.0),
+    "cfg_zero": flow.ClassifierFreeZeroStarGuidance(1.5),
+    "composed": flow.ComposedGuidance([flow.AdaptiveProjectedGuidance(1.5), flow.AutoGuidance(1.4, (0.0, 0.5))]),
     "internal": flow.InternalGuidance(1.4, (0.1, 1.0), cfg_scale=1.5, cfg_interval=(0.0, 0.85)),
 }
 

@@ -11,6 +11,8 @@ from scipy.special import rel_entr
 
 from rae.cli.build import make
 from rae.cli.errors import compose
+from rae.flow import ClassifierFreeGuidance, ComposedGuidance, InternalGuidance, NoGuidance
+from rae.io.describe import describe
 from rae.metric import FDr6, GenerationMetrics, TimmDetector, read_reference
 from rae.metric.functional import mind, permuted_inception_score
 from rae.metric.protocol import differences, in_words, protocol_of
@@ -178,6 +180,10 @@ def test_differences_from_the_protocol_are_named(real):
     }
     said = in_words(protocol_of({"samples": {**samples, **guided}, "metric": {}}))
     assert said == "rules: labels random, bytes floor, precision bf16-mixed, ClassifierFreeGuidance 1.5, 98 evaluations"
+    parts = [InternalGuidance(1.8), ClassifierFreeGuidance(1.5), NoGuidance()]
+    composed = {"guidance": describe(ComposedGuidance(parts))}
+    said = in_words(protocol_of({"samples": {**samples, **composed}, "metric": {}}))
+    assert said.endswith("bf16-mixed, InternalGuidance 1.8 + ClassifierFreeGuidance 1.5 + NoGuidance")
     assert differences(rules) == [
         "labels: random where raev2 has balanced",
         "split_rule: ordered where raev2 has permuted",

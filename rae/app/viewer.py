@@ -13,7 +13,16 @@ from torch import Tensor
 
 from rae.autoencoder import RAE
 from rae.data.transforms import ImageTransform
-from rae.flow import AutoGuidance, ClassifierFreeGuidance, InternalGuidance, NoGuidance
+from rae.flow import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    ComposedGuidance,
+    InternalGuidance,
+    LinearPath,
+    NoGuidance,
+)
 from rae.generator import PRECISIONS, Generator, computing
 from rae.image import open_rgb, to_float, to_uint8
 from rae.metric import ReconstructionMetrics
@@ -21,8 +30,11 @@ from rae.metric import ReconstructionMetrics
 GUIDANCES = {
     "none": NoGuidance,
     "cfg": ClassifierFreeGuidance,
+    "apg": AdaptiveProjectedGuidance,
+    "cfg_zero": ClassifierFreeZeroStarGuidance,
     "autoguidance": AutoGuidance,
     "internal": InternalGuidance,
+    "composed": ComposedGuidance,
 }
 """Kinds of guidance by the names that they have in ``conf/guidance``."""
 
@@ -114,9 +126,14 @@ class Viewer:
 
     @property
     def guidances(self) -> list[str]:
-        """The kinds of guidance that this model can do: autoguidance with a guide, internal guidance with a base head."""
-        able = {"autoguidance": self.generator is not None and self.generator.guide is not None}
-        able["internal"] = self.generator is not None and self.generator.denoiser.has_base
+        """The kinds of guidance that this model can do: a composition only where it came with one."""
+        own = self.generator
+        able = {
+            "apg": own is not None and isinstance(own.flow.path, LinearPath) and own.sampler.stages == 1,
+            "autoguidance": own is not None and own.guide is not None,
+            "internal": own is not None and own.denoiser.has_base,
+            "composed": own is not None and type(own.guidance) is ComposedGuidance,
+        }
         return [name for name in GUIDANCES if able.get(name, True)]
 
     def sample(

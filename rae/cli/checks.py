@@ -10,6 +10,7 @@ from pathlib import Path
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from rae.io.describe import targets_of
 from rae.io.errors import ConfigError, no_train_path
 from rae.io.references import reference_file
 
@@ -130,10 +131,9 @@ def check_denoiser(cfg: DictConfig) -> None:
         raise ConfigError(
             f"condition is a {kind}, but {denoiser._target_} is told a class label alone; choose denoiser=in_context_dit_dh_xl"
         )
-    internal = str(OmegaConf.select(cfg, "guidance._target_")).endswith(".InternalGuidance")
-    if internal and denoiser.get("base_depth") is None:
+    if _guides_by(cfg, "InternalGuidance") and denoiser.get("base_depth") is None:
         raise ConfigError(
-            f"guidance=internal needs a base head, which {denoiser._target_} is without: choose denoiser=in_context_dit_dh_xl with "
+            f"internal guidance needs a base head, which {denoiser._target_} is without: choose denoiser=in_context_dit_dh_xl with "
             "denoiser.base_depth, or guidance=cfg"
         )
 
@@ -177,9 +177,11 @@ def refuse_existing(cfg: DictConfig, *files: Path) -> None:
             raise ConfigError(f"{str(file)!r} exists: force=true replaces it, name=… or output_dir=… writes elsewhere")
 
 
-def wants_guide(cfg: DictConfig) -> bool:
-    """Whether autoguidance is chosen, which needs a guide."""
-    return str(OmegaConf.select(cfg, "guidance._target_")).endswith(".AutoGuidance")
+def _guides_by(cfg: DictConfig, kind: str) -> bool:
+    """Whether a kind of guidance is chosen, alone or as a part."""
+    node = cfg.get("guidance")
+    described = OmegaConf.to_container(node) if isinstance(node, DictConfig) else None
+    return any(name.endswith(f".{kind}") for name in targets_of(described))
 
 
 def check_published(cfg: DictConfig) -> None:
@@ -192,7 +194,7 @@ def check_published(cfg: DictConfig) -> None:
     encoder = OmegaConf.select(cfg, "encoder.checkpoint", throw_on_missing=False)
     if encoder is not None and Path(encoder).is_relative_to(cfg.collection):
         wanted.append("encoder.checkpoint")
-    if wants_guide(cfg):
+    if _guides_by(cfg, "AutoGuidance"):  # which needs a guide
         wanted.append("guide_checkpoint")
     found = {key: OmegaConf.select(cfg, key) for key in wanted}
     absent = [

@@ -1,8 +1,10 @@
 """Flow matching: paths, times, objective, guidance and samplers. Models are callables."""
 
+from rae.flow.composed import ComposedGuidance
 from rae.flow.counting import evaluations
 from rae.flow.guidance import AutoGuidance, ClassifierFreeGuidance, Guidance, InternalGuidance, NoGuidance
 from rae.flow.mean_flow import ConsistencyMidTraining, ImprovedMeanFlow, JumpSampler, MeanFlow
+from rae.flow.needs import check_guidance
 from rae.flow.objective import FlowMatching
 from rae.flow.ode import (
     AdaptiveSampler,
@@ -14,6 +16,7 @@ from rae.flow.ode import (
     RK4Sampler,
 )
 from rae.flow.path import Coefficients, GVPPath, LinearPath, Path, PathSample, VPPath, check_time
+from rae.flow.projected import AdaptiveProjectedGuidance, ClassifierFreeZeroStarGuidance
 from rae.flow.sampler import Sampler
 from rae.flow.sde import EulerMaruyamaSampler, SDESampler, StochasticHeunSampler
 from rae.flow.time import (
@@ -27,10 +30,13 @@ from rae.flow.time import (
 )
 
 __all__ = [
+    "AdaptiveProjectedGuidance",
     "AdaptiveSampler",
     "AutoGuidance",
     "ClassifierFreeGuidance",
+    "ClassifierFreeZeroStarGuidance",
     "Coefficients",
+    "ComposedGuidance",
     "ConsistencyMidTraining",
     "EulerMaruyamaSampler",
     "EulerSampler",
@@ -59,6 +65,7 @@ __all__ = [
     "StochasticHeunSampler",
     "UniformTime",
     "VPPath",
+    "check_guidance",
     "check_time",
     "dimension_shift",
     "evaluations",

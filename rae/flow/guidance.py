@@ -17,6 +17,8 @@ Model = Callable[..., Any]
 """Denoiser (x, t B, conditions by name) -> velocity; with ``base=True`` the pair (full, base)."""
 Velocity = Callable[..., Tensor]
 Field = Callable[[Tensor, Tensor, Conditions], Tensor]
+Memory = dict[str, Tensor]
+"""What a guidance keeps of a batch from one evaluation to the next, B×… by name; each bound batch has its own."""
 
 
 def expand_time(t: float | Tensor, x: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ class Guidance(Described, ABC):
         self.interval = check_interval(interval, "guidance.interval")
 
     @abstractmethod
-    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None) -> Field:
+    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:
         """The velocity field (x, times B, conditions) at a time, which is the same function wherever the same forwards run."""
 
     def __call__(
@@ -65,11 +67,13 @@ class Guidance(Described, ABC):
             ValueError: The null condition, the guide or a base head is missing.
         """
         self.check(null, guide)
+        memory: Memory = {}
 
         def velocity(x: Tensor, t: float | Tensor, r: float | None = None) -> Tensor:
             times = expand_time(t, x)
             if not isinstance(t, Tensor):
-                return self.field(t, until(model, r), null, guide and until(guide, r))(x, times, conditions)
+                own, other = until(model, r), guide and until(guide, r)
+                return self.field(t, own, null, other, memory)(x, times, conditions)
             out = torch.empty_like(x)
             groups: dict[tuple[bool, ...], list[int]] = {}
             for row, value in enumerate(t.tolist()):
@@ -77,8 +81,12 @@ class Guidance(Described, ABC):
             for members in groups.values():
                 rows = torch.tensor(members, device=x.device)
                 own_null = None if null is None else select(null, rows)
-                field = self.field(float(t[members[0]]), model, own_null, guide)
+                own_memory = {name: kept[rows] for name, kept in memory.items()}
+                field = self.field(float(t[members[0]]), model, own_null, guide, own_memory)
                 out.index_copy_(0, rows, field(x[rows], times[rows], select(conditions, rows)))
+                for name, kept in own_memory.items():
+                    before = memory.get(name, kept.new_zeros(x.shape))
+                    memory[name] = before.index_copy(0, rows, kept)
             return out
 
         return velocity
@@ -88,8 +96,32 @@ class Guidance(Described, ABC):
         """Whether it asks for the null condition."""
         return False
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether it asks for the denoiser's base head."""
+        return False
+
+    @property
+    def needs_guide(self) -> bool:
+        """Whether it asks for a guide."""
+        return False
+
+    @property
+    def needs_linear_path(self) -> bool:
+        """Whether it estimates the data as x − t·v, as is right on the linear path."""
+        return False
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the velocity depends on the evaluations before, which is meant for samplers with one evaluation a step."""
+        return False
+
     def check(self, null: Conditions | None, guide: Model | None) -> None:
-        """Raises ValueError where something is missing that this guidance needs."""
+        """Raises ValueError where the null condition or the guide is missing and this guidance needs it."""
+        if null is None and self.needs_null:
+            raise ValueError("classifier-free guidance needs null, the condition that tells the denoiser nothing")
+        if guide is None and self.needs_guide:
+            raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
 
     def with_scale(self, scale: float) -> Guidance:
         """The same guidance, in the same interval, with another strength."""
@@ -103,9 +135,13 @@ class Guidance(Described, ABC):
         """Whether the guiding forward runs at time t."""
         return self.scale != 1 and inside(t, self.interval)
 
+    def stands_still(self, t: float) -> bool:
+        """Whether the velocity is 0 at time t, so that no network runs."""
+        return False
+
     def active(self, t: float) -> tuple[bool, ...]:
         """Which of its parts act at time t."""
-        return (self.acts_at(t),)
+        return (self.acts_at(t), self.stands_still(t))
 
 
 def check_interval(interval: Sequence[float], name: str) -> tuple[float, float]:
@@ -138,6 +174,11 @@ def plain(model: Model) -> Field:
     return lambda x, t, conditions: model(x, t, **conditions)
 
 
+def still(x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+    """The velocity field that is 0 everywhere."""
+    return torch.zeros_like(x)
+
+
 class NoGuidance(Guidance):
     """The plain prediction."""
 
@@ -152,7 +193,7 @@ class NoGuidance(Guidance):
         """The name."""
         return "NoGuidance()"
 
-    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None) -> Field:
+    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:
         """See :meth:`Guidance.field`."""
         return plain(model)
 
@@ -165,12 +206,7 @@ class ClassifierFreeGuidance(Guidance):
         """Whether it acts at all."""
         return self.scale != 1
 
-    def check(self, null: Conditions | None, guide: Model | None) -> None:
-        """Raises ValueError without a null condition."""
-        if null is None and self.needs_null:
-            raise ValueError("classifier-free guidance needs null, the condition that tells the denoiser nothing")
-
-    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None) -> Field:
+    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:
         """See :meth:`Guidance.field`."""
         if not self.acts_at(t):
             return plain(model)
@@ -179,20 +215,24 @@ class ClassifierFreeGuidance(Guidance):
         def guided(x: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
             both = model(torch.cat([x, x]), torch.cat([times, times]), **concatenate(conditions, null))
             conditional, unconditional = both.chunk(2)
-            return torch.lerp(unconditional, conditional, self.scale)
+            return self.steer(conditional, unconditional, x, times, memory)
 
         return guided
+
+    def steer(self, conditional: Tensor, unconditional: Tensor, x: Tensor, t: Tensor, memory: Memory) -> Tensor:
+        """The guided velocity B×… of both predictions at x B×… and times B."""
+        return torch.lerp(unconditional, conditional, self.scale)
 
 
 class AutoGuidance(Guidance):
     """g = weak + w·(strong − weak), with weak the prediction of a smaller, less trained model for the same class (Karras 2024)."""
 
-    def check(self, null: Conditions | None, guide: Model | None) -> None:
-        """Raises ValueError without a guide."""
-        if guide is None:
-            raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
+    @property
+    def needs_guide(self) -> bool:
+        """It does."""
+        return True
 
-    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None) -> Field:
+    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:
         """See :meth:`Guidance.field`."""
         if not self.acts_at(t):
             return plain(model)
@@ -236,9 +276,10 @@ class InternalGuidance(Guidance):
         """Whether classifier-free guidance is added."""
         return self.cfg.needs_null
 
-    def check(self, null: Conditions | None, guide: Model | None) -> None:
-        """Raises ValueError without the null condition, where classifier-free guidance is added."""
-        self.cfg.check(null, guide)
+    @property
+    def needs_base(self) -> bool:
+        """It does."""
+        return True
 
     def acts_at(self, t: float) -> bool:
         """Whether the base head runs at time t."""
@@ -254,10 +295,10 @@ class InternalGuidance(Guidance):
         cfg = f", cfg_scale={self.cfg.scale:g}, cfg_interval={list(self.cfg.interval)}" if self.cfg.scale != 1 else ""
         return f"{super().__repr__()[:-1]}{cfg})"
 
-    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None) -> Field:
+    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:
         """See :meth:`Guidance.field`."""
         if not self.acts_at(t):
-            return self.cfg.field(t, model, null, guide)
+            return self.cfg.field(t, model, null, guide, memory)
         doubled = self.cfg.acts_at(t)
 
         def pushed(x: Tensor, times: Tensor, **conditions: Tensor) -> Tensor:
@@ -267,4 +308,4 @@ class InternalGuidance(Guidance):
             halves = zip(base.chunk(2), full.chunk(2), (self.scale, self.null_scale), strict=True)
             return torch.cat([torch.lerp(weak, strong, scale) for weak, strong, scale in halves])
 
-        return self.cfg.field(t, pushed, null, guide)
+        return self.cfg.field(t, pushed, null, guide, memory)

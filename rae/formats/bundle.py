@@ -17,7 +17,7 @@ from rae.flow import dimension_shift
 from rae.formats.decoder import load_decoder
 from rae.formats.denoiser import load_denoiser
 from rae.generator import Generator
-from rae.io.describe import Described, rebuild
+from rae.io.describe import Described, rebuild, targets_of
 from rae.io.errors import ConfigError
 from rae.io.tensors import load_strict
 from rae.latent import LatentNormalizer
@@ -106,8 +106,8 @@ class Bundle:
 
     @property
     def wants_guide(self) -> bool:
-        """Whether autoguidance is chosen."""
-        return str((self.description.get("guidance") or {}).get("_target_")).endswith(".AutoGuidance")
+        """Whether autoguidance is chosen, alone or as a part."""
+        return any(name.endswith(".AutoGuidance") for name in targets_of(self.description.get("guidance")))
 
     def fill(self, part: str, network: Any) -> None:
         """Loads a network's weights, strictly.

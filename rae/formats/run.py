@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rae.formats.bundle import KINDS, PARTS, Bundle
 from rae.formats.shares import REST, Shared, read_shares, share_files
-from rae.io.describe import Buildable, check, holds_targets
+from rae.io.describe import Buildable, check, targets_of
 from rae.io.tensors import check_file, map_file
 
 NETWORKS = {"decoder": "autoencoder.decoder", "denoiser": "denoiser"}
@@ -193,7 +193,7 @@ def usable(config: dict[str, Any], source: str) -> dict[str, Any]:
             with contextlib.suppress(ValueError):
                 check(value, source, (Buildable,))
                 kept[key] = {name: None if name == "index_folder" else inner for name, inner in (value or {}).items()}
-        elif key in PARTS or not holds_targets(value):
+        elif key in PARTS or not targets_of(value):
             check(value, source, KINDS)
             kept[key] = value
     return kept

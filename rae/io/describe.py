@@ -146,11 +146,14 @@ def check(description: Any, source: str, kinds: tuple[Any, ...] = (Described,), 
         raise ValueError(f"{source} is refused: its configuration holds a {type(description).__name__}, no plain value")
 
 
-def holds_targets(description: Any) -> bool:
-    """Whether a description would build something, itself or inside it."""
+def targets_of(description: Any) -> list[str]:
+    """Names of all classes that a description would build, itself and inside it."""
     if isinstance(description, Mapping):
-        return TARGET in description or any(map(holds_targets, description.values()))
-    return isinstance(description, list | tuple) and any(map(holds_targets, description))
+        own = [str(description[TARGET])] if TARGET in description else []
+        return own + [name for value in description.values() for name in targets_of(value)]
+    return (
+        [name for value in description for name in targets_of(value)] if isinstance(description, list | tuple) else []
+    )
 
 
 def trust(targets: Iterable[str]) -> None:

@@ -66,12 +66,17 @@ def in_words(rules: Mapping[str, Any]) -> str:
     words = [f"{name} {rules[name]}" for name in ("labels", "bytes", "precision")]
     guidance, counts = rules["guidance"], rules["evaluations"]
     if isinstance(guidance, Mapping):
-        kind = str(guidance.get("_target_")).rpartition(".")[2]
-        words.append(f"{kind} {guidance['scale']:g}" if "scale" in guidance else kind)
+        words.append(" + ".join(map(_strength, guidance.get("parts", [guidance]))))
     if isinstance(counts, Mapping):
         words.append(f"{sum(counts.get(name, 0) for name in ('denoiser', 'guide'))} evaluations")
     words += [f"{name} {rules[name]}" for name in ("reference", "split_rule") if rules.get(name) is not None]
     return "rules: " + ", ".join(words)
+
+
+def _strength(guidance: Mapping[str, Any]) -> str:
+    """Kind and scale of a guidance."""
+    kind = str(guidance.get("_target_")).rpartition(".")[2]
+    return f"{kind} {guidance['scale']:g}" if "scale" in guidance else kind
 
 
 def differences(rules: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rae.denoiser import Denoiser
 from rae.flow import Guidance, Sampler
-from rae.generator import Generator, check_second_time
+from rae.generator import Generator
 from rae.image import make_grid, save_png, to_float, to_pil, to_uint8
 
 
@@ -139,8 +139,8 @@ class SamplePreview(PicturePreview):
         self.seed = seed
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Raises ValueError for a sampler of average velocities and a denoiser that knows none."""
-        check_second_time(self.sampler, pl_module.denoiser)
+        """Raises ValueError where sampler or guidance do not go with the denoiser, before it is trained."""
+        generator_of(pl_module, self.sampler, self.guidance)
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
         """One row a class."""

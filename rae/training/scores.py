@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from rae.flow import Guidance, NoGuidance, Sampler, evaluations
 from rae.formats.open import load_denoiser
-from rae.generator import check_second_time
 from rae.io.describe import describe
 from rae.io.parts import stretch
 from rae.metric.several import update_arguments
@@ -128,7 +127,7 @@ class ScoreSamples(Evaluation):
                 f"callbacks.evaluation.sampler={type(self.sampler).__name__} takes as many steps as the samples call for, which "
                 "does not go with trainer=fsdp: choose a sampler with a fixed number, e.g. sampler=euler, or trainer=ddp"
             )
-        check_second_time(self.sampler, pl_module.denoiser)
+        generator_of(pl_module, self.sampler, self.guidance, self.guide)  # refuses what does not go together
         if getattr(self.sampler, "evaluations", None) is not None:
             self._evaluations = evaluations(self.sampler, self.guidance or NoGuidance(), pl_module.flow.shift)
         self._rule = "prompts" if pl_module.text_encoder is not None else "balanced"

@@ -1,0 +1,101 @@
+"""Several guidances at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rae.condition import Conditions
+from rae.flow.guidance import Field, Guidance, Memory, Model, plain, still
+
+
+class ComposedGuidance(Guidance):
+    """Guidances one around the other: the first steers the denoiser, each further one what those before it predict.
+
+    With m₀ the denoiser, mᵢ is what part i makes of mᵢ₋₁ as it makes it of a denoiser, and the last mᵢ is the velocity. So
+    ``[internal, cfg]`` is u + w₂·(c − u) with base + w₁·(full − base) for either of c and u, and ``[cfg, autoguidance]`` is
+    weak + w₂·(u + w₁·(c − u) − weak). The guide itself is not guided. Each part has its own strength and interval; outside
+    its interval it leaves the prediction as it is. Where a part lets the state stand still (CFG-Zero*), the whole does.
+
+    Args:
+        parts: The guidances, from the innermost. Internal guidance comes first, for it takes the network's own base head, and
+            one part at most steers away from the null condition.
+
+    Raises:
+        ValueError: No parts, a part that is no guidance, or parts that do not go together.
+    """
+
+    def __init__(self, parts: Sequence[Guidance]) -> None:
+        if not parts:
+            raise ValueError("guidance.parts is empty: list guidances, the innermost first; guidance=none is none")
+        for number, part in enumerate(parts):
+            if not isinstance(part, Guidance):
+                raise ValueError(f"guidance.parts.{number}={part!r} is no guidance: give a mapping with _target_")
+        if late := [type(part).__name__ for part in parts[1:] if part.needs_base]:
+            raise ValueError(
+                f"guidance.parts: {late[0]} takes the denoiser's own base head, which no other part passes on: put it first"
+            )
+        away = [type(part).__name__ for part in parts if part.needs_null]
+        if len(away) > 1:
+            raise ValueError(
+                f"guidance.parts: {' and '.join(away)} steer away from the null condition: keep one of them"
+            )
+        super().__init__(parts[-1].scale)
+        self.parts = tuple(parts)
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether a part does."""
+        return any(part.needs_null for part in self.parts)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a part does."""
+        return any(part.needs_base for part in self.parts)
+
+    @property
+    def needs_guide(self) -> bool:
+        """Whether a part does."""
+        return any(part.needs_guide for part in self.parts)
+
+    @property
+    def needs_linear_path(self) -> bool:
+        """Whether a part does."""
+        return any(part.needs_linear_path for part in self.parts)
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether a part has."""
+        return any(part.has_momentum for part in self.parts)
+
+    def with_scale(self, scale: float) -> Guidance:
+        """The same guidances, the last (outermost) of them with another strength; ``scale`` is that one's too."""
+        return type(self)([*self.parts[:-1], self.parts[-1].with_scale(scale)])
+
+    def __repr__(self) -> str:
+        """The parts."""
+        return f"{type(self).__name__}({', '.join(map(repr, self.parts))})"
+
+    def acts_at(self, t: float) -> bool:
+        """Whether a part acts at time t."""
+        return any(part.acts_at(t) for part in self.parts)
+
+    def stands_still(self, t: float) -> bool:
+        """Whether a part lets the state stand still at time t."""
+        return any(part.stands_still(t) for part in self.parts)
+
+    def active(self, t: float) -> tuple[bool, ...]:
+        """Which of all parts' parts act at time t."""
+        return tuple(acts for part in self.parts for acts in part.active(t))
+
+    def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:
+        """See :meth:`Guidance.field`."""
+        if self.stands_still(t):
+            return still
+        for part in self.parts:
+            model = as_model(part.field(t, model, null, guide, memory))
+        return plain(model)
+
+
+def as_model(field: Field) -> Model:
+    """A velocity field as a denoiser, which takes the conditions by name."""
+    return lambda x, t, **conditions: field(x, t, conditions)

@@ -1,0 +1,49 @@
+"""What guidance and sampler need of the model that they steer, beside the null condition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rae.flow.guidance import Guidance
+from rae.flow.objective import FlowMatching
+from rae.flow.path import LinearPath
+from rae.flow.sampler import Sampler
+
+
+def check_guidance(guidance: Guidance, flow: FlowMatching, sampler: Sampler, denoiser: Any, guide: Any) -> None:
+    """Raises ValueError where guidance or sampler need what is not there: a guide, a base head, the linear path, a second time.
+
+    Args:
+        guidance: The guidance.
+        flow: Its path is asked for.
+        sampler: The sampler.
+        denoiser: Network with ``has_base`` and ``second_time``.
+        guide: The network that autoguidance steers away from, or None.
+    """
+    if guidance.needs_guide and guide is None:
+        raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
+    if guidance.needs_base and not denoiser.has_base:
+        kind = type(denoiser).__name__
+        raise ValueError(
+            f"internal guidance needs a denoiser with a base head; this {kind} has none: guidance=cfg or none"
+        )
+    if guidance.needs_linear_path and not isinstance(flow.path, LinearPath):
+        raise ValueError(
+            f"adaptive projected guidance needs the linear path, but flow.path is a {type(flow.path).__name__}: "
+            "choose guidance=cfg or none"
+        )
+    if sampler.second_time and (guidance.needs_linear_path or guidance.stands_still(1.0)):
+        raise ValueError(
+            f"{guidance!r} reads predictions as velocities at one time, and {type(sampler).__name__} asks for average ones: "
+            "choose guidance=none or cfg, or sampler=euler"
+        )
+    if sampler.second_time and not denoiser.second_time:
+        raise ValueError(
+            f"{type(sampler).__name__} needs a denoiser that knows a second time, and this one's second_time is "
+            f"{denoiser.second_time}: choose sampler=euler, or train one with flow=mean_flow (experiment=digits_meanflow)"
+        )
+    if guidance.has_momentum and sampler.stages != 1:
+        raise ValueError(
+            f"{guidance!r} has momentum, which needs a sampler with one evaluation a step, got {type(sampler).__name__}: "
+            "choose sampler=euler or guidance.momentum=0"
+        )
