@@ -77,6 +77,19 @@ class RAE(Exportable, nn.Module):
         with torch.no_grad():
             return self.latent.normalize(self.encoder(images))
 
+    def encode_with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images B×3×H×W in [0, 1] => latents B×C×h×w and class tokens B×C, normalised, without gradients.
+
+        Raises:
+            RuntimeError: The model has no encoder.
+            ValueError: The encoder has no class token, or the statistics hold none of it.
+        """
+        if self.encoder is None:
+            raise RuntimeError("this model was loaded without its encoder (encoder=False): it cannot encode")
+        with torch.no_grad():
+            latents, tokens = self.encoder.with_class_token(images)
+            return self.latent.normalize(latents), self.latent.normalize_class_token(tokens)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents B×C×h×w => images B×3×H'×W' in [0, 1] units, not clamped."""
         return self.decoder(self.latent.denormalize(latents))

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from rae.autoencoder import RAE
 from rae.condition import Conditions, readable_names
-from rae.denoiser import Denoiser
+from rae.denoiser import Denoiser, check_shapes
 from rae.encoder.text import TextEncoder
 from rae.flow import FlowMatching, Guidance, NoGuidance, Sampler, check_guidance
 from rae.image import to_pil, to_uint8
@@ -83,12 +83,7 @@ class Generator(Exportable, nn.Module):
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names has {len(self.class_names)} names for {self.num_classes} classes")
         check_guidance(self.guidance, flow, sampler, denoiser, guide)
-        for name, network in (("denoiser", denoiser), ("guide", guide)):
-            shape = getattr(network, "latent_shape", None)
-            if shape is not None and tuple(shape) != tuple(autoencoder.latent_shape):
-                raise ValueError(
-                    f"{name} is for latents of shape {tuple(shape)}, the autoencoder makes {autoencoder.latent_shape}"
-                )
+        check_shapes(autoencoder.latent_shape, denoiser, guide)
 
     @property
     def num_classes(self) -> int:
@@ -229,11 +224,10 @@ class Generator(Exportable, nn.Module):
         indices = range(batch) if indices is None else indices
         if len(indices) != batch:
             raise ValueError(f"indices must number as many as labels: {len(indices)} for {batch}")
-        shape = self.autoencoder.latent_shape
-        noise = self.noise(seed, indices) if noise is None else noise.to(self.device)
+        noise = self.denoiser.begin(self.noise(seed, indices) if noise is None else noise.to(self.device))
 
         def step_noise(step: int) -> Tensor:
-            return normal([sample_seed(seed, "step", i, step) for i in indices], shape, device=self.device)
+            return normal([sample_seed(seed, "step", i, step) for i in indices], self.denoiser.state_shape, self.device)
 
         guide = self.flow.velocity_model(self._callable(self.guide)) if self.guide is not None else None
         conditions = {name: value.to(self.device) for name, value in conditions.items()}
@@ -244,8 +238,14 @@ class Generator(Exportable, nn.Module):
         velocity = self.guidance(
             self.flow.velocity_model(self._callable(self.denoiser)), conditions, null=null, guide=guide
         )
+
+        def seen(step: int, t: float, state: Tensor) -> None:
+            if on_step is not None:
+                on_step(step, t, self.denoiser.split(state)[0])
+
         with trusted():
-            return self.sampler.sample(velocity, noise, shift=self.flow.shift, step_noise=step_noise, on_step=on_step)
+            state = self.sampler.sample(velocity, noise, shift=self.flow.shift, step_noise=step_noise, on_step=seen)
+        return self.denoiser.split(state)[0]
 
     def __call__(
         self,

@@ -34,6 +34,8 @@ class LatentNormalizer(nn.Module):
 
     mean: Tensor
     var: Tensor
+    class_mean: Tensor | None
+    class_var: Tensor | None
 
     def __init__(
         self,
@@ -67,6 +69,12 @@ class LatentNormalizer(nn.Module):
         self.register_buffer("var", self._fit(var, neutral, "var", source))
         if var is not None and (self.var < 0).any():
             raise ValueError(f"{source}: the variance is negative in places; it must be a population variance")
+        self._given = source if mean is not None or var is not None else None
+        class_mean, class_var = (None, None)
+        if stats is not None and stats != "none":
+            class_mean, class_var = read_class_statistics(stats, self.shape[0])
+        self.register_buffer("class_mean", class_mean, persistent=False)  # training alone needs them
+        self.register_buffer("class_var", class_var, persistent=False)
 
     def _fit(self, value: Tensor | None, default: float, name: str, source: str) -> Tensor:
         if value is None:
@@ -106,6 +114,26 @@ class LatentNormalizer(nn.Module):
         self._check(latents)
         return (latents - self.mean) / self.scale
 
+    def check_class_token(self) -> None:
+        """Raises ValueError where the latents are normalised and the class token cannot be, for want of its statistics."""
+        if self._given is not None and self.class_mean is None:
+            raise ValueError(
+                f"{self._given}: there are no statistics of the class token, which the denoiser learns too; make them with "
+                "rae-stats class_token=true and give the file as latent.stats"
+            )
+
+    def normalize_class_token(self, tokens: Tensor) -> Tensor:
+        """Class tokens B×C as the encoder makes them => normalised by their own mean and variance.
+
+        Raises:
+            ValueError: See :meth:`check_class_token`.
+        """
+        self.check_class_token()
+        if self.class_mean is None or self.class_var is None:
+            return tokens
+        scale = (self.class_var + self.eps).sqrt() if self.form == "variance" else self.class_var.sqrt() + self.eps
+        return (tokens - self.class_mean) / scale
+
     def denormalize(self, latents: Tensor) -> Tensor:
         """Normalised B×C×H×W => as the decoder wants them.
 
@@ -130,6 +158,22 @@ def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
     if not isinstance(content, dict) or not {"mean", "var"} & content.keys():
         raise ValueError(f"{str(path)!r} is no statistics file: it must hold 'mean' and 'var' of the latents")
     return content.get("mean"), content.get("var")
+
+
+def read_class_statistics(path: str | Path, channels: int) -> tuple[Tensor | None, Tensor | None]:
+    """Mean and variance C of the class token in a statistics file, ours or RiT's; None where it holds none.
+
+    Raises:
+        ValueError: They are of another shape, not finite or negative.
+    """
+    content = read_file(path)
+    found = [content.get(f"class_{name}", content.get(f"{name}_cls_token")) for name in ("mean", "var")]
+    if all(value is None for value in found):
+        return None, None
+    fits = [isinstance(one, Tensor) and one.shape == (channels,) and bool(one.isfinite().all()) for one in found]
+    if not all(fits) or (found[1] < 0).any():
+        raise ValueError(f"{str(path)!r}: mean and variance of the class token must be {channels} finite numbers each")
+    return found[0].float(), found[1].float()
 
 
 def _described_encoder(stats: Path) -> dict[str, Any] | None:

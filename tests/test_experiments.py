@@ -49,8 +49,8 @@ def test_headers_say_what_is_needed(path):
     devices, batch, accumulate, total = (int(number or 1) for number in numbers.groups())
     used = cfg.training.accumulate if cfg.stage == 1 else cfg.trainer.accumulate_grad_batches
     assert (cfg.trainer.devices, cfg.data.batch_size, used) == (devices, batch, accumulate)
-    published = {"imagenet256_fusereg_k23_decoder": 256}.get(path.stem, 512 if cfg.stage == 1 else 1024)
-    assert devices * batch * accumulate == total == published
+    published = {"imagenet256_fusereg_k23_decoder": 256, "imagenet256_rit_xl": 1536}
+    assert devices * batch * accumulate == total == published.get(path.stem, 512 if cfg.stage == 1 else 1024)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from rae.cli.groups import config_groups
 from rae.condition import LabelTokens
 from rae.denoiser import DiTDH, InContextDiTDH
 from rae.discriminator import DiffAugment
+from rae.generator import Generator
 from rae.image import QUANTIZE, to_float, to_uint8
 from rae.loss import PerceptualLoss
 from rae.metric import InceptionDetector, ReconstructionMetrics
@@ -31,6 +32,7 @@ from rae.training.preview import ReconstructionPreview, SamplePreview
 from rae.training.teacher import Teacher
 from tests.small_models import make_generator
 from tests.small_runs import make_module
+from tests.test_rit import make_module as make_joint_module
 from tests.text_runs import make_text_generator
 
 CUDA = torch.device("cuda")
@@ -203,6 +205,22 @@ def test_losses_of_stage_2_and_averages(cuda):
         average = WeightAverage(module.denoiser, 0.9)
         average.update(module.denoiser)
         assert {value.device.type for value in average.averages.values()} == {"cuda"}
+
+
+def test_a_class_token_that_is_learned_too(cuda):
+    module = make_joint_module()
+    sampler = flow.HeunEulerSampler(flow.FullGrid(3))
+    draw = Generator(module.autoencoder, module.denoiser, module.flow, sampler, GUIDANCES["cfg"]).eval()
+    known_to_the_host = {"epoch": torch.zeros(4, dtype=torch.long), "index": torch.arange(4)}
+    labels = torch.tensor([1, 3])
+    with cuda(), torch.no_grad():
+        moved(module)
+        batch = {"image": torch.empty(4, 3, 16, 16, dtype=torch.uint8, device=CUDA), **known_to_the_host}
+        batch["label"] = torch.empty(4, dtype=torch.long, device=CUDA)
+        assert module.losses(batch, "train", 0.1).device.type == "cuda"
+        latents = draw.latents(labels, seed=0, indices=[3, 4])
+    assert latents.device.type == "cuda"
+    assert latents.shape == (2, 16, 2, 2)
 
 
 @pytest.fixture

@@ -132,6 +132,7 @@ def _networks(module: Any) -> dict[str, Any]:
         "decoder": module.autoencoder.decoder,
         "discriminator": getattr(module, "discriminator", None),
         "denoiser": getattr(module, "denoiser", None),
+        "alignment": getattr(module, "alignment", None),
         "LPIPS": getattr(getattr(module, "loss", None), "perceptual", None),
     }
     return {name: network for name, network in found.items() if network is not None}

@@ -15,6 +15,7 @@ from rae.cli.checks import check_paths, refuse_existing
 from rae.cli.config import plain, save_config
 from rae.data import ImageDataModule
 from rae.image import to_float
+from rae.io.errors import ConfigError
 from rae.io.files import write_json
 from rae.io.parts import Parts
 from rae.io.tensors import read_file, save_state
@@ -32,6 +33,10 @@ _HOW = (
 )  # of data; results do not depend on them
 
 
+_OF_CLASS = "class_"
+"""Begins the names of what is of the class token."""
+
+
 def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[str, Any]:
     """The data's configuration, less what the images of a split do not depend on, and a hash of their names and labels.
 
@@ -45,17 +50,19 @@ def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[st
     return {**described, "names": data.names_hash(split)}
 
 
-def merged(parts: Parts, shape: tuple[int, ...]) -> RunningMoments:
+def merged(parts: Parts, shape: tuple[int, ...], prefix: str = "") -> RunningMoments:
     """The moments of all parts together, joined in their order.
 
     Args:
         parts: The work, all done.
-        shape: C×h×w of a latent.
+        shape: C×h×w of a latent, or C of a class token.
+        prefix: Begins their names in the parts' files.
     """
     total = RunningMoments(shape)
     for part in range(len(parts)):
         moments = RunningMoments(shape)
-        moments.load_state_dict(read_file(parts.path(part)))
+        state = read_file(parts.path(part))
+        moments.load_state_dict({name: state[prefix + name] for name in ("count", "mean", "m2")})
         total.merge(moments)
     return total
 
@@ -80,7 +87,8 @@ def stats(cfg: DictConfig) -> None:
     """Encodes the data set once, in parts, and writes ``stat.pt`` (mean and var) with a description beside it.
 
     Raises:
-        ConfigError: ``stat.pt`` exists and ``force`` is false, or the data are no images or random crops.
+        ConfigError: ``stat.pt`` exists and ``force`` is false, the data are no images or random crops, or the encoder has no class
+            token and ``class_token`` is true.
     """
     target = Path(cfg.output_dir) / "stat.pt"
     refuse_existing(cfg, target)
@@ -99,16 +107,28 @@ def stats(cfg: DictConfig) -> None:
         "image_size": cfg.image_size,
         "seed": cfg.seed,
         "float32": cfg.matmul,
-    }
+    } | ({"class_token": True} if cfg.class_token else {})
+    if cfg.class_token and not encoder.has_class_token:
+        raise ConfigError(
+            f"class_token=true: this {type(encoder).__name__} hands over none; choose an encoder of timm that has one, or false"
+        )
     parts = Parts(target.with_name("parts"), plan, data.samples("train"), cfg.part_size, ".safetensors")
     mine = begin(fabric, parts)
     with torch.no_grad():
         for part, batches in batches_of(data, "train", parts, mine, fabric, "encoding", replace=False):
-            moments = RunningMoments(encoder.latent_shape)
+            moments, of_class = RunningMoments(encoder.latent_shape), RunningMoments((encoder.channels,))
             for batch in batches:
-                if len(batch["index"]):  # else none of its images can be read
-                    moments.update(encoder(to_float(batch["image"].to(fabric.device))).cpu())
-            save_state(_tensors(moments), parts.path(part))
+                if not len(batch["index"]):  # none of its images can be read
+                    continue
+                images = to_float(batch["image"].to(fabric.device))
+                if cfg.class_token:
+                    latents, tokens = encoder.with_class_token(images)
+                    of_class.update(tokens.cpu())
+                else:
+                    latents = encoder(images)
+                moments.update(latents.cpu())
+            state = _tensors(moments) | (_tensors(of_class, _OF_CLASS) if cfg.class_token else {})
+            save_state(state, parts.path(part))
     data.teardown("fit")
     fabric.barrier()
     with first(fabric) as is_first:
@@ -126,11 +146,15 @@ def stats(cfg: DictConfig) -> None:
         # In this order a stop in between never leaves statistics whose description is missing or of others.
         target.unlink(missing_ok=True)
         write_json(target.with_suffix(".json"), description)
-        save_state(statistics_file(moments, cfg.per_channel), target)
+        content = statistics_file(moments, cfg.per_channel)
+        if cfg.class_token:
+            tokens = merged(parts, (encoder.channels,), _OF_CLASS)
+            content |= {f"{_OF_CLASS}mean": tokens.mean.float(), f"{_OF_CLASS}var": tokens.var.float()}
+        save_state(content, target)
         parts.remove()
         log.info("mean and variance over %d images are in %s", moments.count, target)
 
 
-def _tensors(moments: RunningMoments) -> dict[str, torch.Tensor]:
+def _tensors(moments: RunningMoments, prefix: str = "") -> dict[str, torch.Tensor]:
     state = moments.state_dict()
-    return {**state, "count": torch.tensor(state["count"])}
+    return {prefix + name: value for name, value in (state | {"count": torch.tensor(state["count"])}).items()}

@@ -173,4 +173,4 @@ def evaluate_once(denoiser: Denoiser, images: int, base: bool = False) -> Any:
     """One evaluation of a denoiser, for so many latents."""
     told = denoiser.condition.nothing(images)
     heads = {"base": True} if base else {}
-    return denoiser(torch.randn(images, *denoiser.latent_shape), torch.rand(images), **heads, **told)
+    return denoiser(torch.randn(images, *denoiser.state_shape), torch.rand(images), **heads, **told)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rae.condition import Condition, Conditions, LabelEmbedding
 from rae.io.describe import Described
-from rae.layers import AdaptiveBlock, TimeEmbedding, grid_to_tokens, may_look, sincos_table
+from rae.layers import AdaptiveBlock, SinusoidalTimeEmbedding, TimeEmbedding, grid_to_tokens, may_look, sincos_table
 
 
 class PatchEmbedding(nn.Module):
@@ -55,6 +55,8 @@ class Denoiser(Described, nn.Module):
     """What it is told beside latent and time."""
     has_base = False
     """Whether it also predicts from its first blocks (``base=True``), which internal guidance steers away from."""
+    takes_class_token = False
+    """Whether it learns the encoder's class token beside the latents, as one state: :meth:`join`, :meth:`split`, :meth:`begin`."""
 
     def __init__(
         self, channels: int, grid: int, patch: int, width: int, checkpointing: bool, second_time: bool = False
@@ -72,7 +74,7 @@ class Denoiser(Described, nn.Module):
         self.checkpointing = checkpointing
         self.watched: tuple[nn.Module, list[Tensor]] | None = None
         """A block, and where its output is put in every forward with gradients; for losses on tokens inside."""
-        self.time_embedding = TimeEmbedding(width)
+        self.time_embedding: TimeEmbedding | SinusoidalTimeEmbedding = TimeEmbedding(width)
         self.second_time = second_time
         if second_time:
             self.second_embedding = TimeEmbedding(width)
@@ -89,6 +91,28 @@ class Denoiser(Described, nn.Module):
         """Channels, height and width of the latents."""
         return (self.channels, self.grid, self.grid)
 
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of what is diffused: the latents, if nothing else is said."""
+        return self.latent_shape
+
+    @property
+    def loss_weight(self) -> Tensor | None:
+        """Weights of a state's values in the loss, which is a mean over them; None for 1."""
+        return None
+
+    def join(self, latents: Tensor, class_token: Tensor | None = None) -> Tensor:
+        """Latents B×C×H×W, and for some denoisers the class token B×C, as the state that is diffused."""
+        return latents
+
+    def split(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The latents B×C×H×W of a state, and its class token B×C where it has one."""
+        return state, None
+
+    def begin(self, noise: Tensor) -> Tensor:
+        """The state that samples begin with, of noise B×C×H×W."""
+        return noise
+
     def embed_time(self, t: Tensor, r: Tensor | None) -> Tensor:
         """Times B => B×width; of a denoiser with a second time that of r, which is t where it is not given, is added."""
         embedding = self.time_embedding(t)
@@ -98,7 +122,7 @@ class Denoiser(Described, nn.Module):
         """Checks shapes and, on the host, values; nothing is read back from a device.
 
         Args:
-            x_t: Latents B×C×h×w.
+            x_t: State B×….
             t: Times B.
             conditions: Tensors by name, B×….
             r: Second times B, at most t.
@@ -106,8 +130,8 @@ class Denoiser(Described, nn.Module):
         Raises:
             ValueError: With what was received and what is required.
         """
-        if tuple(x_t.shape[1:]) != self.latent_shape:
-            raise ValueError(f"x_t has shape {tuple(x_t.shape)}, required is B×{'×'.join(map(str, self.latent_shape))}")
+        if tuple(x_t.shape[1:]) != self.state_shape:
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}, required is B×{'×'.join(map(str, self.state_shape))}")
         if t.shape != x_t.shape[:1]:
             raise ValueError(f"t must hold one value a sample: batch {x_t.shape[0]}, t {tuple(t.shape)}")
         if r is not None and not self.second_time:
@@ -172,6 +196,20 @@ class LabelDenoiser(Denoiser):
     def condition(self) -> Condition:  # type: ignore[override]
         """The label."""
         return self.label_embedding
+
+
+def check_shapes(latent: tuple[int, int, int], denoiser: Denoiser, guide: Denoiser | None = None) -> None:
+    """Raises ValueError for networks of other latents, and where denoiser and guide do not learn the same state."""
+    for name, network in (("denoiser", denoiser), ("guide", guide)):
+        if network is not None and tuple(network.latent_shape) != tuple(latent):
+            raise ValueError(
+                f"{name} is for latents of shape {tuple(network.latent_shape)}, the autoencoder makes {tuple(latent)}"
+            )
+    if guide is not None and guide.state_shape != denoiser.state_shape:
+        raise ValueError(
+            f"denoiser and guide must both learn the class token, or neither; their states are {tuple(denoiser.state_shape)} and "
+            f"{tuple(guide.state_shape)}"
+        )
 
 
 def make_blocks(

@@ -49,6 +49,10 @@ class Encoder(Described, nn.Module, ABC):
 
     image_mean: Tensor
     image_std: Tensor
+    has_class_token = False
+    """Whether :meth:`layer_tokens` can hand over a class token."""
+    _class_tokens: list[Tensor] | None = None
+    """Where it puts the class token B×C of its deepest layer, after the final norm; None where nobody asks for it."""
 
     def __init__(
         self,
@@ -265,6 +269,24 @@ class Encoder(Described, nn.Module, ABC):
         if stacked:
             return torch.stack([tokens_to_grid(tokens) for tokens in self._chosen(pixels)], dim=1)
         return tokens_to_grid(self.tokens(pixels))
+
+    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, and beside the latents the class token of the deepest layer, after the same norm, float32 B×C.
+
+        Raises:
+            ValueError: This encoder has none; or see :meth:`forward`.
+        """
+        if not self.has_class_token:
+            raise ValueError(
+                f"this {type(self).__name__} hands over no class token, which the denoiser learns too; choose an encoder of timm "
+                "that has one, such as encoder=dinov2_s"
+            )
+        self._class_tokens = []
+        try:
+            latents = self(images)
+            return latents, at_least_float(self._class_tokens[-1])
+        finally:
+            self._class_tokens = None
 
     def _resized(self, images: Tensor) -> Tensor:
         size = (self.input_size, self.input_size)

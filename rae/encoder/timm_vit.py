@@ -220,13 +220,22 @@ class TimmEncoder(TransformerEncoder):
         known = {"model": self.model_name, "pos_antialias": self.pos_antialias}
         return super().identity | known | self.network_options
 
+    @property
+    def has_class_token(self) -> bool:  # type: ignore[override]
+        """Whether the network has one, the first of its tokens."""
+        return getattr(self.network, "cls_token", None) is not None
+
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
         """The blocks' outputs through the norm that ``final_norm`` names."""
         chosen = check_layers(layers, len(self.network.blocks))
-        outputs: list[Tensor] = self.network.forward_intermediates(
-            pixels, indices=chosen, norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True
+        asked = self._class_tokens is not None
+        outputs: list[Any] = self.network.forward_intermediates(
+            *(pixels, chosen, asked), norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True
         )
-        return outputs
+        if self._class_tokens is None:
+            return outputs
+        self._class_tokens.append(outputs[-1][1][:, 0])
+        return [tokens for tokens, _ in outputs]
 
 
 def tiny_encoder(

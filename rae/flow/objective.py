@@ -90,7 +90,15 @@ class FlowMatching(Described):
         return self.prediction == "data" or self.time_floor is not None
 
     def loss(
-        self, model: Model, data: Tensor, noise: Tensor, t: Tensor, *, target: Tensor | None = None, **conditions: Any
+        self,
+        model: Model,
+        data: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        *,
+        target: Tensor | None = None,
+        value_weight: Tensor | None = None,
+        **conditions: Any,
     ) -> Tensor:
         """Loss of every sample, B: the mean over its values, summed over the model's outputs with their weights.
 
@@ -101,6 +109,7 @@ class FlowMatching(Described):
             t: Times B in [0, 1].
             target: What the model is to learn instead of ``data``, of which x_t still is: (x_t − target) / max(t, floor) is the
                 velocity (FuseReg, arXiv 2609.31620); None for the data.
+            value_weight: Weights of the values in that mean, of a shape that broadcasts to theirs; None for 1.
             conditions: What else the model takes, e.g. ``label``.
 
         Raises:
@@ -116,10 +125,12 @@ class FlowMatching(Described):
             data = target
         output = model(point.x_t, t, **conditions)
         full, *base = output if isinstance(output, tuple) else (output,)
-        loss = self._loss(full, data, noise, t, point)
-        return loss + self.base_weight * self._loss(base[0], data, noise, t, point) if base else loss
+        loss = self._loss(full, data, noise, t, point, value_weight)
+        return loss + self.base_weight * self._loss(base[0], data, noise, t, point, value_weight) if base else loss
 
-    def _loss(self, output: Tensor, data: Tensor, noise: Tensor, t: Tensor, point: PathSample) -> Tensor:
+    def _loss(
+        self, output: Tensor, data: Tensor, noise: Tensor, t: Tensor, point: PathSample, value_weight: Tensor | None
+    ) -> Tensor:
         """Loss B of one output."""
         if output.shape != data.shape:
             raise ValueError(f"the model returned shape {tuple(output.shape)}, required is {tuple(data.shape)}")
@@ -132,8 +143,8 @@ class FlowMatching(Described):
         else:
             c = self.path.coefficients(t)
             residual = output - noise if self.prediction == "noise" else like(c.sigma, data) * output + noise
-            return self._weight(t) * residual.square().flatten(1).mean(1)
-        return error.square().flatten(1).mean(1)
+            return self._weight(t) * _mean_square(residual, value_weight)
+        return _mean_square(error, value_weight)
 
     def _weight(self, t: Tensor) -> Tensor:
         """Weight of noise and score losses, B (SiT §2.4); ``likelihood`` is negative on the linear and GVP paths."""
@@ -170,3 +181,9 @@ class FlowMatching(Described):
             return self.velocity(output, x, t)
 
         return velocity
+
+
+def _mean_square(error: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean B over the squares of values B×…, each with its weight."""
+    square = error.square()
+    return (square if weight is None else square * weight).flatten(1).mean(1)

@@ -38,6 +38,10 @@ class ODESampler(Sampler):
             t_next: Time after the step, below t; above it in reverse.
         """
 
+    def last_step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+        """The last step of a run, as the others where a sampler does not say otherwise; arguments as of :meth:`step`."""
+        return self.step(velocity, x, t, t_next)
+
     def sample(
         self,
         velocity: Velocity,
@@ -52,7 +56,8 @@ class ODESampler(Sampler):
         times = times[::-1] if reverse else times
         x = noise
         for number, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
-            x = self.step(velocity, x, t, t_next)
+            step = self.last_step if number == self.grid.steps - 1 else self.step
+            x = step(velocity, x, t, t_next)
             if on_step is not None:
                 on_step(number, t_next, x)
         return x
@@ -78,6 +83,19 @@ class HeunSampler(ODESampler):
         h = t_next - t
         first = velocity(x, t)
         return x + h / 2 * (first + velocity(x + h * first, t_next))
+
+
+class HeunEulerSampler(HeunSampler):
+    """Heun's steps and one of Euler at the end, so that the network is not asked about the end of the grid (JiT, RiT)."""
+
+    @property
+    def evaluations(self) -> int | None:
+        """One fewer than Heun's."""
+        return self.grid.steps * self.stages - 1
+
+    def last_step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+        """See :meth:`ODESampler.last_step`."""
+        return x + (t_next - t) * velocity(x, t)
 
 
 class Heun3Sampler(ODESampler):

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rae.denoiser import Denoiser, DiT, DiTDH, InContextDiT
+from rae.denoiser import Denoiser, DiT, DiTDH, InContextDiT, RiT
 from rae.formats import raev2
 from rae.io.tensors import load_strict
 
@@ -24,6 +25,12 @@ _COMMON = (
     (r"\.adaLN_modulation\.1\.", ".modulation."),
 )
 _PLAIN = ((r"^x_embedder\.", "patch_embedding."),)
+_RIT = (
+    *_PLAIN,
+    (r"^cls_projectors\.", "class_projection."),
+    (r"^in_context_posemb$", "context"),
+    (r"^final_layer\.linear_cls\.", "final.class_linear."),
+)
 _TWO_WIDTHS = (
     (r"^s_embedder\.", "backbone_embedding."),
     (r"^x_embedder\.", "head_embedding."),
@@ -152,7 +159,8 @@ def original_to_ours(state: Mapping[str, Tensor], model: Denoiser) -> dict[str, 
         if _FIXED.match(key):
             _check_table(key, value, model)
             continue
-        renamed[_rename(key, model)] = value
+        name = _rename(key, model)
+        renamed[name] = value[0] if name == "context" and value.ndim == 3 else value
     return renamed
 
 
@@ -182,14 +190,18 @@ def _rename(key: str, model: Denoiser) -> str:
     if isinstance(model, DiTDH) and (match := re.match(r"^blocks\.(\d+)\.(.*)$", key)):
         index, depth = int(match[1]), len(model.backbone)
         key = f"backbone.{index}.{match[2]}" if index < depth else f"head.{index - depth}.{match[2]}"
-    for pattern, name in (*_COMMON, *(_TWO_WIDTHS if isinstance(model, DiTDH) else _PLAIN)):
+    names = _TWO_WIDTHS if isinstance(model, DiTDH) else _RIT if isinstance(model, RiT) else _PLAIN
+    for pattern, name in (*_COMMON, *names):
         key = re.sub(pattern, name, key)
     return key
 
 
 def _tables(model: Denoiser) -> dict[str, Tensor | None]:
     """The original's fixed buffers, as ours have them."""
-    tables: dict[str, Tensor | None] = {"pos_embed": getattr(model, "position", None)}
+    table = getattr(model, "position", None)
+    if isinstance(model, RiT):
+        table = F.pad(model.position, (0, 0, 1, 0))  # the class token's row is zero
+    tables: dict[str, Tensor | None] = {"pos_embed": table}
     if isinstance(model, DiTDH):
         ropes = {"enc_feat_rope": model.backbone_rope, "dec_feat_rope": model.head_rope}
     else:

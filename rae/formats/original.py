@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rae.autoencoder import RAE
-from rae.denoiser import Denoiser, InContextDiT
+from rae.denoiser import Denoiser, InContextDiT, RiT
 from rae.formats import raev2
 from rae.formats.bundle import Bundle
 from rae.formats.decoder import state_from_ours
@@ -28,7 +28,7 @@ LAYOUTS = {
 """Names of the files of decoder, statistics and denoiser in the published collections."""
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _OF_DENOISERS = ("t_embedder.", "time_embedding.")
-_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_PREFIXES = ("module.", "_orig_mod.", "net.")  # of DistributedDataParallel, torch.compile and RiT
 
 
 def read_original(path: str | Path, averaged: bool = True) -> dict[str, Tensor]:
@@ -44,7 +44,8 @@ def read_original(path: str | Path, averaged: bool = True) -> dict[str, Tensor]:
     """
     content: Mapping[str, Any] = read_file(path)
     if isinstance(content, Mapping):
-        order = ("ema", "model", "state_dict") if averaged else ("model", "state_dict", "ema")
+        averages = ("ema", "model_ema1")  # the second is RiT's
+        order = (*averages, "model", "state_dict") if averaged else ("model", "state_dict", *averages)
         content = next((content[name] for name in order if isinstance(content.get(name), Mapping)), content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{str(path)!r} holds no state dict: named tensors are needed, plain or below ema or model")
@@ -103,6 +104,10 @@ def save_original(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    if isinstance(denoiser, RiT):
+        raise ValueError(
+            f"to={layout}: readers of the layout know no denoiser that learns a class token; choose to=rae"
+        )
     in_context = isinstance(denoiser, InContextDiT)
     if autoencoder.decoder.output != ("raw" if layout == "raev2" else "encoder") or (
         denoiser is not None and in_context != (layout == "raev2")

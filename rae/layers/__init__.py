@@ -3,7 +3,7 @@
 from rae.layers.attention import Attention
 from rae.layers.block import AdaptiveBlock, Block, ContextBlock, FinalLayer, OutputLayer, denoiser_blocks
 from rae.layers.checks import may_look, trusted
-from rae.layers.embedding import TimeEmbedding
+from rae.layers.embedding import SinusoidalTimeEmbedding, TimeEmbedding
 from rae.layers.mlp import GELUMlp, SwiGLU
 from rae.layers.norm import RMSNorm, at_least_float, modulate
 from rae.layers.patch import grid_to_tokens, patchify, tokens_to_grid, unpatchify
@@ -19,6 +19,7 @@ __all__ = [
     "OutputLayer",
     "RMSNorm",
     "RotaryEmbedding2D",
+    "SinusoidalTimeEmbedding",
     "SwiGLU",
     "TimeEmbedding",
     "at_least_float",

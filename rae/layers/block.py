@@ -111,8 +111,12 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Tokens B×N×D and the condition after its SiLU => B×N×out."""
+        return self.linear(self.modulated(x, condition))
+
+    def modulated(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens B×N×D after norm and modulation."""
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        return modulate(self.norm(x), shift, scale)
 
 
 class OutputLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""Embedding of the time."""
+"""Embeddings of the time."""
 
 from __future__ import annotations
 
@@ -33,4 +33,31 @@ class TimeEmbedding(nn.Module):
         """Times B in [0, 1] => B×width."""
         angle = 2 * math.pi * t.float()[:, None] * self.frequencies  # B×frequencies
         features = torch.cat([angle.sin(), angle.cos()], dim=1)  # B×(2·frequencies)
+        return self.fc2(F.silu(self.fc1(features.to(self.fc1.bias.dtype))))  # B×width
+
+
+class SinusoidalTimeEmbedding(nn.Module):
+    """Cosines and sines of the time at fixed frequencies from 1 down to about 1/10000 (DiT's), then linear, SiLU, linear.
+
+    Args:
+        width: Width of the embedding.
+        frequencies: Number of frequencies.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, frequencies: int = 128) -> None:
+        super().__init__()
+        exponent = torch.arange(frequencies, dtype=torch.float64) / frequencies
+        self.register_buffer("frequencies", (10000.0**-exponent).float(), persistent=False)
+        self.fc1 = nn.Linear(2 * frequencies, width)
+        self.fc2 = nn.Linear(width, width)
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Times B in [0, 1] => B×width."""
+        angle = t.float()[:, None] * self.frequencies  # B×frequencies
+        features = torch.cat([angle.cos(), angle.sin()], dim=1)  # B×(2·frequencies)
         return self.fc2(F.silu(self.fc1(features.to(self.fc1.bias.dtype))))  # B×width

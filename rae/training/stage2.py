@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from rae.autoencoder import RAE
 from rae.condition import drop
 from rae.data.latents import LatentsDataModule
-from rae.denoiser import Denoiser
+from rae.denoiser import Denoiser, check_shapes
 from rae.encoder.text import TextEncoder
 from rae.flow import FlowMatching
 from rae.image import to_float
@@ -24,6 +24,10 @@ from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerF
 from rae.training.strategy import shard, whole
 from rae.training.subsets import check_subsets, draw_subsets
 from rae.training.teacher import Teacher
+
+_NO_CLASS_TOKENS = (
+    "data=latents holds no class tokens, which this denoiser learns beside the latents: choose data=imagenet, say"
+)
 
 
 class Stage2Module(TrainingModule):
@@ -76,11 +80,9 @@ class Stage2Module(TrainingModule):
         super().__init__(optimizer, scheduler, seed, on_nonfinite, config)
         if not 0.0 <= label_dropout < 1.0:
             raise ValueError(f"training.label_dropout={label_dropout} must lie in [0, 1)")
-        if tuple(denoiser.latent_shape) != tuple(autoencoder.latent_shape):
-            raise ValueError(
-                f"denoiser is for latents of shape {tuple(denoiser.latent_shape)}, "
-                f"the autoencoder makes {tuple(autoencoder.latent_shape)}"
-            )
+        check_shapes(autoencoder.latent_shape, denoiser)
+        if denoiser.takes_class_token:
+            autoencoder.latent.check_class_token()
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.denoiser = denoiser
         check_text_encoder(denoiser, text_encoder)
@@ -110,6 +112,11 @@ class Stage2Module(TrainingModule):
             raise ValueError(f"{type(flow).__name__} trains on no images, which alignment needs: alignment=null")
         if alignment is not None:
             alignment.watch(denoiser)
+        if layer_dropout and denoiser.takes_class_token:
+            raise ValueError(
+                f"training.layer_dropout={layer_dropout} leaves layers of the latents out, not of the class token that "
+                f"{type(denoiser).__name__} learns: set it to 0"
+            )
         self._sharded = False
         self.compile_networks(compile, {"denoiser": denoiser, "encoder": autoencoder.encoder})
 
@@ -131,6 +138,8 @@ class Stage2Module(TrainingModule):
         data = getattr(self.trainer, "datamodule", None)
         encoder, described = self.autoencoder.encoder, self.autoencoder.latent.encoder
         if isinstance(data, LatentsDataModule):
+            if self.denoiser.takes_class_token:
+                raise ValueError(_NO_CLASS_TOKENS)
             data.check_encoder(encoder.differences)
             if self.layer_dropout:
                 data.check_stacked(f"training.layer_dropout={self.layer_dropout}")
@@ -197,7 +206,17 @@ class Stage2Module(TrainingModule):
             self.log("train/grad_norm", norm)
 
     def encode(self, batch: Batch) -> Tensor:
-        """Normalised latents B×C×h×w of a batch of images or of cached latents, also of stacked layers."""
+        """What the denoiser learns, of a batch of images or of cached latents (of stacked layers, too).
+
+        Normalised latents B×C×h×w, see :meth:`rae.denoiser.Denoiser.join`.
+
+        Raises:
+            ValueError: It learns the class token too, and the batch holds cached latents.
+        """
+        if self.denoiser.takes_class_token:
+            if "latent" in batch:
+                raise ValueError(_NO_CLASS_TOKENS)
+            return self.denoiser.join(*self.autoencoder.encode_with_class_token(to_float(batch["image"])))
         if "latent" in batch:
             cached = batch["latent"].float()
             whole = self.autoencoder.encoder.fused(cached) if cached.ndim == 5 else cached
@@ -243,12 +262,18 @@ class Stage2Module(TrainingModule):
         if label_dropout:
             draws = uniform(seeds("label"), device=latents.device)
             conditions = drop(conditions, told.null(conditions), draws, label_dropout)
-        options = {"base": self.denoiser.has_base or None, "teacher": self.teacher, "target": target}
+        options = {
+            "base": self.denoiser.has_base or None,
+            "teacher": self.teacher,
+            "target": target,
+            "value_weight": self.denoiser.loss_weight,
+        }
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         loss = self.flow.loss(self.denoiser, latents, noise, t, **given, **conditions)
         if self.alignment is None or purpose != "train":
             return loss
-        aligned = self.alignment(self.aligned_to(batch, latents if target is None else target))
+        learnt = self.denoiser.split(latents if target is None else target)[0]
+        aligned = self.alignment(self.aligned_to(batch, learnt))
         self.log("train/alignment", aligned.mean(), batch_size=len(aligned))
         return loss + aligned
 
