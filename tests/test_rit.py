@@ -24,7 +24,6 @@ from rae.formats.denoiser import load_denoiser
 from rae.formats.original import read_original, save_original
 from rae.generator import Generator
 from rae.image import to_float
-from rae.io.errors import ConfigError
 from rae.io.tensors import save_state
 from rae.latent import LatentNormalizer
 from rae.training.alignment import Alignment
@@ -375,12 +374,15 @@ def test_encoders_without_class_token_say_so(tmp_path):
         "num_heads": 2,
     }
     encoder = TimmEncoder("vit_tiny_patch16_224", 32, 8, 32, pretrained=False, model_args=arguments)
-    with pytest.raises(ValueError, match="this TimmEncoder hands over no class token, which the denoiser learns too"):
+    with pytest.raises(ValueError, match="this TimmEncoder hands over no class token; choose an encoder of timm"):
         encoder.with_class_token(torch.rand(1, 3, 32, 32))
+    autoencoder = RAE(encoder, ViTDecoder(32, SIDE, 16, 1, 2, 32, patch=8))
+    denoiser = RiT(32, SIDE, WIDTH, DEPTH, HEADS, CLASSES, context_start=START)
+    with pytest.raises(ValueError, match="this TimmEncoder hands over no class token"):
+        Stage2Module(autoencoder, denoiser, FlowMatching(), torch.optim.SGD)
     folder = write_images(tmp_path / "images")
-    without = ["+encoder.model_args.class_token=false", "class_token=true"]
-    with pytest.raises(ConfigError, match="class_token=true: this TimmEncoder hands over none"):
-        run("stats", folder, tmp_path, *without)
+    with pytest.raises(ValueError, match="this TimmEncoder hands over no class token"):
+        run("stats", folder, tmp_path, "+encoder.model_args.class_token=false", "class_token=true")
 
 
 def test_its_statistics_are_its_own(tmp_path):

@@ -15,7 +15,6 @@ from rae.cli.checks import check_paths, refuse_existing
 from rae.cli.config import plain, save_config
 from rae.data import ImageDataModule
 from rae.image import to_float
-from rae.io.errors import ConfigError
 from rae.io.files import write_json
 from rae.io.parts import Parts
 from rae.io.tensors import read_file, save_state
@@ -87,8 +86,8 @@ def stats(cfg: DictConfig) -> None:
     """Encodes the data set once, in parts, and writes ``stat.pt`` (mean and var) with a description beside it.
 
     Raises:
-        ConfigError: ``stat.pt`` exists and ``force`` is false, the data are no images or random crops, or the encoder has no class
-            token and ``class_token`` is true.
+        ConfigError: ``stat.pt`` exists and ``force`` is false, or the data are no images or random crops.
+        ValueError: ``class_token`` is true, and the encoder hands over none.
     """
     target = Path(cfg.output_dir) / "stat.pt"
     refuse_existing(cfg, target)
@@ -108,10 +107,8 @@ def stats(cfg: DictConfig) -> None:
         "seed": cfg.seed,
         "float32": cfg.matmul,
     } | ({"class_token": True} if cfg.class_token else {})
-    if cfg.class_token and not encoder.has_class_token:
-        raise ConfigError(
-            f"class_token=true: this {type(encoder).__name__} hands over none; choose an encoder of timm that has one, or false"
-        )
+    if cfg.class_token:
+        encoder.check_class_token()
     parts = Parts(target.with_name("parts"), plan, data.samples("train"), cfg.part_size, ".safetensors")
     mine = begin(fabric, parts)
     with torch.no_grad():

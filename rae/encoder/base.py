@@ -270,17 +270,21 @@ class Encoder(Described, nn.Module, ABC):
             return torch.stack([tokens_to_grid(tokens) for tokens in self._chosen(pixels)], dim=1)
         return tokens_to_grid(self.tokens(pixels))
 
+    def check_class_token(self) -> None:
+        """Raises ValueError where this encoder hands over no class token."""
+        if not self.has_class_token:
+            raise ValueError(
+                f"this {type(self).__name__} hands over no class token; choose an encoder of timm that has one, such as "
+                "encoder=dinov2_s"
+            )
+
     def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, and beside the latents the class token of the deepest layer, after the same norm, float32 B×C.
 
         Raises:
-            ValueError: This encoder has none; or see :meth:`forward`.
+            ValueError: See :meth:`check_class_token` and :meth:`forward`.
         """
-        if not self.has_class_token:
-            raise ValueError(
-                f"this {type(self).__name__} hands over no class token, which the denoiser learns too; choose an encoder of timm "
-                "that has one, such as encoder=dinov2_s"
-            )
+        self.check_class_token()
         self._class_tokens = []
         try:
             latents = self(images)

@@ -82,6 +82,8 @@ class Stage2Module(TrainingModule):
             raise ValueError(f"training.label_dropout={label_dropout} must lie in [0, 1)")
         check_shapes(autoencoder.latent_shape, denoiser)
         if denoiser.takes_class_token:
+            if autoencoder.encoder is not None:
+                autoencoder.encoder.check_class_token()
             autoencoder.latent.check_class_token()
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.denoiser = denoiser
