@@ -13,6 +13,7 @@ from rae.decoder import ViTDecoder
 from rae.encoder import Encoder
 from rae.image import center_crop, open_rgb, to_float, to_pil, to_tensor, to_uint8
 from rae.io.export import Exportable
+from rae.io.files import changes
 from rae.latent import LatentNormalizer
 
 
@@ -20,7 +21,8 @@ class RAE(Exportable, nn.Module):
     """Images to normalised latents and back.
 
     The decoder sees latents as the encoder makes them: ``decode`` undoes the normalisation first. Training noise is added
-    before the normalisation and is the training module's business.
+    before the normalisation and is the training module's business. With ``latent.space=decoder_input`` the latents are instead the
+    patch tokens that enter the decoder's first block (FuseLift).
 
     Args:
         encoder: Frozen encoder; images B×3×H×W in [0, 1] to latents B×C×h×w. None for a model that only decodes.
@@ -28,7 +30,7 @@ class RAE(Exportable, nn.Module):
         latent: Normalisation of the encoder's latents; None for none.
 
     Raises:
-        ValueError: The parts disagree about the latent's shape.
+        ValueError: The parts disagree about the latent's shape, or the decoder has no such input, or not the one of the statistics.
     """
 
     encoder: Any
@@ -47,11 +49,41 @@ class RAE(Exportable, nn.Module):
                 f"decoder.channels={decoder.channels} differs from encoder.channels={shape[0]}; "
                 "in a config, set decoder.channels=${encoder.channels}"
             )
-        if tuple(self.latent.shape) != tuple(shape):
+        self.encoded_shape = tuple(shape)
+        """Channels, height and width of what the encoder makes."""
+        if self.latent.space == "decoder_input":
+            self._check_space()
+        elif tuple(self.latent.shape) != tuple(shape):
             raise ValueError(
                 f"latent statistics of shape {tuple(self.latent.shape)} do not fit the encoder's latents "
                 f"{tuple(shape)}; compute them for this encoder and image size with rae-stats"
             )
+
+    def _check_space(self) -> None:
+        """Raises ValueError for a decoder without an input state, or with another than the statistics are of."""
+        decoder, described = self.decoder, self.latent.decoder
+        if not hasattr(decoder, "input_state"):
+            raise ValueError(
+                f"latent.space=decoder_input: a {type(decoder).__name__} as decoder has no such space; set latent.space=encoder"
+            )
+        shape = (decoder.width, decoder.grid, decoder.grid)
+        if tuple(self.latent.shape) != shape:
+            raise ValueError(
+                f"latent.space=decoder_input: statistics of shape {tuple(self.latent.shape)} do not fit the decoder's input "
+                f"{shape}; compute them for this decoder with rae-stats latent.space=decoder_input decoder_checkpoint=…"
+            )
+        if described is not None and (found := changes(described, decoder.fingerprint())):
+            raise ValueError(
+                f"latent.space=decoder_input: the latents are the input of another decoder ({found}), and fit that one alone; give "
+                "it as decoder_checkpoint=…, or make statistics of this one's with rae-stats"
+            )
+
+    @property
+    def space(self) -> dict[str, Any]:
+        """What tells the latents' space where it is not the encoder's, for descriptions; empty where it is."""
+        if self.latent.space == "encoder":
+            return {}
+        return {"space": self.latent.space, "decoder": self.decoder.fingerprint()}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -75,7 +107,11 @@ class RAE(Exportable, nn.Module):
                 "this model was loaded without its encoder (encoder=False): it decodes and cannot encode"
             )
         with torch.no_grad():
-            return self.latent.normalize(self.encoder(images))
+            return self.normalize(self.encoder(images))
+
+    def normalize(self, encoded: Tensor) -> Tensor:
+        """Latents as the encoder makes them => normalised latents B×C×h×w, in the space that ``latent`` names."""
+        return self.latent.normalize(encoded if self.latent.space == "encoder" else self.decoder.input_state(encoded))
 
     def encode_with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images B×3×H×W in [0, 1] => latents B×C×h×w and class tokens B×C, normalised, without gradients.
@@ -92,7 +128,10 @@ class RAE(Exportable, nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents B×C×h×w => images B×3×H'×W' in [0, 1] units, not clamped."""
-        return self.decoder(self.latent.denormalize(latents))
+        raw = self.latent.denormalize(latents)
+        if self.latent.space == "encoder":
+            return self.decoder(raw)
+        return self.decoder.decode_state(raw, self.latent.class_token)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images B×3×H×W in [0, 1] => reconstructions B×3×H'×W', not clamped."""

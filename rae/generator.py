@@ -311,7 +311,7 @@ class Generator(Exportable, nn.Module):
             precision: ``32-true`` or ``bf16-mixed``, in Lightning's words: arithmetic of the networks.
             quantize: See :func:`rae.image.to_uint8`.
             on_latents: Called with the latents as the encoder makes them, not normalised, float32 B×C×h×w: what any decoder of it
-                takes.
+                takes. With ``latent.space=decoder_input``, what this decoder alone takes.
 
         Raises:
             ValueError: An unknown precision or ``quantize``, or see :meth:`latents`.

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rae.io.describe import Described
 from rae.io.files import parse_json
 from rae.io.tensors import read_file
 
 FORMS = ("variance", "deviation")
+SPACES = ("encoder", "decoder_input")
 
 
-class LatentNormalizer(nn.Module):
+class LatentNormalizer(Described, nn.Module):
     """z ← (z − mean) / √(var + eps) with mean and variance of every position; the identity without statistics.
 
     Args:
@@ -26,9 +28,13 @@ class LatentNormalizer(nn.Module):
         form: ``variance``: divide by √(var + eps); ``deviation``: by √var + eps, as diffusers' ``AutoencoderRAE`` does.
         stats: File with ``mean`` and ``var`` instead of the tensors; the mean may be missing or None, as in released files.
             None, or ``none`` where a configuration has to say so, for no file.
+        space: What the latents are: ``encoder``: what the encoder makes; ``decoder_input``: the patch tokens that enter the
+            decoder's first block, D×h×w (FuseLift).
+        class_token: Mean D of the class token that enters the decoder's blocks beside them; None for the decoder's own.
+        decoder: Fingerprint of the decoder whose input the latents are, where it is known; a file's description may say it.
 
     Raises:
-        ValueError: Statistics given twice, of another shape, not finite, or with a negative variance.
+        ValueError: Statistics given twice, of another shape or space, not finite, or with a negative variance.
         FileNotFoundError: The file does not exist.
     """
 
@@ -36,6 +42,7 @@ class LatentNormalizer(nn.Module):
     var: Tensor
     class_mean: Tensor | None
     class_var: Tensor | None
+    class_token: Tensor | None
 
     def __init__(
         self,
@@ -45,8 +52,13 @@ class LatentNormalizer(nn.Module):
         eps: float = 1e-5,
         stats: str | Path | None = None,
         form: str = "variance",
+        space: str = "encoder",
+        class_token: Tensor | None = None,
+        decoder: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if space not in SPACES:
+            raise ValueError(f"latent.space={space!r} is unknown; choose one of {', '.join(SPACES)}")
         if form not in FORMS:
             raise ValueError(f"latent.form={form!r} is unknown; choose variance or deviation")
         if eps < 0:
@@ -54,14 +66,23 @@ class LatentNormalizer(nn.Module):
         self.shape = tuple(int(size) for size in shape)
         self.eps = eps
         self.form = form
+        self.space = space
+        self.decoder = decoder
         source = "latent statistics"
         self.encoder: dict[str, Any] | None = None
         """Fingerprint of the encoder that the statistics are of, where the file's description says it."""
         if stats is not None and stats != "none":
-            self.encoder = _described_encoder(Path(stats))
+            description = _described(Path(stats))
+            if (said := description.get("space", "encoder")) != space and description:
+                raise ValueError(
+                    f"latent.stats={stats} is of latents in the space {said!r}, but latent.space={space}; make statistics with "
+                    f"rae-stats latent.space={space}"
+                )
+            self.encoder = description.get("encoder")
+            self.decoder = description.get("decoder", decoder)
             if mean is not None or var is not None:
                 raise ValueError("latent statistics are given twice: as a file and as tensors; give one of them")
-            mean, var = read_statistics(stats)
+            mean, var, class_token = read_statistics(stats)
             source = str(stats)
         # Without a variance the scale is to be exactly 1, so the epsilon is taken off it.
         self.register_buffer("mean", self._fit(mean, 0.0, "mean", source))
@@ -75,6 +96,12 @@ class LatentNormalizer(nn.Module):
             class_mean, class_var = read_class_statistics(stats, self.shape[0])
         self.register_buffer("class_mean", class_mean, persistent=False)  # training alone needs them
         self.register_buffer("class_var", class_var, persistent=False)
+        if class_token is not None and (space == "encoder" or class_token.numel() != self.shape[0]):
+            raise ValueError(
+                f"{source}: class_token of {class_token.numel()} values does not fit latents of {self.shape[0]} channels with "
+                f"latent.space={space}; it belongs to latent.space=decoder_input"
+            )
+        self.register_buffer("class_token", None if class_token is None else class_token.detach().float().reshape(-1))
 
     def _fit(self, value: Tensor | None, default: float, name: str, source: str) -> Tensor:
         if value is None:
@@ -144,11 +171,11 @@ class LatentNormalizer(nn.Module):
         return latents * self.scale + self.mean
 
 
-def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
+def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Reads a statistics file, the original project's or ours.
 
     Returns:
-        Mean and variance, either of which may be None.
+        Mean, variance and class token, each of which may be None.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -157,7 +184,7 @@ def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
     content = read_file(path)
     if not isinstance(content, dict) or not {"mean", "var"} & content.keys():
         raise ValueError(f"{str(path)!r} is no statistics file: it must hold 'mean' and 'var' of the latents")
-    return content.get("mean"), content.get("var")
+    return content.get("mean"), content.get("var"), content.get("class_token")
 
 
 def read_class_statistics(path: str | Path, channels: int) -> tuple[Tensor | None, Tensor | None]:
@@ -176,18 +203,20 @@ def read_class_statistics(path: str | Path, channels: int) -> tuple[Tensor | Non
     return found[0].float(), found[1].float()
 
 
-def _described_encoder(stats: Path) -> dict[str, Any] | None:
-    """What ``rae-stats`` wrote beside the statistics about their encoder; None for files from elsewhere."""
+def _described(stats: Path) -> dict[str, Any]:
+    """What ``rae-stats`` wrote beside the statistics; empty for files from elsewhere."""
     description = stats.expanduser().with_suffix(".json")
     if not description.is_file():
-        return None
+        return {}
     content = parse_json(description.read_bytes(), str(description))
-    encoder = content.get("encoder") if isinstance(content, dict) else None
-    if encoder is not None and not isinstance(encoder, dict):
-        raise ValueError(
-            f"{str(description)!r} says nothing usable of its encoder; make the statistics anew with rae-stats"
-        )
-    return encoder
+    if not isinstance(content, dict):
+        return {}
+    for part in ("encoder", "decoder"):
+        if content.get(part) is not None and not isinstance(content[part], dict):
+            raise ValueError(
+                f"{str(description)!r} says nothing usable of its {part}; make the statistics anew with rae-stats"
+            )
+    return content
 
 
 def add_noise(latents: Tensor, tau: float, uniform: Tensor, noise: Tensor) -> Tensor:

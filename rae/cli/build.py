@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rae.autoencoder import RAE
-from rae.cli.checks import check_metric, check_paths
+from rae.cli.checks import check_metric, check_paths, check_space
 from rae.cli.config import check_complete, plain
 from rae.formats import Bundle, read
 from rae.formats.bundle import assemble_autoencoder
@@ -285,6 +285,7 @@ def build(cfg: DictConfig) -> Run:
         ValueError: What the classes say of their arguments.
     """
     check_complete(cfg)
+    check_space(cfg)
     cfg = with_decoder_of(cfg)
     plain(cfg)  # names the key of an interpolation that leads nowhere
     if cfg.get("data") is not None:

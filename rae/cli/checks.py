@@ -116,6 +116,25 @@ def check_files(cfg: DictConfig, config: str) -> None:
         check_paths(data)
 
 
+def check_space(cfg: DictConfig) -> None:
+    """Refuses to train a denoiser on the input of a decoder that is not named, or without the statistics that name it.
+
+    Args:
+        cfg: A configuration of training.
+
+    Raises:
+        ConfigError: Says what to give.
+    """
+    if cfg.get("denoiser") is None or OmegaConf.select(cfg, "latent.space") != "decoder_input":
+        return
+    for key in ("decoder_checkpoint", "latent.stats"):
+        if (value := OmegaConf.select(cfg, key)) in (None, "none"):
+            raise ConfigError(
+                f"latent.space=decoder_input with {key}={value}: such latents belong to one decoder; give "
+                "decoder_checkpoint=…, and latent.stats=… of rae-stats latent.space=decoder_input decoder_checkpoint=…"
+            )
+
+
 def check_denoiser(cfg: DictConfig) -> None:
     """Refuses a condition or a guidance that the configuration's denoiser cannot take.
 

@@ -35,6 +35,12 @@ def _folder_name(overrides: str) -> str:
     return name[:_LONGEST_NAME]
 
 
+def _latent_channels(*, _root_: Any) -> str:
+    """The key that holds the channels of the latents, in the space that ``latent.space`` names."""
+    lifted = OmegaConf.select(_root_, "latent.space", throw_on_missing=False) == "decoder_input"
+    return "decoder.width" if lifted else "encoder.channels"
+
+
 def register_resolvers() -> None:
     """Makes the resolvers that conf/README.md lists known to OmegaConf."""
     resolvers: dict[str, Callable[..., Any]] = {
@@ -42,6 +48,7 @@ def register_resolvers() -> None:
         "mul": lambda a, b: a * b,
         "min": min,
         "workers": _workers,
+        "latent_channels": _latent_channels,
         "folder_name": _folder_name,
         "help_groups": help_groups,
         "help_keys": help_keys,

@@ -73,7 +73,8 @@ def sample(cfg: DictConfig) -> None:
             return
         save_config(run, folder)
         if latents is not None:
-            describe_latents(latents, {**plan, **how_sampled(cfg.labels, generator)}, labels, plain(run), parts.size)
+            told = {**plan, **how_sampled(cfg.labels, generator)}
+            describe_latents(latents, told, labels, plain(run), parts.size, generator.autoencoder)
         if cfg.npz:
             write_npz(folder / "samples.npz", parts, labels)
         if png is not None and generator.text_encoder is not None:

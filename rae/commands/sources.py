@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,12 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
 
     Raises:
         FileNotFoundError: There are no such latents, or no such decoder.
-        ConfigError: A decoder is of another encoder, or takes latents of another shape.
+        ConfigError: A decoder is of another encoder, takes latents of another shape, or is not the one whose input they are.
     """
     parts, known = latent_parts(cfg.latents)
     shape = np.load(parts.path(0), mmap_mode="r").shape[1:]
     described, labels = known["model"], known["labels"]
-    decoders = {}
+    decoders: dict[str, Any] = {}
     for name in cfg.decoders:
         held = read(name)
         if "decoder" not in held.states and held.description.get("decoder_checkpoint") is not None:
@@ -168,10 +169,22 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
             str(cfg.latents), {"encoder": described["encoder"], "decoder": described["decoder"]}
         ).with_decoder(held)
         network: Any = assemble(bundle, encode=False, make=make_part).decoder
-        decoders[name] = network.to(fabric.device)
-        if shape != (network.channels, network.grid, network.grid):
+        space = known.get("space")
+        if space and (found := changes(space["decoder"], network.fingerprint())):
             raise ConfigError(
-                f"decoders: {name} takes latents of {network.channels}×{network.grid}×{network.grid}, those of "
+                f"decoders: {name} is another decoder than the one whose input the latents={cfg.latents} are, with "
+                f"latent.space={space['space']} ({found}); such latents fit that decoder alone"
+            )
+        network = network.to(fabric.device)
+        decoders[name] = network
+        if space:
+            token = space["class_token"]
+            beside = None if token is None else torch.tensor(token, device=fabric.device)
+            decoders[name] = partial(network.decode_state, class_token=beside)
+        channels = network.width if space else network.channels
+        if shape != (channels, network.grid, network.grid):
+            raise ConfigError(
+                f"decoders: {name} takes latents of {channels}×{network.grid}×{network.grid}, those of "
                 f"latents={cfg.latents} are {'×'.join(map(str, shape))}"
             )
         if hasattr(metric, "prepare"):

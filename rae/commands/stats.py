@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,20 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from rae.cli.build import check_images, make, seed
+from rae.autoencoder import RAE
+from rae.cli.build import build_autoencoder, check_images, make, seed
 from rae.cli.checks import check_paths, refuse_existing
 from rae.cli.config import plain, save_config
 from rae.data import ImageDataModule
+from rae.decoder import ViTDecoder
+from rae.encoder import Encoder
 from rae.image import to_float
+from rae.io.errors import ConfigError
 from rae.io.files import write_json
 from rae.io.parts import Parts
 from rae.io.tensors import read_file, save_state
 from rae.jobs.processes import batches_of, begin, first, start
-from rae.latent import RunningMoments
+from rae.latent import SPACES, RunningMoments
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +87,61 @@ def statistics_file(moments: RunningMoments, per_channel: bool) -> dict[str, Ten
     return {"mean": mean.float().contiguous(), "var": var.float().contiguous()}
 
 
+def lifted(cfg: DictConfig) -> RAE | None:
+    """The autoencoder whose decoder's input the statistics are of; None where they are of the encoder's latents.
+
+    Raises:
+        ConfigError: An unknown ``latent.space``, or one of a decoder that is not given or not described.
+    """
+    if cfg.latent.space not in SPACES:
+        raise ConfigError(f"latent.space={cfg.latent.space} is unknown; choose one of {', '.join(SPACES)}")
+    if cfg.latent.space == "encoder":
+        return None
+    if cfg.class_token:
+        raise ConfigError(f"class_token=true is of the encoder's latents, not of latent.space={cfg.latent.space}")
+    if cfg.decoder_checkpoint is None:
+        raise ConfigError(
+            f"latent.space={cfg.latent.space} with decoder_checkpoint=null: give the decoder whose input the latents are, a "
+            "stage-1 run, an export or a weight file"
+        )
+    return build_autoencoder(cfg)
+
+
+def of_part(
+    batches: Iterable[Any], encoder: Encoder, decoder: ViTDecoder | None, shape: Sequence[int], class_token: bool
+) -> dict[str, Tensor]:
+    """The moments of one part as its file holds them: of the latents, and of the encoder's class token where that is wanted.
+
+    Args:
+        batches: Images and their numbers.
+        encoder: The encoder.
+        decoder: The decoder whose input the latents are; None for the encoder's latents.
+        shape: Shape of a latent.
+        class_token: Whether the class token is wanted.
+    """
+    moments, of_class = RunningMoments(shape), RunningMoments((encoder.channels,))
+    device = encoder.image_mean.device
+    for batch in batches:
+        if not len(batch["index"]):  # none of its images can be read
+            continue
+        images = to_float(batch["image"].to(device))
+        if class_token:
+            latents, tokens = encoder.with_class_token(images)
+            of_class.update(tokens.cpu())
+        else:
+            latents = encoder(images)
+        moments.update((latents if decoder is None else decoder.input_state(latents)).cpu())
+    return _tensors(moments) | (_tensors(of_class, _OF_CLASS) if class_token else {})
+
+
 def stats(cfg: DictConfig) -> None:
     """Encodes the data set once, in parts, and writes ``stat.pt`` (mean and var) with a description beside it.
 
+    With ``latent.space=decoder_input`` they are of the tokens that enter the decoder's blocks, the file holds their ``class_token``
+    too, and the description tells the decoder.
+
     Raises:
-        ConfigError: ``stat.pt`` exists and ``force`` is false, or the data are no images or random crops.
+        ConfigError: ``stat.pt`` exists and ``force`` is false, the data are no images or random crops, or see :func:`lifted`.
         ValueError: ``class_token`` is true, and the encoder hands over none.
     """
     target = Path(cfg.output_dir) / "stat.pt"
@@ -97,7 +152,10 @@ def stats(cfg: DictConfig) -> None:
     fabric = start(cfg)
     seed(cfg)
     check_paths(cfg.data)
-    encoder = make(cfg.encoder).to(fabric.device)
+    autoencoder = lifted(cfg)
+    encoder = (make(cfg.encoder) if autoencoder is None else autoencoder.encoder).to(fabric.device)
+    decoder = None if autoencoder is None else autoencoder.decoder.to(fabric.device)
+    shape = encoder.latent_shape if decoder is None else (decoder.width, decoder.grid, decoder.grid)
     data = make(cfg.data)
     data.setup("fit")
     plan = {
@@ -109,34 +167,24 @@ def stats(cfg: DictConfig) -> None:
     } | ({"class_token": True} if cfg.class_token else {})
     if cfg.class_token:
         encoder.check_class_token()
+    if decoder is not None:
+        plan |= {"space": cfg.latent.space, "decoder": decoder.fingerprint()}
     parts = Parts(target.with_name("parts"), plan, data.samples("train"), cfg.part_size, ".safetensors")
     mine = begin(fabric, parts)
     with torch.no_grad():
         for part, batches in batches_of(data, "train", parts, mine, fabric, "encoding", replace=False):
-            moments, of_class = RunningMoments(encoder.latent_shape), RunningMoments((encoder.channels,))
-            for batch in batches:
-                if not len(batch["index"]):  # none of its images can be read
-                    continue
-                images = to_float(batch["image"].to(fabric.device))
-                if cfg.class_token:
-                    latents, tokens = encoder.with_class_token(images)
-                    of_class.update(tokens.cpu())
-                else:
-                    latents = encoder(images)
-                moments.update(latents.cpu())
-            state = _tensors(moments) | (_tensors(of_class, _OF_CLASS) if cfg.class_token else {})
-            save_state(state, parts.path(part))
+            save_state(of_part(batches, encoder, decoder, shape, cfg.class_token), parts.path(part))
     data.teardown("fit")
     fabric.barrier()
     with first(fabric) as is_first:
         if not is_first:
             return
         save_config(cfg, cfg.output_dir)
-        moments = merged(parts, encoder.latent_shape)
+        moments = merged(parts, shape)
         description = {
             "images": int(moments.count),
             "left_out": parts.count - int(moments.count),
-            "latent_shape": list(encoder.latent_shape),
+            "latent_shape": list(shape),
             "per_channel": cfg.per_channel,
             **plan,
         }
@@ -147,6 +195,8 @@ def stats(cfg: DictConfig) -> None:
         if cfg.class_token:
             tokens = merged(parts, (encoder.channels,), _OF_CLASS)
             content |= {f"{_OF_CLASS}mean": tokens.mean.float(), f"{_OF_CLASS}var": tokens.var.float()}
+        if decoder is not None:
+            content["class_token"] = decoder.input_class_token.detach().flatten()
         save_state(content, target)
         parts.remove()
         log.info("mean and variance over %d images are in %s", moments.count, target)

@@ -96,7 +96,7 @@ def training_step(module: Any, size: int, precision: torch.dtype | None = None, 
         for number in range(micro_batches):
             if cached:
                 layers = [len(module.autoencoder.encoder.layers)] if module.layer_dropout else []
-                batch["latent"] = torch.empty(images, *layers, *module.autoencoder.latent_shape)
+                batch["latent"] = torch.empty(images, *layers, *module.autoencoder.encoded_shape)
             else:
                 batch["image"] = torch.empty(images, 3, size, size, dtype=torch.uint8)
             result = module.training_step(batch, number)
@@ -160,7 +160,7 @@ def encoding(autoencoder: RAE, size: int) -> Work:
 @torch.no_grad()
 def decoding(autoencoder: RAE, precision: torch.dtype | None = None) -> Work:
     """Decoding of a latent, without graph, in the precision of autocast."""
-    return operations(lambda images: autoencoder.decoder(torch.randn(images, *autoencoder.latent_shape)), precision)
+    return operations(lambda images: autoencoder.decoder(torch.randn(images, *autoencoder.encoded_shape)), precision)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rae.io.describe import Described
+from rae.io.tensors import state_hash
 from rae.layers import Block, grid_to_tokens, sincos_table, tokens_to_grid, unpatchify
 
 OUTPUTS = ("encoder", "raw")
@@ -73,6 +75,7 @@ class ViTDecoder(Described, nn.Module):
         self.output = output
         self.channels = channels
         self.grid = grid
+        self.width = width
         self.patch = patch
         self.checkpointing = checkpointing
         self.position_scale = position_scale
@@ -91,8 +94,17 @@ class ViTDecoder(Described, nn.Module):
         """Side of the images, in pixels."""
         return self.grid * self.patch
 
-    def forward_features(self, latents: Tensor) -> Tensor:
-        """Latents B×C×h×w, not normalised => input of the last layer B×N×D, class token dropped.
+    @property
+    def input_class_token(self) -> Tensor:
+        """The class token that enters the first block, 1×1×D: the same for every image."""
+        return self.class_token + self.position[:, :1]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this decoder's input states from another's."""
+        return {"weights": state_hash(self.state_dict()), "grid": self.grid, "position_scale": self.position_scale}
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """Latents B×C×h×w, not normalised => patch tokens B×N×D that enter the first block, positions added.
 
         Raises:
             ValueError: Another number of channels, or a grid that is not square.
@@ -104,7 +116,15 @@ class ViTDecoder(Described, nn.Module):
             size = (self.grid, self.grid)
             resized = F.interpolate(tokens_to_grid(x), size, mode="bilinear", align_corners=False)
             x = grid_to_tokens(resized)  # B×N×D
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.position  # B×(1+N)×D
+        return x + self.position[:, 1:]
+
+    def forward_features(self, latents: Tensor) -> Tensor:
+        """Latents B×C×h×w, not normalised => input of the last layer B×N×D, class token dropped; raises as :meth:`embed`."""
+        return self._through_blocks(self.embed(latents), self.input_class_token)
+
+    def _through_blocks(self, tokens: Tensor, class_token: Tensor) -> Tensor:
+        """Patch tokens B×N×D and class token 1×1×D that enter the first block => input of the last layer B×N×D."""
+        x = torch.cat([class_token.expand(len(tokens), -1, -1), tokens], dim=1)  # B×(1+N)×D
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -120,3 +140,28 @@ class ViTDecoder(Described, nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Latents B×C×h×w, not normalised => images B×3×H×W in [0, 1] units, not clamped."""
         return self.to_image(self.forward_features(latents))
+
+    def input_state(self, latents: Tensor) -> Tensor:
+        """Latents B×C×h×w, not normalised => what enters the first block as a grid B×D×g×g, float32, without gradients.
+
+        With :meth:`decode_state` it gives the image of :meth:`forward`, bit for bit (FuseLift; h0 there).
+        """
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+            return tokens_to_grid(self.embed(latents))
+
+    def decode_state(self, state: Tensor, class_token: Tensor | None = None) -> Tensor:
+        """States B×D×g×g of :meth:`input_state` => images B×3×H×W in [0, 1] units, not clamped.
+
+        Args:
+            state: The states.
+            class_token: The class token D beside them; None for the decoder's own.
+
+        Raises:
+            ValueError: States of another shape.
+        """
+        if tuple(state.shape[1:]) != (self.width, self.grid, self.grid):
+            raise ValueError(
+                f"states must have shape B×{self.width}×{self.grid}×{self.grid} for this decoder, got {tuple(state.shape)}"
+            )
+        beside = self.input_class_token if class_token is None else class_token.reshape(1, 1, -1)
+        return self.to_image(self._through_blocks(grid_to_tokens(state), beside))

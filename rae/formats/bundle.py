@@ -204,6 +204,10 @@ def _text_encoder(bundle: Bundle, make: Make) -> Any:
 
 def _network(bundle: Bundle, part: str, make: Make) -> Any:
     network = make(part, bundle.description[part])
+    if network is None:
+        raise ConfigError(
+            f"{part} of {bundle.source!r}: its weights do not say how it is built; add +{part}=… (conf/{part})"
+        )
     bundle.fill(part, network)
     return network
 

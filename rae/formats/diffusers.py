@@ -219,6 +219,8 @@ def save_diffusers(autoencoder: RAE, folder: str | Path, generation: int | None 
     folder = Path(folder).expanduser()
     refuse_existing(folder, CONFIG, WEIGHTS)
     encoder, decoder, latent = autoencoder.encoder, autoencoder.decoder, autoencoder.latent
+    if latent.space != "encoder":
+        raise ValueError(f"diffusers has no latents of latent.space={latent.space}; export the model in our own format")
     if not isinstance(encoder, TimmEncoder):
         raise ValueError(f"diffusers has no encoder like {type(encoder).__name__}; it has {', '.join(_KINDS)}")
     name = _kind_of(encoder)

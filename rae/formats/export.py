@@ -71,7 +71,7 @@ def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None 
         "latent_shape": list(autoencoder.latent_shape),
         "encoder": encoder,
         "decoder": describe(autoencoder.decoder),
-        "latent": {"eps": autoencoder.latent.eps, "form": autoencoder.latent.form},
+        "latent": {"eps": autoencoder.latent.eps, "form": autoencoder.latent.form, **autoencoder.space},
     }
     if encoder["stored"] and autoencoder.encoder is not None:
         state |= _prefixed("encoder", autoencoder.encoder.published_state())

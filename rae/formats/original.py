@@ -108,6 +108,10 @@ def save_original(
         raise ValueError(
             f"to={layout}: readers of the layout know no denoiser that learns a class token; choose to=rae"
         )
+    if autoencoder.latent.space != "encoder":
+        raise ValueError(
+            f"to={layout}: its files have no latents of latent.space={autoencoder.latent.space}; use to=rae"
+        )
     in_context = isinstance(denoiser, InContextDiT)
     if autoencoder.decoder.output != ("raw" if layout == "raev2" else "encoder") or (
         denoiser is not None and in_context != (layout == "raev2")

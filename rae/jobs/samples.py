@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from rae.autoencoder import RAE
 from rae.generator import Generator
 from rae.io.describe import describe
 from rae.io.errors import ConfigError
@@ -186,11 +187,15 @@ LATENTS = "latents.json"
 
 
 def describe_latents(
-    folder: Path, plan: Mapping[str, Any], labels: Wanted, model: Mapping[str, Any], size: int
+    folder: Path, plan: Mapping[str, Any], labels: Wanted, model: Mapping[str, Any], size: int, autoencoder: RAE
 ) -> None:
     """Says beside kept latents how they were drawn, labels or prompts, encoder and decoder, and how many are in a part."""
     parts = {name: model.get(name) for name in ("encoder", "decoder")}
-    write_json(folder / LATENTS, {"samples": dict(plan), "labels": list(labels), "part_size": size, "model": parts})
+    known = {"samples": dict(plan), "labels": list(labels), "part_size": size, "model": parts}
+    if space := autoencoder.space:
+        token = autoencoder.latent.class_token
+        known["space"] = {**space, "class_token": None if token is None else token.tolist()}
+    write_json(folder / LATENTS, known)
 
 
 def latent_parts(folder: str | Path) -> tuple[Parts, dict[str, Any]]:

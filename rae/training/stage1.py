@@ -73,6 +73,11 @@ class Stage1Module(TrainingModule):
             raise ValueError(f"training.accumulate={accumulate} must be at least 1")
         if noise_tau < 0:
             raise ValueError(f"training.noise_tau={noise_tau} must not be negative; 0 trains without noise")
+        if autoencoder.latent.space != "encoder":
+            raise ValueError(
+                f"stage=1 with latent.space={autoencoder.latent.space}: the decoder is trained here, and its input is no space "
+                "before it is; set latent.space=encoder"
+            )
         self.automatic_optimization = False
         self.autoencoder = autoencoder
         self.autoencoder.latent.requires_grad_(False)

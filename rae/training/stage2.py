@@ -222,12 +222,12 @@ class Stage2Module(TrainingModule):
         if "latent" in batch:
             cached = batch["latent"].float()
             whole = self.autoencoder.encoder.fused(cached) if cached.ndim == 5 else cached
-            return self.autoencoder.latent.normalize(whole)
+            return self.autoencoder.normalize(whole)
         return self.autoencoder.encode(to_float(batch["image"]))
 
     def encode_subset(self, batch: Batch, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Normalised latents B×C×h×w of a random subset of the layers, and of all of them; one seed a sample."""
-        encoder, normalize = self.autoencoder.encoder, self.autoencoder.latent.normalize
+        encoder, normalize = self.autoencoder.encoder, self.autoencoder.normalize
         layers = batch["latent"].float() if "latent" in batch else encoder(to_float(batch["image"]), stacked=True)
         keep = draw_subsets(seeds, layers, self.layer_dropout)
         return normalize(encoder.fused(layers, keep)), normalize(encoder.fused(layers))
