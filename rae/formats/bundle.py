@@ -20,7 +20,6 @@ from rae.generator import Generator
 from rae.io.describe import Described, rebuild, targets_of
 from rae.io.errors import ConfigError
 from rae.io.tensors import load_strict
-from rae.latent import LatentNormalizer
 
 PARTS = ("encoder", "decoder", "latent", "flow", "denoiser", "sampler", "guidance", "guide", "text_encoder")
 """What a model is made of."""
@@ -30,7 +29,7 @@ _LOADERS: dict[str, Callable[..., None]] = {"decoder": load_decoder, "denoiser":
 
 States = Mapping[str, Callable[[], Mapping[str, Tensor]]]
 Make = Callable[..., Any]
-KINDS = (Described, LatentNormalizer, dimension_shift)
+KINDS = (Described, dimension_shift)
 """What a description from elsewhere may build or call."""
 
 
