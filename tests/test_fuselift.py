@@ -101,6 +101,11 @@ def test_an_autoencoder_encodes_into_it_and_decodes_from_it():
         torch.testing.assert_close(one.decode(latents), plain(images()), rtol=1e-5, atol=1e-5)
 
 
+def test_an_encoders_class_token_has_no_place_in_it():
+    with pytest.raises(ValueError, match="no place for the encoder's class token"):
+        lifted().encode_with_class_token(images())
+
+
 def test_a_mean_class_token_is_used_where_it_is_given():
     token = torch.randn(48, generator=torch.Generator().manual_seed(9))
     one = RAE(tiny_encoder(), decoder(), normalizer(class_token=token)).eval()

@@ -208,6 +208,7 @@ def test_jumps_along_the_average_velocity_are_exact(steps):
     sampler = flow.JumpSampler(flow.FullGrid(steps))
     found = sampler.sample(velocity, noise, shift=3.0, on_step=lambda number, t, x: seen.append((number, t)))
     torch.testing.assert_close(found, SPREAD * noise)
+    torch.testing.assert_close(velocity(noise, torch.ones(8), 0.0), velocity(noise, 1.0, 0.0))
     assert seen == [(number, 1 - (number + 1) / steps) for number in range(steps)]
     assert flow.evaluations(sampler, flow.ClassifierFreeGuidance(2.0)) == {"denoiser": 2 * steps, "base": 0, "guide": 0}
     with pytest.raises(ValueError, match="noise to data alone"):

@@ -71,8 +71,8 @@ class Guidance(Described, ABC):
 
         def velocity(x: Tensor, t: float | Tensor, r: float | None = None) -> Tensor:
             times = expand_time(t, x)
+            own, other = until(model, r), guide and until(guide, r)
             if not isinstance(t, Tensor):
-                own, other = until(model, r), guide and until(guide, r)
                 return self.field(t, own, null, other, memory)(x, times, conditions)
             out = torch.empty_like(x)
             groups: dict[tuple[bool, ...], list[int]] = {}
@@ -82,7 +82,7 @@ class Guidance(Described, ABC):
                 rows = torch.tensor(members, device=x.device)
                 own_null = None if null is None else select(null, rows)
                 own_memory = {name: kept[rows] for name, kept in memory.items()}
-                field = self.field(float(t[members[0]]), model, own_null, guide, own_memory)
+                field = self.field(float(t[members[0]]), own, own_null, other, own_memory)
                 out.index_copy_(0, rows, field(x[rows], times[rows], select(conditions, rows)))
                 for name, kept in own_memory.items():
                     before = memory.get(name, kept.new_zeros(x.shape))
