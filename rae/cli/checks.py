@@ -41,7 +41,7 @@ def check_metric(node: DictConfig | None) -> bool:
     return bool(getattr(kind, "takes_originals", False)) or any(pairs)
 
 
-_MODELS = ("checkpoint", "decoder_checkpoint", "guide_checkpoint")
+_MODELS = ("checkpoint", "decoder_checkpoint", "guide_checkpoint", "init_checkpoint", "teacher_checkpoint")
 _IMAGES = "an .npz file, a folder of images or of tar shards"
 _GIVEN = {
     **dict.fromkeys(("samples", "originals", "neighbours_of"), _IMAGES),

@@ -20,6 +20,8 @@ _PATHS = (
         "checkpoint",
         "guide_checkpoint",
         "decoder_checkpoint",
+        "init_checkpoint",
+        "teacher_checkpoint",
         *WEIGHT_FILES,
         "latent.stats",
         "data.train_path",

@@ -21,6 +21,8 @@ _TYPES: dict[str, Any] = {
     "count": int | None,
     "decoder_checkpoint": str | None,
     "guide_checkpoint": str | None,
+    "init_checkpoint": str | None,
+    "teacher_checkpoint": str | None,
     "compile": bool | str,
     "interpolations": int | None,
     "samples": str | None,
