@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from rae.cli.checks import refuse_existing
 from rae.cli.config import plain
 from rae.cli.errors import compose
 from rae.cli.models import open_model
-from rae.formats import diffusers, export, original, save_diffusers, save_original
+from rae.formats import diffusers, export, original, pipeline, save_diffusers, save_original, save_pipeline
 from rae.formats.original_yaml import commands, render, translate
 from rae.generator import Generator
 from rae.io.errors import ConfigError
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 WRITTEN = {
     "rae": (export.CONFIG, export.WEIGHTS),
-    "diffusers": (diffusers.CONFIG, diffusers.WEIGHTS),
+    "diffusers": (diffusers.CONFIG, diffusers.WEIGHTS, *pipeline.FILES),
     **original.LAYOUTS,
 }
 """What is written, by the format."""
@@ -56,12 +57,15 @@ def convert(cfg: DictConfig) -> None:
         if cfg.to == "rae":
             model.save_pretrained(made, cfg.store_encoder)
         elif cfg.to == "diffusers":
-            save_diffusers(autoencoder, made)
-            if denoiser is not None:
-                log.info("diffusers has a class for the autoencoder alone; the denoiser is left out")
+            if isinstance(model, Generator):
+                save_pipeline(model, made, cfg.store_encoder)
+            else:
+                save_diffusers(model, made)
         else:
             save_original(autoencoder, made, denoiser, cfg.to)
         for file in written:
+            if file.is_dir():
+                shutil.rmtree(file)
             if (made / file.name).exists():
                 (made / file.name).replace(file)
             else:

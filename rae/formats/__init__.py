@@ -6,6 +6,7 @@ from rae.formats.denoiser import denoiser_from_config, denoiser_from_original
 from rae.formats.diffusers import save_diffusers
 from rae.formats.open import read
 from rae.formats.original import save_original
+from rae.formats.pipeline import save_pipeline
 from rae.formats.run import find_checkpoint, read_config, read_step, trained_weights
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "read_step",
     "save_diffusers",
     "save_original",
+    "save_pipeline",
     "trained_weights",
 ]

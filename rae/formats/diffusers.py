@@ -80,7 +80,7 @@ def read(path: Path, averaged: bool = True) -> Bundle:
         ValueError: Another class, an option that cannot be followed, or unexpected keys.
     """
     config = _read_config(path)
-    state = _read_weights(path)
+    state = read_weights(path)
     if unexpected := sorted(key for key in state if not key.startswith(_KEYS)):
         raise ValueError(f"{str(path)!r} holds unexpected keys: {', '.join(unexpected[:20])}")
     grid = config["encoder_input_size"] // config["encoder_patch_size"]
@@ -162,7 +162,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model of diffusers, mapped from one file or several."""
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
         return read_file(folder / WEIGHTS, mapped=True)
@@ -266,8 +267,7 @@ def save_diffusers(autoencoder: RAE, folder: str | Path, generation: int | None 
         "_latents_std": deviation,
     }
     save_state(weights, folder / WEIGHTS, {"format": "pt"})
-    text = json.dumps(config, indent=1)
-    write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
+    write_atomically(folder / CONFIG, lambda file: file.write(json.dumps(config, indent=1).encode()))
     return folder
 
 

@@ -59,9 +59,7 @@ def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None 
     refuse_existing(folder, CONFIG, WEIGHTS)
     autoencoder = model.autoencoder if isinstance(model, Generator) else model
     encoder = describe_encoder(autoencoder, store_encoder)
-    state = _prefixed("decoder", autoencoder.decoder.state_dict()) | _prefixed(
-        "latent", autoencoder.latent.state_dict()
-    )
+    state = prefixed("decoder", autoencoder.decoder.state_dict()) | prefixed("latent", autoencoder.latent.state_dict())
     config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -74,9 +72,9 @@ def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None 
         "latent": {"eps": autoencoder.latent.eps, "form": autoencoder.latent.form, **autoencoder.space},
     }
     if encoder["stored"] and autoencoder.encoder is not None:
-        state |= _prefixed("encoder", autoencoder.encoder.published_state())
+        state |= prefixed("encoder", autoencoder.encoder.published_state())
     if isinstance(model, Generator):
-        state |= _prefixed("denoiser", model.denoiser.state_dict())
+        state |= prefixed("denoiser", model.denoiser.state_dict())
         config |= {
             "kind": "generator",
             "num_classes": model.num_classes,
@@ -92,9 +90,9 @@ def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None 
         if model.text_encoder is not None:
             config["text_encoder"] = describe_text_encoder(model.text_encoder)
             if config["text_encoder"]["stored"]:
-                state |= _prefixed("text_encoder", model.text_encoder.state_dict())
+                state |= prefixed("text_encoder", model.text_encoder.state_dict())
         if model.guide is not None:
-            state |= _prefixed("guide", model.guide.state_dict())
+            state |= prefixed("guide", model.guide.state_dict())
     config["weights"] = {"file": WEIGHTS, "sha256": state_hash(state)}
     save_state(state, folder / WEIGHTS, {"format": "pt"})
     text = json.dumps(config, indent=2)
@@ -129,6 +127,14 @@ def describe_encoder(autoencoder: RAE, store: bool | None) -> dict[str, Any]:
     if "hub_id" in description and not stored:
         description["hub_id"] = getattr(encoder, "hub_id", None)
     return {"model": description, "stored": stored, "sha256": encoder.weights_hash()}
+
+
+def encoder_record(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What a bundle notes of an encoder that an export describes."""
+    record: dict[str, Any] = {"entry": entry}
+    if entry["sha256"].startswith("published:") or not entry["stored"]:  # former versions hashed resized weights
+        record["fingerprint"] = {"weights": entry["sha256"], "dtype": entry["model"].get("dtype") or "float32"}
+    return record
 
 
 def describe_text_encoder(encoder: TextEncoder) -> dict[str, Any]:
@@ -282,11 +288,8 @@ def read(path: Path, averaged: bool = True) -> Bundle:
     described["class_names"] = config.get("class_names")
     networks = [name for name in ("decoder", "latent", "denoiser", "guide") if described[name] is not None]
     entry = config["encoder"]
-    stored, current = entry["stored"], entry["sha256"].startswith("published:")
-    record: dict[str, Any] = {"entry": entry}
-    if current or not stored:  # former versions hashed resized weights
-        record["fingerprint"] = {"weights": entry["sha256"], "dtype": entry["model"].get("dtype") or "float32"}
-    networks += ["encoder"] if stored else []
+    record = encoder_record(entry)
+    networks += ["encoder"] if entry["stored"] else []
     text = dict(config.get("text_encoder") or {})
     if text:
         described["text_encoder"] = text.pop("model")
@@ -295,5 +298,6 @@ def read(path: Path, averaged: bool = True) -> Bundle:
     return Bundle(str(path), described, states, ((str(path), record),), text or None)
 
 
-def _prefixed(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def prefixed(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights below a name."""
     return {f"{name}.{key}": value for key, value in state.items()}

@@ -7,12 +7,12 @@ from types import ModuleType
 from typing import Any
 
 from rae.denoiser import Denoiser
-from rae.formats import diffusers, export, original, run
+from rae.formats import diffusers, export, original, pipeline, run
 from rae.formats.bundle import Bundle, assemble, make_part
 from rae.generator import Generator
 from rae.io.errors import ConfigError
 
-FORMATS: tuple[ModuleType, ...] = (original, run, diffusers, export)
+FORMATS: tuple[ModuleType, ...] = (original, run, diffusers, pipeline, export)
 """Each has ``recognises(path)`` and ``read(path, averaged)``; the first that recognises a path reads it."""
 
 

@@ -32,6 +32,22 @@ def parse_json(content: bytes, name: str) -> Any:
         raise ValueError(f"{name!r} is no usable JSON: {error}") from error
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Values by name, in a JSON file of a downloaded folder.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no usable JSON, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path.parent)!r} holds no {path.name}: write or download the folder again")
+    content = parse_json(path.read_bytes(), str(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds no values by name: write or download the folder again")
+    return content
+
+
 def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
     """Writes values by name as JSON, atomically; what JSON does not know is written as text."""
     text = json.dumps(dict(values), indent=2, default=str)

@@ -1,0 +1,226 @@
+"""Sampling as a pipeline of diffusers: the guidance, the samplers and the random numbers of ``rae``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from rae.flow import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    ComposedGuidance,
+    EulerMaruyamaSampler,
+    EulerSampler,
+    FlowMatching,
+    FullGrid,
+    GVPPath,
+    Heun3Sampler,
+    HeunSampler,
+    InternalGuidance,
+    JumpSampler,
+    LinearPath,
+    MidpointSampler,
+    NoGuidance,
+    PublishedGrid,
+    RK4Sampler,
+    StochasticHeunSampler,
+    VPPath,
+    check_guidance,
+)
+from rae.formats.components.make import by_name, make
+from rae.image import to_pil, to_uint8
+from rae.prompts import Classes, labels_of
+from rae.rng import normal, sample_seed
+
+PATHS = by_name(LinearPath, GVPPath, VPPath)
+GRIDS = by_name(PublishedGrid, FullGrid)
+SAMPLERS = by_name(
+    EulerSampler,
+    HeunSampler,
+    Heun3Sampler,
+    MidpointSampler,
+    RK4Sampler,
+    EulerMaruyamaSampler,
+    StochasticHeunSampler,
+    JumpSampler,
+)
+"""What a description of the sampler may name, beside paths and grids."""
+GUIDANCES = by_name(
+    NoGuidance,
+    ClassifierFreeGuidance,
+    AutoGuidance,
+    InternalGuidance,
+    AdaptiveProjectedGuidance,
+    ClassifierFreeZeroStarGuidance,
+    ComposedGuidance,
+)
+"""What a description of the guidance may name."""
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+class RAEPipeline(DiffusionPipeline):
+    """Draws images of given classes.
+
+    Args:
+        transformer: The denoiser.
+        vae: Decodes normalised latents: ``decode(z).sample``.
+        scheduler: Its ``config.shift`` moves the times of every sampler; steps of the Euler sampler are its own.
+        guide: The weaker denoiser that autoguidance steers away from.
+        flow: Description of the objective: prediction and path.
+        sampler: Description of the sampler and its grid of times.
+        guidance: Description of the guidance.
+        id2label: Names of the classes by number.
+        encoder: What ``rae`` notes of the encoder; not used here.
+        latent: What ``rae`` notes of the latents' normalisation; not used here.
+        rae_format: Version of this form of folder.
+    """
+
+    transformer: Any
+    vae: Any
+    scheduler: Any
+    guide: Any
+    model_cpu_offload_seq = "guide->transformer->vae"
+    _optional_components = ("guide",)
+
+    def __init__(
+        self,
+        transformer: Any,
+        vae: Any,
+        scheduler: Any,
+        guide: Any = None,
+        flow: Any = None,
+        sampler: Any = None,
+        guidance: Any = None,
+        id2label: Any = None,
+        encoder: Any = None,
+        latent: Any = None,
+        rae_format: Any = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, guide=guide)
+        self.register_to_config(
+            flow=flow,
+            sampler=sampler,
+            guidance=guidance,
+            id2label=id2label,
+            encoder=encoder,
+            latent=latent,
+            rae_format=rae_format,
+        )
+        told = {key: flow[key] for key in ("path", "prediction", "time_floor") if key in flow}
+        self._flow = FlowMatching(**make(told, PATHS))  # the rest of an objective is for training
+        self._sampler = make(sampler, {**SAMPLERS, **GRIDS, **PATHS})
+        self._guidance = make(guidance, GUIDANCES)
+        self.class_names = tuple((id2label or {}).values())
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Classes | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        seed: int | None = None,
+        indices: Sequence[int] | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draws images.
+
+        Args:
+            class_labels: One class or several, by number or name.
+            num_inference_steps: Steps of the sampler; None for those that the model was exported with.
+            guidance_scale: Strength of the guidance, 1 for none; None for that of the export.
+            generator: Draws the noise, where ``latents`` and ``seed`` are not given.
+            latents: Noise to begin with, B×C×h×w.
+            seed: Draws the noise as ``rae-sample seed=…`` does: sample i depends on the seed and i alone.
+            indices: Numbers of the samples in the set of ``seed``; 0, 1, … where not given.
+            conditions: What denoisers take that are not told a class, tensors B×… by name.
+            output_type: ``pil``: images as ``rae-sample`` writes them; ``np``: float B×H×W×3 in [0, 1]; ``pt``: float B×3×H×W;
+                ``latent``: normalised latents B×C×h×w.
+            return_dict: Whether to return an object with ``images``, or a tuple.
+
+        Raises:
+            ValueError: An unknown class or output, a wrong number of steps, noise of another shape, a guidance that needs what is
+                not there, or weights of another type than float32.
+        """
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(OUTPUTS)}")
+        if self.transformer.dtype != torch.float32:
+            raise ValueError(
+                f"the weights are {self.transformer.dtype}, and times and positions need float32: load them without "
+                "torch_dtype, and call below torch.autocast for products in bfloat16"
+            )
+        denoiser, device = self.transformer.denoiser, self._execution_device
+        sampler = self._sampler if num_inference_steps is None else self._sampler.with_steps(num_inference_steps)
+        guidance = self._guidance if guidance_scale is None else self._guidance.with_scale(guidance_scale)
+        check_guidance(guidance, self._flow, sampler, denoiser, self.guide)
+        if (class_labels is None) == (conditions is None):
+            raise ValueError("give either class_labels or, for models that are not told a class, conditions")
+        told = dict(conditions or {})
+        if class_labels is not None:
+            told = {"label": labels_of(class_labels, self.class_names, denoiser.num_classes)}
+        told = {name: value.to(device) for name, value in told.items()}
+        batch = len(next(iter(told.values())))
+        denoiser.condition.check(told, batch)
+        numbers = range(batch) if indices is None else indices
+        shape = (batch, *denoiser.latent_shape)
+        if len(numbers) != batch or (latents is not None and tuple(latents.shape) != shape):
+            given = None if latents is None else tuple(latents.shape)
+            raise ValueError(
+                f"{batch} samples need as many indices, got {len(numbers)}, and latents {shape}, got {given}"
+            )
+
+        def draw(purpose: str, *step: int) -> Tensor:
+            if seed is None:
+                return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            return normal([sample_seed(seed, purpose, i, *step) for i in numbers], shape[1:], device=device)
+
+        noise = draw("sample") if latents is None else latents.to(device, torch.float32)
+        null = denoiser.condition.null(told) if guidance.needs_null else None
+        guide = None if self.guide is None else self._velocity(self.guide)
+        velocity = guidance(self._velocity(self.transformer), told, null=null, guide=guide)
+        with self.progress_bar(total=sampler.calls) as bar:
+            drawn = self._walk(velocity, noise, sampler, lambda step: draw("step", step), bar.update)
+            images = drawn if output_type == "latent" else self.vae.decode(drawn).sample.float().clamp(0, 1)
+        self.maybe_free_model_hooks()
+        made: Any = images
+        if output_type == "pil":
+            made = [to_pil(image) for image in to_uint8(images).cpu()]
+        elif output_type == "np":
+            made = images.permute(0, 2, 3, 1).cpu().numpy()
+        return ImagePipelineOutput(images=made) if return_dict else (made,)
+
+    def _velocity(self, network: Any) -> Callable[..., Any]:
+        """A network as a velocity field."""
+
+        def call(x: Tensor, t: Tensor, **conditions: Any) -> Any:
+            heads = network(x, t, return_dict=False, **conditions)
+            return heads if len(heads) > 1 else heads[0]
+
+        field: Callable[..., Any] = self._flow.velocity_model(call)
+        return field
+
+    def _walk(self, velocity: Any, x: Tensor, sampler: Any, step_noise: Any, update: Callable[[], Any]) -> Tensor:
+        """From noise to data; Euler's steps are the scheduler's, over the grid's own times."""
+        if type(sampler) is not EulerSampler:
+            shift = self.scheduler.config.shift
+            drawn: Tensor = sampler.sample(velocity, x, shift, step_noise, lambda number, t, state: update())
+            return drawn
+        times = sampler.grid.times(1.0).tolist()  # the scheduler shifts them, and ends them with 0
+        self.scheduler.set_timesteps(sigmas=times if times[-1] > 0 else times[:-1], device=x.device)
+        sigmas = self.scheduler.sigmas.tolist()
+        for number in range(sampler.grid.steps):
+            step = self.scheduler.timesteps[number]
+            x = self.scheduler.step(velocity(x, sigmas[number]), step, x, return_dict=False)[0]
+            update()
+        return x

@@ -1,0 +1,58 @@
+"""The denoiser as a model of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from rae.condition import LabelTokens, NavigationTokens, TextTokens
+from rae.denoiser import DiT, DiTDH, InContextDiT, InContextDiTDH
+from rae.formats.components.make import by_name, make
+from rae.layers import trusted
+
+DENOISERS = by_name(DiT, DiTDH, InContextDiT, InContextDiTDH, LabelTokens, NavigationTokens, TextTokens)
+"""What a description may name."""
+
+
+class RAETransformer(ModelMixin, ConfigMixin):
+    """A denoiser of ``rae``; its weights are those of ``rae``, below ``denoiser.``.
+
+    Args:
+        description: What it is: ``_target_`` names the class, the rest are its arguments.
+    """
+
+    @register_to_config
+    def __init__(self, description: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.denoiser = make(description, DENOISERS)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: float | Tensor,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        **conditions: Any,
+    ) -> Any:
+        """What the denoiser predicts.
+
+        Args:
+            hidden_states: Normalised latents between data and noise, B×C×h×w.
+            timestep: Times in [0, 1] (0 = data, 1 = noise), B or one for all.
+            class_labels: Labels B in [0, num_classes]; ``num_classes`` means no class.
+            return_dict: Whether to return an object with ``sample``, or the tuple of the heads: prediction and, with ``base=True``,
+                that of the base head.
+            conditions: What denoisers take that are not told a label, by name; ``r`` and ``base``.
+        """
+        times = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(len(hidden_states))
+        told = conditions if class_labels is None else {"label": class_labels, **conditions}
+        with trusted():
+            output = self.denoiser(hidden_states, times, **told)
+        heads = output if isinstance(output, tuple) else (output,)
+        return Transformer2DModelOutput(sample=heads[0]) if return_dict else heads

@@ -1,0 +1,258 @@
+"""Generators as folders of diffusers' ``DiffusionPipeline``, which draws without this library; written, and read back.
+
+``model_index.json`` says flow, sampler, guidance, classes and encoder; ``transformer/`` and ``guide/`` hold denoisers, ``vae/``
+diffusers' own ``AutoencoderRAE`` or, where that would be another network, our decoder with the latent statistics. The Python files
+are for diffusers alone: reading a folder back runs none of them. Folders of diffusers' pull request 13231 are read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rae.autoencoder import RAE
+from rae.formats import diffusers, pull_request_13231
+from rae.formats.bundle import KINDS, Bundle
+from rae.formats.diffusers import CONFIG, WEIGHTS, read_weights, save_diffusers
+from rae.formats.export import describe_encoder, encoder_record, prefixed
+from rae.formats.original import refuse_existing
+from rae.formats.single_file import single_file
+from rae.generator import Generator
+from rae.io.describe import TARGET, check, describe, targets_of
+from rae.io.files import parse_json, read_json, write_atomically, write_json
+from rae.io.tensors import read_file, save_state
+from rae.latent import LatentNormalizer
+
+INDEX = "model_index.json"
+CODE = "pipeline.py"
+FORMAT = 1
+PIPELINE, TRANSFORMER, DECODER = "RAEPipeline", "RAETransformer", "RAEDecoder"
+FILES = (INDEX, CODE, "transformer", "guide", "vae", "scheduler")
+"""What is written."""
+_EXTRA = "rae.safetensors"  # in vae/: weights that diffusers has no place for
+_DIFFUSERS = "0.42.0"  # the version that these folders are written for
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+_WITHOUT = ("AdaptiveSampler",)  # torchdiffeq's
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def save_pipeline(model: Generator, folder: str | Path, store_encoder: bool | None = None) -> Path:
+    """Writes a generator as ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` of diffusers reads it.
+
+    Args:
+        model: The generator.
+        folder: Folder to make; it must not hold such files.
+        store_encoder: As of :func:`rae.formats.export.save`. diffusers' own ``AutoencoderRAE`` always holds the encoder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder holds such files.
+        ValueError: A model that is told a text, an adaptive sampler or a class of another library.
+    """
+    folder = Path(folder).expanduser()
+    refuse_existing(folder, *FILES)
+    index = _index(model)
+    _refuse(model, index)
+    for name, network in (("transformer", model.denoiser), ("guide", model.guide)):
+        if network is not None:
+            index[name] = [_save_code(folder / name, "transformer"), TRANSFORMER]
+            _save_model(folder / name, TRANSFORMER, {"description": describe(network)}, _state("denoiser", network))
+    index["vae"], index["encoder"] = _save_autoencoder(model.autoencoder, folder / "vae", store_encoder)
+    index["scheduler"] = ["diffusers", _SCHEDULER]
+    scheduler = {"_class_name": _SCHEDULER, "num_train_timesteps": 1000, "shift": float(model.flow.shift)}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    _save_text(folder / CODE, single_file("rae.formats.components.pipeline", "Draws images with a generator of rae."))
+    return write_json(folder / INDEX, index).parent
+
+
+def _index(model: Generator) -> dict[str, Any]:
+    return {
+        "_class_name": [CODE.removesuffix(".py"), PIPELINE],
+        "_diffusers_version": _DIFFUSERS,
+        "rae_format": FORMAT,
+        "flow": describe(model.flow),
+        "sampler": describe(model.sampler),
+        "guidance": describe(model.guidance),
+        "latent": _normalisation(model.autoencoder.latent),
+        "id2label": {str(label): name for label, name in enumerate(model.class_names)} or None,
+        "guide": [None, None],
+    }
+
+
+def _normalisation(latent: LatentNormalizer) -> dict[str, Any]:
+    return {"shape": list(latent.shape), "eps": latent.eps, "form": latent.form}
+
+
+def _refuse(model: Generator, index: Mapping[str, Any]) -> None:
+    """Raises ValueError for what the files of a folder cannot do."""
+    if model.text_encoder is not None:
+        raise ValueError(
+            "to=diffusers: this model is told a text, and the pipeline that is written knows no text encoder; to=rae exports it"
+        )
+    described = [describe(model.denoiser), describe(model.guide) if model.guide else None, index["sampler"]]
+    names = targets_of([*described, index["guidance"], index["flow"]])
+    if foreign := [name for name in names if not name.startswith("rae.")]:
+        raise ValueError(
+            f"to=diffusers: {foreign[0]} is no class of this library, and the folder would lack its code; to=rae exports it"
+        )
+    if wrong := [name for name in names if name.rpartition(".")[2] in _WITHOUT]:
+        raise ValueError(
+            f"to=diffusers: {wrong[0]} needs torchdiffeq, which readers of the folder may lack: add sampler=euler or another one "
+            "with fixed steps"
+        )
+
+
+def _save_autoencoder(autoencoder: RAE, folder: Path, store: bool | None) -> tuple[list[str], dict[str, Any]]:
+    """Writes the decoder; its class for diffusers, and what the index says of the encoder."""
+    latent = autoencoder.latent
+    try:
+        save_diffusers(autoencoder, folder)
+    except ValueError:  # diffusers would build another network
+        entry = describe_encoder(autoencoder, store)
+        stored = entry["stored"] and autoencoder.encoder is not None
+        if stored:
+            save_state(prefixed("encoder", autoencoder.encoder.published_state()), folder / _EXTRA)
+        moments = prefixed("latent", latent.state_dict())
+        config = {"description": describe(autoencoder.decoder), "normalisation": _normalisation(latent)}
+        _save_model(folder, DECODER, config, _state("decoder", autoencoder.decoder) | moments)
+        return [_save_code(folder, "decoder"), DECODER], entry
+    save_state(prefixed("latent", latent.state_dict()), folder / _EXTRA)  # diffusers' form of them is rounded
+    return ["diffusers", diffusers.CLASS], describe_encoder(autoencoder, True)
+
+
+def _state(name: str, network: Any) -> dict[str, Tensor]:
+    return prefixed(name, network.state_dict())
+
+
+def _save_model(folder: Path, name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    save_state(state, folder / WEIGHTS, {"format": "pt"})
+    write_json(folder / CONFIG, {"_class_name": name, "_diffusers_version": _DIFFUSERS, **config})
+
+
+def _save_code(folder: Path, component: str) -> str:
+    """Writes the file with a component's class; its name without ending."""
+    name = f"rae_{component}"
+    _save_text(folder / f"{name}.py", single_file(f"rae.formats.components.{component}", f"The {component} of rae."))
+    return name
+
+
+def _save_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def recognises(path: Path) -> bool:
+    """Whether a folder holds a pipeline of diffusers, or a denoiser alone."""
+    if (path / INDEX).is_file():
+        return True
+    try:
+        name = parse_json((path / CONFIG).read_bytes(), CONFIG).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return name in (TRANSFORMER, pull_request_13231.TRANSFORMER)
+
+
+def read(path: Path, averaged: bool = True) -> Bundle:
+    """The generator in a folder that :func:`save_pipeline` or diffusers' pull request 13231 wrote; no code of the folder is run.
+
+    Args:
+        path: The folder, or one of a ``transformer`` or ``guide`` in it, which is a denoiser alone.
+        averaged: Not used: such a folder holds one set of weights.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: Another pipeline, or a damaged description.
+    """
+    if not (path / INDEX).is_file():
+        described, state = _denoiser(path)
+        return Bundle(str(path), {"denoiser": described}, {"denoiser": state}, mapped=True)
+    index = read_json(path / INDEX)
+    name = index.get("_class_name")
+    name = name[-1] if isinstance(name, list) and name else name
+    if name == pull_request_13231.PIPELINE:
+        return pull_request_13231.read(path, index, diffusers.read(path / "vae"))
+    if name != PIPELINE:
+        version = str(index.get("_diffusers_version"))
+        raise ValueError(
+            f"{str(path)!r} holds the pipeline {str(name)[:80]!r} of diffusers {version[:20]}, which is no model of this library: "
+            f"read are {PIPELINE}, which rae-convert to=diffusers writes, and {pull_request_13231.PIPELINE}"
+        )
+    _check_index(path / INDEX, index)
+    described = {key: index[key] for key in ("flow", "sampler", "guidance")}
+    described["denoiser"], denoiser = _denoiser(path / "transformer")
+    described["class_names"] = list((index.get("id2label") or {}).values())
+    states: dict[str, Any] = {"denoiser": denoiser}
+    described["guide"] = None
+    if (path / "guide").is_dir():
+        described["guide"], states["guide"] = _denoiser(path / "guide")
+    autoencoder, records = _autoencoder(path / "vae", index)
+    return Bundle(str(path), described | autoencoder[0], states | autoencoder[1], ((str(path), records),), mapped=True)
+
+
+def _check_index(file: Path, index: Mapping[str, Any]) -> None:
+    version = index.get("rae_format")
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(f"{str(file)!r} has rae_format {version!r}, this library reads up to {FORMAT}; upgrade it")
+    parts = ("flow", "sampler", "guidance", "latent", "encoder")
+    absent = [name for name in parts if not isinstance(index.get(name), dict)]
+    entry, names = index.get("encoder"), index.get("id2label")
+    wanted = {"model": dict, "stored": bool, "sha256": str}
+    if isinstance(entry, dict) and not all(isinstance(entry.get(key), kind) for key, kind in wanted.items()):
+        absent.append("encoder")
+    if names is not None and not isinstance(names, dict):
+        absent.append("id2label")
+    if absent:
+        raise ValueError(f"{str(file)!r} says nothing usable of {', '.join(absent)}: export the model again")
+    check({key: index[key] for key in parts}, str(file), KINDS)
+
+
+def _denoiser(folder: Path) -> tuple[dict[str, Any], Any]:
+    """Description and weights of a denoiser's folder."""
+    config = read_json(folder / CONFIG)
+    if config.get("_class_name") == pull_request_13231.TRANSFORMER:
+        return pull_request_13231.denoiser(folder, config)
+    described = config.get("description")
+    if config.get("_class_name") != TRANSFORMER or not isinstance(described, dict) or TARGET not in described:
+        raise ValueError(f"{str(folder / CONFIG)!r} does not describe a {TRANSFORMER}: export the model again")
+    check(described, str(folder / CONFIG))
+    return described, partial(_part, folder / WEIGHTS, "denoiser")
+
+
+def _autoencoder(folder: Path, index: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], dict[str, Any]], Any]:
+    """Descriptions and weights of encoder, decoder and latent statistics, and the record of the encoder."""
+    entry, extra = index["encoder"], folder / _EXTRA
+    kept = set(read_file(extra, mapped=True)) if extra.is_file() else set()
+    latent = {TARGET: "rae.latent.LatentNormalizer", **index["latent"]}
+    if diffusers.recognises(folder):
+        bundle = diffusers.read(folder)
+        described, states = dict(bundle.description), dict(bundle.states)
+        described["encoder"] = entry["model"]
+        if "latent.mean" in kept:
+            described["latent"], states["latent"] = latent, partial(_part, extra, "latent")
+        return (described, states), encoder_record(entry)
+    config = read_json(folder / CONFIG)
+    if config.get("_class_name") != DECODER or not isinstance(config.get("description"), dict):
+        raise ValueError(f"{str(folder / CONFIG)!r} does not describe a {DECODER}: export the model again")
+    check(config["description"], str(folder / CONFIG))
+    described = {"encoder": entry["model"], "decoder": config["description"], "latent": latent}
+    states = {name: partial(_part, folder / WEIGHTS, name) for name in ("decoder", "latent")}
+    if any(key.startswith("encoder.") for key in kept):
+        states["encoder"] = partial(_part, extra, "encoder")
+    elif entry["stored"]:  # a copy that diffusers made
+        return ({**described, "encoder": None}, states), None
+    return (described, states), encoder_record(entry)
+
+
+def _part(file: Path, name: str) -> dict[str, Tensor]:
+    state = read_weights(file.parent) if file.name == WEIGHTS else read_file(file, mapped=True)
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}

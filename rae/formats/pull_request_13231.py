@@ -1,0 +1,122 @@
+"""Folders of diffusers' pull request 13231: ``RAEDiTPipeline`` and ``RAEDiT2DModel``, DiT-DH for class labels.
+
+Their names are the original's but for attention, whose three maps are apart, and feed-forward layers, in which SwiGLU's value
+stands before its gate. Guidance and steps are arguments of that pipeline's call and not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae.flow import EulerSampler, FlowMatching, FullGrid, NoGuidance
+from rae.formats.bundle import Bundle
+from rae.formats.denoiser import denoiser_from_config
+from rae.formats.diffusers import read_weights
+from rae.io.describe import describe
+from rae.io.files import read_json
+
+PIPELINE, TRANSFORMER = "RAEDiTPipeline", "RAEDiT2DModel"
+_PAIRS = ("hidden_size", "depth", "num_heads")
+_STEPS = 50  # that pipeline's default
+
+
+def read(path: Path, index: Mapping[str, Any], autoencoder: Bundle) -> Bundle:
+    """The generator in a folder that ``RAEDiTPipeline.save_pretrained`` wrote, without guidance and with 50 steps of Euler.
+
+    Args:
+        path: The folder.
+        index: What its ``model_index.json`` says.
+        autoencoder: What its ``vae`` holds.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: An option that cannot be followed.
+    """
+    described, state = denoiser(path / "transformer", read_json(path / "transformer" / "config.json"))
+    names = index.get("id2label") or {}
+    described = {
+        **autoencoder.description,
+        "denoiser": described,
+        "flow": describe(FlowMatching(shift=_shift(path / "scheduler" / "scheduler_config.json"))),
+        "sampler": describe(EulerSampler(FullGrid(_STEPS))),
+        "guidance": describe(NoGuidance()),
+        "guide": None,
+        "class_names": [str(names[label]) for label in sorted(names, key=int)],
+    }
+    states = {**autoencoder.states, "denoiser": state}
+    return replace(autoencoder, source=str(path), description=described, states=states)
+
+
+def denoiser(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]:
+    """Description and weights, in the original's naming, of a folder that ``RAEDiT2DModel.save_pretrained`` wrote.
+
+    Args:
+        folder: The folder.
+        config: What its ``config.json`` says.
+
+    Raises:
+        ValueError: An option that cannot be followed.
+    """
+    given = {key: _pair(config.get(key)) if key in _PAIRS else value for key, value in config.items()}
+    given |= {"input_size": config.get("sample_size")}
+    if not config.get("class_dropout_prob", 0.1) > 0:
+        raise ValueError(f"{str(folder)!r}: class_dropout_prob=0 leaves no row for no class, which denoisers have here")
+    if config.get("use_qknorm", False) and not config.get("use_rmsnorm", True):
+        raise ValueError(
+            f"{str(folder)!r}: use_qknorm with use_rmsnorm=false has another epsilon there than LayerNorm here"
+        )
+    try:
+        with torch.device("meta"):
+            described = describe(denoiser_from_config(given))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{str(folder)!r} does not describe a {TRANSFORMER}: {error}") from error
+    return described, partial(_weights, folder)
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in the original's naming."""
+    state, out = read_weights(folder), {}
+    for key, value in state.items():
+        if ".attn.to_q." in key:
+            parts = [state[key.replace(".to_q.", f".{name}.")] for name in ("to_q", "to_k", "to_v")]
+            out[key.replace(".to_q.", ".qkv.")] = torch.cat(parts)
+        elif ".mlp.net.0.proj." in key and _is_gated(key, state):
+            out[key.replace(".net.0.proj.", ".w12.")] = torch.cat(value.chunk(2)[::-1])
+        elif ".attn.to_k." not in key and ".attn.to_v." not in key:
+            last = "w3" if ".mlp.net.2." in key and _is_gated(key, state) else "fc2"
+            names = {".attn.to_out.0.": ".attn.proj.", ".net.0.proj.": ".fc1.", ".net.2.": f".{last}."}
+            for theirs, ours in names.items():
+                key = key.replace(theirs, ours)
+            out[key] = value
+    return out
+
+
+def _is_gated(key: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a feed-forward layer is SwiGLU: its first map makes twice what its second takes."""
+    layer = key.partition(".net.")[0]
+    return state[f"{layer}.net.0.proj.weight"].shape[0] == 2 * state[f"{layer}.net.2.weight"].shape[1]
+
+
+def _shift(file: Path) -> float:
+    """The shift of the times that the scheduler says."""
+    config = read_json(file)
+    odd = [key for key, value in config.items() if key.startswith("use_") and value] + [
+        key for key in ("shift_terminal", "invert_sigmas", "stochastic_sampling") if config.get(key)
+    ]
+    if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler" or odd:
+        raise ValueError(
+            f"{str(file)!r}: {config.get('_class_name')} with {', '.join(odd) or 'its own times'} has no counterpart; a "
+            "FlowMatchEulerDiscreteScheduler with a shift alone is read"
+        )
+    return float(config.get("shift", 1.0))
