@@ -161,6 +161,26 @@ def test_converting_for_diffusers_and_reconstructing_from_it(tmp_path: Path):
     assert scores[0]["images"] == 3
 
 
+def test_a_generator_for_diffusers_is_sampled_from_as_it_is(tmp_path: Path):
+    source = make_generator().save_pretrained(tmp_path / "model")
+    chosen = ["guidance=autoguidance", "sampler=heun", "sampler.grid.points=4"]
+    given = [f"checkpoint={source}", *chosen, "to=diffusers", f"output_dir={tmp_path}/pipeline"]
+    convert(compose("convert", given))
+    with pytest.raises(ConfigError, match="exists: force=true replaces it"):
+        convert(compose("convert", given))
+    convert(compose("convert", [*given, "force=true"]))
+    for name in ("model", "pipeline"):
+        convert(compose("convert", [f"checkpoint={tmp_path}/{name}", *chosen, f"output_dir={tmp_path}/rae_of_{name}"]))
+        options = ["samples_per_class=1", "classes=[1,2]", "png=false", *chosen]
+        sample(compose("sample", [f"checkpoint={tmp_path}/{name}", *options, f"output_dir={tmp_path}/of_{name}"]))
+    assert drawn(tmp_path / "of_model").std() > 1
+    assert np.array_equal(drawn(tmp_path / "of_model"), drawn(tmp_path / "of_pipeline"))
+    first, second = (
+        json.loads((tmp_path / f"rae_of_{name}" / "config.json").read_text()) for name in ("model", "pipeline")
+    )
+    assert first == second  # the weights' hash is in it
+
+
 def test_conversions_that_make_no_sense_are_refused(tmp_path: Path):
     for override, words in (("to=onnx", "choose one of rae, diffusers, original"), ("to=original", "goes with to=rae")):
         with pytest.raises(ConfigError, match=words):
@@ -210,8 +230,8 @@ def test_a_refused_conversion_leaves_the_export_that_is_there(tmp_path: Path):
     before = {file.name: file.read_bytes() for file in target.iterdir()}
     with pytest.raises(ConfigError, match="exists: force=true replaces it"):
         convert(compose("convert", given))
-    with pytest.raises(ValueError, match="would be another network"):
-        convert(compose("convert", [*given, "to=diffusers", "force=true"]))
+    with pytest.raises(ValueError, match="AdaptiveSampler needs torchdiffeq"):
+        convert(compose("convert", [*given, "sampler=dopri5", "to=diffusers", "force=true"]))
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
     convert(compose("convert", [*given, "force=true"]))
     assert {file.name for file in target.iterdir()} == before.keys()

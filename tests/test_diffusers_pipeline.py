@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from rae.autoencoder import RAE
 from rae.condition import LabelTokens, NavigationTokens
 from rae.denoiser import DiT, DiTDH, InContextDiTDH
+from rae.encoder.text import TransformersTextEncoder
 from rae.flow import (
     AdaptiveProjectedGuidance,
     AdaptiveSampler,
-    AutoGuidance,
     ClassifierFreeGuidance,
     ComposedGuidance,
     EulerMaruyamaSampler,
@@ -62,8 +62,8 @@ assert not any(name.split(".")[0] == "rae" for name in sys.modules)
 
 
 def cfg_interval() -> Generator:
-    denoiser = DiTDH(32, 4, 32, 2, 4, 48, 1, 4, 10)
-    names = [f"class {label}, {'abcdefghij'[label]}" for label in range(10)]
+    denoiser = DiTDH(32, 4, 32, 2, 4, 48, 1, 4, 12)
+    names = [f"class {label}, {'abcdefghijkl'[label]}" for label in range(12)]
     guidance = ClassifierFreeGuidance(1.7, (0.1, 0.9))
     return finished(denoiser, EulerSampler(PublishedGrid(5)), guidance, class_names=names)
 
@@ -75,7 +75,7 @@ def internal() -> Generator:
 
 
 def autoguidance() -> Generator:
-    return make_generator()
+    return lively(make_generator())
 
 
 def average_velocity() -> Generator:
@@ -92,7 +92,16 @@ def stochastic() -> Generator:
 def finished(denoiser, sampler, guidance, flow=None, **options) -> Generator:
     randomise(denoiser, 1)
     flow = flow or FlowMatching(shift=1.37)
-    return Generator(make_autoencoder(), denoiser, flow, sampler, guidance, **options).eval()
+    return lively(Generator(make_autoencoder(), denoiser, flow, sampler, guidance, **options).eval())
+
+
+def lively(model: Generator) -> Generator:
+    """The same with larger weights, so that labels and guidance show in the images."""
+    weights = [*model.denoiser.parameters(), *(model.guide.parameters() if model.guide is not None else ())]
+    for weight in weights:
+        weight.data *= 4
+    model.autoencoder.decoder.last_layer.weight.data *= 5
+    return model
 
 
 MODELS = [cfg_interval, internal, autoguidance, average_velocity, stochastic]
@@ -126,7 +135,8 @@ def test_diffusers_draws_the_same_images_and_the_folder_comes_back_to_the_last_b
     pipe = load(folder)
     assert type(pipe.transformer.denoiser).__module__.startswith("diffusers_modules")
     ours = model(LABELS, seed=5, progress=False)
-    assert ours.std() > 0.01
+    for other in (model([2, 0, 1], seed=5, progress=False), model(LABELS, seed=5, guidance_scale=1.0, progress=False)):
+        assert (other - ours).abs().amax((1, 2, 3)).min() > 3e-4
     drawn = pipe(class_labels=LABELS, seed=5, output_type="pt").images
     assert (drawn - ours).abs().max() < 1e-5
     part = pipe(class_labels=LABELS[1:], seed=5, indices=[1, 2], output_type="np").images
@@ -157,9 +167,11 @@ def test_arguments_of_a_call(tmp_path, load):
     model.flow.shift = 1.0
     assert (pipe(4, seed=2, output_type="pt").images - model(4, seed=2, progress=False)).abs().max() < 1e-5
     for given, words in (
-        ({"class_labels": 10}, r"labels must lie in \[0, 9\], got \[10\]"),
+        ({"class_labels": 12}, r"labels must lie in \[0, 11\], got \[12\]"),
         ({"class_labels": "zebra"}, "class 'zebra' is unknown"),
-        ({}, "either class_labels or"),
+        ({}, "give one of class_labels, prompt"),
+        ({"prompt": "a cube"}, "this model is told no text; give class_labels"),
+        ({"class_labels": 1, "negative_prompt": "a"}, "negative_prompt='a' needs a model that is told a text"),
         ({"class_labels": 1, "output_type": "gif"}, "output_type='gif' is unknown; choose one of pil"),
         ({"class_labels": 1, "latents": torch.zeros(1, 2)}, r"latents \(1, 32, 4, 4\), got \(1, 2\)"),
         ({"class_labels": [1, 2], "indices": [0]}, "2 samples need as many indices, got 1"),
@@ -198,6 +210,8 @@ def test_a_copy_by_diffusers_draws_and_cannot_encode(tmp_path, load):
     assert torch.equal(copied(LABELS, progress=False), model(LABELS, progress=False))
     with pytest.raises(RuntimeError, match="without its encoder"):
         copied.autoencoder.encode(torch.rand(1, 3, 32, 32))
+    load(save_pipeline(cfg_interval(), tmp_path / "named")).save_pretrained(tmp_path / "named_copy")
+    assert Generator.from_pretrained(tmp_path / "named_copy").class_names == cfg_interval().class_names
     guide = load_denoiser(tmp_path / "copy" / "guide")
     assert state_hash(guide.state_dict()) == state_hash(model.guide.state_dict())
 
@@ -214,14 +228,14 @@ def test_a_process_that_cannot_import_rae_draws_the_same(make, tmp_path):
     assert (drawn - model(LABELS, seed=5, progress=False)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("component", ["transformer", "decoder", "pipeline"])
+@pytest.mark.parametrize("component", ["transformer", "decoder", "pipeline", "text_encoder"])
 def test_files_need_nothing_of_rae_and_are_always_the_same(component):
     text = single_file(f"rae.formats.components.{component}", "A file.")
     assert text == single_file(f"rae.formats.components.{component}", "A file.")
     nodes = list(ast.walk(ast.parse(text)))
     packages = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     packages |= {str(node.module).split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert packages - set(sys.stdlib_module_names) <= {"torch", "numpy", "diffusers", "PIL"}
+    assert packages - set(sys.stdlib_module_names) <= {"torch", "numpy", "diffusers", "PIL", "safetensors"}
 
 
 def test_two_things_of_one_name_are_not_put_into_one_file(tmp_path, monkeypatch):
@@ -236,7 +250,7 @@ def test_two_things_of_one_name_are_not_put_into_one_file(tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("rae.formats.single_file.ROOT", "rae_parts")
     monkeypatch.setattr("rae.formats.single_file.metadata.version", lambda name: "0")
-    with pytest.raises(ValueError, match="'pi' of rae_parts.one is something else elsewhere"):
+    with pytest.raises(ValueError, match=r"'pi' of rae_parts.one is something else elsewhere"):
         single_file("rae_parts.two", "Two.")
     made: dict = {}
     exec(single_file("rae_parts.three", "Three."), made)
@@ -256,7 +270,7 @@ def test_what_the_folder_could_not_do_is_refused(tmp_path):
         save_pipeline(finished(Mine(32, 4, 32, 1, 4, 10), EulerSampler(), None), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     save_pipeline(cfg_interval(), tmp_path / "out")
-    with pytest.raises(FileExistsError, match="model_index.json"):
+    with pytest.raises(FileExistsError, match=r"model_index.json"):
         save_pipeline(cfg_interval(), tmp_path / "out")
 
 
@@ -267,6 +281,51 @@ def test_conditions_that_are_no_labels(tmp_path, load):
     pipe = load(save_pipeline(model, tmp_path / "out"))
     drawn = pipe(conditions=told, seed=3, output_type="pt").images
     assert (drawn - model(told, seed=3, progress=False)).abs().max() < 1e-5
+
+
+def talkative(**options) -> Generator:
+    model = lively(text_runs.make_text_generator(guidance=ClassifierFreeGuidance(2.0), **options))
+    model.denoiser.condition.proj.weight.data *= 8
+    return model
+
+
+def test_prompts(tmp_path, load):
+    model = talkative(negative_prompt="a blue ball")
+    folder = save_pipeline(model, tmp_path / "out")
+    pipe = load(folder)
+    prompts = ["a red cube left of a ball", "ball"]
+    ours = model(prompts, seed=3, progress=False)
+    assert (ours[0] - model("cube", seed=3, progress=False)[0]).abs().max() > 3e-4
+    assert (pipe(prompt=prompts, seed=3, output_type="pt").images - ours).abs().max() < 1e-5
+    model.negative_prompt = "cube"
+    other = model(prompts, seed=3, progress=False)
+    assert (ours - other).abs().max() > 3e-4
+    drawn = pipe(prompt=prompts, negative_prompt="cube", seed=3, output_type="pt").images
+    assert (drawn - other).abs().max() < 1e-5
+    again = Generator.from_pretrained(folder)
+    assert again.negative_prompt == "a blue ball"
+    assert export(again, tmp_path / "again") == export(model, tmp_path / "first")
+    for given, words in (({"prompt": " "}, "prompt 0 is empty"), ({"prompt": 3}, "told a text, not a class")):
+        with pytest.raises(ValueError, match=words):
+            pipe(**given)
+
+
+def test_prompts_of_a_language_model(tmp_path, load):
+    language_model = text_runs.write_language_model(tmp_path / "qwen")
+    text = TransformersTextEncoder(str(language_model), features=16, tokens=4)
+    model = talkative()
+    model.text_encoder = text
+    folder = save_pipeline(model, tmp_path / "out")
+    pipe = load(folder)
+    prompts = ["a red cube left of a ball", "ball"]
+    ours = model(prompts, seed=3, progress=False)
+    assert (ours[0] - model("cube", seed=3, progress=False)[0]).abs().max() > 3e-4
+    assert (pipe(prompt=prompts, seed=3, output_type="pt").images - ours).abs().max() < 1e-5
+    again = Generator.from_pretrained(folder)
+    assert export(again, tmp_path / "again") == export(model, tmp_path / "first")
+    model.text_encoder = TransformersTextEncoder(str(language_model), features=16, tokens=4, pretrained=False)
+    with pytest.raises(ValueError, match=r"text_encoder.pretrained=false leaves random weights"):
+        save_pipeline(model, tmp_path / "other")
 
 
 def change(file: Path, **values) -> None:
@@ -285,7 +344,7 @@ def test_reading_runs_no_code_and_says_what_is_wrong(tmp_path):
         ({"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.20.0"},
          r"pipeline 'StableDiffusionPipeline' of diffusers 0.20.0, which is no model of this library: read are RAEPipeline"),
         ({"rae_format": 2}, "rae_format 2, this library reads up to 1; upgrade it"),
-        ({"flow": None, "encoder": {}}, "says nothing usable of flow, encoder"),
+        ({"flow": None, "encoder": {}, "id2label": {"a": "b"}}, "says nothing usable of flow, encoder, id2label"),
         ({"sampler": {"_target_": "os.system", "command": "true"}}, "'os.system' is no known class of a model"),
     ):  # fmt: skip
         change(index, **values)
@@ -302,7 +361,7 @@ def test_reading_runs_no_code_and_says_what_is_wrong(tmp_path):
             Generator.from_pretrained(folder)
         network.write_text(said)
     network.unlink()
-    with pytest.raises(FileNotFoundError, match="transformer' holds no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"transformer' holds no config.json"):
         Generator.from_pretrained(folder)
 
 

@@ -8,26 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rae.encoder.text import TransformersTextEncoder, WordTextEncoder
 from rae.io.errors import ConfigError
-
-WORDS = ["a", "red", "cube", "left", "of", "ball"]
+from tests.text_runs import write_language_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A language model of two layers and its tokenizer, one token a word, as a hub repository holds them."""
-    path = tmp_path_factory.mktemp("qwen")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, "[PAD]"])}, unk_token="[PAD]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(path)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.Qwen3Config(**sizes, num_key_value_heads=1, head_dim=8, vocab_size=len(WORDS) + 1)
-    torch.manual_seed(0)
-    transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-    return path
+    return write_language_model(tmp_path_factory.mktemp("qwen"))
 
 
 def test_features_are_the_hidden_states_whatever_the_padding(folder: Path):

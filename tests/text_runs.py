@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rae.cli.errors import compose
 from rae.commands.train import train
@@ -15,6 +17,8 @@ from rae.flow import EulerSampler, FlowMatching, PublishedGrid
 from rae.generator import Generator
 from rae.io.tensors import save_state
 from tests.small_models import make_autoencoder, randomise
+
+WORDS = ["a", "red", "cube", "left", "of", "ball"]
 
 SMALL = [
     *("experiment=pictures_stage2", "+encoder.pretrained=false", "encoder.checkpoint=null", "latent.stats=none"),
@@ -39,6 +43,18 @@ def text_weights(folder: Path) -> Path:
     return save_state(
         WordTextEncoder(features=16, tokens=24, depth=1, heads=2).state_dict(), folder / "text.safetensors"
     )
+
+
+def write_language_model(path: Path) -> Path:
+    """A language model of two layers and its tokenizer, one token a word, as a hub repository holds them."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, "[PAD]"])}, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(path)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Qwen3Config(**sizes, num_key_value_heads=1, head_dim=8, vocab_size=len(WORDS) + 1)
+    torch.manual_seed(0)
+    transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
 
 
 def make_text_generator(**options) -> Generator:

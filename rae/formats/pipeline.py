@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from rae.autoencoder import RAE
+from rae.encoder.text import TextEncoder, TransformersTextEncoder
 from rae.formats import diffusers, pull_request_13231
 from rae.formats.bundle import KINDS, Bundle
 from rae.formats.diffusers import CONFIG, WEIGHTS, read_weights, save_diffusers
-from rae.formats.export import describe_encoder, encoder_record, prefixed
+from rae.formats.export import describe_encoder, describe_text_encoder, encoder_record, prefixed
 from rae.formats.original import refuse_existing
 from rae.formats.single_file import single_file
 from rae.generator import Generator
@@ -30,8 +31,8 @@ from rae.latent import LatentNormalizer
 INDEX = "model_index.json"
 CODE = "pipeline.py"
 FORMAT = 1
-PIPELINE, TRANSFORMER, DECODER = "RAEPipeline", "RAETransformer", "RAEDecoder"
-FILES = (INDEX, CODE, "transformer", "guide", "vae", "scheduler")
+PIPELINE, TRANSFORMER, DECODER, TEXT_ENCODER = "RAEPipeline", "RAETransformer", "RAEDecoder", "RAETextEncoder"
+FILES = (INDEX, CODE, "transformer", "guide", "vae", "scheduler", "text_encoder", "tokenizer")
 """What is written."""
 _EXTRA = "rae.safetensors"  # in vae/: weights that diffusers has no place for
 _DIFFUSERS = "0.42.0"  # the version that these folders are written for
@@ -55,7 +56,7 @@ def save_pipeline(model: Generator, folder: str | Path, store_encoder: bool | No
 
     Raises:
         FileExistsError: The folder holds such files.
-        ValueError: A model that is told a text, an adaptive sampler or a class of another library.
+        ValueError: An adaptive sampler, a language model of random weights or a class of another library.
     """
     folder = Path(folder).expanduser()
     refuse_existing(folder, *FILES)
@@ -65,6 +66,8 @@ def save_pipeline(model: Generator, folder: str | Path, store_encoder: bool | No
         if network is not None:
             index[name] = [_save_code(folder / name, "transformer"), TRANSFORMER]
             _save_model(folder / name, TRANSFORMER, {"description": describe(network)}, _state("denoiser", network))
+    if model.text_encoder is not None:
+        index |= _save_text_encoder(model.text_encoder, folder)
     index["vae"], index["encoder"] = _save_autoencoder(model.autoencoder, folder / "vae", store_encoder)
     index["scheduler"] = ["diffusers", _SCHEDULER]
     scheduler = {"_class_name": _SCHEDULER, "num_train_timesteps": 1000, "shift": float(model.flow.shift)}
@@ -83,8 +86,22 @@ def _index(model: Generator) -> dict[str, Any]:
         "guidance": describe(model.guidance),
         "latent": _normalisation(model.autoencoder.latent),
         "id2label": {str(label): name for label, name in enumerate(model.class_names)} or None,
-        "guide": [None, None],
+        "negative_prompt": model.negative_prompt,
+        **{part: [None, None] for part in ("guide", "text_encoder", "tokenizer")},
     }
+
+
+def _save_text_encoder(encoder: TextEncoder, folder: Path) -> dict[str, Any]:
+    """Writes the text encoder; what the index says of it."""
+    index: dict[str, Any] = {"text": describe_text_encoder(encoder)}
+    if isinstance(encoder, TransformersTextEncoder):
+        for name, part in (("text_encoder", encoder.network), ("tokenizer", encoder.tokenizer)):
+            part.save_pretrained(folder / name)
+            index[name] = ["transformers", type(part).__name__]
+        return index
+    inside = folder / "text_encoder"
+    _save_model(inside, TEXT_ENCODER, {"description": index["text"]["model"]}, _state("encoder", encoder))
+    return {**index, "text_encoder": [_save_code(inside, "text_encoder"), TEXT_ENCODER]}
 
 
 def _normalisation(latent: LatentNormalizer) -> dict[str, Any]:
@@ -93,12 +110,8 @@ def _normalisation(latent: LatentNormalizer) -> dict[str, Any]:
 
 def _refuse(model: Generator, index: Mapping[str, Any]) -> None:
     """Raises ValueError for what the files of a folder cannot do."""
-    if model.text_encoder is not None:
-        raise ValueError(
-            "to=diffusers: this model is told a text, and the pipeline that is written knows no text encoder; to=rae exports it"
-        )
-    described = [describe(model.denoiser), describe(model.guide) if model.guide else None, index["sampler"]]
-    names = targets_of([*described, index["guidance"], index["flow"]])
+    networks = [describe(part) for part in (model.denoiser, model.guide, model.text_encoder) if part is not None]
+    names = targets_of([*networks, index["sampler"], index["guidance"], index["flow"]])
     if foreign := [name for name in names if not name.startswith("rae.")]:
         raise ValueError(
             f"to=diffusers: {foreign[0]} is no class of this library, and the folder would lack its code; to=rae exports it"
@@ -107,6 +120,10 @@ def _refuse(model: Generator, index: Mapping[str, Any]) -> None:
         raise ValueError(
             f"to=diffusers: {wrong[0]} needs torchdiffeq, which readers of the folder may lack: add sampler=euler or another one "
             "with fixed steps"
+        )
+    if isinstance(model.text_encoder, TransformersTextEncoder) and not model.text_encoder.recoverable:
+        raise ValueError(
+            "to=diffusers: text_encoder.pretrained=false leaves random weights of a language model; load some"
         )
 
 
@@ -190,13 +207,20 @@ def read(path: Path, averaged: bool = True) -> Bundle:
     _check_index(path / INDEX, index)
     described = {key: index[key] for key in ("flow", "sampler", "guidance")}
     described["denoiser"], denoiser = _denoiser(path / "transformer")
-    described["class_names"] = list((index.get("id2label") or {}).values())
+    names = index.get("id2label") or {}
+    described["class_names"] = [names[label] for label in sorted(names, key=int)]  # diffusers sorts them as texts
     states: dict[str, Any] = {"denoiser": denoiser}
     described["guide"] = None
     if (path / "guide").is_dir():
         described["guide"], states["guide"] = _denoiser(path / "guide")
-    autoencoder, records = _autoencoder(path / "vae", index)
-    return Bundle(str(path), described | autoencoder[0], states | autoencoder[1], ((str(path), records),), mapped=True)
+    text = dict(index.get("text") or {})
+    if text:
+        described |= {"text_encoder": text.pop("model"), "negative_prompt": index.get("negative_prompt")}
+        if text.pop("stored"):
+            states["text_encoder"] = partial(_part, path / "text_encoder" / WEIGHTS, "encoder")
+    parts, weights, record = _autoencoder(path / "vae", index)
+    records = ((str(path), record),)
+    return Bundle(str(path), described | parts, states | weights, records, text or None, mapped=True)
 
 
 def _check_index(file: Path, index: Mapping[str, Any]) -> None:
@@ -209,11 +233,16 @@ def _check_index(file: Path, index: Mapping[str, Any]) -> None:
     wanted = {"model": dict, "stored": bool, "sha256": str}
     if isinstance(entry, dict) and not all(isinstance(entry.get(key), kind) for key, kind in wanted.items()):
         absent.append("encoder")
-    if names is not None and not isinstance(names, dict):
+    if names is not None and not (isinstance(names, dict) and all(label.isdecimal() for label in names)):
         absent.append("id2label")
+    text = index.get("text")
+    if text is not None and not (
+        isinstance(text, dict) and isinstance(text.get("model"), dict) and isinstance(text.get("stored"), bool)
+    ):
+        absent.append("text")
     if absent:
         raise ValueError(f"{str(file)!r} says nothing usable of {', '.join(absent)}: export the model again")
-    check({key: index[key] for key in parts}, str(file), KINDS)
+    check({key: index.get(key) for key in (*parts, "text", "id2label", "negative_prompt")}, str(file), KINDS)
 
 
 def _denoiser(folder: Path) -> tuple[dict[str, Any], Any]:
@@ -228,7 +257,7 @@ def _denoiser(folder: Path) -> tuple[dict[str, Any], Any]:
     return described, partial(_part, folder / WEIGHTS, "denoiser")
 
 
-def _autoencoder(folder: Path, index: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], dict[str, Any]], Any]:
+def _autoencoder(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Descriptions and weights of encoder, decoder and latent statistics, and the record of the encoder."""
     entry, extra = index["encoder"], folder / _EXTRA
     kept = set(read_file(extra, mapped=True)) if extra.is_file() else set()
@@ -239,7 +268,7 @@ def _autoencoder(folder: Path, index: Mapping[str, Any]) -> tuple[tuple[dict[str
         described["encoder"] = entry["model"]
         if "latent.mean" in kept:
             described["latent"], states["latent"] = latent, partial(_part, extra, "latent")
-        return (described, states), encoder_record(entry)
+        return described, states, encoder_record(entry)
     config = read_json(folder / CONFIG)
     if config.get("_class_name") != DECODER or not isinstance(config.get("description"), dict):
         raise ValueError(f"{str(folder / CONFIG)!r} does not describe a {DECODER}: export the model again")
@@ -249,8 +278,8 @@ def _autoencoder(folder: Path, index: Mapping[str, Any]) -> tuple[tuple[dict[str
     if any(key.startswith("encoder.") for key in kept):
         states["encoder"] = partial(_part, extra, "encoder")
     elif entry["stored"]:  # a copy that diffusers made
-        return ({**described, "encoder": None}, states), None
-    return (described, states), encoder_record(entry)
+        return {**described, "encoder": None}, states, None
+    return described, states, encoder_record(entry)
 
 
 def _part(file: Path, name: str) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from rae.encoder.text import TextEncoder, TransformersTextEncoder
 from rae.flow import (
     AdaptiveProjectedGuidance,
     AutoGuidance,
@@ -36,7 +37,7 @@ from rae.flow import (
 )
 from rae.formats.components.make import by_name, make
 from rae.image import to_pil, to_uint8
-from rae.prompts import Classes, labels_of
+from rae.prompts import Classes, beside_null, check_negative_prompt, checked_prompts, labels_of
 from rae.rng import normal, sample_seed
 
 PATHS = by_name(LinearPath, GVPPath, VPPath)
@@ -65,20 +66,41 @@ GUIDANCES = by_name(
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
+class LanguageModel(TransformersTextEncoder):
+    """A language model of transformers and its tokenizer, as they are loaded already.
+
+    Args:
+        network: The model.
+        tokenizer: Its tokenizer.
+        features: Width of the features.
+        tokens: Largest length; longer prompts are cut.
+    """
+
+    def __init__(self, network: Any, tokenizer: Any, features: int, tokens: int) -> None:
+        TextEncoder.__init__(self, features, tokens)
+        self.network = network
+        self.tokenizer = tokenizer
+        self.padding = tokenizer.pad_token_id or 0
+
+
 class RAEPipeline(DiffusionPipeline):
-    """Draws images of given classes.
+    """Draws images of given classes or prompts.
 
     Args:
         transformer: The denoiser.
         vae: Decodes normalised latents: ``decode(z).sample``.
         scheduler: Its ``config.shift`` moves the times of every sampler; steps of the Euler sampler are its own.
         guide: The weaker denoiser that autoguidance steers away from.
+        text_encoder: Makes features of prompts, for a denoiser that is told a text.
+        tokenizer: That of a language model; None for text encoders of ``rae``.
         flow: Description of the objective: prediction and path.
         sampler: Description of the sampler and its grid of times.
         guidance: Description of the guidance.
         id2label: Names of the classes by number.
         encoder: What ``rae`` notes of the encoder; not used here.
         latent: What ``rae`` notes of the latents' normalisation; not used here.
+        text: What ``rae`` notes of the text encoder.
+        negative_prompt: What classifier-free guidance steers away from; None for the null text.
         rae_format: Version of this form of folder.
     """
 
@@ -86,8 +108,10 @@ class RAEPipeline(DiffusionPipeline):
     vae: Any
     scheduler: Any
     guide: Any
-    model_cpu_offload_seq = "guide->transformer->vae"
-    _optional_components = ("guide",)
+    text_encoder: Any
+    tokenizer: Any
+    model_cpu_offload_seq: Any = "text_encoder->guide->transformer->vae"
+    _optional_components: Any = ["guide", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers looks for a list)
 
     def __init__(
         self,
@@ -95,16 +119,21 @@ class RAEPipeline(DiffusionPipeline):
         vae: Any,
         scheduler: Any,
         guide: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
         flow: Any = None,
         sampler: Any = None,
         guidance: Any = None,
         id2label: Any = None,
         encoder: Any = None,
         latent: Any = None,
+        text: Any = None,
+        negative_prompt: Any = None,
         rae_format: Any = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, guide=guide)
+        self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(
             flow=flow,
             sampler=sampler,
@@ -112,18 +141,26 @@ class RAEPipeline(DiffusionPipeline):
             id2label=id2label,
             encoder=encoder,
             latent=latent,
+            text=text,
+            negative_prompt=negative_prompt,
             rae_format=rae_format,
         )
         told = {key: flow[key] for key in ("path", "prediction", "time_floor") if key in flow}
         self._flow = FlowMatching(**make(told, PATHS))  # the rest of an objective is for training
         self._sampler = make(sampler, {**SAMPLERS, **GRIDS, **PATHS})
         self._guidance = make(guidance, GUIDANCES)
-        self.class_names = tuple((id2label or {}).values())
+        names = id2label or {}
+        self.class_names = tuple(names[label] for label in sorted(names, key=int))
+        self._text = text_encoder
+        if tokenizer is not None:
+            self._text = LanguageModel(text_encoder, tokenizer, text["model"]["features"], text["model"]["tokens"])
 
     @torch.no_grad()
     def __call__(
         self,
         class_labels: Classes | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -138,6 +175,8 @@ class RAEPipeline(DiffusionPipeline):
 
         Args:
             class_labels: One class or several, by number or name.
+            prompt: One prompt or several, for a model that is told a text.
+            negative_prompt: What classifier-free guidance steers away from; None for that of the export.
             num_inference_steps: Steps of the sampler; None for those that the model was exported with.
             guidance_scale: Strength of the guidance, 1 for none; None for that of the export.
             generator: Draws the noise, where ``latents`` and ``seed`` are not given.
@@ -164,12 +203,9 @@ class RAEPipeline(DiffusionPipeline):
         sampler = self._sampler if num_inference_steps is None else self._sampler.with_steps(num_inference_steps)
         guidance = self._guidance if guidance_scale is None else self._guidance.with_scale(guidance_scale)
         check_guidance(guidance, self._flow, sampler, denoiser, self.guide)
-        if (class_labels is None) == (conditions is None):
-            raise ValueError("give either class_labels or, for models that are not told a class, conditions")
-        told = dict(conditions or {})
-        if class_labels is not None:
-            told = {"label": labels_of(class_labels, self.class_names, denoiser.num_classes)}
-        told = {name: value.to(device) for name, value in told.items()}
+        away = self.config["negative_prompt"] if negative_prompt is None else negative_prompt
+        check_negative_prompt(away, self._text, guidance)
+        told = {name: value.to(device) for name, value in self._told(class_labels, prompt, conditions).items()}
         batch = len(next(iter(told.values())))
         denoiser.condition.check(told, batch)
         numbers = range(batch) if indices is None else indices
@@ -186,7 +222,9 @@ class RAEPipeline(DiffusionPipeline):
             return normal([sample_seed(seed, purpose, i, *step) for i in numbers], shape[1:], device=device)
 
         noise = draw("sample") if latents is None else latents.to(device, torch.float32)
-        null = denoiser.condition.null(told) if guidance.needs_null else None
+        null = None
+        if guidance.needs_null:
+            told, null = beside_null(told, denoiser.condition, self._text, away)
         guide = None if self.guide is None else self._velocity(self.guide)
         velocity = guidance(self._velocity(self.transformer), told, null=null, guide=guide)
         with self.progress_bar(total=sampler.calls) as bar:
@@ -199,6 +237,23 @@ class RAEPipeline(DiffusionPipeline):
         elif output_type == "np":
             made = images.permute(0, 2, 3, 1).cpu().numpy()
         return ImagePipelineOutput(images=made) if return_dict else (made,)
+
+    def _told(
+        self, labels: Classes | None, prompt: str | Sequence[str] | None, conditions: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        """What the denoiser is told."""
+        if sum(given is not None for given in (labels, prompt, conditions)) != 1:
+            raise ValueError(
+                "give one of class_labels, prompt and, for models that are told something else, conditions"
+            )
+        if conditions is not None:
+            return dict(conditions)
+        if labels is not None:
+            return {"label": labels_of(labels, self.class_names, self.transformer.denoiser.num_classes)}
+        if self._text is None:
+            raise ValueError(f"prompt={prompt!r}: this model is told no text; give class_labels")
+        told: dict[str, Tensor] = self._text(checked_prompts(prompt))
+        return told
 
     def _velocity(self, network: Any) -> Callable[..., Any]:
         """A network as a velocity field."""
