@@ -123,7 +123,9 @@ class RAE(Exportable, nn.Module):
         if self.encoder is None:
             raise RuntimeError("this model was loaded without its encoder (encoder=False): it cannot encode")
         if self.latent.space != "encoder":
-            raise ValueError(f"latent.space={self.latent.space} has no place for the encoder's class token; set it to encoder")
+            raise ValueError(
+                f"latent.space={self.latent.space} has no place for the encoder's class token; set it to encoder"
+            )
         with torch.no_grad():
             latents, tokens = self.encoder.with_class_token(images)
             return self.latent.normalize(latents), self.latent.normalize_class_token(tokens)

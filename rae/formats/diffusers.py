@@ -57,9 +57,6 @@ _KINDS = {
 }
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
 def recognises(path: Path) -> bool:
     """Whether a folder holds diffusers' autoencoder."""
     try:
