@@ -30,6 +30,7 @@ def recipes() -> str:
     for title, start in (
         ("ImageNet", "imagenet"),
         ("Text to image", "t2i"),
+        ("Fine-tuning", "finetune"),
         ("Handwritten digits, on a CPU", "digits"),
         ("Pictures from sentences, on a CPU", "pictures"),
     ):

@@ -19,6 +19,7 @@ from rae.cli.checks import check_metric, check_paths, check_space
 from rae.cli.config import check_complete, plain
 from rae.formats import Bundle, read
 from rae.formats.bundle import assemble_autoencoder
+from rae.formats.discriminator import begin_heads
 from rae.io.describe import renewed
 from rae.io.errors import ConfigError
 from rae.io.files import differing
@@ -164,12 +165,12 @@ def build_autoencoder(cfg: DictConfig, encode: bool = True) -> RAE:
 
 
 def with_decoder_of(cfg: DictConfig) -> DictConfig:
-    """A stage-2 configuration whose ``decoder`` is what ``decoder_checkpoint`` says of its own.
+    """A training configuration whose ``decoder`` is what ``decoder_checkpoint`` says of its own.
 
     Args:
         cfg: The configuration; it stays as it is.
     """
-    if any(cfg.get(name) is None for name in ("denoiser", "decoder", "decoder_checkpoint")):
+    if any(cfg.get(name) is None for name in ("decoder", "decoder_checkpoint")):
         return cfg
     own = plain(cfg.decoder)
     theirs = Bundle("", {"decoder": own}).with_decoder(read(cfg.decoder_checkpoint)).description["decoder"]
@@ -208,6 +209,23 @@ def build_denoiser(cfg: DictConfig) -> Any:
     return denoiser
 
 
+def build_discriminator(cfg: DictConfig) -> Any:
+    """The discriminator, with the heads of ``discriminator_checkpoint`` where one is given; None for none.
+
+    Raises:
+        ConfigError: Heads are given, and there is no discriminator; or it is no source of heads.
+    """
+    discriminator, source = make(cfg.get("discriminator")), cfg.get("discriminator_checkpoint")
+    if source is None:
+        return discriminator
+    if discriminator is None:
+        raise ConfigError(
+            f"discriminator_checkpoint={source} with discriminator=none: choose discriminator=dino_s8, or leave the checkpoint out"
+        )
+    begin_heads(discriminator, source)
+    return discriminator
+
+
 def build_teacher(cfg: DictConfig) -> Teacher | None:
     """The denoiser of ``teacher_checkpoint``; None where none is given."""
     return None if cfg.get("teacher_checkpoint") is None else open_teacher(cfg.teacher_checkpoint)
@@ -217,6 +235,7 @@ _BUILDERS: dict[str, Callable[[DictConfig], Any]] = {
     "autoencoder": build_autoencoder,
     "config": plain,
     "denoiser": build_denoiser,
+    "discriminator": build_discriminator,
     "teacher": build_teacher,
 }
 """How arguments of a training module are made that are no config group of their own."""

@@ -22,6 +22,7 @@ _PATHS = (
         "decoder_checkpoint",
         "init_checkpoint",
         "teacher_checkpoint",
+        "discriminator_checkpoint",
         *WEIGHT_FILES,
         "latent.stats",
         "data.train_path",

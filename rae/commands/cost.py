@@ -39,7 +39,8 @@ def without_weights(cfg: DictConfig) -> DictConfig:
     """The configuration with all that loads a file, and compilation, taken out of it; a frozen text encoder is not counted."""
     bare = cfg.copy()
     OmegaConf.set_struct(bare, False)
-    bare.decoder_checkpoint = bare.init_checkpoint = bare.teacher_checkpoint = None
+    for key in ("decoder_checkpoint", "discriminator_checkpoint", "init_checkpoint", "teacher_checkpoint"):
+        bare[key] = None
     if bare.get("denoiser") is not None and bare.get("text_encoder") is not None:
         bare.condition = OmegaConf.to_container(bare.condition, resolve=True)  # it speaks of the text encoder
         bare.text_encoder = None

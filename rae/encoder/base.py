@@ -226,13 +226,14 @@ class Encoder(Described, nn.Module, ABC):
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Normalised pixels B×3×S×S => patch tokens B×N×C, without gradients."""
-        return fuse(self._chosen(pixels), self.fusion, self._pooled)
+        with torch.no_grad():
+            return fuse(self._chosen(pixels), self.fusion, self._pooled)
 
     def _chosen(self, pixels: Tensor) -> list[Tensor]:
         """Normalised pixels B×3×S×S => patch tokens B×N×C of each layer that makes the latent."""
         weight = next(self.parameters(), None)  # a parent's .to(…) may have changed the precision
         dtype = self.dtype if weight is None else weight.dtype
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        with torch.autocast(pixels.device.type, enabled=False):
             return [at_least_float(tokens) for tokens in self.layer_tokens(pixels.to(dtype), self.layers)]
 
     @property
@@ -258,17 +259,26 @@ class Encoder(Described, nn.Module, ABC):
         Raises:
             ValueError: ``images`` is no float batch of RGB images.
         """
+        with torch.no_grad():
+            pixels = self._pixels(images)
+            if stacked:
+                return torch.stack([tokens_to_grid(tokens) for tokens in self._chosen(pixels)], dim=1)
+            return tokens_to_grid(self.tokens(pixels))
+
+    def differentiable(self, images: Tensor) -> Tensor:
+        """As :meth:`forward`, with gradients with respect to the images; the frozen weights get none."""
+        return tokens_to_grid(fuse(self._chosen(self._pixels(images)), self.fusion, self._pooled))
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Images B×3×H×W in [0, 1] => normalised pixels B×3×S×S; raises ValueError as :meth:`forward`."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
                 f"images must be float of shape B×3×H×W in [0, 1], got {images.dtype} of shape {tuple(images.shape)}"
             )
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False):
             pixels = self._resized(images.float()) if self.resize_first else images.float()
             pixels = (pixels - self.image_mean) / self.image_std
-            pixels = pixels if self.resize_first else self._resized(pixels)
-        if stacked:
-            return torch.stack([tokens_to_grid(tokens) for tokens in self._chosen(pixels)], dim=1)
-        return tokens_to_grid(self.tokens(pixels))
+            return pixels if self.resize_first else self._resized(pixels)
 
     def check_class_token(self) -> None:
         """Raises ValueError where this encoder hands over no class token."""

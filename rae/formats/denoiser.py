@@ -37,6 +37,7 @@ _TWO_WIDTHS = (
     (r"^s_projector\.", "projection."),
 )
 _SECOND_TIME = "second_embedding."
+_CLASSES = ("label_embedding.table.weight", "condition.table.weight")
 _FIXED = re.compile(r"^(pos_embed|(enc_|dec_)?feat_rope\.freqs_(cos|sin))$")
 
 
@@ -115,20 +116,38 @@ def load_denoiser(denoiser: Denoiser, state: Mapping[str, Tensor], source: str, 
 
 
 def begin_with(denoiser: Denoiser, state: Mapping[str, Tensor], source: str) -> None:
-    """Fills a denoiser that is to be trained further with weights of another, which need not know a second time.
+    """Fills a denoiser that is to be trained further with weights of another, which may know fewer classes and no second time.
 
     Args:
-        denoiser: The denoiser to fill; where the other knows no second time, this one's embedding of it stays at zero.
+        denoiser: The denoiser to fill. Where the other knows no second time, this one's embedding of it stays at zero. Its further
+            classes follow the other's, and begin as a copy of the row for "no class": what they draw is anything at first.
         state: See :func:`load_denoiser`.
         source: See :func:`load_denoiser`.
 
     Raises:
-        ValueError: Weights that do not fit; all keys are listed.
+        ValueError: More classes than the denoiser's, or weights that do not fit; all keys are listed.
     """
     state = dict(_in_our_naming(state, denoiser, source))
+    for key, own in denoiser.state_dict().items():
+        if key in _CLASSES and key in state and state[key].ndim == 2 and len(state[key]):
+            state[key] = _grown(state[key], len(own), source)
     if denoiser.second_time and not any(key.startswith(_SECOND_TIME) for key in state):
         state |= {key: value for key, value in denoiser.state_dict().items() if key.startswith(_SECOND_TIME)}
     load_strict(denoiser, state, source)
+
+
+def _grown(table: Tensor, rows: int, source: str) -> Tensor:
+    """A table of classes, its last row that of "no class", with further rows like the last before it.
+
+    Raises:
+        ValueError: It has more rows.
+    """
+    if len(table) > rows:
+        raise ValueError(
+            f"{source} knows {len(table) - 1} classes, data.num_classes={rows - 1}: classes are added, not taken away; set "
+            f"data.num_classes={len(table) - 1} (labels that the data lack do no harm), or more for new classes after the old"
+        )
+    return torch.cat([table, table[-1:].expand(rows - len(table), -1)])
 
 
 def _in_our_naming(state: Mapping[str, Tensor], denoiser: Denoiser, source: str) -> Mapping[str, Tensor]:

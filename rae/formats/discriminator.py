@@ -1,14 +1,19 @@
-"""Discriminator weights in the original project's naming."""
+"""Discriminator weights in the original project's naming, and trained heads to begin with."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from rae.discriminator import DinoDiscriminator
-from rae.io.tensors import load_strict
+from rae.formats import original, run
+from rae.io.errors import ConfigError
+from rae.io.tensors import load_strict, read_file
+
+_BACKBONE = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
 _NAMES = (
     (r"^(\d+)\.0\.0\.", r"\1.first."),
@@ -45,3 +50,30 @@ def load_original_heads(discriminator: DinoDiscriminator, state: Mapping[str, Te
         ValueError: Weights that do not fit; all keys are listed.
     """
     load_strict(discriminator.heads, rename_heads(state), source)
+
+
+def begin_heads(discriminator: DinoDiscriminator, source: str) -> None:
+    """Gives a discriminator's heads trained weights to begin with.
+
+    Args:
+        discriminator: The discriminator; its backbone stays.
+        source: A run of stage 1, a training checkpoint of the original (below ``disc``), or a file of the heads alone.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+        ConfigError: It holds no heads, or a backbone in their place.
+        ValueError: They do not fit; all keys are listed.
+    """
+    path, name = Path(source).expanduser(), f"discriminator_checkpoint={source}"
+    if not original.recognises(path):
+        load_strict(discriminator.heads, run.trained_weights(path, "discriminator.heads"), name)
+        return
+    content = read_file(path)
+    content = content.get("disc") or content
+    heads = {key: value for key, value in content.items() if key.startswith("heads.")} or content
+    if not all(isinstance(value, Tensor) for value in heads.values()) or any(k.startswith(_BACKBONE) for k in heads):
+        raise ConfigError(
+            f"{name} holds no trained heads: give a run of stage 1 or a training checkpoint of the original; DINO's own weights "
+            "(discs/dino_vit_small_patch8_224.pth of the published collection) are the backbone: discriminator.checkpoint=…"
+        )
+    load_original_heads(discriminator, heads, name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.loss.adversarial import LOSSES, discriminator_loss
@@ -36,6 +38,8 @@ class Stage1Loss(nn.Module):
         discriminator_start: When the discriminator is first updated.
         gan_start: When the generator's GAN loss starts.
         unit: ``epochs`` or ``steps`` of the three starts.
+        consistency: Weight of the encoder-feature consistency, the mean squared difference of the frozen encoder's latents of
+            reconstruction and original (diffusers' training example); None for none.
 
     Raises:
         ValueError: Unknown loss or unit, a negative weight, or a GAN loss that starts before the discriminator.
@@ -53,6 +57,7 @@ class Stage1Loss(nn.Module):
         discriminator_start: float = 6,
         gan_start: float = 8,
         unit: Literal["epochs", "steps"] = "epochs",
+        consistency: float | None = None,
     ) -> None:
         super().__init__()
         if adversarial not in LOSSES:
@@ -66,6 +71,8 @@ class Stage1Loss(nn.Module):
                 f"loss weights must not be negative: perceptual_weight={perceptual_weight}, gan_weight={gan_weight}, "
                 f"adaptive_maximum={adaptive_maximum}"
             )
+        if consistency is not None and not consistency > 0:
+            raise ValueError(f"loss.consistency={consistency} must be above 0, or null for none")
         if gan_weight > 0 and gan_start < discriminator_start:
             raise ValueError(
                 f"loss.gan_start={gan_start} lies before loss.discriminator_start={discriminator_start}: the decoder would "
@@ -79,6 +86,7 @@ class Stage1Loss(nn.Module):
         self.adversarial = adversarial
         self.starts = (perceptual_start, discriminator_start, gan_start)
         self.unit = unit
+        self.consistency = consistency
 
     def phases(self, step: int, steps_per_epoch: int) -> Phases:
         """Which parts are on in optimiser step ``step``, counted from 0."""
@@ -90,14 +98,34 @@ class Stage1Loss(nn.Module):
             gan=gan and self.gan_weight > 0,
         )
 
-    def reconstruction(self, images: Tensor, target: Tensor, phases: Phases) -> dict[str, Tensor]:
-        """``l1``, ``lpips`` (where on) and their weighted sum ``total`` of reconstructions, not clamped, and originals B×3×H×W."""
+    def reconstruction(
+        self,
+        images: Tensor,
+        target: Tensor,
+        phases: Phases,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        latents: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """``l1``, ``lpips`` and ``consistency`` (where on) and their weighted sum ``total``.
+
+        Args:
+            images: Reconstructions B×3×H×W, not clamped.
+            target: Originals B×3×H×W.
+            phases: What is on.
+            encode: The encoder with gradients, images => latents; needed with ``consistency``.
+            latents: What it makes of ``target``, B×C×h×w; needed with ``consistency``.
+        """
         losses = {"l1": (images - target).abs().mean()}
         losses["total"] = losses["l1"]
         if phases.perceptual:
             assert self.perceptual is not None
             losses["lpips"] = self.perceptual(images, target).mean()
             losses["total"] = losses["l1"] + self.perceptual_weight * losses["lpips"]
+        if self.consistency is not None:
+            assert encode is not None
+            assert latents is not None
+            losses["consistency"] = F.mse_loss(encode(images), latents)
+            losses["total"] = losses["total"] + self.consistency * losses["consistency"]
         return losses
 
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -141,7 +141,7 @@ class Stage1Module(TrainingModule):
         level = uniform(self._seeds("latent noise level", batch), device=latents.device)
         made = reconstruct(self.decoder, add_noise(latents, self.noise_tau, level, noise))
 
-        losses = self.loss.reconstruction(made.leaf, images, phases)
+        losses = self.loss.reconstruction(made.leaf, images, phases, *self._consistent_with(images, latents))
         at_image = gradient_at(made.leaf, losses["total"]) / group
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "l1")
@@ -168,6 +168,15 @@ class Stage1Module(TrainingModule):
             return latents
         layers = encoder(images, stacked=True)
         return encoder.fused(layers, draw_subsets(self._seeds("latent layers", batch), layers, self.layer_dropout))
+
+    def _consistent_with(
+        self, images: Tensor, latents: Tensor
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor] | tuple[()]:
+        """The encoder with gradients, and the images' latents of all its layers; nothing where no loss asks for them."""
+        if self.loss.consistency is None:
+            return ()
+        encoder = self.autoencoder.encoder
+        return encoder.differentiable, encoder(images) if self.layer_dropout else latents
 
     def _gan_scale(self, pair: Tensor) -> Tensor:
         """Weight of the GAN loss from the gradients of both losses at the last layer's weight, stacked."""
