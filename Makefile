@@ -63,7 +63,7 @@ coverage: $(READY)  ## the fast and the slow tests; prints the files of which th
 	$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report | awk '/^(Name|TOTAL|-)/ || $$NF + 0 < 90'
 
-BENCHMARKS := loader stage1_step stage2_step sampling raev2 autoencoder fid scaling
+BENCHMARKS := loader stage1_step stage2_step sampling raev2 autoencoder onnx_cpu fid scaling
 BENCH := outputs/bench
 
 bench: $(READY)  ## ours against its peers, side by side: JSON files and a table; half an hour on two cores

@@ -182,7 +182,10 @@ def test_a_generator_for_diffusers_is_sampled_from_as_it_is(tmp_path: Path):
 
 
 def test_conversions_that_make_no_sense_are_refused(tmp_path: Path):
-    for override, words in (("to=onnx", "choose one of rae, diffusers, original"), ("to=original", "goes with to=rae")):
+    for override, words in (
+        ("to=tflite", "choose one of rae, diffusers, onnx, original"),
+        ("to=original", "goes with to=rae"),
+    ):
         with pytest.raises(ConfigError, match=words):
             convert(compose("convert", ["checkpoint=x", override, "push_to_hub=me/model"]))
 

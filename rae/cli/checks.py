@@ -69,18 +69,20 @@ _TRAINS_ON = ("train", "stats", "cache_latents")
 
 
 def check_files(cfg: DictConfig, config: str) -> None:
-    """Refuses files and folders that are named and not there, training data that are not named, and a page without Gradio.
+    """Refuses files and folders that are named and not there, training data that are not named, and what lacks its packages.
 
     Args:
         cfg: The complete configuration of a command.
         config: Name of its root config.
 
     Raises:
-        ConfigError: Training data are not named or not there, or published files or Gradio are not there.
+        ConfigError: Training data are not named or not there, or published files or packages are not there.
         FileNotFoundError: A model, images or statistics do not exist.
     """
     if config == "app" and find_spec("gradio") is None:
         raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
+    if config == "convert" and cfg.to == "onnx" and None in map(find_spec, ("onnx", "onnxscript")):
+        raise ConfigError('to=onnx needs onnx and onnxscript, which are not installed: pip install "rae[onnx]"')
     if config != "download" and cfg.get("decoder") is not None and "collection" in cfg:
         check_published(cfg)
     check_denoiser(cfg)

@@ -14,11 +14,22 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rae.autoencoder import RAE
 from rae.cli.checks import refuse_existing
 from rae.cli.config import plain
 from rae.cli.errors import compose
 from rae.cli.models import open_model
-from rae.formats import diffusers, export, original, pipeline, save_diffusers, save_original, save_pipeline
+from rae.formats import (
+    diffusers,
+    export,
+    onnx,
+    original,
+    pipeline,
+    save_diffusers,
+    save_onnx,
+    save_original,
+    save_pipeline,
+)
 from rae.formats.original_yaml import commands, render, translate
 from rae.generator import Generator
 from rae.io.errors import ConfigError
@@ -29,6 +40,7 @@ log = logging.getLogger(__name__)
 WRITTEN = {
     "rae": (export.CONFIG, export.WEIGHTS),
     "diffusers": (diffusers.CONFIG, diffusers.WEIGHTS, *pipeline.FILES),
+    "onnx": onnx.FILES,
     **original.LAYOUTS,
 }
 """What is written, by the format."""
@@ -48,21 +60,11 @@ def convert(cfg: DictConfig) -> None:
     folder = Path(cfg.output_dir)
     written = [folder / name for name in WRITTEN[cfg.to]]
     refuse_existing(cfg, *written)
-    model, _ = open_model(cfg, encode=cfg.to not in original.LAYOUTS)
-    denoiser = model.denoiser if isinstance(model, Generator) else None
-    autoencoder = model.autoencoder if isinstance(model, Generator) else model
+    model, _ = open_model(cfg, encode=cfg.to in ("rae", "diffusers"))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # what is refused replaces nothing
         made = Path(scratch) / "model"
-        if cfg.to == "rae":
-            model.save_pretrained(made, cfg.store_encoder)
-        elif cfg.to == "diffusers":
-            if isinstance(model, Generator):
-                save_pipeline(model, made, cfg.store_encoder)
-            else:
-                save_diffusers(model, made)
-        else:
-            save_original(autoencoder, made, denoiser, cfg.to)
+        write(model, made, cfg.to, cfg.store_encoder)
         for file in written:
             if file.is_dir():
                 shutil.rmtree(file)
@@ -76,6 +78,30 @@ def convert(cfg: DictConfig) -> None:
     if cfg.push_to_hub is not None:
         address = model.push_to_hub(cfg.push_to_hub, private=cfg.private, store_encoder=cfg.store_encoder)
         log.info("uploaded: %s", address)
+
+
+def write(model: RAE | Generator, folder: Path, to: str, store_encoder: bool | None) -> None:
+    """Writes a model in one of the formats of :data:`WRITTEN`.
+
+    Args:
+        model: The model.
+        folder: Where the files go.
+        to: The format.
+        store_encoder: Whether the encoder's weights are stored; None: unless they come from the hub.
+    """
+    if to == "rae":
+        model.save_pretrained(folder, store_encoder)
+    elif to == "onnx":
+        save_onnx(model, folder)
+    elif isinstance(model, Generator):
+        if to == "diffusers":
+            save_pipeline(model, folder, store_encoder)
+        else:
+            save_original(model.autoencoder, folder, model.denoiser, to)
+    elif to == "diffusers":
+        save_diffusers(model, folder)
+    else:
+        save_original(model, folder, None, to)
 
 
 def convert_config(cfg: DictConfig) -> None:

@@ -86,7 +86,7 @@ class NavigationTokens(Condition):
         Returns:
             Tokens B×(K·N + action_tokens + 1)×width.
         """
-        batch = len(frames)
+        batch = frames.shape[0]
         past = grid_to_tokens(self.frame_embedding(frames.flatten(0, 1)))  # (B·K)×N×D
         past = past.reshape(batch, -1, past.shape[2])
         acts = self.action_learned + self.action_embedding(action)[:, None]

@@ -124,7 +124,7 @@ class ViTDecoder(Described, nn.Module):
 
     def _through_blocks(self, tokens: Tensor, class_token: Tensor) -> Tensor:
         """Patch tokens B×N×D and class token 1×1×D that enter the first block => input of the last layer B×N×D."""
-        x = torch.cat([class_token.expand(len(tokens), -1, -1), tokens], dim=1)  # B×(1+N)×D
+        x = torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)  # B×(1+N)×D
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)

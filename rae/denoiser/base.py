@@ -141,7 +141,7 @@ class Denoiser(Described, nn.Module):
             )
         if r is not None and r.shape != t.shape:
             raise ValueError(f"r must hold one value a sample, as t does: t {tuple(t.shape)}, r {tuple(r.shape)}")
-        self.condition.check(conditions, len(x_t))
+        self.condition.check(conditions, x_t.shape[0])
         if may_look(x_t):
             if t.numel() and not (t.min() >= 0 and t.max() <= 1 + 1e-6):
                 raise ValueError(

@@ -93,7 +93,7 @@ class InContextDiT(Denoiser):
         x = torch.cat([image, self.time_tokens + time[:, None], told], dim=1)  # B×(N+T+M)×D
         mask = None
         if seen is not None:
-            before = seen.new_ones(len(seen), x.shape[1] - seen.shape[1])
+            before = seen.new_ones(seen.shape[0], x.shape[1] - seen.shape[1])
             mask = torch.cat([before, seen], dim=1)[:, None, None]  # B×1×1×(N+T+M)
         blocks, first = list(self.backbone), self.base_depth if base else 0
         x = self.run_blocks(blocks[:first], x, self.backbone_rope, mask)

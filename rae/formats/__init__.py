@@ -4,6 +4,7 @@ from rae.formats.bundle import Bundle, assemble
 from rae.formats.decoder import decoder_from_original
 from rae.formats.denoiser import denoiser_from_config, denoiser_from_original
 from rae.formats.diffusers import save_diffusers
+from rae.formats.onnx import save_onnx
 from rae.formats.open import read
 from rae.formats.original import save_original
 from rae.formats.pipeline import save_pipeline
@@ -20,6 +21,7 @@ __all__ = [
     "read_config",
     "read_step",
     "save_diffusers",
+    "save_onnx",
     "save_original",
     "save_pipeline",
     "trained_weights",
