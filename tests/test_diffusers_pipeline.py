@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rae import denoiser as denoisers
+from rae import flow
 from rae.autoencoder import RAE
 from rae.condition import LabelTokens, NavigationTokens
-from rae.denoiser import DiT, DiTDH, InContextDiTDH
+from rae.denoiser import Denoiser, DiT, DiTDH, InContextDiTDH, RiT
 from rae.encoder.text import TransformersTextEncoder
 from rae.flow import (
     AdaptiveProjectedGuidance,
@@ -27,11 +29,14 @@ from rae.flow import (
     EulerSampler,
     FlowMatching,
     FullGrid,
+    Guidance,
+    HeunEulerSampler,
     HeunSampler,
     InternalGuidance,
     JumpSampler,
     MeanFlow,
     PublishedGrid,
+    Sampler,
 )
 from rae.formats import save_original, save_pipeline
 from rae.formats.open import load_denoiser
@@ -89,6 +94,12 @@ def stochastic() -> Generator:
     return finished(denoiser, EulerMaruyamaSampler(PublishedGrid(4)), guidance)
 
 
+def joint() -> Generator:
+    denoiser = RiT(32, 4, 32, 2, 4, 10, context_tokens=3, context_start=1)
+    flow = FlowMatching(prediction="data", shift=1.37)
+    return finished(denoiser, HeunEulerSampler(FullGrid(3)), ClassifierFreeGuidance(1.5), flow)
+
+
 def finished(denoiser, sampler, guidance, flow=None, **options) -> Generator:
     randomise(denoiser, 1)
     flow = flow or FlowMatching(shift=1.37)
@@ -104,7 +115,7 @@ def lively(model: Generator) -> Generator:
     return model
 
 
-MODELS = [cfg_interval, internal, autoguidance, average_velocity, stochastic]
+MODELS = [cfg_interval, internal, autoguidance, average_velocity, stochastic, joint]
 
 
 @pytest.fixture
@@ -257,6 +268,18 @@ def test_two_things_of_one_name_are_not_put_into_one_file(tmp_path, monkeypatch)
     assert made["twice"](1) == pytest.approx(6.2831853)
 
 
+def test_every_class_that_a_model_may_have_is_in_the_files():
+    written = {name: single_file(f"rae.formats.components.{name}", "X.") for name in ("transformer", "pipeline")}
+    for base, module, name in (
+        (Denoiser, denoisers, "transformer"),
+        (Sampler, flow, "pipeline"),
+        (Guidance, flow, "pipeline"),
+    ):
+        for kind in vars(module).values():
+            if isinstance(kind, type) and issubclass(kind, base) and kind is not AdaptiveSampler:
+                assert f"class {kind.__name__}(" in written[name], kind
+
+
 def test_what_the_folder_could_not_do_is_refused(tmp_path):
     model = cfg_interval()
     model.sampler = AdaptiveSampler()
@@ -268,6 +291,10 @@ def test_what_the_folder_could_not_do_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="Mine is no class of this library"):
         save_pipeline(finished(Mine(32, 4, 32, 1, 4, 10), EulerSampler(), None), tmp_path / "out")
+    lifted = cfg_interval()
+    lifted.autoencoder.latent.space = "decoder_input"
+    with pytest.raises(ValueError, match=r"latent.space=decoder_input"):
+        save_pipeline(lifted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     save_pipeline(cfg_interval(), tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"model_index.json"):

@@ -116,6 +116,10 @@ def _refuse(model: Generator, index: Mapping[str, Any]) -> None:
         raise ValueError(
             f"to=diffusers: {foreign[0]} is no class of this library, and the folder would lack its code; to=rae exports it"
         )
+    if (space := model.autoencoder.latent.space) != "encoder":
+        raise ValueError(
+            f"to=diffusers: its decoder takes no latents of latent.space={space}; to=rae exports the model"
+        )
     if wrong := [name for name in names if name.rpartition(".")[2] in _WITHOUT]:
         raise ValueError(
             f"to=diffusers: {wrong[0]} needs torchdiffeq, which readers of the folder may lack: add sampler=euler or another one "

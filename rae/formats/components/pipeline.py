@@ -23,6 +23,7 @@ from rae.flow import (
     FullGrid,
     GVPPath,
     Heun3Sampler,
+    HeunEulerSampler,
     HeunSampler,
     InternalGuidance,
     JumpSampler,
@@ -45,6 +46,7 @@ GRIDS = by_name(PublishedGrid, FullGrid)
 SAMPLERS = by_name(
     EulerSampler,
     HeunSampler,
+    HeunEulerSampler,
     Heun3Sampler,
     MidpointSampler,
     RK4Sampler,
@@ -216,19 +218,21 @@ class RAEPipeline(DiffusionPipeline):
                 f"{batch} samples need as many indices, got {len(numbers)}, and latents {shape}, got {given}"
             )
 
-        def draw(purpose: str, *step: int) -> Tensor:
+        def draw(of: Sequence[int], purpose: str, *step: int) -> Tensor:
             if seed is None:
-                return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            return normal([sample_seed(seed, purpose, i, *step) for i in numbers], shape[1:], device=device)
+                return randn_tensor((batch, *of), generator=generator, device=device, dtype=torch.float32)
+            return normal([sample_seed(seed, purpose, i, *step) for i in numbers], of, device=device)
 
-        noise = draw("sample") if latents is None else latents.to(device, torch.float32)
+        noise = draw(shape[1:], "sample") if latents is None else latents.to(device, torch.float32)
         null = None
         if guidance.needs_null:
             told, null = beside_null(told, denoiser.condition, self._text, away)
         guide = None if self.guide is None else self._velocity(self.guide)
         velocity = guidance(self._velocity(self.transformer), told, null=null, guide=guide)
         with self.progress_bar(total=sampler.calls) as bar:
-            drawn = self._walk(velocity, noise, sampler, lambda step: draw("step", step), bar.update)
+            begun, of = denoiser.begin(noise), denoiser.state_shape
+            drawn = self._walk(velocity, begun, sampler, lambda step: draw(of, "step", step), bar.update)
+            drawn = denoiser.split(drawn)[0]
             images = drawn if output_type == "latent" else self.vae.decode(drawn).sample.float().clamp(0, 1)
         self.maybe_free_model_hooks()
         made: Any = images

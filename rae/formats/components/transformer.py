@@ -12,11 +12,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from rae.condition import LabelTokens, NavigationTokens, TextTokens
-from rae.denoiser import DiT, DiTDH, InContextDiT, InContextDiTDH
+from rae.denoiser import DiT, DiTDH, InContextDiT, InContextDiTDH, RiT
 from rae.formats.components.make import by_name, make
 from rae.layers import trusted
 
-DENOISERS = by_name(DiT, DiTDH, InContextDiT, InContextDiTDH, LabelTokens, NavigationTokens, TextTokens)
+DENOISERS = by_name(DiT, DiTDH, InContextDiT, InContextDiTDH, RiT, LabelTokens, NavigationTokens, TextTokens)
 """What a description may name."""
 
 
