@@ -6,19 +6,22 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import save_file
 
 from rae.cli.build import build
 from rae.cli.errors import compose
 from rae.data import ImageFolderDataModule, LatentsDataModule, ShardsDataModule
+from rae.data.hub import HubDataModule
 from rae.data.packing.pack import ShardPlan, pack
 from rae.io.files import write_json
 
 COUNT, GLOBAL = 26, 6
-KINDS = ["folder", "shards", "latents"]
+KINDS = ["folder", "shards", "hub", "latents"]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,12 @@ def root(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(path)
     pack(ShardPlan.of(root / "folder", images_per_shard=7, shuffle=False), root / "shards")
+    files = sorted((root / "folder").rglob("*.png"))
+    labels = [int(file.parent.name[1:]) for file in files]
+    rows = pa.table({"image": [file.read_bytes() for file in files], "label": labels})
+    (root / "hub").mkdir()
+    for split in ("train", "val"):
+        parquet.write_table(rows, root / "hub" / f"{split}.parquet", row_group_size=4)
     (root / "latents").mkdir()
     names = []
     for part in range(3):
@@ -48,9 +57,14 @@ def module(kind, root, world, rank, workers, epoch):
     """A data module as one of several processes sees it in an epoch."""
     classes = {"folder": ImageFolderDataModule, "shards": ShardsDataModule, "latents": LatentsDataModule}
     path = str(root / kind)
-    made = classes[kind](
-        path, path, batch_size=GLOBAL // world, num_workers=workers, image_size=16, num_classes=2, seed=3
-    )
+    options = {
+        "batch_size": GLOBAL // world,
+        "num_workers": workers,
+        "image_size": 16,
+        "num_classes": 2,
+        "seed": 3,
+    }
+    made = HubDataModule(path, val_split="val", **options) if kind == "hub" else classes[kind](path, path, **options)
     progress = SimpleNamespace(total=SimpleNamespace(processed=0))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     made.trainer = Mock(world_size=world, global_rank=rank, current_epoch=epoch, overfit_batches=0, fit_loop=loop)
@@ -107,9 +121,10 @@ def test_epochs_differ_and_together_reach_everything(root, alone, kind):
     assert set().union(*epochs) == set(range(COUNT))
 
 
-def test_folder_and_shards_are_the_same_data(alone):
+@pytest.mark.parametrize("kind", ["shards", "hub"])
+def test_folder_and_others_are_the_same_data(alone, kind):
     for split in ("train", "val"):
-        for one, other in zip(alone["folder", split], alone["shards", split], strict=True):
+        for one, other in zip(alone["folder", split], alone[kind, split], strict=True):
             assert all(torch.equal(one[key], other[key]) for key in one)
 
 

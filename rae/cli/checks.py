@@ -113,7 +113,10 @@ def check_files(cfg: DictConfig, config: str) -> None:
             raise FileNotFoundError(f"{key}={value} does not exist: give {kinds}")
     data = cfg.get("data")
     if config in _TRAINS_ON and isinstance(data, DictConfig) and not data._is_none():
-        if str(data.get("_target_")).startswith("rae.data.") and data.get("train_path", "") is None:
+        if str(data.get("_target_")).startswith("rae.data.") and None in (
+            data.get("train_path", ""),
+            data.get("repo", ""),
+        ):
             raise no_train_path(str(data["_target_"]).rpartition(".")[2])
         check_paths(data)
 

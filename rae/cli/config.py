@@ -27,6 +27,7 @@ _PATHS = (
         "latent.stats",
         "data.train_path",
         "data.val_path",
+        "data.repo",
     ),
     *("samples", "originals", "neighbours_of", "labels", "images", "synsets", "source", "prompts", "captions"),
     *("metric.reference", "callbacks.evaluation.metric.reference", "callbacks.evaluation.guide"),

@@ -33,6 +33,7 @@ _HOW = (
     "num_workers",
     "pin_memory",
     "index_folder",
+    "stream",
     "max_bad_share",
 )  # of data; results do not depend on them
 
@@ -49,8 +50,9 @@ def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[st
         data: The data module made of it, set up.
         split: ``train`` or ``val``.
     """
-    other = "val_path" if split == "train" else "train_path"
-    described = {key: value for key, value in plain(cfg)["data"].items() if key not in (*_HOW, other)}
+    other = "val" if split == "train" else "train"
+    left_out = (*_HOW, f"{other}_path", f"{other}_split")
+    described = {key: value for key, value in plain(cfg)["data"].items() if key not in left_out}
     return {**described, "names": data.names_hash(split)}
 
 

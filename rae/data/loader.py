@@ -100,6 +100,10 @@ class ImageFiles(SeededDataset):
         """The image file at a position: a path, or a file opened for reading bytes."""
         return self.name(position)
 
+    def label(self, position: int) -> int:
+        """The class of the image at a position."""
+        return int(self.labels[position])
+
     captioned = False
     """Whether there are captions."""
 
@@ -143,7 +147,7 @@ class ImageFiles(SeededDataset):
                 broken.append((self.name(position), first_line(error)))
                 check_share(len(broken), len(self), self.max_bad_share, [name for name, _ in broken])
             else:
-                return {"image": image, "label": int(self.labels[position]), "index": index, "broken": broken, **text}
+                return {"image": image, "label": self.label(position), "index": index, "broken": broken, **text}
 
 
 class KeyedDataset(Dataset[Sample]):

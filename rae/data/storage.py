@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,59 @@ def open_file(path: str) -> IO[bytes]:
         return open(path, "rb")
     file: IO[bytes] = _ask(path, "open", "rb")
     return file
+
+
+class RangeFile(io.RawIOBase):
+    """A file on the network for reading with seeking; each read is one request of just these bytes, repeated as needed."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        filesystem, name = _filesystem(path)
+        try:
+            self._file: Any = _patiently(path, lambda: filesystem.open(name, "rb", cache_type="none"))
+        except FileNotFoundError as error:  # which some protocols make of every fault of the server
+            raise UnreachableError(f"{path} cannot be opened: check address, network and credentials") from error
+        if getattr(self._file, "size", None) is None or not hasattr(self._file, "_fetch_range"):
+            raise UnreachableError(f"{path}: the server does not know range requests; keep the file on this machine")
+        self._size = int(self._file.size)
+        self._position = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves to a byte, counted from the beginning, from here or from the end."""
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        """The byte that is read next."""
+        return self._position
+
+    def size(self) -> int:
+        """Number of bytes."""
+        return self._size
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, all of them; raises UnreachableError where they cannot be had."""
+        first = self._position
+        last = self._size if size < 0 else min(self._size, first + size)
+        if first >= last:
+            return b""
+        # The cache's fetcher, since seek and read of the file would read ahead.
+        content: bytes = _patiently(self.path, lambda: self._file._fetch_range(first, last))
+        if len(content) != last - first:
+            raise UnreachableError(
+                f"{self.path} answered with other bytes than asked for: the server must know range requests"
+            )
+        self._position = last
+        return content
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:

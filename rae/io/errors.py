@@ -14,5 +14,9 @@ _PATHS = {
 
 def no_train_path(kind: str) -> ConfigError:
     """The error of a data module, by the name of its class, that is not told where its training samples are."""
+    if kind == "HubDataModule":
+        return ConfigError(
+            "data.repo is not given; add data.repo=owner/name (a data set on the hub), or the path of a folder"
+        )
     example = _PATHS.get(kind, "/path/to/imagenet/train (a folder with one subfolder a class)")
     return ConfigError(f"data.train_path is not given; add data.train_path={example}")

@@ -1,15 +1,24 @@
-"""Where the weights of frozen networks come from: a local file, else a cache, else a download, else one error that says so."""
+"""Where weights of frozen networks and data sets come from: here, else a cache, else a download, else one error that says so."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.error import URLError
 
 import torch
-from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor
 
 from rae.io.tensors import read_file
@@ -126,6 +135,75 @@ def fetch_all(hub_id: str, revision: str | None, folder: Path | None = None, pat
         return Path(snapshot_download(hub_id, revision=revision, local_dir=folder, allow_patterns=patterns))
     except Exception as error:  # the hub's errors have no common base
         raise _unreachable(f"{hub_id!r}", revision, error, "give a local folder instead") from None
+
+
+class DatasetFiles(NamedTuple):
+    """What is in a data set on the hub."""
+
+    commit: str
+    names: list[str]
+    """Paths of all files, from the repository's root."""
+    card: dict[str, Any]
+    """The head of its README, which may say what the splits are made of."""
+
+
+def list_dataset(repo: str, revision: str | None) -> DatasetFiles:
+    """Looks at a data set on the hub, and whether it may be read.
+
+    Raises:
+        FileNotFoundError: It, or its revision, does not exist; it is gated; or the hub cannot be reached.
+    """
+    try:
+        info = HfApi().dataset_info(repo, revision=revision)
+        if info.gated:
+            HfApi().auth_check(repo, repo_type="dataset")
+    except Exception as error:  # the hub's errors have no common base
+        raise _no_dataset(repo, revision, error) from None
+    card = info.card_data.to_dict() if info.card_data else {}
+    return DatasetFiles(info.sha or "main", [file.rfilename for file in info.siblings or []], card)
+
+
+def fetch_dataset(repo: str, revision: str | None, names: list[str] | None = None) -> Path:
+    """Files of a data set, by their paths, in the hub's cache; None for those that are there already, without asking the hub.
+
+    Raises:
+        FileNotFoundError: They cannot be had.
+    """
+    try:
+        return Path(
+            snapshot_download(
+                repo, repo_type="dataset", revision=revision, allow_patterns=names, local_files_only=names is None
+            )
+        )
+    except Exception as error:  # the hub's errors have no common base
+        raise _no_dataset(repo, revision, error) from None
+
+
+def dataset_url(repo: str, commit: str, name: str) -> str:
+    """Address of a file of a data set, for fsspec."""
+    return f"hf://datasets/{repo}@{commit}/{name}"
+
+
+class UnansweredError(FileNotFoundError):
+    """The hub cannot be reached."""
+
+
+def _no_dataset(repo: str, revision: str | None, error: Exception) -> FileNotFoundError:
+    """What an error of the hub means for a data set."""
+    page = f"{constants.ENDPOINT}/datasets/{repo}"
+    if isinstance(error, GatedRepoError):
+        why = f"is gated: ask for access at {page}, then log in with `hf auth login`, or set HF_TOKEN"
+    elif isinstance(error, RepositoryNotFoundError | HFValidationError):
+        why = "is neither a folder here nor a data set on the hub (a private one needs `hf auth login`, or HF_TOKEN)"
+    elif isinstance(error, RevisionNotFoundError):
+        why = f"has no revision {revision!r}: give a branch, tag or commit of {page} with data.revision, or null"
+    else:
+        reason = textwrap.shorten((str(error).strip().splitlines() or [""])[0], 120, placeholder=" …")
+        return UnansweredError(
+            f"data.repo={repo} is no folder here, the cache {constants.HF_HUB_CACHE} does not hold it, and the hub cannot be "
+            f"reached ({type(error).__name__}: {reason}): connect once, or give the path of a copy"
+        )
+    return FileNotFoundError(f"data.repo={repo} {why}")
 
 
 def _unreachable(what: str, revision: str | None, problem: Exception | None, remedy: str) -> FileNotFoundError:

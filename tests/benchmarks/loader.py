@@ -16,20 +16,24 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
+from pyarrow import parquet
 from side_by_side import versions
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from rae.data import ImageFolderDataModule, ImageTransform, ShardsDataModule
+from rae.data.hub import HubDataModule
 from rae.data.packing.pack import ShardPlan, pack
 from rae.data.transforms import open_for
 from rae.image import center_crop
 
 BATCH = 64
 SIZE = 256
+COPIES = 64
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -51,6 +55,25 @@ def generate(folder: Path, images: int) -> None:
         photograph(rng, 500, 375).save(path, quality=92)
 
 
+def write_tables(folder: Path, target: Path) -> None:
+    """The images as a Hugging Face data set: Parquet with row groups of 100, as of ImageNet on the hub, and an Arrow stream.
+
+    Each file has further names, so that hardly two images of a batch lie in one row group, as in a large data set.
+    """
+    files = sorted(folder.rglob("*.jpg"))
+    rows = pa.table(
+        {"image": [path.read_bytes() for path in files], "label": [int(path.parent.name[5:]) for path in files]}
+    )
+    for kind in ("parquet", "arrow"):
+        (target / kind).mkdir(parents=True)
+    parquet.write_table(rows, target / "parquet" / "0.parquet", row_group_size=100)
+    with pa.ipc.new_stream(str(target / "arrow" / "0.arrow"), rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=100)
+    for kind in ("parquet", "arrow"):
+        for number in range(1, COPIES):
+            (target / kind / f"{number}.{kind}").hardlink_to(target / kind / f"0.{kind}")
+
+
 def originals(stage: int) -> transforms.Compose:
     """The original's transforms: of stage 1, resize to 384 and a random crop; of stage 2, ADM's centre crop and a flip."""
     if stage == 1:
@@ -60,7 +83,7 @@ def originals(stage: int) -> transforms.Compose:
     return transforms.Compose([*first, transforms.ToTensor()])
 
 
-def pipelines(folder: Path, shards: Path, stage: int, workers: int) -> dict[str, object]:
+def pipelines(folder: Path, shards: Path, tables: Path, stage: int, workers: int) -> dict[str, object]:
     """Loaders by name; each iteration is one epoch."""
     mode = {"mode": "random_crop", "flip": False} if stage == 1 else {"mode": "center_crop", "flip": True}
     common = {"batch_size": BATCH, "num_workers": workers, "image_size": SIZE, "num_classes": 10, **mode}
@@ -71,18 +94,22 @@ def pipelines(folder: Path, shards: Path, stage: int, workers: int) -> dict[str,
         ),
         "folder": ImageFolderDataModule(str(folder), **common).train_dataloader(),
         "shards": ShardsDataModule(str(shards), **common).train_dataloader(),
+        "hub, Arrow": HubDataModule(str(tables / "arrow"), **common).train_dataloader(),
+        "hub, Parquet": HubDataModule(str(tables / "parquet"), **common).train_dataloader(),
         "folder, exact": ImageFolderDataModule(str(folder), exact=True, **common).train_dataloader(),
         "folder, fast_decode": ImageFolderDataModule(str(folder), fast_decode=True, **common).train_dataloader(),
     }
 
 
 def speed(loader: object, images: int) -> float:
-    """Images per second of one epoch, from the second batch on: the first waits for the workers to start."""
+    """Images per second of so many images, from the second batch on: the first waits for the workers to start."""
     seen, start = 0, 0.0
     for batch in loader:  # type: ignore[attr-defined]
         if not seen:
             start = time.perf_counter()
         seen += len(batch["image"]) if isinstance(batch, dict) else len(batch[0])
+        if seen >= images - BATCH:
+            break
     return (seen - BATCH) / (time.perf_counter() - start)
 
 
@@ -139,8 +166,9 @@ def main() -> None:
         folder, shards = Path(name) / "jpeg", Path(name) / "shards"
         generate(folder, options.images)
         pack(ShardPlan.of(folder, images_per_shard=250), shards, num_workers=options.workers)
+        write_tables(folder, Path(name) / "tables")
         for stage in (1, 2):
-            loaders = pipelines(folder, shards, stage, options.workers)
+            loaders = pipelines(folder, shards, Path(name) / "tables", stage, options.workers)
             laps: dict[str, list[float]] = {kind: [] for kind in loaders}
             for _ in range(options.repeats + 1):
                 for kind, loader in loaders.items():

@@ -1,0 +1,162 @@
+"""Which files make up a split of a data set in Hugging Face's layouts, here or on the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rae.io.files import parse_json
+from rae.io.hub import UnansweredError, dataset_url, fetch_dataset, list_dataset
+
+PARQUET = ".parquet"
+ENDINGS = (PARQUET, ".arrow")
+"""Kinds of files that are read."""
+_NAMES = {"train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"}
+"""How files of a split are called, after ``datasets``; other splits by their own name."""
+_PART = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
+
+
+def find_tables(repo: str, split: str, config: str | None, revision: str | None, stream: bool) -> list[str]:
+    """Paths, or with ``stream`` addresses, of the files of a split.
+
+    Args:
+        repo: A folder (files of any layout below, or what ``save_to_disk`` of ``datasets`` wrote), or a data set on the hub, whose
+            files are downloaded into the hub's cache.
+        split: Its name.
+        config: Which of several data sets in one repository; None for the default one.
+        revision: Branch, tag or commit on the hub; None for the newest.
+        stream: Whether files on the hub stay there.
+
+    Raises:
+        FileNotFoundError: There is no such data set, split or configuration, or it may not be read.
+        ValueError: Files are missing, or are of a kind that is not read.
+    """
+    if Path(repo).expanduser().is_dir():
+        return _below(Path(repo).expanduser(), split, config)
+    try:
+        listed = list_dataset(repo, revision)
+    except UnansweredError as problem:
+        try:
+            folder = fetch_dataset(repo, revision)
+        except FileNotFoundError:
+            raise problem from None
+        return _below(folder, split, config)
+    names = files_of(listed.names, listed.card, split, config, repo)
+    if not stream:
+        folder = fetch_dataset(repo, revision, names)
+        return [str(folder / name) for name in names]
+    if not all(name.endswith(PARQUET) for name in names):
+        raise ValueError(
+            f"data.stream=true reads Parquet alone, and {repo!r} holds {names[0]!r}; set data.stream=false"
+        )
+    return [dataset_url(repo, listed.commit, name) for name in names]
+
+
+def files_of(names: Sequence[str], card: Mapping[str, Any], split: str, config: str | None, repo: str) -> list[str]:
+    """Those of a data set's files that make up a split: as its card says, else by their names; for messages, what it is called.
+
+    Raises:
+        FileNotFoundError: There are none.
+        ValueError: Some are missing.
+    """
+    tables = sorted(name for name in names if name.endswith(ENDINGS))
+    patterns = _patterns(card, split, config, repo)
+    if patterns is not None:
+        found = [name for name in tables if any(_matches(name, pattern) for pattern in patterns)]
+    else:
+        inside = [name for name in tables if config is None or config in name.split("/")[:-1]]
+        found = [name for name in inside if _is_of(name, split)]
+        if not found and split == "train" and not any(_is_of(name, other) for name in inside for other in _NAMES):
+            found = inside
+    if not found:
+        listed = ", ".join(tables[:4]) or "no .parquet or .arrow file"
+        kind = f" of configuration {config!r}" if config else ""
+        raise FileNotFoundError(f"{repo!r} has no files of split {split!r}{kind}; it holds {listed}")
+    _check_parts(found, repo)
+    return found
+
+
+def _below(root: Path, split: str, config: str | None) -> list[str]:
+    """Files of a split in a folder."""
+    if (root / "dataset_dict.json").is_file():
+        known = _saved(root / "dataset_dict.json", "splits")
+        if split not in known["splits"]:
+            raise FileNotFoundError(
+                f"{str(root)!r} has no split {split!r}; it has {', '.join(map(str, known['splits']))}"
+            )
+        root = root / split
+    if (root / "state.json").is_file():
+        state = _saved(root / "state.json", "_data_files")
+        if state.get("_split") not in (None, split):
+            raise FileNotFoundError(f"{str(root)!r} is the split {state['_split']!r}, not {split!r}")
+        return [str(root / Path(str(entry["filename"])).name) for entry in state["_data_files"]]
+    names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in ENDINGS]
+    card = root / "README.md"
+    head = re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.DOTALL) if card.is_file() else None
+    described = yaml.safe_load(head[1]) if head else None
+    card_data = described if isinstance(described, dict) else {}
+    return [str(root / name) for name in files_of(names, card_data, split, config, str(root))]
+
+
+def _saved(file: Path, key: str) -> dict[str, Any]:
+    """A file of ``save_to_disk``; raises ValueError where it does not list what it should."""
+    content = parse_json(file.read_bytes(), str(file))
+    listed = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(listed, list) or (key == "_data_files" and not all("filename" in one for one in listed)):
+        raise ValueError(f"{str(file)!r} is not what save_to_disk writes: it lists no {key}; save the data set anew")
+    return dict(content)
+
+
+def _patterns(card: Mapping[str, Any], split: str, config: str | None, repo: str) -> list[str] | None:
+    """What a card says of the files of a split; None where it says nothing."""
+    configs = {str(one.get("config_name")): one for one in card.get("configs") or () if isinstance(one, dict)}
+    if not configs:
+        return None
+    first = next((name for name, one in configs.items() if one.get("default")), None)
+    name = (
+        config or first or ("default" if "default" in configs else next(iter(configs)) if len(configs) == 1 else None)
+    )
+    if name not in configs:
+        raise FileNotFoundError(
+            f"{repo!r} has the configurations {', '.join(configs)}: choose one with data.config_name"
+            + (f", not {config!r}" if config else "")
+        )
+    files = configs[name].get("data_files")
+    if files is None:
+        return None
+    if not isinstance(files, list) or not files or not isinstance(files[0], dict):
+        files = [{"split": "train", "path": files}]
+    by_split = {str(one.get("split")): one.get("path") for one in files}
+    if split not in by_split:
+        raise FileNotFoundError(f"{repo!r} has no split {split!r}; it has {', '.join(by_split)}")
+    found = by_split[split]
+    return [str(one) for one in (found if isinstance(found, list) else [found])]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a path is meant by a pattern: a star stays within a folder, two do not."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
+    signs = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.fullmatch("".join(signs.get(part, re.escape(part)) for part in parts), name) is not None
+
+
+def _is_of(name: str, split: str) -> bool:
+    words = _NAMES.get(split, re.escape(split))
+    return re.search(rf"(?:^|[-._ 0-9/])(?:{words})(?:[-._ 0-9/]|$)", name) is not None
+
+
+def _check_parts(names: Sequence[str], repo: str) -> None:
+    """Raises ValueError where files are numbered ``-00003-of-00294`` and not all are there."""
+    series: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        if match := _PART.search(name):
+            series.setdefault((name[: match.start()], int(match[2])), set()).add(int(match[1]))
+    for (start, total), found in series.items():
+        if len(found) < total:
+            raise ValueError(
+                f"{repo!r} holds {len(found)} of the {total} files {start}-…-of-{total:05d}: get the others too"
+            )

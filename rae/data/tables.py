@@ -1,0 +1,185 @@
+"""Rows of Parquet and Arrow files by number: in any order, from this machine or by range requests."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rae.data.splits import PARQUET
+from rae.data.storage import RangeFile, is_remote
+
+try:
+    import pyarrow as pa
+    from pyarrow import parquet
+except ImportError as error:
+    raise ImportError("data=hub needs pyarrow: pip install 'rae[hub]'") from error
+
+_AT_ONCE = 16  # requests on the network
+_OPEN = 256  # files that a process keeps open
+
+Row = dict[str, Any]
+"""Values by column."""
+
+
+class Tables:
+    """Rows of files, numbered through in the files' order.
+
+    A Parquet file can be read in whole row groups alone, so that one row costs as much as all of its group; the last group is kept.
+    Arrow files are mapped into memory: a row costs its own bytes. Every process opens the files for itself.
+
+    Args:
+        files: Paths or addresses; Arrow files must lie on this machine.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file cannot be read.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = list(files)
+        self._open: dict[str, Any] = {}
+        self._process = os.getpid()
+        self._held: tuple[int, Sequence[str], pa.Table] | None = None
+        self._footers: dict[str, Any] = {}
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            described = list(pool.map(self._describe, self.files))
+        self._schemas: list[pa.Schema] = [schema for schema, _ in described]
+        lengths = [length for _, blocks in described for length in blocks]
+        # A block is a row group of a Parquet file or a record batch of an Arrow file.
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        self._files = np.repeat(np.arange(len(described)), [len(blocks) for _, blocks in described])
+        self._first_blocks = np.cumsum([0, *(len(blocks) for _, blocks in described)])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}, "_held": None}  # open files stay with the process that opened them
+
+    @property
+    def facts(self) -> list[tuple[str, int]]:
+        """Name and number of rows of every file."""
+        ends = [0, *self._ends.tolist()]
+        rows = np.diff([ends[block] for block in self._first_blocks])
+        return [(file.rsplit("/", 1)[-1], int(count)) for file, count in zip(self.files, rows, strict=True)]
+
+    def type_of(self, column: str, option: str) -> pa.DataType:
+        """The type of a column, which ``option`` names; raises ValueError where a file lacks it, or has it in another type."""
+        for file, schema in zip(self.files, self._schemas, strict=True):
+            if column not in schema.names:
+                raise ValueError(
+                    f"{option}={column}: {file!r} has no such column; it has {', '.join(schema.names) or 'none'}"
+                )
+            found, first = schema.field(column).type, self._schemas[0].field(column).type
+            if found != first:
+                raise ValueError(
+                    f"{option}={column}: the column holds {found} in {file!r}, but {first} in {self.files[0]!r}; all files must be "
+                    "of one data set"
+                )
+        return first
+
+    def class_names(self, column: str) -> list[str]:
+        """Names of the classes of a label's column, as Hugging Face's ``ClassLabel`` notes them; empty where none are."""
+        try:
+            features = json.loads((self._schemas[0].metadata or {})[b"huggingface"])["info"]["features"]
+            return [str(name) for name in features[column]["names"]]
+        except (KeyError, TypeError, ValueError):
+            return []
+
+    def name(self, position: int) -> str:
+        """File and row."""
+        block, _ = self._place(position)
+        file = int(self._files[block])
+        first = self._first_blocks[file]
+        return f"{self.files[file]}:{position - (int(self._ends[first - 1]) if first else 0)}"
+
+    def row(self, position: int, columns: Sequence[str]) -> Row:
+        """Some columns of the row of a number; raises whatever pyarrow says of damaged files, and UnreachableError."""
+        block, number = self._place(position)
+        return self._rows(block, [number], columns)[0]
+
+    def rows(self, positions: Sequence[int], columns: Sequence[str]) -> dict[int, Row]:
+        """Some columns of rows by their numbers, each block read once; those that cannot be read are left out."""
+        wanted: dict[int, list[int]] = {}
+        for position in sorted(set(positions)):
+            wanted.setdefault(self._place(position)[0], []).append(position)
+        found: dict[int, Row] = {}
+
+        def read(blocks: list[int]) -> None:
+            for block in blocks:
+                numbers = [self._place(position)[1] for position in wanted[block]]
+                # Of damage nothing is said here: asked for one by one, such rows say so themselves.
+                with suppress(pa.ArrowException, OSError):
+                    found.update(zip(wanted[block], self._rows(block, numbers, columns), strict=True))
+
+        if is_remote(self.files[0]):  # several files at once, so that the network's delay counts less
+            files: dict[int, list[int]] = {}
+            for block in wanted:
+                files.setdefault(int(self._files[block]), []).append(block)
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                list(pool.map(read, files.values()))
+        else:
+            read(list(wanted))
+        return found
+
+    # --- helpers -----------------------------------------------------------------------------------------------
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Block, and number within it."""
+        block = int(np.searchsorted(self._ends, position, side="right"))
+        return block, position - (int(self._ends[block - 1]) if block else 0)
+
+    def _rows(self, block: int, numbers: list[int], columns: Sequence[str]) -> list[Row]:
+        file = self.files[self._files[block]]
+        number = block - int(self._first_blocks[self._files[block]])
+        opened = self._opened(file)
+        if not file.endswith(PARQUET):
+            table = opened[number]
+        elif (held := self._held) is not None and held[:2] == (block, columns):
+            table = held[2]
+        else:
+            table = opened.read_row_group(number, columns=list(columns), use_threads=False)
+            self._held = block, columns, table
+        return [{name: table.column(name)[row].as_py() for name in columns} for row in numbers]
+
+    def _opened(self, file: str) -> Any:
+        if self._process != os.getpid():  # what a forked process inherits is not its own
+            self._open, self._held, self._process = {}, None, os.getpid()
+        if file not in self._open:
+            while len(self._open) >= _OPEN:
+                self._open.pop(next(iter(self._open)))
+            self._open[file] = self._read(file)
+        return self._open[file]
+
+    def _read(self, file: str) -> Any:
+        """A Parquet file, or the record batches of an Arrow file, which may be a stream (as of ``datasets``) or a file."""
+        if file.endswith(PARQUET):
+            source = RangeFile(file) if is_remote(file) else pa.memory_map(file)
+            return parquet.ParquetFile(source, metadata=self._footers.get(file), pre_buffer=is_remote(file))
+        source = pa.memory_map(file)
+        if source.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(source)
+            return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        source.seek(0)
+        return list(pa.ipc.open_stream(source))
+
+    def _describe(self, file: str) -> tuple[pa.Schema, list[int]]:
+        """Columns and lengths of the blocks."""
+        if not is_remote(file) and not Path(file).is_file():
+            raise FileNotFoundError(f"{file!r} does not exist")
+        try:
+            opened = self._read(file)
+            if file.endswith(PARQUET):
+                footer = self._footers[file] = opened.metadata
+                return opened.schema_arrow, [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
+            return opened[0].schema, [batch.num_rows for batch in opened]
+        except (pa.ArrowException, OSError, IndexError) as error:
+            said = str(error).splitlines() or ["it is empty"]
+            raise ValueError(f"{file!r} is no whole Parquet or Arrow file ({said[0]}); get it anew") from error
