@@ -1,4 +1,4 @@
-"""Writes the generated pages: ``recipes.md`` of conf/experiment, ``results.md`` of the figures in results/.
+"""Writes the generated pages: ``recipes.md`` of conf/experiment, ``results.md`` of results/, the table of ``models.md``.
 
 usage: python docs/pages.py
 """
@@ -13,6 +13,8 @@ from typing import Any
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
+from rae.cli.errors import compose  # noqa: E402
+from rae.cli.groups import conf_dir, config_groups  # noqa: E402
 from rae.cli.help import experiments  # noqa: E402
 from tests.benchmarks.table import markdown, rows_of  # noqa: E402
 
@@ -61,9 +63,29 @@ def results(folder: Path = DOCS / "results") -> str:
     return "\n".join(lines)
 
 
+def models(page: Path = DOCS / "models.md") -> str:
+    """The page of published models: between its two marks, what the files in conf/model say; the rest as it stands."""
+    before, start, rest = page.read_text().partition("<!-- from conf/model -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    rows, commands = [], []
+    for name in config_groups()["model"]:
+        lines = (conf_dir() / "model" / f"{name}.yaml").read_text().splitlines()
+        said = dict(line.removeprefix("# ").split(": ", 1) for line in lines[2:4])
+        cfg = compose("download", [f"model={name}"])
+        file = Path(cfg.checkpoint).relative_to(cfg.collection).as_posix()
+        hub = f"[{cfg.repository}](https://huggingface.co/{cfg.repository}) at `{cfg.revision[:8]}`"
+        rows.append(
+            (f"`{name}`", lines[1][2:].rstrip("."), f"`{file}`", hub, said["Published"].rstrip("."), cfg.licence)
+        )
+        commands.append(said["Command"])
+    table = markdown(("`model=`", "what", "file", "hub, revision", "published", "licence"), rows)
+    block = "\n".join(["```bash", "# needs a download, and data", *commands, "```"])
+    return f"{before}{start}\n{table}\n\n{block}\n\n{end}{after}"
+
+
 def pages() -> dict[str, str]:
     """Every generated page by its name."""
-    return {"recipes.md": recipes(), "results.md": results()}
+    return {"recipes.md": recipes(), "results.md": results(), "models.md": models()}
 
 
 def main(*_: Any) -> None:

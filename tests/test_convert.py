@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import RepoFile, RepoFolder
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file
 
+from rae.cli.build import make
+from rae.cli.checks import check_files
 from rae.cli.errors import compose
 from rae.cli.groups import config_groups
+from rae.cli.models import open_autoencoder
 from rae.commands.convert import convert
 from rae.commands.download import download, files_of
 from rae.commands.reconstruct import reconstruct
@@ -23,6 +30,7 @@ from rae.flow import ClassifierFreeGuidance, EulerSampler, PublishedGrid
 from rae.formats import denoiser_from_original, save_original
 from rae.generator import Generator
 from rae.io.errors import ConfigError
+from rae.io.hub import fetch_weights
 from rae.io.tensors import state_hash
 from tests.small_models import make_autoencoder, make_diffusers, make_generator, randomise
 
@@ -115,27 +123,130 @@ def test_every_published_model_composes_and_names_its_files():
             assert len(names) == (4 if model == "raev2_k7" else 3)
             assert folders <= {"stage1", "stage2", "encoders"}
             assert (cfg.repository, len(cfg.revision)) == ("nyu-visionx/RAEv2-models", 40)
-        else:
-            assert len(names) == (4 if model.startswith("dit") else 2)
-            assert folders <= {"decoders", "stats", "DiTs"}
+        elif cfg.repository == "nyu-visionx/RAE-collections":
+            assert len(names) == (4 if model.startswith("dit") else 1 if model.startswith("disc") else 2)
+            assert folders <= {"decoders", "stats", "DiTs", "discs"}
+        else:  # a repository of its own, in a folder of its name
+            assert folders == {cfg.repository.removeprefix("nyu-visionx/")}
+        assert len(cfg.licence) > 5
     with pytest.raises(ConfigError, match="model=… must be given"):
         files_of(compose("download", []))
 
 
-def test_download_puts_files_where_the_model_looks_for_them(tmp_path: Path, monkeypatch):
-    fetched = []
+class Hub:
+    """A hub with files of one repository, of which the large ones have hashes; it notes what is fetched from it."""
 
-    def hub(repo, name, revision, local_dir):
-        fetched.append((repo, name, revision))
-        return str(Path(local_dir) / name)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **large: bytes) -> None:
+        self.files = {name.replace("__", "/").replace("_pt", ".pt"): content for name, content in large.items()}
+        self.fetched: list[tuple[str, str, str]] = []
+        monkeypatch.setattr("rae.io.hub.hf_hub_download", self.download)
+        monkeypatch.setattr("rae.io.hub.snapshot_download", self.snapshot)
+        monkeypatch.setattr("rae.io.hub.HfApi", lambda: self)
 
-    monkeypatch.setattr("rae.io.hub.hf_hub_download", hub)
-    download(
-        compose("download", ["model=mae_b_256", f"collection={tmp_path}", "encoder_weights=false", "revision=abc"])
-    )
-    repository = "nyu-visionx/RAE-collections"
+    def download(self, repo, name, revision, local_dir):
+        self.fetched.append((repo, name, revision))
+        path = Path(local_dir) / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.files.get(name, b"small"))
+        return str(path)
+
+    def snapshot(self, repo, revision, local_dir, allow_patterns=None):
+        for name in self.files:
+            self.download(repo, name, revision, local_dir)
+        return str(local_dir)
+
+    def get_paths_info(self, repo, names, revision):
+        return [self.told(name) for name in names]
+
+    def list_repo_tree(self, repo, recursive, revision):
+        return [RepoFolder(path="decoders", oid="0"), *map(self.told, [*self.files, "README.md"])]
+
+    def told(self, name: str) -> RepoFile:
+        content = self.files.get(name)
+        lfs = None if content is None else {"size": 9, "oid": hashlib.sha256(content).hexdigest(), "pointerSize": 1}
+        return RepoFile(path=name, size=9, oid="0", lfs=lfs)
+
+
+def test_download_puts_files_where_the_model_looks_for_them(tmp_path: Path, monkeypatch, caplog):
     decoder, statistics = "decoders/mae/base_p16/ViTXL_n08/model.pt", "stats/mae/base_p16/ImageNet1k/stat.pt"
-    assert fetched == [(repository, decoder, "abc"), (repository, statistics, "abc")]
+    hub = Hub(monkeypatch, decoders__mae__base_p16__ViTXL_n08__model_pt=b"decoder")
+    options = ["model=mae_b_256", f"collection={tmp_path}", "encoder_weights=false", "revision=abc"]
+    with caplog.at_level("INFO"):
+        download(compose("download", options))
+    repository = "nyu-visionx/RAE-collections"
+    assert hub.fetched == [(repository, decoder, "abc"), (repository, statistics, "abc")]
+    assert "licence of the files of nyu-visionx/RAE-collections: files: not verified" in caplog.text
+    assert "CC BY-NC 4.0, not for commercial use" in caplog.text
+    assert "1 of 2 files compared with the hub's SHA-256" in caplog.text
+    (tmp_path / decoder).write_bytes(b"decodex")  # one that is there already is compared, too
+    with pytest.raises(
+        ValueError, match=r"ViTXL_n08/model\.pt' is not the hub's file: SHA-256 .*delete it and fetch it again"
+    ):
+        download(compose("download", options))
+
+
+def test_a_repository_of_its_own_has_a_folder_of_its_own(tmp_path: Path, monkeypatch):
+    hub = Hub(monkeypatch, config_json=b"{}", weights_pt=b"weights")
+    download(compose("download", ["model=dinov2_s_256", f"collection={tmp_path}"]))
+    folder = tmp_path / "RAE-dinov2-wReg-small-ViTXL-n08"
+    assert {path.name for path in folder.iterdir()} == {"config_json", "weights.pt"}
+    assert hub.fetched[0][0] == "nyu-visionx/RAE-dinov2-wReg-small-ViTXL-n08"
+    hub.files = {"model.pt": b"decoder"}
+    download(compose("download", ["model=scale_rae_webssl", f"collection={tmp_path}", "encoder_weights=false"]))
+    assert (tmp_path / "webssl300m_decoder" / "model.pt").read_bytes() == b"decoder"
+    assert compose("sample", ["model=scale_rae_webssl", f"collection={tmp_path}"]).checkpoint.endswith(
+        "webssl300m_decoder/model.pt"
+    )
+    with pytest.raises(ConfigError, match=r"n08 does not exist: rae-download model=…"):
+        check_files(compose("reconstruct", ["model=dinov2_l_256", f"collection={tmp_path}"]), "reconstruct")
+
+
+def test_a_published_model_is_opened_from_diffusers_folder(tmp_path: Path):
+    make_diffusers("mae").save_pretrained(tmp_path / "RAE-dinov2-wReg-small-ViTXL-n08")
+    cfg = compose("reconstruct", ["model=dinov2_s_256", f"collection={tmp_path}"])
+    check_files(cfg, "reconstruct")
+    theirs = make_diffusers("mae").eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs.decode(theirs.encode(images).latent).sample
+    torch.testing.assert_close(open_autoencoder(cfg)[0](images), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_scale_raes_decoder_is_as_large_as_the_published_file():
+    """Its 1,661,939,254 bytes are the weights, the fixed table, and less than 500 bytes a tensor of PyTorch's format."""
+    with torch.device("meta"):
+        decoder = make(compose("reconstruct", ["model=scale_rae_webssl"]).decoder)
+    tensors = len(decoder.state_dict()) + 4 * len(decoder.blocks)  # theirs have queries, keys and values apart
+    values = sum(parameter.numel() for parameter in decoder.parameters()) + decoder.position.numel()
+    assert 0 < 1_661_939_254 - 4 * values < 500 * tensors
+    assert (decoder.image_size, decoder.grid) == (224, 16)
+
+
+def test_without_a_connection_nothing_is_compared_and_a_gated_repository_says_how_to_get_in(
+    tmp_path: Path, monkeypatch, caplog
+):
+    hub = Hub(monkeypatch)
+    options = ["model=mae_b_256", f"collection={tmp_path}", "encoder_weights=false"]
+
+    def refuse(*given, **named):
+        raise GatedRepoError(
+            "Cannot access gated repo", response=httpx.Response(403, request=httpx.Request("GET", "https://hub"))
+        )
+
+    monkeypatch.setattr(hub, "get_paths_info", refuse)
+    download(compose("download", options))
+    assert "the files were not compared with the hub's hashes" in caplog.text
+    monkeypatch.setattr("rae.io.hub.hf_hub_download", refuse)
+    for call in (
+        lambda: download(compose("download", options)),
+        lambda: fetch_weights("nyu-visionx/RAE-collections", None, "encoder.checkpoint"),
+    ):
+        with pytest.raises(
+            FileNotFoundError,
+            match=r"gated: ask for access on https://huggingface\.co/nyu-visionx/RAE-collections, log in with `hf auth login`",
+        ):
+            call()
 
 
 def test_converting_for_diffusers_and_reconstructing_from_it(tmp_path: Path):

@@ -96,6 +96,7 @@ def test_the_table_of_weights_is_that_of_the_models():
         if cfg.guide_checkpoint is not None:
             assert f"`{Path(cfg.guide_checkpoint).relative_to('models')}`" in page
         header = (ROOT / f"conf/model/{model}.yaml").read_text().splitlines()[2]
+        assert cfg.licence in row
         for score in re.findall(r"(?:FID-50k|dB|PSNR) (\d+\.\d+)", header):
             assert score in row
         shown = set(re.findall(r"`(\w+)`", page[page.index("## Licences") :]))

@@ -83,7 +83,7 @@ def check_files(cfg: DictConfig, config: str) -> None:
         raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
     if config == "convert" and cfg.to == "onnx" and None in map(find_spec, ("onnx", "onnxscript")):
         raise ConfigError('to=onnx needs onnx and onnxscript, which are not installed: pip install "rae[onnx]"')
-    if config != "download" and cfg.get("decoder") is not None and "collection" in cfg:
+    if config != "download" and "collection" in cfg:
         check_published(cfg)
     check_denoiser(cfg)
     if config == "evaluate" and [cfg.samples, cfg.checkpoint, cfg.latents, cfg.report].count(None) != 3:

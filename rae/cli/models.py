@@ -71,7 +71,7 @@ def open_model(cfg: DictConfig, encode: bool = True, keep_guide: bool = False) -
 
 def _bundle(cfg: DictConfig, keep_guide: bool = False) -> Bundle:
     """The model of a command's configuration, not built yet."""
-    if cfg.get("decoder") is not None:  # a composition: published files
+    if cfg.get("decoder") is not None or "collection" in cfg:  # a composition: published files
         check_published(cfg)
     averaged = cfg.get("averaged", True)
     bundle = read(cfg.checkpoint, averaged).override(plain(cfg))

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rae.cli.groups import config_groups
 from rae.io.errors import ConfigError
-from rae.io.hub import fetch, fetch_all, fetch_weights
+from rae.io.hub import check_hash, fetch, fetch_all, fetch_weights, published_hashes
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +39,37 @@ def files_of(cfg: DictConfig) -> list[str]:
 
 
 def download(cfg: DictConfig) -> None:
-    """Fetches the files, those that are there already excepted.
+    """Fetches the files, those that are there already excepted; compares them with the hub's hashes and says the licence.
+
+    A file or folder below one that is named as the repository is kept there: it is the repository's own folder.
 
     Raises:
         FileNotFoundError: The hub cannot be reached or does not have a file.
+        ValueError: A file is not the hub's.
     """
-    folder = Path(cfg.collection).expanduser()
-    if cfg.everything:
+    folder, own = Path(cfg.collection).expanduser(), str(cfg.repository).rpartition("/")[2]
+    names = None if cfg.everything else files_of(cfg)
+    log.info("licence of the files of %s: %s", cfg.repository, cfg.licence)
+    if names is not None and all(name.partition("/")[0] == own for name in names):
+        folder /= own
+        names = None if own in names else [name.partition("/")[2] for name in names]
+    if names is None:
         fetch_all(cfg.repository, cfg.revision, folder)
-    else:
-        for name in files_of(cfg):
-            log.info("%s", fetch(cfg.repository, name, cfg.revision, folder))
+    for name in names or ():
+        log.info("%s", fetch(cfg.repository, name, cfg.revision, folder))
+    _verify(cfg, folder, names)
     encoder: Any = cfg.get("encoder") or {}
     if cfg.encoder_weights and encoder.get("checkpoint") is None and encoder.get("hub_id") is not None:
         log.info("%s", fetch_weights(encoder["hub_id"], encoder["revision"], "encoder.checkpoint"))
+
+
+def _verify(cfg: DictConfig, folder: Path, names: list[str] | None) -> None:
+    """Compares the files below a folder with the hub's hashes; without a connection, says that they were not compared."""
+    try:
+        hashes = published_hashes(cfg.repository, names, cfg.revision)
+    except FileNotFoundError as error:
+        log.warning("the files were not compared with the hub's hashes: %s", error)
+        return
+    for name, expected in hashes.items():
+        check_hash(folder / name, expected)
+    log.info("%d of %s files compared with the hub's SHA-256", len(hashes), len(names or hashes))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.error import URLError
 
 import torch
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, RepoFile, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor
 
+from rae.io.files import file_hash
 from rae.io.tensors import read_file
 
 HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
@@ -114,7 +115,7 @@ def fetch_weights(hub_id: str, revision: str | None, option: str, names: Sequenc
 
 
 def fetch(hub_id: str, name: str, revision: str | None, folder: Path) -> Path:
-    """One file of a repository, put below ``folder`` under its own name; one that is there already is kept.
+    """One file of a repository, put below ``folder`` under its own name; one that is there is kept, a part of one completed.
 
     Raises:
         FileNotFoundError: It cannot be downloaded.
@@ -135,6 +136,37 @@ def fetch_all(hub_id: str, revision: str | None, folder: Path | None = None, pat
         return Path(snapshot_download(hub_id, revision=revision, local_dir=folder, allow_patterns=patterns))
     except Exception as error:  # the hub's errors have no common base
         raise _unreachable(f"{hub_id!r}", revision, error, "give a local folder instead") from None
+
+
+def published_hashes(hub_id: str, names: Sequence[str] | None, revision: str | None) -> dict[str, str]:
+    """SHA-256 of the large files of a repository, as the hub says them; small ones have none there.
+
+    Args:
+        hub_id: Repository on the Hugging Face hub.
+        names: Files of the repository; None for all.
+        revision: Branch, tag or commit of the repository.
+
+    Raises:
+        FileNotFoundError: The hub cannot be asked.
+    """
+    api = HfApi()
+    try:
+        found = (
+            api.list_repo_tree(hub_id, recursive=True, revision=revision)
+            if names is None
+            else api.get_paths_info(hub_id, list(names), revision=revision)
+        )
+        return {file.path: file.lfs.sha256 for file in found if isinstance(file, RepoFile) and file.lfs is not None}
+    except Exception as error:  # the hub's errors have no common base
+        raise _unreachable(f"hashes of {hub_id!r}", revision, error, "leave the files as they are") from None
+
+
+def check_hash(path: Path, expected: str) -> None:
+    """Compares a file with a SHA-256; raises ValueError where it is another."""
+    if (found := file_hash(path)) != expected:
+        raise ValueError(
+            f"{str(path)!r} is not the hub's file: SHA-256 {found[:16]}…, there {expected[:16]}…; delete it and fetch it again"
+        )
 
 
 class DatasetFiles(NamedTuple):
@@ -207,6 +239,13 @@ def _no_dataset(repo: str, revision: str | None, error: Exception) -> FileNotFou
 
 
 def _unreachable(what: str, revision: str | None, problem: Exception | None, remedy: str) -> FileNotFoundError:
+    if isinstance(problem, GatedRepoError):
+        page = what.rpartition(" ")[2].strip("'")
+        remedy = (
+            f"it is gated: ask for access on https://huggingface.co/{page}, log in with `hf auth login` (or set HF_TOKEN), and try "
+            f"again; or {remedy}"
+        )
+        return FileNotFoundError(f"no {what} (revision {revision or 'main'}): {remedy}")
     reason = textwrap.shorten((str(problem).strip().splitlines() or [""])[0], 160, placeholder=" …")
     return FileNotFoundError(
         f"no {what} (revision {revision or 'main'}): the cache {constants.HF_HUB_CACHE} does not hold it and the download failed "
