@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rae.autoencoder import RAE
-from rae.cli.checks import check_metric, check_paths, check_space
+from rae.cli.checks import check_metric, check_paths, check_space, data_sets
 from rae.cli.config import check_complete, plain
 from rae.formats import Bundle, read
 from rae.formats.bundle import assemble_autoencoder
@@ -117,10 +117,11 @@ def check_images(cfg: DictConfig, what: str) -> None:
         raise ConfigError(
             f"data=latents holds no images, of which {what} are; choose data=imagenet or data=shards, say"
         )
-    if cfg.data.get("mode") == "random_crop" and not cfg.get("random_crops", False):
+    crops = [key for key, one in data_sets(cfg.data).items() if one.get("mode") == "random_crop"]
+    if crops and not cfg.get("random_crops", False):
         meant = "; if one random crop of each image is meant, add random_crops=true" if "random_crops" in cfg else ""
         raise ConfigError(
-            f"data.mode=random_crop makes other images in every epoch; {what} are of center_crop (data=imagenet or "
+            f"{crops[0]}.mode=random_crop makes other images in every epoch; {what} are of center_crop (data=imagenet or "
             f"data=shards){meant}"
         )
 
@@ -134,9 +135,8 @@ def keep_still(data: DictConfig, **values: Any) -> None:
         data: The configuration of the data set, changed in place.
         values: Further keys with their values, e.g. ``exact=True``.
     """
-    for key, value in {"flip": False, **values}.items():
-        if key in data:
-            data[key] = value
+    for one in data_sets(data).values():
+        one.update({key: value for key, value in {"flip": False, **values}.items() if key in one})
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

@@ -68,6 +68,14 @@ _TRAINS_ON = ("train", "stats", "cache_latents")
 """Commands that read the training split."""
 
 
+def _check_packages(cfg: DictConfig, config: str) -> None:
+    """Raises ConfigError where a command needs an optional package that is not installed."""
+    if config == "app" and find_spec("gradio") is None:
+        raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
+    if config == "convert" and cfg.to == "onnx" and None in map(find_spec, ("onnx", "onnxscript")):
+        raise ConfigError('to=onnx needs onnx and onnxscript, which are not installed: pip install "rae[onnx]"')
+
+
 def check_files(cfg: DictConfig, config: str) -> None:
     """Refuses files and folders that are named and not there, training data that are not named, and what lacks its packages.
 
@@ -79,10 +87,7 @@ def check_files(cfg: DictConfig, config: str) -> None:
         ConfigError: Training data are not named or not there, or published files or packages are not there.
         FileNotFoundError: A model, images or statistics do not exist.
     """
-    if config == "app" and find_spec("gradio") is None:
-        raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
-    if config == "convert" and cfg.to == "onnx" and None in map(find_spec, ("onnx", "onnxscript")):
-        raise ConfigError('to=onnx needs onnx and onnxscript, which are not installed: pip install "rae[onnx]"')
+    _check_packages(cfg, config)
     if config != "download" and "collection" in cfg:
         check_published(cfg)
     check_denoiser(cfg)
@@ -113,11 +118,10 @@ def check_files(cfg: DictConfig, config: str) -> None:
             raise FileNotFoundError(f"{key}={value} does not exist: give {kinds}")
     data = cfg.get("data")
     if config in _TRAINS_ON and isinstance(data, DictConfig) and not data._is_none():
-        if str(data.get("_target_")).startswith("rae.data.") and None in (
-            data.get("train_path", ""),
-            data.get("repo", ""),
-        ):
-            raise no_train_path(str(data["_target_"]).rpartition(".")[2])
+        for key, one in data_sets(data).items():
+            given = one.get("train_path", ""), one.get("repo", "")
+            if str(one.get("_target_")).startswith("rae.data.") and None in given:
+                raise no_train_path(str(one["_target_"]).rpartition(".")[2], key)
         check_paths(data)
 
 
@@ -168,6 +172,18 @@ def _may_be_on_the_hub(source: str) -> bool:
     return bool(slash) and not Path(source).expanduser().is_absolute() and not Path(owner).is_dir()
 
 
+def data_sets(data: DictConfig) -> dict[str, DictConfig]:
+    """The configuration of a data set by its key, and those of all that it mixes.
+
+    Args:
+        data: The configuration of the data set.
+    """
+    sources = data.get("sources")
+    inner = sources.items() if isinstance(sources, DictConfig) and not sources._is_none() else ()
+    mixed = {f"data.sources.{name!s}.data": one.get("data") for name, one in inner if isinstance(one, DictConfig)}
+    return {"data": data} | {key: one for key, one in mixed.items() if isinstance(one, DictConfig)}
+
+
 def check_paths(data: DictConfig) -> None:
     """Refuses data that are not there, before networks are built and their weights looked for.
 
@@ -178,12 +194,13 @@ def check_paths(data: DictConfig) -> None:
     Raises:
         ConfigError: A path does not exist.
     """
-    if not str(data.get("_target_")).startswith("rae.data."):
-        return
-    for key in ("train_path", "val_path"):
-        path = data.get(key)
-        if isinstance(path, str) and not re.search(r"://|[{*?\[]", path) and not Path(path).expanduser().exists():
-            raise ConfigError(f"data.{key}={path} does not exist; give the path of the images, shards or latents")
+    for name, one in data_sets(data).items():
+        if not str(one.get("_target_")).startswith("rae.data."):
+            continue
+        for key in ("train_path", "val_path"):
+            path = one.get(key)
+            if isinstance(path, str) and not re.search(r"://|[{*?\[]", path) and not Path(path).expanduser().exists():
+                raise ConfigError(f"{name}.{key}={path} does not exist; give the path of the images, shards or latents")
 
 
 def refuse_existing(cfg: DictConfig, *files: Path) -> None:

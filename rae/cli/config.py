@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rae.cli.checks import WEIGHT_FILES
+from rae.cli.checks import WEIGHT_FILES, data_sets
 from rae.cli.groups import command_files, conf_dir
 from rae.io.describe import completed
 from rae.io.errors import ConfigError
@@ -25,13 +25,11 @@ _PATHS = (
         "discriminator_checkpoint",
         *WEIGHT_FILES,
         "latent.stats",
-        "data.train_path",
-        "data.val_path",
-        "data.repo",
     ),
     *("samples", "originals", "neighbours_of", "labels", "images", "synsets", "source", "prompts", "captions"),
     *("metric.reference", "callbacks.evaluation.metric.reference", "callbacks.evaluation.guide"),
 )
+_OF_DATA = ("train_path", "val_path", "repo")
 _NETWORKS = ("stage", "encoder", "text_encoder", "latent", "decoder", "discriminator", "denoiser")
 _LISTED = 3  # differences that an error spells out
 
@@ -86,7 +84,9 @@ def comment_of(key: str, config: str) -> str:
 
 def absolute_paths(cfg: DictConfig) -> None:
     """Makes the paths that a run depends on absolute, so that its config.yaml serves from any directory."""
-    for key in _PATHS:
+    data = cfg.get("data")
+    inner = [f"{key}.{name}" for key in data_sets(data) for name in _OF_DATA] if isinstance(data, DictConfig) else []
+    for key in (*_PATHS, *inner):
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and "://" not in value and Path(value).expanduser().exists():
             OmegaConf.update(cfg, key, str(Path(value).expanduser().resolve()))

@@ -14,7 +14,9 @@ from rae.cli.build import Run, build, with_decoder_of
 from rae.cli.config import check_same_run, save_config
 from rae.cli.main import Interrupted
 from rae.cpu import keep_freed_memory
+from rae.data.module import ImageDataModule
 from rae.formats.run import LAST, check_whole, find_checkpoint, read_config, read_step
+from rae.report.table import by_source
 from rae.training.resume import AgreeOnResume
 
 log = logging.getLogger(__name__)
@@ -126,4 +128,8 @@ def train(cfg: DictConfig) -> None:
     if trainer.global_step == begin:
         say("the run was finished already; to go on, raise trainer.max_steps or trainer.max_epochs")
     else:
+        if scores := by_source(
+            trainer.callback_metrics, run.data.val_ranges() if isinstance(run.data, ImageDataModule) else ()
+        ):
+            say("scores of each source:\n%s", scores)
         say("finished at step %d; everything is in %s", trainer.global_step, cfg.output_dir)

@@ -4,6 +4,7 @@ from rae.data.digits import DigitsDataModule, DigitsDataset
 from rae.data.folder import ImageFolder, ImageFolderDataModule
 from rae.data.latents import CachedLatents, LatentsDataModule
 from rae.data.loader import SeededDataset
+from rae.data.mixture import MixtureDataModule
 from rae.data.module import ImageDataModule
 from rae.data.pictures import PicturesDataModule, PicturesDataset
 from rae.data.sampler import ShardedBatchSampler
@@ -20,6 +21,7 @@ __all__ = [
     "ImageFolderDataModule",
     "ImageTransform",
     "LatentsDataModule",
+    "MixtureDataModule",
     "PicturesDataModule",
     "PicturesDataset",
     "SeededDataset",

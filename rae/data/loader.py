@@ -50,6 +50,10 @@ class SeededDataset(Dataset[Sample], Sized, ABC):
         """The samples at the positions of a batch, each with the draws of its seed."""
         return [self.load(index, seed) for index, seed in zip(indices, seeds, strict=True)]
 
+    def augment_seed(self, seed: int, epoch: int, index: int) -> int:
+        """Seed of the augmentation of the sample at a position in an epoch of a run."""
+        return sample_seed(seed, "augment", epoch, index)
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -58,7 +62,7 @@ class SeededDataset(Dataset[Sample], Sized, ABC):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is outside of the data set's {len(self)} samples")
         index %= len(self)
-        return self.load(index, sample_seed(0, "augment", 0, index))
+        return self.load(index, self.augment_seed(0, 0, index))
 
 
 class Names(Sequence[str]):
@@ -159,7 +163,7 @@ class KeyedDataset(Dataset[Sample]):
 
     def __getitems__(self, keys: list[Key]) -> list[Sample]:
         """All samples of a batch, which torch's loader asks for together; or ``error`` alone, see :class:`BatchLoader`."""
-        seeds = [sample_seed(self.seed, "augment", epoch, index) for epoch, index in keys]
+        seeds = [self.dataset.augment_seed(self.seed, epoch, index) for epoch, index in keys]
         try:
             samples = self.dataset.load_many([index for _, index in keys], seeds)
         except (BrokenFilesError, UnreachableError, ValueError) as error:

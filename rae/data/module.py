@@ -10,7 +10,7 @@ from weakref import WeakSet
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-from rae.data.loader import Batches, BatchLoader, BrokenFiles, ImageFiles, SeededDataset
+from rae.data.loader import Batches, BatchLoader, BrokenFiles, SeededDataset
 from rae.data.sampler import Position, RangeBatchSampler, ShardedBatchSampler
 from rae.io.describe import Buildable
 from rae.io.errors import no_train_path
@@ -67,9 +67,9 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         self._datasets: dict[str, SeededDataset | None] = {}
         self._broken: dict[str, BrokenFiles] = {}
         self._loaders: WeakSet[BatchLoader] = WeakSet()  # weak: a cycle would leave their workers to the collector
-        self._train_batches: ShardedBatchSampler | None = None
+        self._train_batches: Any = None
         self._begun: tuple[int, int, int] | None = None  # epoch, start and Lightning's batch count of the iteration
-        self._resumed: dict[str, int] | None = None
+        self._resumed: dict[str, Any] | None = None
 
     @abstractmethod
     def train_dataset(self) -> SeededDataset:
@@ -125,6 +125,10 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         dataset = self._dataset(split)
         return 0 if dataset is None else len(dataset)
 
+    def val_ranges(self) -> dict[str, range]:
+        """Positions of the validation samples of each source, where there are several; empty where there is one."""
+        return {}
+
     def first_captions(self, split: str, count: int) -> list[str]:
         """Captions of the first samples of ``train`` or ``val``; fewer where there are not so many."""
         dataset = self._dataset(split)
@@ -136,7 +140,7 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
     def names_hash(self, split: str) -> str | None:
         """SHA-256 of the files of ``train`` or ``val``, by name, label and order; None where the data are no files."""
         dataset = self._dataset(split)
-        return dataset.names_hash if isinstance(dataset, ImageFiles) else None
+        return getattr(dataset, "names_hash", None)
 
     def gather_broken(self, split: str) -> None:
         """Counts the unreadable files of ``train`` or ``val`` over all processes, all of which must call this."""
@@ -203,11 +207,11 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         return epoch, start + max(0, self._trained_batches() - trained_before)
 
     @staticmethod
-    def _check_same_order(old: dict[str, int], new: dict[str, int]) -> None:
+    def _check_same_order(old: dict[str, Any], new: dict[str, Any]) -> None:
         for name, value in new.items():
-            if old[name] != value:
+            if old.get(name) != value:
                 raise ValueError(
-                    f"the checkpoint is of the middle of an epoch with {name}={old[name]}, but it is now {value}, "
+                    f"the checkpoint is of the middle of an epoch with {name}={old.get(name)}, but it is now {value}, "
                     "so that seen and unseen batches cannot be told apart; continue with the same seed, data set and "
                     "global batch (data.batch_size × processes), or from a checkpoint of the end of an epoch"
                 )

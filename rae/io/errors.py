@@ -12,11 +12,11 @@ _PATHS = {
 """What ``data.train_path`` looks like, by the data module's class; for all others it is a folder."""
 
 
-def no_train_path(kind: str) -> ConfigError:
-    """The error of a data module, by the name of its class, that is not told where its training samples are."""
+def no_train_path(kind: str, key: str = "data") -> ConfigError:
+    """The error of a data module, by the name of its class and its key, that is not told where its training samples are."""
     if kind == "HubDataModule":
         return ConfigError(
-            "data.repo is not given; add data.repo=owner/name (a data set on the hub), or the path of a folder"
+            f"{key}.repo is not given; add {key}.repo=owner/name (a data set on the hub), or the path of a folder"
         )
     example = _PATHS.get(kind, "/path/to/imagenet/train (a folder with one subfolder a class)")
-    return ConfigError(f"data.train_path is not given; add data.train_path={example}")
+    return ConfigError(f"{key}.train_path is not given; add {key}.train_path={example}")

@@ -90,6 +90,21 @@ def table(scores: Mapping[str, Any]) -> str:
     return columns((name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in scores.items())
 
 
+def by_source(scores: Mapping[str, Any], sources: Iterable[str]) -> str:
+    """Scores of several sources, called ``score/source``, as lines of text, a source each; empty where there are none."""
+    found: dict[str, dict[str, str]] = {source: {} for source in sources}
+    for name, value in scores.items():
+        score, _, source = name.rpartition("/")
+        if source in found and score:
+            found[source][score] = f"{float(value):.4f}"
+    names = _names(list(found.values()))
+    return (
+        columns([["", *names], *([one, *(row.get(name, "") for name in names)] for one, row in found.items())])
+        if names
+        else ""
+    )
+
+
 def size(value: float) -> str:
     """Bytes: 16.77 GB, or MB below one."""
     return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.1f} MB"

@@ -61,4 +61,4 @@ class ClassifierModule(TrainingModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Share of held-out images that are classified correctly."""
         right = self(to_float(batch["image"])).argmax(1) == batch["label"]
-        self.log("val/accuracy", right.float().mean(), batch_size=len(right), sync_dist=True, prog_bar=True)
+        self.log_validation("accuracy", right.float().mean(), batch, prog_bar=True)

@@ -97,7 +97,7 @@ class ContrastiveModule(TrainingModule):
         """Share of held-out pictures that find their caption in their batch, wrong ones among it."""
         similar = self._similar(batch)
         right = similar.argmax(1) == torch.arange(len(similar), device=similar.device)
-        self.log("val/accuracy", right.float().mean(), batch_size=len(right), sync_dist=True, prog_bar=True)
+        self.log_validation("accuracy", right.float().mean(), batch, prog_bar=True)
 
     def _similar(self, batch: Any) -> Tensor:
         if "caption" not in batch:

@@ -98,6 +98,13 @@ class Evaluation(PerStep):
         """Makes this process's share of the images with the weights that the module holds, and gives them to the metric."""
         raise NotImplementedError
 
+    part: Any = None
+    """What of :meth:`parts` is scored just now."""
+
+    def parts(self, trainer: L.Trainer) -> dict[str, Any]:
+        """What is scored by itself, by the ending of the scores' names."""
+        return {"": None}
+
     @property
     def identity(self) -> dict[str, Any]:
         """What tells the scored images from others."""
@@ -163,12 +170,16 @@ class Evaluation(PerStep):
             self.metric = self.metric.to(pl_module.device)
         elif trainer.world_size > 1:
             raise ValueError(f"callbacks.evaluation.metric={type(self.metric).__name__} runs on one process only")
-        self.metric.reset()
+        scores: dict[str, float] = {}
         with weights, evaluating(pl_module), torch.no_grad():
-            self.update(trainer, pl_module)
-            scores = self.metric.compute()
+            for ending, part in self.parts(trainer).items():
+                self.part = part
+                self.metric.reset()
+                self.update(trainer, pl_module)
+                found = self.metric.compute()
+                scores |= {f"{self.prefix}{kind}{name}{ending}": float(value) for name, value in found.items()}
         self.metric.reset()  # features of many samples take room
-        return {f"{self.prefix}{kind}{name}": float(value) for name, value in scores.items()}
+        return scores
 
 
 @contextmanager

@@ -189,6 +189,16 @@ class TrainingModule(L.LightningModule):
         first = batch_idx // self.micro_batches * self.micro_batches
         return int(min(self.micro_batches, self.trainer.num_training_batches - first))
 
+    def log_validation(self, name: str, value: Tensor, batch: Batch, prog_bar: bool = False) -> None:
+        """Logs a batch's mean as ``val/name``; of several sources, whose batches are their own, as ``val/name/source`` too."""
+        # Lightning divides the sum of the processes' counts by their number, and drops the remainder of that.
+        count, first = len(batch["index"]) * self.trainer.world_size, int(batch["index"][0])
+        self.log(f"val/{name}", value, batch_size=count, sync_dist=True, prog_bar=prog_bar)
+        data = getattr(self.trainer, "datamodule", None)
+        for source, numbers in data.val_ranges().items() if isinstance(data, ImageDataModule) else ():
+            if first in numbers:  # in all processes the same: they share a batch out
+                self.log(f"val/{name}/{source}", value, batch_size=count, sync_dist=True)
+
     # --- optimisation ------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:

@@ -22,7 +22,7 @@ from rae.training.strategy import FullyShardedStrategy
 
 
 class ScoreReconstructions(Evaluation):
-    """Scores reconstructions of the data module's first ``count`` validation images (None for all), in stage 1.
+    """Scores reconstructions of the data module's first ``count`` validation images (None for all), of each source, in stage 1.
 
     The numbers are those of ``rae-evaluate checkpoint=… metric=reconstruction`` on the same weights. The metric takes images
     and their originals, as :class:`rae.metric.ReconstructionMetrics` does; ``options`` are those of :class:`Evaluation`.
@@ -42,26 +42,34 @@ class ScoreReconstructions(Evaluation):
 
     def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
         """Raises ValueError where there are fewer validation images than asked for, or none."""
+        return min(map(len, self.parts(trainer).values())), None
+
+    def parts(self, trainer: L.Trainer) -> dict[str, range]:
+        """The images; of several sources, those of each, whose scores end in its name."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "range_dataloader"):
             raise ValueError(
                 "evaluation of reconstructions needs a data module of rae.data; hand it to fit(datamodule=…)"
             )
-        total = data.samples("val")
-        count = total if self.count is None else self.count
-        if not 1 <= count <= total:
-            raise ValueError(
-                f"callbacks.evaluation.count={self.count}, but the data has {total} validation images: set data.val_path, or a "
-                "smaller count"
-            )
-        return count, None
+        sources = {f"/{name}": numbers for name, numbers in data.val_ranges().items()}
+        found = {}
+        for ending, numbers in (sources or {"": range(data.samples("val"))}).items():
+            total = len(numbers)
+            count = total if self.count is None else self.count
+            if not 1 <= count <= total:
+                where = f" in {ending[1:]}" if ending else ""
+                raise ValueError(
+                    f"callbacks.evaluation.count={self.count}, but the data has {total} validation images{where}: set "
+                    "data.val_path, or a smaller count"
+                )
+            found[ending] = numbers[:count]
+        return found
 
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Each process reconstructs one stretch of the images."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        count, _ = self.plan(trainer, pl_module)
-        mine = stretch(count, trainer.global_rank, trainer.world_size)
-        batches, model = data.range_dataloader("val", [mine]), pl_module.autoencoder
+        mine = stretch(len(self.part), trainer.global_rank, trainer.world_size)
+        batches, model = data.range_dataloader("val", [self.part[mine.start : mine.stop]]), pl_module.autoencoder
         for pair in reconstructions(model, batches, pl_module.device, self.precision, self.quantize):
             self.metric.update(*pair)
 

@@ -258,10 +258,9 @@ class Stage1Module(TrainingModule):
                 f"reconstructions have shape {tuple(reconstructions.shape)}, the images {tuple(images.shape)}: "
                 "image_size must be decoder.grid · decoder.patch"
             )
-        count = len(images)
         error = (reconstructions.clamp(0, 1) - images).square().flatten(1).mean(1)
-        self.log("val/l1", (reconstructions - images).abs().mean(), batch_size=count, sync_dist=True)
-        self.log("val/psnr", (-10 * error.log10()).mean(), batch_size=count, sync_dist=True, prog_bar=True)
+        self.log_validation("l1", (reconstructions - images).abs().mean(), batch)
+        self.log_validation("psnr", (-10 * error.log10()).mean(), batch, prog_bar=True)
 
 
 def gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -305,7 +305,7 @@ class Stage2Module(TrainingModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss on held-out images, with the same noise and times at every validation."""
         loss = self.losses(batch, "validate", label_dropout=0.0)
-        self.log("val/loss", loss.mean(), batch_size=len(loss), sync_dist=True, prog_bar=True)
+        self.log_validation("loss", loss.mean(), batch, prog_bar=True)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Raises ValueError for labels outside the denoiser's classes while they are still in host memory."""

@@ -1,0 +1,210 @@
+"""Several data sets in one run, each with its share of the steps or of the samples."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rae.data.latents import LatentsDataModule
+from rae.data.loader import Sample, SeededDataset
+from rae.data.mixture_sampler import InTurn, MixtureBatchSampler
+from rae.data.module import ImageDataModule
+from rae.data.sampler import ShardedBatchSampler
+
+log = logging.getLogger(__name__)
+
+MIXES = ("step", "sample")
+
+
+class MixtureDataset(SeededDataset):
+    """Data sets by name, one behind the other; their samples are augmented as they are alone."""
+
+    def __init__(self, parts: Mapping[str, SeededDataset]) -> None:
+        self.parts = list(parts.values())
+        self.names = list(parts)
+        self.offsets = np.cumsum([0, *map(len, self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Number of the source of a position, and the position in that source."""
+        source = int(np.searchsorted(self.offsets, index, side="right")) - 1
+        return source, index - int(self.offsets[source])
+
+    @property
+    def names_hash(self) -> str | None:
+        """SHA-256 of those of the parts; None where one has none."""
+        hashes = [getattr(part, "names_hash", None) for part in self.parts]
+        return (
+            None
+            if None in hashes
+            else hashlib.sha256(repr([*zip(self.names, hashes, strict=True)]).encode()).hexdigest()
+        )
+
+    def augment_seed(self, seed: int, epoch: int, index: int) -> int:
+        """That of the sample in its own source."""
+        source, own = self.place(index)
+        return self.parts[source].augment_seed(seed, epoch, own)
+
+    def load(self, index: int, seed: int) -> Sample:
+        """The sample at a position."""
+        return self.load_many([index], [seed])[0]
+
+    def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
+        """The samples of a batch; those of a source are read together."""
+        places = [self.place(index) for index in indices]
+        found: dict[int, Sample] = {}
+        for source in dict.fromkeys(source for source, _ in places):
+            numbers = [number for number, place in enumerate(places) if place[0] == source]
+            samples = self.parts[source].load_many([places[n][1] for n in numbers], [seeds[n] for n in numbers])
+            found.update(zip(numbers, samples, strict=True))
+        return [{**found[number], "index": index} for number, index in enumerate(indices)]
+
+
+class MixtureDataModule(ImageDataModule):
+    """Images of several data sets, each with its own transform and captions.
+
+    Every source keeps the order, epochs and augmentation that it has alone; ``batch_size``, ``num_workers`` and ``seed`` are the
+    mixture's. Validation goes through the sources one after the other and scores each by itself.
+
+    Args:
+        sources: By name, ``data``, a data module of images, and ``weight``, above 0 (1 where it is not given).
+        mix: ``step``: all images of a batch, over all processes, are of one source (RAEv2's general recipe); ``sample``: every
+            batch holds images of all.
+        epoch_images: Images of an epoch; None for the mean of the sources' sizes, weighted, as in RAEv2.
+        batch_size: Samples per process and step.
+        num_workers: Processes that load ahead.
+        seed: The run's seed: order and augmentation.
+        image_size: Side of the images, in pixels.
+        num_classes: Number of classes; labels of no source go beyond it.
+        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
+        max_bad_share: Largest share of unreadable files among those of all sources.
+
+    Raises:
+        ValueError: There are no sources; a weight, size or number of classes does not go; or a source holds no images.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, dict[str, Any]],
+        mix: str = "step",
+        epoch_images: int | None = None,
+        batch_size: int = 64,
+        num_workers: int = 8,
+        seed: int = 42,
+        image_size: int = 256,
+        num_classes: int = 1000,
+        pin_memory: bool = True,
+        max_bad_share: float = 0.01,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, image_size, num_classes, pin_memory, max_bad_share)
+        if mix not in MIXES:
+            raise ValueError(f"data.mix={mix!r} is unknown; choose one of {', '.join(MIXES)}")
+        if not sources:
+            raise ValueError(
+                "data.sources is empty; add each by a name, e.g. +data@data.sources.photos.data=folder "
+                "data.sources.photos.data.train_path=/path/to/photos +data.sources.photos.weight=1"
+            )
+        if epoch_images is not None and epoch_images < 1:
+            raise ValueError(f"data.epoch_images must be at least 1, or null, got {epoch_images}")
+        self.mix = mix
+        self.epoch_images = epoch_images
+        self.sources: dict[str, ImageDataModule] = {}
+        self.weights: dict[str, float] = {}
+        for name, source in sources.items():
+            self.sources[name], self.weights[name] = self._checked(name, source)
+
+    def _checked(self, name: str, source: dict[str, Any]) -> tuple[ImageDataModule, float]:
+        where = f"data.sources.{name}"
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"{where}: a name is made of letters, digits, _ and -, since scores are called by it")
+        if not isinstance(source, dict) or not {"data"} <= source.keys() <= {"data", "weight"}:
+            raise ValueError(f"{where} must hold data, a data set, and may hold weight; got {str(source)[:80]}")
+        data, weight = source["data"], source.get("weight", 1.0)
+        if not isinstance(data, ImageDataModule) or isinstance(data, LatentsDataModule | MixtureDataModule):
+            raise ValueError(f"{where}.data must be one data set of images, got {type(data).__name__}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ValueError(f"{where}.weight={weight} must be a number above 0")
+        if data.image_size != self.image_size:
+            raise ValueError(f"{where}.data.image_size={data.image_size} must be data.image_size={self.image_size}")
+        if data.num_classes > self.num_classes:
+            raise ValueError(
+                f"{where}.data.num_classes={data.num_classes} is above data.num_classes={self.num_classes}; set "
+                f"data.num_classes={data.num_classes}"
+            )
+        return data, float(weight)
+
+    def train_dataset(self) -> MixtureDataset:
+        """The training samples of all sources."""
+        return MixtureDataset({name: source._needed("train") for name, source in self.sources.items()})
+
+    def val_dataset(self) -> MixtureDataset | None:
+        """The validation samples of the sources that have some; None if none has."""
+        found = {name: source._dataset("val") for name, source in self.sources.items()}
+        parts = {name: dataset for name, dataset in found.items() if dataset is not None}
+        return MixtureDataset(parts) if parts else None
+
+    def val_ranges(self) -> dict[str, range]:
+        """Where the validation samples of each source are."""
+        dataset = self._dataset("val")
+        if not isinstance(dataset, MixtureDataset):
+            return {}
+        ends = zip(dataset.offsets.tolist(), dataset.offsets[1:].tolist(), strict=False)
+        return {name: range(*ends_) for name, ends_ in zip(dataset.names, ends, strict=True)}
+
+    def _batches(self, dataset: SeededDataset, shuffle: bool, drop_last: bool) -> Any:
+        assert isinstance(dataset, MixtureDataset)
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        lengths = [len(part) for part in dataset.parts]
+        if not drop_last:
+            return InTurn(
+                [ShardedBatchSampler(n, self.batch_size, self.seed, shuffle, world, rank, drop_last) for n in lengths]
+            )
+        if self.mix == "sample":
+            self._check_captions(dataset)
+        weights = [self.weights[name] for name in dataset.names]
+        mean = sum(weight * length for weight, length in zip(weights, lengths, strict=True)) / sum(weights)
+        images = round(mean) if self.epoch_images is None else self.epoch_images
+        sampler = MixtureBatchSampler(
+            lengths,
+            weights,
+            self.mix,
+            images,
+            self.batch_size,
+            self.seed,
+            shuffle,
+            world,
+            rank,
+            self._position,
+            dataset.names,
+        )
+        if rank == 0:
+            self._tell(sampler)
+        return sampler
+
+    @staticmethod
+    def _check_captions(dataset: MixtureDataset) -> None:
+        """Raises ValueError where a batch would hold samples with and without captions."""
+        told = {name: "caption" in part[0] for name, part in zip(dataset.names, dataset.parts, strict=True)}
+        if len({*told.values()}) > 1:
+            having, bare = (next(name for name, has in told.items() if has is wanted) for wanted in (True, False))
+            raise ValueError(
+                f"data.mix=sample: the images of {having} come with captions, those of {bare} without; give all sources "
+                "captions, or none, or set data.mix=step"
+            )
+
+    def _tell(self, sampler: MixtureBatchSampler) -> None:
+        """Says how long an epoch is, and what it is made of."""
+        size = sampler.global_batch_size if self.mix == "step" else 1
+        parts = [
+            f"{name} {count} {self.mix}s, {count * size / length:.3g} times its {length} images"
+            for name, count, length in zip(sampler.names, sampler.counts, sampler.lengths, strict=True)
+        ]
+        log.info("an epoch is %d steps of %d images: %s", len(sampler), sampler.global_batch_size, "; ".join(parts))
