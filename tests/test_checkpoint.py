@@ -181,6 +181,9 @@ def test_an_upload_holds_what_an_export_holds(tmp_path: Path, monkeypatch):
         def create_repo(self, repo_id, private, exist_ok):
             calls["repo"] = (repo_id, private, exist_ok)
 
+        def file_exists(self, repo_id, name):
+            return calls.setdefault("has_card", False)
+
         def upload_folder(self, repo_id, folder_path, commit_message):
             calls["files"] = {file.name: file.read_bytes() for file in Path(folder_path).iterdir()}
             return f"https://hub/{repo_id}"
@@ -190,7 +193,14 @@ def test_an_upload_holds_what_an_export_holds(tmp_path: Path, monkeypatch):
     assert model.push_to_hub("me/digits", private=True) == "https://hub/me/digits"
     folder = model.save_pretrained(tmp_path / "out")
     assert calls["repo"] == ("me/digits", True, True)
-    assert calls["files"] == {file.name: file.read_bytes() for file in folder.iterdir()}
+    card = calls["files"].pop("README.md").decode()
+    assert card.replace('from_pretrained("me/digits")', 'from_pretrained("out")') == (folder / "README.md").read_text()
+    assert calls["files"] == {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".md"}
+    calls["has_card"] = True  # written by hand, perhaps
+    model.push_to_hub("me/digits")
+    assert sorted(calls["files"]) == ["config.json", "model.safetensors"]
+    model.push_to_hub("me/digits", license="mit")
+    assert b"license: mit" in calls["files"]["README.md"]
     with pytest.raises(ValueError, match="must be owner/name"):
         model.push_to_hub("digits")
 

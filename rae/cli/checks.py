@@ -47,6 +47,7 @@ _GIVEN = {
     **dict.fromkeys(("samples", "originals", "neighbours_of"), _IMAGES),
     "prompts": "a text file, a .jsonl file, or a folder of text files",
     "captions": "a .jsonl or .csv file",
+    "scores": "a scores.json of rae-evaluate or rae-reconstruct",
 }
 """What keys of files and folders take."""
 WEIGHT_FILES = (

@@ -64,7 +64,7 @@ def convert(cfg: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # what is refused replaces nothing
         made = Path(scratch) / "model"
-        write(model, made, cfg.to, cfg.store_encoder)
+        _save(cfg, model, made)
         for file in written:
             if file.is_dir():
                 shutil.rmtree(file)
@@ -72,36 +72,38 @@ def convert(cfg: DictConfig) -> None:
                 (made / file.name).replace(file)
             else:
                 file.unlink(missing_ok=True)
+        card = made / export.CARD
+        if card.exists() and (cfg.force or not (folder / card.name).exists()):
+            card.replace(folder / card.name)
     log.info(
         "written to %s: %s", folder, ", ".join(sorted(file.name for file in folder.iterdir() if file.suffix != ".log"))
     )
     if cfg.push_to_hub is not None:
-        address = model.push_to_hub(cfg.push_to_hub, private=cfg.private, store_encoder=cfg.store_encoder)
+        address = model.push_to_hub(cfg.push_to_hub, private=cfg.private, store_encoder=cfg.store_encoder, **_card(cfg))
         log.info("uploaded: %s", address)
 
 
-def write(model: RAE | Generator, folder: Path, to: str, store_encoder: bool | None) -> None:
-    """Writes a model in one of the formats of :data:`WRITTEN`.
+def _card(cfg: DictConfig) -> dict[str, Any]:
+    """What the model's card is to say."""
+    return {name: cfg[name] for name in ("scores", "license", "trained_on")}
 
-    Args:
-        model: The model.
-        folder: Where the files go.
-        to: The format.
-        store_encoder: Whether the encoder's weights are stored; None: unless they come from the hub.
-    """
-    if to == "rae":
-        model.save_pretrained(folder, store_encoder)
-    elif to == "onnx":
+
+def _save(cfg: DictConfig, model: RAE | Generator, folder: Path) -> None:
+    """Writes the model in the wanted format into a new folder."""
+    if cfg.to == "rae":
+        model.save_pretrained(
+            folder, cfg.store_encoder, source=cfg.push_to_hub or Path(cfg.output_dir).name, **_card(cfg)
+        )
+    elif cfg.to == "onnx":
         save_onnx(model, folder)
+    elif cfg.to == "diffusers" and isinstance(model, Generator):
+        save_pipeline(model, folder, cfg.store_encoder)
     elif isinstance(model, Generator):
-        if to == "diffusers":
-            save_pipeline(model, folder, store_encoder)
-        else:
-            save_original(model.autoencoder, folder, model.denoiser, to)
-    elif to == "diffusers":
+        save_original(model.autoencoder, folder, model.denoiser, cfg.to)
+    elif cfg.to == "diffusers":
         save_diffusers(model, folder)
     else:
-        save_original(model, folder, None, to)
+        save_original(model, folder, None, cfg.to)
 
 
 def convert_config(cfg: DictConfig) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from rae.autoencoder import RAE
 from rae.encoder.text import TextEncoder
 from rae.formats.bundle import Bundle
+from rae.formats.card import CARD, model_card
 from rae.formats.original import refuse_existing
 from rae.generator import Generator
 from rae.io.describe import TARGET, check, describe
@@ -40,20 +41,24 @@ _ENTRY = {"model": dict, "stored": bool, "sha256": str}
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None = None) -> Path:
-    """Exports a model.
+def save(
+    model: RAE | Generator, folder: str | Path, store_encoder: bool | None = None, **card: str | Path | None
+) -> Path:
+    """Exports a model, with a model card where the folder holds no ``README.md``.
 
     Args:
         model: Autoencoder or generator.
         folder: Folder to make; it must not hold an export.
         store_encoder: Whether the encoder's weights are stored too; None: unless they come from the hub.
+        card: What the card is to say; see :func:`rae.formats.card.model_card`.
 
     Returns:
         The folder.
 
     Raises:
         FileExistsError: The folder holds an export.
-        ValueError: The encoder is to be stored and was loaded without weights.
+        FileNotFoundError: The card's scores do not exist.
+        ValueError: The encoder is to be stored and was loaded without weights, or the card's scores are none.
     """
     folder = Path(folder).expanduser()
     refuse_existing(folder, CONFIG, WEIGHTS)
@@ -94,7 +99,10 @@ def save(model: RAE | Generator, folder: str | Path, store_encoder: bool | None 
         if model.guide is not None:
             state |= prefixed("guide", model.guide.state_dict())
     config["weights"] = {"file": WEIGHTS, "sha256": state_hash(state)}
+    said = model_card(config, **{"source": folder.name, **card})  # type: ignore[arg-type]
     save_state(state, folder / WEIGHTS, {"format": "pt"})
+    if not (folder / CARD).exists():
+        write_atomically(folder / CARD, lambda file: file.write(said.encode()))
     text = json.dumps(config, indent=2)
     return write_atomically(folder / CONFIG, lambda file: file.write(text.encode())).parent
 
@@ -154,7 +162,7 @@ def push(
         repo_id: ``owner/name``; made where it does not exist.
         private: Whether a new repository is private.
         message: Commit message.
-        options: As for :func:`save`.
+        options: As for :func:`save`. A card that the repository has is replaced only where something is said for it.
 
     Returns:
         The commit's address.
@@ -166,8 +174,11 @@ def push(
         raise ValueError(f"repo_id={repo_id!r} must be owner/name")
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder:
-        save(model, folder, **options)
+        save(model, folder, **{"source": repo_id, **options})
         api.create_repo(repo_id, private=private, exist_ok=True)
+        given = any(value is not None for name, value in options.items() if name != "store_encoder")
+        if not given and api.file_exists(repo_id, CARD):
+            (Path(folder) / CARD).unlink()
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=message or "Upload of a model of rae"
         )

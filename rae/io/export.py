@@ -34,13 +34,14 @@ class Exportable:
         model: T = _format("open").from_pretrained(cls, source, revision, encoder)
         return model
 
-    def save_pretrained(self, folder: str | Path, store_encoder: bool | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, store_encoder: bool | None = None, **card: str | Path | None) -> Path:
         """Writes ``model.safetensors`` and a self-describing ``config.json``, from which :meth:`from_pretrained` makes it again.
 
         The encoder's weights are stored unless they come from the hub, or as ``store_encoder`` says. A folder that holds an
-        export already raises FileExistsError.
+        export already raises FileExistsError. A ``README.md`` is the model's card, which says more with ``scores`` (a
+        ``scores.json``), ``license`` (the hub's name of one) and ``trained_on`` (words); one that is there already stays.
         """
-        written: Path = _format("export").save(self, folder, store_encoder)
+        written: Path = _format("export").save(self, folder, store_encoder, **card)
         return written
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
