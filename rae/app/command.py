@@ -8,12 +8,14 @@ import signal
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from starlette.middleware import Middleware
 
 from rae.app.guard import UPLOAD, Guard
 from rae.app.page import Limits, build_page, look
+from rae.app.space import read_space, write_space
 from rae.app.viewer import Viewer
 from rae.autoencoder import RAE
 from rae.cli.models import open_model
@@ -26,15 +28,43 @@ log = logging.getLogger(__name__)
 
 
 def app(cfg: DictConfig) -> None:
-    """Opens the model and serves the page until Ctrl-C.
+    """Opens the model and serves the page until Ctrl-C, or writes a Space that does.
 
     Raises:
-        ConfigError: See :func:`open_viewer` and :func:`serve`.
+        ConfigError: See :func:`open_viewer`, :func:`serve` and :func:`rae.app.space.write_space`.
     """
+    if cfg.space_dir is not None:
+        print(f"written: {write_space(cfg)}")
+        return
     viewer, about = open_viewer(cfg)
-    start = Limits(cfg.count, cfg.max_count, cfg.max_steps, cfg.max_scale, cfg.seed)
+    start = limits_of(cfg)
     with tempfile.TemporaryDirectory(prefix="rae-app-") as folder:
         serve(cfg, viewer, about, start, folder)
+
+
+def open_space(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The page, Gradio's ``Blocks``, in a folder that ``space_dir`` wrote, and the arguments with which it is launched there."""
+    cfg = read_space(folder)
+    viewer, _ = open_viewer(cfg)
+    return build_page(viewer, folder.resolve().name, limits_of(cfg)), launch_options(cfg, viewer)
+
+
+def limits_of(cfg: DictConfig) -> Limits:
+    """What the page first offers and at most allows."""
+    return Limits(cfg.count, cfg.max_count, cfg.max_steps, cfg.max_scale, cfg.seed)
+
+
+def launch_options(cfg: DictConfig, viewer: Viewer) -> dict[str, Any]:
+    """Arguments of ``launch``: where the page is served, to whom, and its look."""
+    names = [*cfg.names, ".gradio.live"] if cfg.share else list(cfg.names)
+    return {
+        "server_name": cfg.host,
+        "server_port": cfg.port,
+        "share": bool(cfg.share),
+        "max_file_size": UPLOAD,
+        "app_kwargs": {"middleware": [Middleware(Guard, names=names)]},
+        **look(viewer),
+    }
 
 
 def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
@@ -74,17 +104,8 @@ def serve(cfg: DictConfig, viewer: Viewer, about: str, limits: Limits, folder: s
     os.environ["GRADIO_TEMP_DIR"] = folder
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is up
     page = build_page(viewer, about, limits)
-    names = [*cfg.names, ".gradio.live"] if cfg.share else list(cfg.names)
     try:
-        _, url, public = page.launch(
-            server_name=cfg.host,
-            server_port=cfg.port,
-            share=bool(cfg.share),
-            max_file_size=UPLOAD,
-            app_kwargs={"middleware": [Middleware(Guard, names=names)]},
-            prevent_thread_lock=True,
-            **look(viewer),
-        )
+        _, url, public = page.launch(prevent_thread_lock=True, **launch_options(cfg, viewer))
     except OSError as error:
         raise ConfigError(
             f"host={cfg.host} port={cfg.port} cannot be listened on; choose another port, or port=null for the first free one"

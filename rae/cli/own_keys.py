@@ -47,6 +47,7 @@ _TYPES: dict[str, Any] = {
     "vgg_checkpoint": str | None,
     "names": list[str],
     "port": int | None,
+    "space_dir": str | None,
 }
 """What a command's own keys take where their default does not tell."""
 _ELSEWHERE: dict[tuple[str, str], Any] = {
