@@ -88,7 +88,7 @@ def model_card(
             parts.append("Taken by this protocol:\n\n" + _table(flat(result["protocol"])))
     parts += [
         f"## Data\n\n{trained_on or 'Not stated.'}",
-        f"## Licence\n\n{license or 'Not stated by the owner.'} {_encoder_licence(config['encoder'])}",
+        f"## Licence\n\n{f'{license}.' if license else 'Not stated by the owner.'} {_encoder_licence(config['encoder'])}",
     ]
     return "\n\n".join(parts) + "\n"
 

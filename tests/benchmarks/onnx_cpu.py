@@ -86,7 +86,7 @@ def same(first: torch.Tensor, second: torch.Tensor) -> None:
 def comparisons() -> dict[str, Comparison]:
     """One a network, size and batch."""
     return {
-        f"{part} of {size} size, batch {batch}": Comparison(
+        f"{part} of {size} size, batch {batch}, against onnxruntime": Comparison(
             partial(ours, part, size, batch), partial(peer, part, size, batch), batch, None, same, memory=False
         )
         for size in SIZES
