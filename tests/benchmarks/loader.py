@@ -27,6 +27,7 @@ from torchvision.datasets import ImageFolder
 
 from rae.data import ImageFolderDataModule, ImageTransform, ShardsDataModule
 from rae.data.hub import HubDataModule
+from rae.data.loader import BatchLoader
 from rae.data.packing.pack import ShardPlan, pack
 from rae.data.transforms import open_for
 from rae.image import center_crop
@@ -84,32 +85,36 @@ def originals(stage: int) -> transforms.Compose:
 
 
 def pipelines(folder: Path, shards: Path, tables: Path, stage: int, workers: int) -> dict[str, object]:
-    """Loaders by name; each iteration is one epoch."""
+    """Loaders by name; each iteration is one epoch, of the larger data sets the end of one, as long as the others'."""
     mode = {"mode": "random_crop", "flip": False} if stage == 1 else {"mode": "center_crop", "flip": True}
     common = {"batch_size": BATCH, "num_workers": workers, "image_size": SIZE, "num_classes": 10, **mode}
     peer = ImageFolder(str(folder), originals(stage))
+
+    def end_of_epoch(loader: BatchLoader) -> BatchLoader:
+        batches = loader.batches
+        batches.position = lambda: (0, len(batches) - len(peer) // BATCH)
+        return loader
+
     return {
         "torchvision": DataLoader(
             peer, BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
         ),
         "folder": ImageFolderDataModule(str(folder), **common).train_dataloader(),
         "shards": ShardsDataModule(str(shards), **common).train_dataloader(),
-        "hub, Arrow": HubDataModule(str(tables / "arrow"), **common).train_dataloader(),
-        "hub, Parquet": HubDataModule(str(tables / "parquet"), **common).train_dataloader(),
+        "hub, Arrow": end_of_epoch(HubDataModule(str(tables / "arrow"), **common).train_dataloader()),
+        "hub, Parquet": end_of_epoch(HubDataModule(str(tables / "parquet"), **common).train_dataloader()),
         "folder, exact": ImageFolderDataModule(str(folder), exact=True, **common).train_dataloader(),
         "folder, fast_decode": ImageFolderDataModule(str(folder), fast_decode=True, **common).train_dataloader(),
     }
 
 
-def speed(loader: object, images: int) -> float:
-    """Images per second of so many images, from the second batch on: the first waits for the workers to start."""
+def speed(loader: object) -> float:
+    """Images per second of one epoch, from the second batch on: the first waits for the workers to start."""
     seen, start = 0, 0.0
     for batch in loader:  # type: ignore[attr-defined]
         if not seen:
             start = time.perf_counter()
         seen += len(batch["image"]) if isinstance(batch, dict) else len(batch[0])
-        if seen >= images - BATCH:
-            break
     return (seen - BATCH) / (time.perf_counter() - start)
 
 
@@ -172,7 +177,7 @@ def main() -> None:
             laps: dict[str, list[float]] = {kind: [] for kind in loaders}
             for _ in range(options.repeats + 1):
                 for kind, loader in loaders.items():
-                    laps[kind].append(speed(loader, options.images))
+                    laps[kind].append(speed(loader))
             speeds = {kind: statistics.median(values[1:]) for kind, values in laps.items()}  # the first warms up
             results[f"stage {stage}"] = speeds
             for kind, value in speeds.items():
