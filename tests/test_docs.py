@@ -20,7 +20,7 @@ FOLDERS = sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE, PAC
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*(folder / "README.md" for folder in FOLDERS), ROOT / "conf/README.md", ROOT / "tests/README.md", *GUIDES]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-OTHERS = {"config.yaml", "evaluator.py", "original.yaml"}  # files of runs, of other projects, and examples
+OTHERS = {"app.py", "config.yaml", "evaluator.py", "original.yaml"}  # files of runs, of other projects, and examples
 
 
 def name(path: Path) -> str:
