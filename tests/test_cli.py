@@ -49,8 +49,9 @@ def test_a_failed_task_is_answered_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # empty, and tests make no downloads
     result = run("download", "model=dit_dh_xl_256", folder=tmp_path)
     assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert "the download failed" in result.stderr
+    licence, error = result.stderr.splitlines()
+    assert licence.startswith("licence of the files")
+    assert "the download failed" in error
 
 
 @pytest.mark.slow
