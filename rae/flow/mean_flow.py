@@ -10,6 +10,7 @@ without gradient, through the same kernels as all else. The network returns u, o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from rae.flow.objective import FlowMatching, Model
+from rae.flow.ode import ODESampler
 from rae.flow.path import LinearPath, Path, like
-from rae.flow.sampler import OnStep, Sampler, StepNoise, Velocity
+from rae.flow.sampler import OnStep, StepNoise, Velocity
 from rae.flow.time import FullGrid, TimeDistribution, UniformTime
 from rae.layers import at_least_float, trusted
 
@@ -127,8 +129,7 @@ class MeanFlow(AverageVelocity):
         x, v = point.x_t, point.velocity
         if teacher is not None:
             with torch.no_grad():
-                told = {name: value for name, value in conditions.items() if name != "base"}
-                v = at_least_float(teacher(x, t, **told))
+                v = at_least_float(teacher(x, t, **without_base(conditions)))
         return self._identity(model, x, t, r, v, **conditions)
 
     def _identity(self, model: Model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, **conditions: Any) -> Tensor:
@@ -141,7 +142,7 @@ class MeanFlow(AverageVelocity):
     @torch.no_grad()
     def derivative(self, model: Model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, **conditions: Any) -> Tensor:
         """du/dt along (v, 1) by central differences, to the order of delta²; t ± delta may lie outside [r, 1]."""
-        told = {name: value for name, value in conditions.items() if name != "base"}
+        told = without_base(conditions)
         with trusted():
             later, earlier = (
                 self.heads(model, x + step * v, t + step, r, **told)[0] for step in (self.delta, -self.delta)
@@ -154,8 +155,12 @@ class MeanFlow(AverageVelocity):
         if self.adaptive is None:
             return loss
         values = error[0].numel()
-        norm = loss.detach() * values  # ‖e‖²
-        return same_value(loss, 2 * norm * values / (norm.square() + self.adaptive))
+        return same_value(loss, self.slope(loss.detach() * values, values, self.adaptive))
+
+    @staticmethod
+    def slope(norm: Tensor, values: int, adaptive: float) -> Tensor:
+        """What the gradient of the mean square, B, is multiplied by, of ‖e‖² B over so many values."""
+        return 2 * norm * values / (norm.square() + adaptive)
 
 
 class ImprovedMeanFlow(MeanFlow):
@@ -182,13 +187,10 @@ class ImprovedMeanFlow(MeanFlow):
         loss = self.weighted(average + like(t - r, x) * slope - v)
         return loss + self.base_weight * self.weighted(base[0] - v) if base else loss
 
-    def weighted(self, error: Tensor) -> Tensor:
-        """See :meth:`MeanFlow.weighted`."""
-        loss = error.square().flatten(1).mean(1)
-        if self.adaptive is None:
-            return loss
-        values = error[0].numel()
-        return same_value(loss, values / (loss.detach() * values + self.adaptive))
+    @staticmethod
+    def slope(norm: Tensor, values: int, adaptive: float) -> Tensor:
+        """See :meth:`MeanFlow.slope`."""
+        return values / (norm + adaptive)
 
 
 class ConsistencyMidTraining(AverageVelocity):
@@ -242,7 +244,7 @@ class ConsistencyMidTraining(AverageVelocity):
             raise ValueError(
                 "flow=cmt learns a teacher's trajectories: add teacher_checkpoint=… (a run of stage 2 or its export)"
             )
-        told = {name: value for name, value in conditions.items() if name != "base"}
+        told = without_base(conditions)
         states, velocities = [noise], []
         with torch.no_grad(), trusted():
             for at, following in pairwise(self.times):
@@ -264,8 +266,8 @@ class ConsistencyMidTraining(AverageVelocity):
         return loss.reshape(len(noise), self.pairs).mean(1)
 
 
-class JumpSampler(Sampler):
-    """Jumps along average velocities: x_r = x_t − (t − r)·u(x_t, r, t), over uniform times as published, whatever the shift.
+class JumpSampler(ODESampler):
+    """Jumps along average velocities: x_r = x_t − (t − r)·u(x_t, r, t), over uniform times as published; the shift is not used.
 
     One step is x_0 = x_1 − u(x_1, 0, 1). The denoiser must know a second time.
 
@@ -277,12 +279,11 @@ class JumpSampler(Sampler):
     second_time = True
 
     def __init__(self, grid: FullGrid | None = None) -> None:
-        self.grid = grid if grid is not None else FullGrid(1)
+        super().__init__(grid if grid is not None else FullGrid(1))
 
-    @property
-    def evaluations(self) -> int:
-        """One a step."""
-        return self.grid.steps
+    def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
+        """One jump; ``velocity`` is told the second time too: ``velocity(x, t, r)``."""
+        return x - (t - t_next) * velocity(x, t, t_next)
 
     def sample(
         self,
@@ -293,20 +294,19 @@ class JumpSampler(Sampler):
         on_step: OnStep | None = None,
         reverse: bool = False,
     ) -> Tensor:
-        """See :meth:`rae.flow.sampler.Sampler.sample`; ``velocity`` is told the second time too: ``velocity(x, t, r)``.
+        """See :meth:`rae.flow.sampler.Sampler.sample`.
 
         Raises:
             ValueError: ``reverse`` is asked for.
         """
         if reverse:
             raise ValueError("a JumpSampler goes from noise to data alone; choose a sampler of velocities, e.g. euler")
-        times = self.grid.times(1.0).tolist()
-        x = noise
-        for number, (t, r) in enumerate(zip(times[:-1], times[1:], strict=True)):
-            x = x - (t - r) * velocity(x, t, r)
-            if on_step is not None:
-                on_step(number, r, x)
-        return x
+        return super().sample(velocity, noise, 1.0, on_step=on_step)
+
+
+def without_base(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model takes, without the question for its base head."""
+    return {name: value for name, value in conditions.items() if name != "base"}
 
 
 def same_value(loss: Tensor, weight: Tensor) -> Tensor:
