@@ -69,6 +69,7 @@ class LatentNormalizer(Described, nn.Module):
         self.space = space
         self.decoder = decoder
         source = "latent statistics"
+        class_mean, class_var = (None, None)
         self.encoder: dict[str, Any] | None = None
         """Fingerprint of the encoder that the statistics are of, where the file's description says it."""
         if stats is not None and stats != "none":
@@ -82,7 +83,9 @@ class LatentNormalizer(Described, nn.Module):
             self.decoder = description.get("decoder", decoder)
             if mean is not None or var is not None:
                 raise ValueError("latent statistics are given twice: as a file and as tensors; give one of them")
-            mean, var, class_token = read_statistics(stats)
+            content = read_statistics(stats)
+            mean, var, class_token = (content.get(name) for name in ("mean", "var", "class_token"))
+            class_mean, class_var = class_statistics(content, self.shape[0], str(stats))
             source = str(stats)
         # Without a variance the scale is to be exactly 1, so the epsilon is taken off it.
         self.register_buffer("mean", self._fit(mean, 0.0, "mean", source))
@@ -91,9 +94,6 @@ class LatentNormalizer(Described, nn.Module):
         if var is not None and (self.var < 0).any():
             raise ValueError(f"{source}: the variance is negative in places; it must be a population variance")
         self._given = source if mean is not None or var is not None else None
-        class_mean, class_var = (None, None)
-        if stats is not None and stats != "none":
-            class_mean, class_var = read_class_statistics(stats, self.shape[0])
         self.register_buffer("class_mean", class_mean, persistent=False)  # training alone needs them
         self.register_buffer("class_var", class_var, persistent=False)
         if class_token is not None and (space == "encoder" or class_token.numel() != self.shape[0]):
@@ -123,7 +123,10 @@ class LatentNormalizer(Described, nn.Module):
     @property
     def scale(self) -> Tensor:
         """What the latents are divided by, C×H×W."""
-        return (self.var + self.eps).sqrt() if self.form == "variance" else self.var.sqrt() + self.eps
+        return self._scale(self.var)
+
+    def _scale(self, var: Tensor) -> Tensor:
+        return (var + self.eps).sqrt() if self.form == "variance" else var.sqrt() + self.eps
 
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 4 or tuple(latents.shape[1:]) != self.shape:
@@ -158,8 +161,7 @@ class LatentNormalizer(Described, nn.Module):
         self.check_class_token()
         if self.class_mean is None or self.class_var is None:
             return tokens
-        scale = (self.class_var + self.eps).sqrt() if self.form == "variance" else self.class_var.sqrt() + self.eps
-        return (tokens - self.class_mean) / scale
+        return (tokens - self.class_mean) / self._scale(self.class_var)
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Normalised B×C×H×W => as the decoder wants them.
@@ -171,11 +173,8 @@ class LatentNormalizer(Described, nn.Module):
         return latents * self.scale + self.mean
 
 
-def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Reads a statistics file, the original project's or ours.
-
-    Returns:
-        Mean, variance and class token, each of which may be None.
+def read_statistics(path: str | Path) -> dict[str, Any]:
+    """Reads a statistics file, the original project's or ours: ``mean`` and ``var``, either of which may be None or missing.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -184,22 +183,21 @@ def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None, Ten
     content = read_file(path)
     if not isinstance(content, dict) or not {"mean", "var"} & content.keys():
         raise ValueError(f"{str(path)!r} is no statistics file: it must hold 'mean' and 'var' of the latents")
-    return content.get("mean"), content.get("var"), content.get("class_token")
+    return content
 
 
-def read_class_statistics(path: str | Path, channels: int) -> tuple[Tensor | None, Tensor | None]:
-    """Mean and variance C of the class token in a statistics file, ours or RiT's; None where it holds none.
+def class_statistics(content: Mapping[str, Any], channels: int, source: str) -> tuple[Tensor | None, Tensor | None]:
+    """Mean and variance C of the class token in what a statistics file holds, ours or RiT's; None where it holds none.
 
     Raises:
         ValueError: They are of another shape, not finite or negative.
     """
-    content = read_file(path)
-    found = [content.get(f"class_{name}", content.get(f"{name}_cls_token")) for name in ("mean", "var")]
+    found: list[Any] = [content.get(f"class_{name}", content.get(f"{name}_cls_token")) for name in ("mean", "var")]
     if all(value is None for value in found):
         return None, None
     fits = [isinstance(one, Tensor) and one.shape == (channels,) and bool(one.isfinite().all()) for one in found]
     if not all(fits) or (found[1] < 0).any():
-        raise ValueError(f"{str(path)!r}: mean and variance of the class token must be {channels} finite numbers each")
+        raise ValueError(f"{source!r}: mean and variance of the class token must be {channels} finite numbers each")
     return found[0].float(), found[1].float()
 
 
