@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -33,9 +34,6 @@ from rae.latent import LatentNormalizer
 from tests.guides import ROOT, blocks
 from tests.small_models import make_autoencoder, make_generator, randomise
 from tests.text_runs import make_text_generator
-
-pytest.importorskip("onnxscript")
-onnxruntime = pytest.importorskip("onnxruntime")
 
 
 def loud(denoiser):

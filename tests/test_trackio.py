@@ -78,7 +78,6 @@ def test_without_trackio_the_error_says_what_to_install(monkeypatch):
 
 @pytest.mark.slow
 def test_trackio_keeps_the_curve(tmp_path):
-    pytest.importorskip("trackio")
     code = (
         "from PIL import Image; from tests.test_trackio import TrackioLogger, train; "
         "logger = TrackioLogger('rae', 'first'); train(logger); "
