@@ -5,10 +5,9 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from omegaconf import DictConfig
 from packaging.requirements import Requirement
@@ -19,7 +18,7 @@ from rae.cli.groups import conf_dir
 from rae.cli.models import open_model
 from rae.generator import Generator
 from rae.io.errors import ConfigError
-from rae.io.files import parse_json, write_atomically, write_json
+from rae.io.files import parse_json, write_json, write_text
 
 SETTINGS = "space.json"
 MODEL = "model"
@@ -65,17 +64,13 @@ def write_space(cfg: DictConfig) -> Path:
         "README.md": _readme(folder.name),
     }
     for name, content in texts.items():
-        write_atomically(folder / name, partial(_write, content))
+        write_text(folder / name, content)
     write_json(folder / SETTINGS, settings)
     package = Path(sys.modules["rae"].__file__ or "").parent
     for source in {package, conf_dir()}:
         if source == package or not source.is_relative_to(package):
             shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
-
-
-def _write(text: str, file: IO[bytes]) -> None:
-    file.write(text.encode())
 
 
 def read_space(folder: Path) -> DictConfig:

@@ -13,7 +13,7 @@ from rae.cli.checks import WEIGHT_FILES, data_sets
 from rae.cli.groups import command_files, conf_dir
 from rae.io.describe import completed
 from rae.io.errors import ConfigError
-from rae.io.files import differing, write_atomically
+from rae.io.files import differing, write_text
 
 _PATHS = (
     *(
@@ -127,4 +127,4 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def save_config(cfg: DictConfig, folder: str | Path) -> Path:
     """Writes ``config.yaml``, resolved, into a run's folder; atomically."""
     text = OmegaConf.to_yaml(cfg, resolve=True)
-    return write_atomically(Path(folder) / "config.yaml", lambda file: file.write(text.encode()))
+    return write_text(Path(folder) / "config.yaml", text)

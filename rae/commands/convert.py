@@ -33,7 +33,7 @@ from rae.formats import (
 from rae.formats.original_yaml import commands, render, translate
 from rae.generator import Generator
 from rae.io.errors import ConfigError
-from rae.io.files import write_atomically
+from rae.io.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def convert_config(cfg: DictConfig) -> None:
     file = Path(cfg.output_dir) / group / f"{name}.yaml"
     refuse_existing(cfg, file)
     text = render(translation, name, origin.name)
-    write_atomically(file, lambda stream: stream.write(text.encode()))
+    write_text(file, text)
     print(f"written: {file}")
     for line in commands(translation, name, cfg.output_dir):
         print(f"command: {line}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rae.data.pictures import PicturesDataset, Scene
 from rae.demo.tables import read_json
-from rae.io.files import write_atomically
+from rae.io.files import write_text
 
 FOLDER, GUIDANCE = "demo_text", 2.0
 NOTE = (
@@ -42,7 +42,7 @@ def write_prompts(folder: Path) -> None:
     }
     for name, listed in lists.items():
         text = "".join(f"{scene.caption}\n" for scene in listed)
-        write_atomically(folder / f"{name}.txt", lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+        write_text(folder / f"{name}.txt", text)
 
 
 def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:

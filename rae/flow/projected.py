@@ -32,7 +32,7 @@ class AdaptiveProjectedGuidance(ClassifierFreeGuidance):
     Δ̄ begins anew with every batch that the guidance is bound to, and follows the evaluations inside the interval. So a sampler
     of several stages would update it several times a step; and where its last stage lies close to the data, β·Δ̄ of a larger time
     makes a velocity of β·Δ̄ / t there. :class:`rae.generator.Generator` therefore takes momentum with samplers of one stage
-    only. At t = 0, where the estimate is x whatever the velocity, nothing is guided.
+    only. At t = 0 the estimate is x for any velocity, so guidance has no effect there.
 
     Args:
         scale: Strength w; 1 is none.

@@ -26,7 +26,7 @@ from rae.formats.card import CARD, model_card
 from rae.formats.original import refuse_existing
 from rae.generator import Generator
 from rae.io.describe import TARGET, check, describe
-from rae.io.files import parse_json, write_atomically
+from rae.io.files import parse_json, write_text
 from rae.io.hub import fetch_all
 from rae.io.tensors import read_file, save_state, state_hash
 
@@ -102,9 +102,9 @@ def save(
     said = model_card(config, **{"source": folder.name, **card})  # type: ignore[arg-type]
     save_state(state, folder / WEIGHTS, {"format": "pt"})
     if not (folder / CARD).exists():
-        write_atomically(folder / CARD, lambda file: file.write(said.encode()))
+        write_text(folder / CARD, said)
     text = json.dumps(config, indent=2)
-    return write_atomically(folder / CONFIG, lambda file: file.write(text.encode())).parent
+    return write_text(folder / CONFIG, text).parent
 
 
 def describe_encoder(autoencoder: RAE, store: bool | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from rae.formats.original import refuse_existing
 from rae.formats.single_file import single_file
 from rae.generator import Generator
 from rae.io.describe import TARGET, check, describe, targets_of
-from rae.io.files import parse_json, read_json, write_atomically, write_json
+from rae.io.files import parse_json, read_json, write_json, write_text
 from rae.io.tensors import read_file, save_state
 from rae.latent import LatentNormalizer
 
@@ -72,7 +72,7 @@ def save_pipeline(model: Generator, folder: str | Path, store_encoder: bool | No
     index["scheduler"] = ["diffusers", _SCHEDULER]
     scheduler = {"_class_name": _SCHEDULER, "num_train_timesteps": 1000, "shift": float(model.flow.shift)}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    _save_text(folder / CODE, single_file("rae.formats.components.pipeline", "Draws images with a generator of rae."))
+    write_text(folder / CODE, single_file("rae.formats.components.pipeline", "Draws images with a generator of rae."))
     return write_json(folder / INDEX, index).parent
 
 
@@ -161,12 +161,8 @@ def _save_model(folder: Path, name: str, config: Mapping[str, Any], state: Mappi
 def _save_code(folder: Path, component: str) -> str:
     """Writes the file with a component's class; its name without ending."""
     name = f"rae_{component}"
-    _save_text(folder / f"{name}.py", single_file(f"rae.formats.components.{component}", f"The {component} of rae."))
+    write_text(folder / f"{name}.py", single_file(f"rae.formats.components.{component}", f"The {component} of rae."))
     return name
-
-
-def _save_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

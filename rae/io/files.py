@@ -50,7 +50,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
     """Writes values by name as JSON, atomically; what JSON does not know is written as text."""
-    text = json.dumps(dict(values), indent=2, default=str)
+    return write_text(path, json.dumps(dict(values), indent=2, default=str))
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes a text as UTF-8, atomically."""
     return write_atomically(path, lambda file: file.write(text.encode()))
 
 

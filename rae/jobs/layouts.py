@@ -10,7 +10,7 @@ import torch
 
 from rae.data.captions import CAPTIONS, caption_line
 from rae.image import save_png
-from rae.io.files import write_atomically
+from rae.io.files import write_text
 from rae.io.parts import Parts
 from rae.jobs.samples import pick, png_name
 from rae.jobs.wanted import Prompt
@@ -54,7 +54,7 @@ def write_dpg(folder: Path, parts: Parts, prompts: Sequence[Prompt], per_prompt:
 
 
 def _write(path: Path, text: str) -> Path:
-    return write_atomically(path, lambda file: file.write(text.encode()))
+    return write_text(path, text)
 
 
 WRITERS = {"geneval": write_geneval, "dpg": write_dpg}

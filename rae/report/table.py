@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rae.io.files import flat, write_atomically, write_json
+from rae.io.files import flat, write_json, write_text
 
 _PACKAGES = ("rae", "torch", "torchmetrics", "timm", "numpy", "pillow")
 
@@ -61,7 +61,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     writer = csv.DictWriter(text, _names(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    return write_text(path, text.getvalue())
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
