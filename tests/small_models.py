@@ -29,8 +29,9 @@ def make_autoencoder(**statistics) -> RAE:
     return RAE(encoder, decoder, LatentNormalizer((32, 4, 4), mean, var, **statistics)).eval()
 
 
-def make_generator() -> Generator:
-    denoiser, guide = DiTDH(32, 4, 32, 2, 4, 48, 1, 4, 10), DiT(32, 4, 32, 1, 4, 10, qk_norm=True)
+def make_generator(second_time: bool = False) -> Generator:
+    denoiser = DiTDH(32, 4, 32, 2, 4, 48, 1, 4, 10, second_time=second_time)
+    guide = DiT(32, 4, 32, 1, 4, 10, qk_norm=True)
     randomise(denoiser, 1)
     randomise(guide, 2)
     flow = FlowMatching(shift=1.37)

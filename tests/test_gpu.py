@@ -66,7 +66,7 @@ def test_training_is_the_cpus(stage, tmp_path):
         found[name] = weights(module) | {f"average {key}": value for key, value in ema.average.averages.items()}
         losses[name] = float(trainer.callback_metrics["train/l1" if stage == 1 else "train/loss"])
     assert distance(found["plain"], found["cpu"]) < 1e-3
-    assert distance(found["compiled"], found["cpu"]) < 2e-3
+    assert distance(found["compiled"], found["cpu"]) < 5e-3
     assert losses["plain"] == pytest.approx(losses["cpu"], rel=1e-4)
     assert losses["bf16"] == pytest.approx(losses["cpu"], rel=0.05)
     assert losses["bf16"] != losses["plain"]
@@ -129,7 +129,8 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in config_groups()["encoder"] if name != "timm" and not name.startswith("digits")]
+    "name",
+    [name for name in config_groups()["encoder"] if name not in ("timm", "pictures") and not name.startswith("digits")],
 )
 def test_encoders(name):
     """Every encoder, of two blocks where it is timm's, gives the CPU's latents."""
@@ -152,6 +153,8 @@ GUIDANCES = {
     "none": flow.NoGuidance(),
     "cfg": flow.ClassifierFreeGuidance(1.5, (0.0, 0.85)),
     "autoguidance": flow.AutoGuidance(1.4),
+    "apg": flow.AdaptiveProjectedGuidance(1.5),
+    "cfg_zero": flow.ClassifierFreeZeroStarGuidance(1.5),
 }
 SAMPLERS = config_groups()["sampler"]
 
@@ -169,11 +172,9 @@ def drawn(model: Generator) -> tuple[torch.Tensor, torch.Tensor]:
     [*(("euler", rule) for rule in GUIDANCES), *((name, "cfg") for name in SAMPLERS if name != "euler")],
 )
 def test_sampling(sampler, guidance):
-    model = make_generator()
-    model.sampler, model.guidance = (
-        make(compose("train", ["stage=2", f"sampler={sampler}"]).sampler),
-        GUIDANCES[guidance],
-    )
+    chosen = make(compose("train", ["stage=2", f"sampler={sampler}"]).sampler)
+    model = make_generator(second_time=chosen.second_time)
+    model.sampler, model.guidance = chosen, GUIDANCES[guidance]
     if hasattr(model.sampler, "grid"):
         model.sampler.grid = flow.PublishedGrid(5)
     expected = drawn(model)
