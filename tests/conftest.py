@@ -58,6 +58,6 @@ def _threads() -> None:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a short run of every stage on digits: ``encoder``, ``stage1``, ``stats``, ``stage2``."""
-    from tests.digits_runs import train_all  # Lightning and Hydra take seconds to import
+    from tests.helpers.digits_runs import train_all  # Lightning and Hydra take seconds to import
 
     return train_all(tmp_path_factory.mktemp("runs"))

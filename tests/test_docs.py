@@ -12,7 +12,7 @@ import yaml
 
 from rae.cli.errors import compose
 from rae.cli.groups import config_groups
-from tests.guides import commands, pages
+from tests.helpers.guides import commands, pages
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rae"

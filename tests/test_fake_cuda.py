@@ -30,10 +30,10 @@ from rae.metric.frechet import FeatureMoments
 from rae.training.ema import WeightAverage
 from rae.training.preview import ReconstructionPreview, SamplePreview
 from rae.training.teacher import Teacher
-from tests.small_models import make_generator
-from tests.small_runs import make_module
-from tests.test_rit import make_module as make_joint_module
-from tests.text_runs import make_text_generator
+from tests.denoiser.test_rit import make_module as make_joint_module
+from tests.helpers.small_models import make_generator
+from tests.helpers.small_runs import make_module
+from tests.helpers.text_runs import make_text_generator
 
 CUDA = torch.device("cuda")
 

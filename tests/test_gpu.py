@@ -21,8 +21,8 @@ from rae.generator import Generator
 from rae.metric import CallableDetector, InceptionDetector
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.module import NonFiniteError
-from tests.small_models import make_generator
-from tests.small_runs import ema_of, train, weights
+from tests.helpers.small_models import make_generator
+from tests.helpers.small_runs import ema_of, train, weights
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"

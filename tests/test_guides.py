@@ -15,8 +15,8 @@ from sklearn.datasets import load_sample_images
 import rae
 from rae.demo.pictures import write_prompts
 from rae.image import save_png
-from tests import text_runs
-from tests.guides import ROOT, blocks, commands
+from tests.helpers import text_runs
+from tests.helpers.guides import ROOT, blocks, commands
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def test_commands_run(page, home):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_code_runs(page, home):
     for block in blocks(page, "python"):
-        if block.startswith("# mine.py") or "onnxruntime" in block:  # test_onnx.py runs that one
+        if block.startswith("# mine.py") or "onnxruntime" in block:  # formats/test_onnx.py runs that one
             continue
         code = block.replace("nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08", "demo/stage1").replace(
             '"exported"', '"exported_for_python"'

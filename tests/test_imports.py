@@ -129,3 +129,9 @@ def test_init_files_list_public_names_and_nothing_else(path):
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         names = isinstance(node, ast.Assign) and [target.id for target in node.targets] == ["__all__"]
         assert docstring or names or isinstance(node, ast.ImportFrom) or lazily, ast.unparse(node)
+
+
+def test_tests_lie_in_folders_of_the_library():
+    shared = {"helpers", "golden", "golden_checks", "benchmarks", "attacks", "xla"}
+    folders = {path.parent.name for path in Path(__file__).parent.glob("*/*.py")} - shared
+    assert folders <= {path.name for path in ROOT.iterdir() if path.is_dir()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests.notebook_runs import NOTEBOOKS, execute
+from tests.helpers.notebook_runs import NOTEBOOKS, execute
 
 LARGEST = 400_000  # bytes
 MACHINE = re.compile(r"/(?:work|root|tmp|home|Users)/|0x[0-9a-f]{6,}")

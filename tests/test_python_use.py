@@ -18,7 +18,7 @@ from rae.generator import Generator
 from rae.image import latent_colours, save_png, to_float, to_tensor, to_uint8
 from rae.io.errors import ConfigError
 from rae.training.preview import ReconstructionPreview
-from tests.small_models import make_generator
+from tests.helpers.small_models import make_generator
 
 
 @pytest.mark.slow

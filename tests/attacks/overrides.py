@@ -26,8 +26,8 @@ from omegaconf import OmegaConf
 
 from rae.cli import main as door
 from rae.cli.errors import compose
-from tests.small_images import ENCODER, write_images
-from tests.test_kill import STAGES
+from tests.helpers.small_images import ENCODER, write_images
+from tests.training.test_kill import STAGES
 
 VALUES = [
     *(

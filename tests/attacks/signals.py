@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from tests.small_images import ENCODER, write_images
-from tests.test_kill import STAGES
+from tests.helpers.small_images import ENCODER, write_images
+from tests.training.test_kill import STAGES
 
 ROOT = Path(__file__).parents[2]
 SIGNALS: dict[str, Sequence[int]] = {

@@ -42,8 +42,8 @@ from rae.generator import Generator
 from rae.io.files import write_json
 from rae.training.checkpoint_io import StreamedCheckpointIO
 from rae.training.ema import EMA
-from tests import plain_procedure
-from tests.plain_sampling import PlainDiTDH, plain_sample
+from tests.helpers import plain_procedure
+from tests.helpers.plain_sampling import PlainDiTDH, plain_sample
 
 HEAD = (
     *("what", "precision", "variant", "batch", "images/s", "MFU", "memory", "plain, images/s", "ratio"),

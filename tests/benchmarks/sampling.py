@@ -1,7 +1,7 @@
 """Sampling with each guidance: ours against the original's procedure written plainly, with the same weights and noise.
 
 A DiT-DH-S whose head is 1024 wide instead of 2048, 256-px latents, 6 Euler steps; cfg acts at half of them. The plain procedure
-doubles the batch at every step (tests/plain_sampling.py). Latents are compared in the same run; decoding is autoencoder.py's.
+doubles the batch at every step (tests/helpers/plain_sampling.py). Latents are compared in the same run; autoencoder.py decodes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def ours(guidance: str) -> Work:
 
 def peer(guidance: str) -> Work:
     """The plain procedure."""
-    from tests.plain_sampling import PlainDiTDH, plain_sample
+    from tests.helpers.plain_sampling import PlainDiTDH, plain_sample
 
     generator = build(guidance)
     noise, labels = start()

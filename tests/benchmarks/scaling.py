@@ -21,7 +21,7 @@ from side_by_side import Work, peak_memory, take_turns, versions  # first: it se
 from rae.cost import on_paper
 from rae.denoiser import DiTDH
 from rae.flow import FlowMatching
-from tests.small_runs import denoiser_step
+from tests.helpers.small_runs import denoiser_step
 
 CHANNELS = 768
 CLASSES = 1000

@@ -1,7 +1,7 @@
 """A stage-1 step and the original's procedure: DINOv2-S, ViT-B decoder, DINO-S/8 discriminator, 256 px, batch 2, fp32.
 
-Both sides begin with the same random weights and make the same draws; the peer is ``tests/plain_procedure.py``. Ours is a run of
-Lightning's Trainer on the published configuration, all phases on.
+Both sides begin with the same random weights and make the same draws; the peer is ``tests/helpers/plain_procedure.py``.
+Ours is a run of Lightning's Trainer on the published configuration, all phases on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from side_by_side import Comparison, main
 from training_steps import LightningSteps, make_batch, make_module
 
-from tests.plain_procedure import PlainStage1
+from tests.helpers.plain_procedure import PlainStage1
 
 BATCH = 2
 OVERRIDES = (

@@ -1,8 +1,8 @@
 """A stage-2 step, of images or of cached latents, and the original's procedure: DiT-DH-S, DINOv2-B, 256 px, batch 4, fp32.
 
-Both sides begin with the same random weights and make the same draws; the peer is ``tests/plain_procedure.py`` and encodes its
-images in every step. Ours is a run of Lightning's Trainer on the published configuration. The last line tells which share of the
-matrix-product ceiling, measured in the same run, our steps reach.
+Both sides begin with the same random weights and make the same draws; the peer is ``tests/helpers/plain_procedure.py`` and encodes
+its images in every step. Ours is a run of Lightning's Trainer on the published configuration. The last line tells which share of
+the matrix-product ceiling, measured in the same run, our steps reach.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_steps import LightningSteps, make_batch, make_module
 
 from rae.image import to_float
-from tests.plain_procedure import PlainStage2
+from tests.helpers.plain_procedure import PlainStage2
 
 BATCH = 4
 OVERRIDES = ("stage=2", "encoder.pretrained=false", "latent.stats=none", "decoder=vit_b", "denoiser=dit_dh_s")

@@ -22,7 +22,7 @@ from rae.data import SyntheticDataModule
 from rae.flow import ClassifierFreeGuidance, EulerSampler, FlowMatching, PublishedGrid
 from rae.generator import Generator
 from rae.training.precision import XLAMixedPrecision
-from tests.small_runs import make_module
+from tests.helpers.small_runs import make_module
 
 STEPS = 8
 DEVICE = torch_xla.device()
