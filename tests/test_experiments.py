@@ -35,6 +35,7 @@ def test_all_recipes_are_there():
     assert set(STAGE1) == decoders | single | {"imagenet512_dinov2_b_vit_xl"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_headers_say_what_is_needed(path):
     head = [line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("#")]

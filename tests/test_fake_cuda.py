@@ -133,7 +133,16 @@ SAMPLERS = [
 
 
 @pytest.mark.parametrize(
-    ("sampler", "guidance"), [*(("euler", rule) for rule in GUIDANCES), *((name, "cfg") for name in SAMPLERS[1:])]
+    ("sampler", "guidance"),
+    [
+        *(("euler", rule) for rule in ("internal", "composed")),
+        *(
+            pytest.param("euler", rule, marks=pytest.mark.slow)
+            for rule in GUIDANCES
+            if rule not in ("internal", "composed")
+        ),
+        *(pytest.param(name, "cfg", marks=pytest.mark.slow) for name in SAMPLERS[1:]),
+    ],
 )
 def test_samplers_and_guidances(cuda, sampler, guidance):
     model = make_generator()

@@ -57,6 +57,7 @@ def picture(path: Path, width: int = 50, height: int = 37) -> Path:
 # --- behind the page ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reconstruction_is_that_of_the_autoencoder(tmp_path):
     model = generator()
     found = Viewer(model, perceptual=PerceptualLoss(pretrained=False)).reconstruct(picture(tmp_path / "a.png"))
@@ -218,6 +219,7 @@ def test_without_an_encoder_only_samples_are_drawn(exports):
         open_viewer(configuration(exports / "autoencoder", "encode=false"))
 
 
+@pytest.mark.slow
 def test_autoguidance_is_offered_where_there_is_a_guide(exports, tmp_path):
     model = generator()
     model.guide = DiTDH(16, 2, 16, 1, 2, 24, 1, 2, num_classes=CLASSES)

@@ -61,7 +61,7 @@ def applies(setting: tuple[str, ...], group: str, choice: str) -> bool:
     return group in groups_of(*setting)
 
 
-_FAST_ROWS = 8
+_FAST_ROWS = 4
 _ENCODERS = ("clip_l14", "digits", "dinov2", "dinov3_l_k7")
 """Encoders that are composed in every setting; the others have the same keys, and are composed once."""
 

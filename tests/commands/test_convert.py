@@ -66,7 +66,9 @@ def drawn(folder: Path) -> np.ndarray:
     return np.load(folder / "samples.npz")["arr_0"]
 
 
-@pytest.mark.parametrize("guidance", ["none", "cfg", "autoguidance"])
+@pytest.mark.parametrize(
+    "guidance", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "cfg")), "autoguidance"]
+)
 def test_a_collection_of_the_original_is_sampled_converted_and_sampled_again(guidance: str, tmp_path: Path):
     _, model = write_collection(tmp_path / "models")
     options = ["sampler.grid.points=4", "samples_per_class=1", "png=false", f"guidance={guidance}"]
@@ -85,6 +87,7 @@ def test_a_collection_of_the_original_is_sampled_converted_and_sampled_again(gui
         assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.slow
 def test_sampling_an_export_with_a_guide_from_elsewhere(tmp_path: Path):
     model = make_generator()
     model.save_pretrained(tmp_path / "guided")
@@ -114,6 +117,7 @@ def test_missing_files_of_a_collection_are_named_with_the_command_that_fetches_t
         sample(compose("sample", [f"checkpoint={tmp_path}/model.pt"]))
 
 
+@pytest.mark.slow
 def test_every_published_model_composes_and_names_its_files():
     for model in config_groups()["model"]:
         cfg = compose("download", [f"model={model}"])
@@ -249,6 +253,7 @@ def test_without_a_connection_nothing_is_compared_and_a_gated_repository_says_ho
             call()
 
 
+@pytest.mark.slow
 def test_converting_for_diffusers_and_reconstructing_from_it(tmp_path: Path):
     from PIL import Image
 
@@ -272,6 +277,7 @@ def test_converting_for_diffusers_and_reconstructing_from_it(tmp_path: Path):
     assert scores[0]["images"] == 3
 
 
+@pytest.mark.slow
 def test_a_generator_for_diffusers_is_sampled_from_as_it_is(tmp_path: Path):
     source = make_generator().save_pretrained(tmp_path / "model")
     chosen = ["guidance=autoguidance", "sampler=heun", "sampler.grid.points=4"]

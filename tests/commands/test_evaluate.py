@@ -105,7 +105,13 @@ def test_samples_in_every_form_are_the_same_images(samples):
     assert json.loads((samples / "samples.json").read_text())["samples"] == 64
 
 
-@pytest.mark.parametrize("divided", [["batch_size=7"], ["batch_size=7", "part_size=9"], ["part_size=1"]])
+@pytest.mark.parametrize(
+    "divided",
+    [
+        ["batch_size=7", "part_size=9"],
+        *(pytest.param([one], marks=pytest.mark.slow) for one in ("batch_size=7", "part_size=1")),
+    ],
+)
 def test_batches_and_parts_leave_the_samples_alone(exported, samples, tmp_path, divided):
     run("sample", *options_of(exported, tmp_path, "png=false", *divided))
     assert np.abs(pixels(tmp_path).astype(int) - pixels(samples)).max() <= 1
@@ -209,6 +215,7 @@ def test_scores_are_those_of_the_images_wherever_they_lie(exported, samples, ref
     assert scores_of(tmp_path / "png") == pytest.approx(npz, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_kept_latents_go_through_several_decoders(exported, samples, reference, tmp_path):
     run("sample", *options_of(exported, tmp_path / "drawn", "png=false", "keep_latents=true", "part_size=10"))
     other = RAE.from_pretrained(exported)

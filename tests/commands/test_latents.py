@@ -109,7 +109,7 @@ def trained_weights(*more):
     return parts.module.denoiser.state_dict()
 
 
-@pytest.mark.parametrize("flip", ["false", "true"])
+@pytest.mark.parametrize("flip", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_stage_2_from_cached_latents_is_stage_2_from_images(folder, cached, tmp_path, flip):
     common = ["data.batch_size=8", "data.num_workers=0", "data.num_classes=5", f"data.flip={flip}"]
     paths = [f"data.train_path={cached}/train", f"output_dir={tmp_path}/a"]

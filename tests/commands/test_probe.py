@@ -77,6 +77,7 @@ def test_sums_over_batches_are_the_figures_of_all():
     assert found["images"] == 60
 
 
+@pytest.mark.slow
 def test_the_curves_begin_with_the_reconstruction(tmp_path: Path):
     encoder = tiny_encoder(input_size=32, channels=16, stride=8)
     decoder = ViTDecoder(16, 4, 48, 1, 4, 96, patch=8, mean=encoder.mean, std=encoder.std)

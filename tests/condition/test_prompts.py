@@ -132,6 +132,7 @@ def drawn(run: Path, output: Path, *overrides: str) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_samples_keep_their_prompts_in_every_layout(run: Path, tmp_path: Path):
     scenes = [PROMPTS[0], "an owl above a dog on a white background", PROMPTS[2]]
     (tmp_path / "prompts.txt").write_text("\n".join(scenes) + "\n\n")
@@ -163,6 +164,7 @@ def test_samples_keep_their_prompts_in_every_layout(run: Path, tmp_path: Path):
         drawn(run, tmp_path / "out", 'prompt="an owl"')
 
 
+@pytest.mark.slow
 def test_layouts_of_benchmarks(run: Path, tmp_path: Path):
     lines = [{"tag": "single_object", "include": [{"class": "owl", "count": 1}], "prompt": p} for p in PROMPTS[:2]]
     (tmp_path / "geneval.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
@@ -243,6 +245,7 @@ def test_a_run_refuses_another_text_encoder(run: Path, tmp_path: Path):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_cached_text_gives_the_same_losses_and_is_refused_for_another_encoder(tmp_path: Path):
     text = f"text_encoder.checkpoint={text_weights(tmp_path)}"
     encoder = [one for one in SMALL if one.startswith(("encoder", "+encoder", "text_encoder", "data."))]
@@ -306,6 +309,7 @@ def test_the_judge_reads_real_scenes_and_finds_swapped_things():
         scores.update(images)
 
 
+@pytest.mark.slow
 def test_clip_score_is_the_cosine_of_the_two_embeddings():
     import open_clip
     from torch.nn import functional as F

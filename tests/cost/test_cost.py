@@ -250,6 +250,7 @@ def test_adaptive_samplers_have_no_number():
 # --- the command -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "experiment",
     ["digits_encoder", *(pytest.param(f"digits_stage{stage}", marks=pytest.mark.slow) for stage in (1, 2))],

@@ -97,9 +97,7 @@ def alone(root):
     return {(kind, split): epoch_of(kind, root, 1, 0, split) for kind in KINDS for split in ("train", "val")}
 
 
-@pytest.mark.parametrize(
-    "workers", [0, pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("workers", [0, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 2, 3))])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_order_and_coverage(root, alone, kind, world, workers):
@@ -113,6 +111,7 @@ def test_order_and_coverage(root, alone, kind, world, workers):
             assert torch.equal(whole(batches)[key], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_epochs_differ_and_together_reach_everything(root, alone, kind):
     epochs = [whole(epoch_of(kind, root, 2, 1, "train", epoch))["index"].tolist() for epoch in range(4)]
@@ -128,6 +127,7 @@ def test_folder_and_others_are_the_same_data(alone, kind):
             assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_training_from_shards_of_a_folder_with_broken_files(root, tmp_path, caplog):
     """What rae-shard leaves out does not disturb; what is broken inside a shard is replaced, counted and listed."""
     folder = tmp_path / "images"

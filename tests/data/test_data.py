@@ -228,11 +228,11 @@ def trainer(tmp_path, callbacks=(), **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"val_check_interval": 2},
-        {"limit_train_batches": 4},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"val_check_interval": 2}, marks=pytest.mark.slow),
+        pytest.param({"limit_train_batches": 4}, marks=pytest.mark.slow),
         {"max_epochs": -1, "max_steps": 13, "check_val_every_n_epoch": None, "val_check_interval": 3},
-        {"limit_val_batches": 0, "accumulate_grad_batches": 2},
+        pytest.param({"limit_val_batches": 0, "accumulate_grad_batches": 2}, marks=pytest.mark.slow),
     ],
     ids=["plain", "validation within", "limited", "by steps", "accumulated"],
 )
@@ -253,6 +253,7 @@ def test_a_continued_run_sees_exactly_what_was_not_seen(tmp_path, options):
         assert rest.batches == whole.batches[done:], f"from {path.name} ({event})"
 
 
+@pytest.mark.slow
 def test_continuing_with_workers_and_without_a_warning(tmp_path, recwarn):
     save, whole = SaveEverywhere(tmp_path), Recorder()
     trainer(tmp_path, [save]).fit(whole, datamodule=DrawsModule(num_workers=2))

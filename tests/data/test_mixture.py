@@ -163,6 +163,7 @@ def test_processes_share_the_batches_out(mix, world):
     assert later == whole[9:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", ["step", "sample"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_are_those_of_the_source_alone(root, mix, workers):

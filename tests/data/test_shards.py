@@ -164,6 +164,7 @@ def same(batches, others):
     return all(torch.equal(a[key], b[key]) for a, b in zip(batches, others, strict=True) for key in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_on_a_server_give_the_same_batches(data, server, workers):
     address, _ = server

@@ -277,6 +277,7 @@ def test_bad_input_is_refused_in_words(make, words: str):
         make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("condition", CONDITIONS)
 @torch.no_grad()
 def test_it_compiles_to_one_graph(condition):

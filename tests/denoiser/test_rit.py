@@ -475,6 +475,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_from_images_to_an_export_that_samples(tmp_path):
     stage1 = ["experiment=digits_stage1", *ENCODER, "trainer.max_steps=1", "data.batch_size=8", "data.num_workers=0"]
     stage1 += ["discriminator=none", "loss=l1", "trainer.enable_progress_bar=false", "trainer.limit_val_batches=1"]
@@ -493,6 +494,7 @@ def test_from_images_to_an_export_that_samples(tmp_path):
     assert "class_mean" not in str(list(again.autoencoder.state_dict()))
 
 
+@pytest.mark.slow
 def test_it_costs_what_its_blocks_cost():
     cfg = compose("cost", ["experiment=imagenet256_rit_xl", "latent.stats=none"])
     figures = estimate(cfg)

@@ -155,6 +155,7 @@ def random_run(tmp_path_factory):
     return folder, parts, float(parts.trainer.callback_metrics["val/psnr"])
 
 
+@pytest.mark.slow
 def test_a_random_encoder_is_the_same_whenever_its_run_is_opened(random_run):
     folder, parts, reported = random_run
     trained = parts.module.autoencoder.encoder.state_dict()
@@ -182,6 +183,7 @@ def test_an_export_holds_the_runs_random_encoder(random_run, tmp_path: Path):
         assert hash_of(build(later).module) == again.encoder.weights_hash()
 
 
+@pytest.mark.slow
 def test_stage_2_builds_the_decoder_that_its_checkpoint_describes(random_run, tmp_path: Path):
     folder, _, _ = random_run
     own = rae.load(folder).decoder

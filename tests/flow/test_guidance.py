@@ -370,6 +370,7 @@ def drawn(folder: Path) -> np.ndarray:
         return file["arr_0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chosen", "rule"),
     [

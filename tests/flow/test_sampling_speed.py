@@ -96,6 +96,7 @@ def test_nothing_is_computed_and_thrown_away(guidance: str, rows: int):
 # --- no step waits for the device --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", ["cfg", "autoguidance"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_value_is_read_back(sampler: type, guidance: str):

@@ -48,6 +48,7 @@ def test_diffusers_autoencoder_and_ours_agree(kind: str, tmp_path: Path):
     assert first.keys() == written.keys()  # nothing is left for diffusers to draw at random
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_our_export_decodes_to_the_same_image_in_diffusers(kind: str, tmp_path: Path):
     """Statistics of ours, in the form of √(var + eps), become those of diffusers up to rounding."""

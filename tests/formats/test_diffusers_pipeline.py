@@ -214,6 +214,7 @@ def test_diffusers_own_autoencoder_is_used_where_it_is_the_same_network(tmp_path
     assert (copied(LABELS, seed=5, progress=False) - ours).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_copy_by_diffusers_draws_and_cannot_encode(tmp_path, load):
     model = autoguidance()
     load(save_pipeline(model, tmp_path / "out")).save_pretrained(tmp_path / "copy")

@@ -118,6 +118,7 @@ def test_what_runs_say_of_themselves_is_no_strangers(recipe):
     assert all(kept[part] == config[part] for part in ("encoder", "decoder", "latent", "flow") if part in config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["${oc.env:%s}", "${oc.decode:%s}", "a ${oc.env:%s} b", "${stage}", "${.x}", "${oc.select:%s}"]
 )

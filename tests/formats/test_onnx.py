@@ -56,6 +56,7 @@ def run(folder: Path, part: str, **inputs: np.ndarray) -> list[np.ndarray]:
     return onnxruntime.InferenceSession(folder / f"{part}.onnx").run(None, inputs)
 
 
+@pytest.mark.slow
 def test_the_loop_on_the_page_draws_what_the_generator_draws(tmp_path: Path, monkeypatch):
     model = generator(DiT(32, 4, 32, 1, 4, 10), guidance=ClassifierFreeGuidance(2.5, (0.3, 1.0)))
     model.class_names = tuple(f"digit {number}" for number in range(10))

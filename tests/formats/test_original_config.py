@@ -83,6 +83,7 @@ def test_sampling_is_that_of_the_published_model(image, tmp_path):
     assert (cfg.guide.width, cfg.guide.depth) == (384, 12)
 
 
+@pytest.mark.slow
 def test_training_of_the_decoder_is_the_recipe(tmp_path):
     cfg, t = translated(tmp_path, stage1_training(), "train")
     recipe = compose("train", ["experiment=imagenet256_dinov2_b_vit_xl", "trainer.precision=32-true"])
@@ -143,6 +144,7 @@ def test_training_of_raev2_is_the_recipe(tmp_path):
     assert not [key for key, why in t.left.items() if "UNKNOWN" in why or "DIFFERS" in why]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guidance", "choice", "values"),
     [

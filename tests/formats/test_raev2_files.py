@@ -68,7 +68,7 @@ def drawn(folder: Path) -> np.ndarray:
     return np.load(folder / "samples.npz")["arr_0"]
 
 
-@pytest.mark.parametrize("guidance", ["none", "internal"])
+@pytest.mark.parametrize("guidance", [pytest.param("none", marks=pytest.mark.slow), "internal"])
 def test_sampled_converted_and_written_back(collection: Path, tmp_path: Path, guidance: str):
     options = ["sampler=euler_full", "sampler.grid.steps=3", "samples_per_class=1", "png=false", f"guidance={guidance}"]
     sample(compose("sample", [*model(collection), *options, f"output_dir={tmp_path}/one"]))

@@ -93,6 +93,7 @@ def test_perceptual_loss_is_the_packages():
     assert not model.network.training
 
 
+@pytest.mark.slow
 def test_absent_vgg_weights_are_named(monkeypatch, tmp_path):
     def offline(*args, **kwargs):
         raise OSError("no network")
@@ -103,6 +104,7 @@ def test_absent_vgg_weights_are_named(monkeypatch, tmp_path):
         PerceptualLoss()
 
 
+@pytest.mark.slow
 def test_vgg_weights_load_from_torchvisions_file(tmp_path):
     from torchvision.models.vgg import cfgs, make_layers
 

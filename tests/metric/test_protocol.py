@@ -195,6 +195,7 @@ def test_differences_from_the_protocol_are_named(real):
         GenerationMetrics(detector, metrics=["inception_score"], protocol="jit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "width"),
     [("convnext", 1024), ("dinov2_cls", 1024), ("mae_cls", 1024), ("siglip_cls", 1152), ("clip_cls", 1024)],

@@ -166,6 +166,7 @@ def test_a_resumed_run_ends_bitwise_where_the_whole_one_does(tmp_path, monkeypat
         train(2, tmp_path, callbacks=(ema_of(2),), checkpoint=str(tmp_path / "last.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_or_not_it_is_the_same_but_for_rounding(checkpointing, tmp_path, monkeypatch):
     """Dynamo alone: what is handed over leaves the graph."""
@@ -192,6 +193,7 @@ def test_another_encoder_may_be_the_target(tmp_path, monkeypatch):
         module.aligned_to(batch, batch["latent"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["repa", "irepa"])
 def test_the_choices_make_what_they_say(name):
     small = [
@@ -209,6 +211,7 @@ def test_the_choices_make_what_they_say(name):
     assert "alignment" not in compose("train", ["stage=2", "latent.stats=none"])
 
 
+@pytest.mark.slow
 def test_runs_that_are_read_know_nothing_of_it(tmp_path):
     small = [
         "denoiser.width=32",

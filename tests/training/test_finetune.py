@@ -147,6 +147,7 @@ def test_heads_come_from_runs_and_from_the_originals_checkpoints(tmp_path: Path)
         begin_heads(begun, str(tmp_path / "nothing"))
 
 
+@pytest.mark.slow
 def test_heads_without_a_discriminator_are_refused(tmp_path: Path):
     options = ["discriminator=none", "loss=l1", "discriminator_checkpoint=run", "encoder.pretrained=false"]
     cfg = compose("train", ["stage=1", "data=synthetic", "decoder=vit_b", *options, f"output_dir={tmp_path}"])

@@ -196,6 +196,7 @@ def stage2(folder: Path, *more: str) -> list[str]:
     return ["experiment=digits_fuselift_stage2", *RANDOM, *SHORT, *given, *small, *more]
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_input_states(road: Path):
     module = build(compose("train", stage2(road))).module
     model = module.autoencoder
@@ -218,6 +219,7 @@ def test_statistics_are_those_of_the_input_states(road: Path):
     assert torch.equal(model.latent.class_token, found["class_token"])
 
 
+@pytest.mark.slow
 def test_a_weight_file_does_with_a_description(road: Path, tmp_path: Path):
     original.save_original(load(road / "stage1"), tmp_path / "files", layout="raev2")
     given = ["experiment=digits_fuselift_stats", *RANDOM, f"decoder_checkpoint={tmp_path}/files/decoder.pt"]
@@ -229,6 +231,7 @@ def test_a_weight_file_does_with_a_description(road: Path, tmp_path: Path):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 def test_samples_of_a_run_are_those_of_its_export(road: Path, tmp_path: Path):
     draw = load(road / "stage2", ["sampler=euler_full", "sampler.grid.steps=4"])
     assert draw.autoencoder.latent.space == "decoder_input"
@@ -240,6 +243,7 @@ def test_samples_of_a_run_are_those_of_its_export(road: Path, tmp_path: Path):
     assert torch.equal(again.draw([1, 2], seed=5), draw.draw([1, 2], seed=5))
 
 
+@pytest.mark.slow
 def test_kept_latents_fit_their_own_decoder_alone(road: Path, tmp_path: Path):
     latents = road / "samples" / "latents"
     states = np.concatenate([np.load(file) for file in sorted(latents.glob("*.npy"))])
@@ -267,6 +271,7 @@ def sources_of(cfg):
     return from_latents(cfg, Fabric(accelerator="cpu", devices=1), object())
 
 
+@pytest.mark.slow
 def test_another_decoder_is_refused(road: Path):
     with pytest.raises(ValueError, match=r"the input of another decoder \(weights was .*fit that one alone"):
         build(compose("train", stage2(road, f"decoder_checkpoint={road}/other")))
@@ -276,6 +281,7 @@ def test_another_decoder_is_refused(road: Path):
         build(compose("train", stage2(road, "latent.space=encoder")))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_one_of_the_other_space_does_not(road: Path, tmp_path: Path):
     run("train", *stage2(road), "trainer.max_steps=5", f"output_dir={road}/stage2")
     with pytest.raises(

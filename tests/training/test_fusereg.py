@@ -288,6 +288,7 @@ def fitted(parts):
     return start, parts.module.denoiser.state_dict(), float(parts.trainer.callback_metrics["val/loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_stage_2_from_cached_layers_is_stage_2_from_images(folder, stacked, tmp_path, p):
     cached = stacked[0]

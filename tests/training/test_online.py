@@ -83,6 +83,7 @@ def test_scores_are_those_of_the_samples_of_both_kinds_of_weights(tmp_path, refe
     assert float(trainer.logged_metrics["eval/fd_pooled"]) == pytest.approx(callback.scores["eval/fd_pooled"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_training_does_not_notice_that_it_is_scored(tmp_path, reference, stage):
     if stage == 1:
@@ -98,6 +99,7 @@ def test_training_does_not_notice_that_it_is_scored(tmp_path, reference, stage):
     assert scored.scored_step == 5
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_that_of_the_best_score(tmp_path, reference):
     callback = generation(reference, averaged=False, live=True)
     kept = RunCheckpoint(str(tmp_path / "kept"), every_n_steps=100, keep=1, monitor="eval/live/fd_pooled", mode="min")
@@ -134,6 +136,7 @@ def test_a_report_of_runs_names_the_epoch_at_which_they_were_good_enough(tmp_pat
         run("evaluate", f"report={tmp_path}", f"output_dir={tmp_path}/x")
 
 
+@pytest.mark.slow
 def test_epochs_are_scored_at_their_ends(tmp_path):
     callback = ScoreReconstructions(ReconstructionScores(), every_n_epochs=2)
     train(1, tmp_path, batch=20, steps=-1, max_epochs=5, callbacks=(ema_of(1), callback))  # two steps an epoch

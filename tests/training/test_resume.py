@@ -48,6 +48,7 @@ def test_a_rate_without_a_schedule_is_the_new_one(tmp_path):
     assert found.groups[0]["lr"] == 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_lengths_in_epochs_keep_their_steps(stage, tmp_path):
     train(stage, tmp_path, steps=10, callbacks=(RunCheckpoint(str(tmp_path)),))

@@ -234,6 +234,7 @@ def hostile_folders(folder: Path, canary: Path) -> dict[str, str]:
         yield answer
 
 
+@pytest.mark.slow
 def test_folders_of_strangers_run_nothing(folder: Path, tmp_path: Path):
     """As rae.load, rae-sample and a run that continues read them."""
     cfg = compose("sample", [f"checkpoint={folder}", "device=cpu", "sampler=euler"])
