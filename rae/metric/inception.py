@@ -86,7 +86,7 @@ class InceptionDetector(Detector):
         ValueError: The file does not hold this network.
     """
 
-    def __init__(self, checkpoint: str | None = None, pretrained: bool = True, batch_size: int = 64) -> None:
+    def __init__(self, checkpoint: str | None = None, pretrained: bool = True, batch_size: int = 16) -> None:
         spatial = SPATIAL_CHANNELS * SPATIAL_GRID**2
         super().__init__("inception", WIDTH, spatial, CLASSES, batch_size)
         self.network = InceptionV3()
