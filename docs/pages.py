@@ -1,17 +1,21 @@
 """Writes the generated pages: ``recipes.md`` of conf/experiment, ``results.md`` of results/, the table of ``models.md``.
 
+Notebooks get a badge for Colab once pyproject states the project's ``Repository``.
+
 usage: python docs/pages.py
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent))
+ROOT = DOCS.parent
+sys.path.insert(0, str(ROOT))
 
 from rae.cli.errors import compose  # noqa: E402
 from rae.cli.groups import conf_dir, config_groups  # noqa: E402
@@ -83,6 +87,38 @@ def models(page: Path = DOCS / "models.md") -> str:
     return f"{before}{start}\n{table}\n\n{block}\n\n{end}{after}"
 
 
+def repository() -> str | None:
+    """The project's public address on GitHub, ``Repository`` of pyproject's URLs; None where it has none yet."""
+    found = re.search(
+        r'^Repository = "(https://github\.com/[^"]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    return found and found[1]
+
+
+def notebooks(address: str | None) -> dict[str, str]:
+    """Every notebook by its name; with an address, a badge for Colab and a cell that installs the library come first."""
+    made = {}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text())
+        cells = [cell for cell in notebook["cells"] if not cell["id"].startswith("colab-")]
+        if address:
+            link = f"{address.replace('https://github.com', 'https://colab.research.google.com/github')}/blob/main/notebooks/{path.name}"
+            badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+            source = [
+                "import importlib.util\n",
+                "\n",
+                'if importlib.util.find_spec("rae") is None:\n',
+                f'    %pip install --quiet "rae[demo] @ git+{address}"',
+            ]
+            install = {"cell_type": "code", "execution_count": 1, "id": "colab-install", "metadata": {}, "outputs": []}
+            head = {"cell_type": "markdown", "id": "colab-badge", "metadata": {}, "source": [badge]}
+            cells = [head, {**install, "source": source}, *cells]
+        for number, cell in enumerate((cell for cell in cells if cell["cell_type"] == "code"), 1):
+            cell["execution_count"] = number
+        made[path.name] = json.dumps({**notebook, "cells": cells}, indent=1, ensure_ascii=False) + "\n"
+    return made
+
+
 def pages() -> dict[str, str]:
     """Every generated page by its name."""
     return {"recipes.md": recipes(), "results.md": results(), "models.md": models()}
@@ -92,6 +128,8 @@ def main(*_: Any) -> None:
     """Writes them."""
     for name, text in pages().items():
         (DOCS / name).write_text(text)
+    for name, text in notebooks(repository()).items():
+        (ROOT / "notebooks" / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from docs.pages import pages
 from rae.cli.errors import compose
 from rae.cli.groups import config_groups
-from tests.helpers.guides import commands, pages
+from tests.helpers.guides import commands
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rae"

@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from docs.pages import notebooks, repository
 from tests.helpers.notebook_runs import NOTEBOOKS, execute
 
 LARGEST = 400_000  # bytes
@@ -41,6 +42,18 @@ def test_all_notebooks_are_there():
     assert [path.stem for path in NOTEBOOKS] == names
     readme = (NOTEBOOKS[0].parent / "README.md").read_text()
     assert all(f"({name}.ipynb)" in readme for name in names)
+
+
+def test_they_open_in_colab_where_the_project_has_an_address():
+    assert notebooks(repository()) == {path.name: path.read_text() for path in NOTEBOOKS}, "python docs/pages.py"
+    for name, text in notebooks("https://github.com/someone/rae").items():
+        notebook = nbformat.reads(text, as_version=4)
+        nbformat.validate(notebook)
+        badge, install = notebook.cells[:2]
+        assert f"(https://colab.research.google.com/github/someone/rae/blob/main/notebooks/{name})" in badge.source
+        assert "rae[demo] @ git+https://github.com/someone/rae" in install.source
+        counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+        assert counts == list(range(1, len(counts) + 1))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=named)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 _NEEDS = re.compile(r"imagenet|ILSVRC|nyu-visionx|rae-download|model=|NAME|original\.yaml|…")
@@ -42,13 +40,3 @@ def commands(page: Path) -> list[Command]:
             complete = page.name == "README.md" and line.startswith("|")  # elsewhere, a mention
             found.append(Command(text, complete and not _NEEDS.search(text)))
     return [command for command in found if "NAME" not in command.text and "RUN" not in command.text]
-
-
-def pages() -> dict[str, str]:
-    """The generated pages, as ``docs/pages.py`` writes them."""
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "pages.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.pages()
