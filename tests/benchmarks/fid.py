@@ -66,7 +66,7 @@ def our_extractor() -> partial:
     """Images to features B×2048."""
     from rae.metric import InceptionDetector
 
-    detector = InceptionDetector(weights(), batch_size=BATCH)
+    detector = InceptionDetector(weights())
     return partial(_pool, detector)
 
 
