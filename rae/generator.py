@@ -232,7 +232,7 @@ class Generator(Exportable, nn.Module):
         guide = self.flow.velocity_model(self._callable(self.guide)) if self.guide is not None else None
         conditions = {name: value.to(self.device) for name, value in conditions.items()}
         null = None
-        if self.guidance.needs_null:
+        if "null" in self.guidance.needs:
             told = self.denoiser.condition
             conditions, null = beside_null(conditions, told, self.text_encoder, self.negative_prompt)
         velocity = self.guidance(

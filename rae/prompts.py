@@ -55,7 +55,7 @@ def check_text_encoder(denoiser: Denoiser, text_encoder: TextEncoder | None) -> 
 
 def check_negative_prompt(prompt: str | None, text_encoder: TextEncoder | None, guidance: Guidance) -> None:
     """Raises ValueError for a negative prompt that nothing would steer away from."""
-    if prompt is not None and (text_encoder is None or not guidance.needs_null):
+    if prompt is not None and (text_encoder is None or "null" not in guidance.needs):
         raise ValueError(
             f"negative_prompt={prompt!r} needs a model that is told a text, and guidance=cfg to steer away from it"
         )

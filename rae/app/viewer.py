@@ -202,7 +202,7 @@ class Viewer:
         else:
             chosen = kind(float(scale), own.guidance.interval)
         sampler = own.sampler if steps is None else own.sampler.with_steps(whole("steps", steps, 1))
-        if negative_prompt is not None and not chosen.needs_null:
+        if negative_prompt is not None and "null" not in chosen.needs:
             raise ValueError("a negative prompt needs guidance=cfg, which steers away from it")
         parts: dict[str, Any] = {"text_encoder": own.text_encoder, "negative_prompt": negative_prompt}
         return Generator(own.autoencoder, own.denoiser, own.flow, sampler, chosen, own.guide, **parts).eval()

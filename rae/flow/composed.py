@@ -30,11 +30,11 @@ class ComposedGuidance(Guidance):
         for number, part in enumerate(parts):
             if not isinstance(part, Guidance):
                 raise ValueError(f"guidance.parts.{number}={part!r} is no guidance: give a mapping with _target_")
-        if late := [type(part).__name__ for part in parts[1:] if part.needs_base]:
+        if late := [type(part).__name__ for part in parts[1:] if "base" in part.needs]:
             raise ValueError(
                 f"guidance.parts: {late[0]} takes the denoiser's own base head, which no other part passes on: put it first"
             )
-        away = [type(part).__name__ for part in parts if part.needs_null]
+        away = [type(part).__name__ for part in parts if "null" in part.needs]
         if len(away) > 1:
             raise ValueError(
                 f"guidance.parts: {' and '.join(away)} steer away from the null condition: keep one of them"
@@ -43,29 +43,9 @@ class ComposedGuidance(Guidance):
         self.parts = tuple(parts)
 
     @property
-    def needs_null(self) -> bool:
-        """Whether a part does."""
-        return any(part.needs_null for part in self.parts)
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether a part does."""
-        return any(part.needs_base for part in self.parts)
-
-    @property
-    def needs_guide(self) -> bool:
-        """Whether a part does."""
-        return any(part.needs_guide for part in self.parts)
-
-    @property
-    def needs_linear_path(self) -> bool:
-        """Whether a part does."""
-        return any(part.needs_linear_path for part in self.parts)
-
-    @property
-    def has_momentum(self) -> bool:
-        """Whether a part has."""
-        return any(part.has_momentum for part in self.parts)
+    def needs(self) -> frozenset[str]:
+        """What its parts need."""
+        return frozenset().union(*(part.needs for part in self.parts))
 
     def with_scale(self, scale: float) -> Guidance:
         """The same guidances, the last (outermost) of them with another strength; ``scale`` is that one's too."""

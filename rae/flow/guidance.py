@@ -21,11 +21,6 @@ Memory = dict[str, Tensor]
 """What a guidance keeps of a batch from one evaluation to the next, B×… by name; each bound batch has its own."""
 
 
-def expand_time(t: float | Tensor, x: Tensor) -> Tensor:
-    """The time as one value a sample of x, B; times B are returned as they are."""
-    return t if isinstance(t, Tensor) else torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)
-
-
 class Guidance(Described, ABC):
     """Base: an interval of times, and the decision where the guiding forward runs.
 
@@ -70,9 +65,9 @@ class Guidance(Described, ABC):
         memory: Memory = {}
 
         def velocity(x: Tensor, t: float | Tensor, r: float | None = None) -> Tensor:
-            times = expand_time(t, x)
             own, other = until(model, r), guide and until(guide, r)
             if not isinstance(t, Tensor):
+                times = torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)
                 return self.field(t, own, null, other, memory)(x, times, conditions)
             out = torch.empty_like(x)
             groups: dict[tuple[bool, ...], list[int]] = {}
@@ -83,7 +78,7 @@ class Guidance(Described, ABC):
                 own_null = None if null is None else select(null, rows)
                 own_memory = {name: kept[rows] for name, kept in memory.items()}
                 field = self.field(float(t[members[0]]), own, own_null, other, own_memory)
-                out.index_copy_(0, rows, field(x[rows], times[rows], select(conditions, rows)))
+                out.index_copy_(0, rows, field(x[rows], t[rows], select(conditions, rows)))
                 for name, kept in own_memory.items():
                     before = memory.get(name, kept.new_zeros(x.shape))
                     memory[name] = before.index_copy(0, rows, kept)
@@ -92,35 +87,24 @@ class Guidance(Described, ABC):
         return velocity
 
     @property
-    def needs_null(self) -> bool:
-        """Whether it asks for the null condition."""
-        return False
+    def needs(self) -> frozenset[str]:
+        """What it asks for: any of the following.
 
-    @property
-    def needs_base(self) -> bool:
-        """Whether it asks for the denoiser's base head."""
-        return False
-
-    @property
-    def needs_guide(self) -> bool:
-        """Whether it asks for a guide."""
-        return False
-
-    @property
-    def needs_linear_path(self) -> bool:
-        """Whether it estimates the data as x − t·v, as is right on the linear path."""
-        return False
-
-    @property
-    def has_momentum(self) -> bool:
-        """Whether the velocity depends on the evaluations before, which is meant for samplers with one evaluation a step."""
-        return False
+        ``null``: the null condition; ``base``: the denoiser's base head; ``guide``: a weaker denoiser; ``linear_path``: it
+        estimates the data as x − t·v, as is right there; ``single_stage``: a sampler with one evaluation a step, since its
+        velocity depends on the evaluations before.
+        """
+        return frozenset()
 
     def check(self, null: Conditions | None, guide: Model | None) -> None:
         """Raises ValueError where the null condition or the guide is missing and this guidance needs it."""
-        if null is None and self.needs_null:
+        if null is None and "null" in self.needs:
             raise ValueError("classifier-free guidance needs null, the condition that tells the denoiser nothing")
-        if guide is None and self.needs_guide:
+        self.check_guide(guide)
+
+    def check_guide(self, guide: Any) -> None:
+        """Raises ValueError where there is no guide and this guidance needs one."""
+        if guide is None and "guide" in self.needs:
             raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
 
     def with_scale(self, scale: float) -> Guidance:
@@ -202,9 +186,9 @@ class ClassifierFreeGuidance(Guidance):
     """g = u + w·(c − u), with u the prediction for the null condition; one doubled batch inside the interval (Ho & Salimans)."""
 
     @property
-    def needs_null(self) -> bool:
-        """Whether it acts at all."""
-        return self.scale != 1
+    def needs(self) -> frozenset[str]:
+        """The null condition, where it acts at all."""
+        return frozenset({"null"} if self.scale != 1 else ())
 
     def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:
         """See :meth:`Guidance.field`."""
@@ -228,9 +212,9 @@ class AutoGuidance(Guidance):
     """g = weak + w·(strong − weak), with weak the prediction of a smaller, less trained model for the same class (Karras 2024)."""
 
     @property
-    def needs_guide(self) -> bool:
-        """It does."""
-        return True
+    def needs(self) -> frozenset[str]:
+        """A guide."""
+        return frozenset({"guide"})
 
     def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:
         """See :meth:`Guidance.field`."""
@@ -272,14 +256,9 @@ class InternalGuidance(Guidance):
         self.cfg = ClassifierFreeGuidance(cfg_scale, check_interval(cfg_interval, "guidance.cfg_interval"))
 
     @property
-    def needs_null(self) -> bool:
-        """Whether classifier-free guidance is added."""
-        return self.cfg.needs_null
-
-    @property
-    def needs_base(self) -> bool:
-        """It does."""
-        return True
+    def needs(self) -> frozenset[str]:
+        """A base head, and what the classifier-free guidance needs."""
+        return self.cfg.needs | {"base"}
 
     def acts_at(self, t: float) -> bool:
         """Whether the base head runs at time t."""

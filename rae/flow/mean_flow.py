@@ -20,7 +20,7 @@ from torch import Tensor
 from rae.flow.objective import FlowMatching, Model
 from rae.flow.ode import ODESampler
 from rae.flow.path import LinearPath, Path, like
-from rae.flow.sampler import OnStep, StepNoise, Velocity
+from rae.flow.sampler import Velocity
 from rae.flow.time import FullGrid, TimeDistribution, UniformTime
 from rae.layers import at_least_float, trusted
 
@@ -285,23 +285,11 @@ class JumpSampler(ODESampler):
         """One jump; ``velocity`` is told the second time too: ``velocity(x, t, r)``."""
         return x - (t - t_next) * velocity(x, t, t_next)
 
-    def sample(
-        self,
-        velocity: Velocity,
-        noise: Tensor,
-        shift: float = 1.0,
-        step_noise: StepNoise | None = None,
-        on_step: OnStep | None = None,
-        reverse: bool = False,
-    ) -> Tensor:
-        """See :meth:`rae.flow.sampler.Sampler.sample`.
-
-        Raises:
-            ValueError: ``reverse`` is asked for.
-        """
+    def times(self, shift: float, reverse: bool) -> Tensor:
+        """Uniform times, whatever the shift; raises ValueError where ``reverse`` is asked for."""
         if reverse:
             raise ValueError("a JumpSampler goes from noise to data alone; choose a sampler of velocities, e.g. euler")
-        return super().sample(velocity, noise, 1.0, on_step=on_step)
+        return super().times(1.0, reverse)
 
 
 def without_base(conditions: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,19 +20,18 @@ def check_guidance(guidance: Guidance, flow: FlowMatching, sampler: Sampler, den
         denoiser: Network with ``has_base`` and ``second_time``.
         guide: The network that autoguidance steers away from, or None.
     """
-    if guidance.needs_guide and guide is None:
-        raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
-    if guidance.needs_base and not denoiser.has_base:
+    guidance.check_guide(guide)
+    if "base" in guidance.needs and not denoiser.has_base:
         kind = type(denoiser).__name__
         raise ValueError(
             f"internal guidance needs a denoiser with a base head; this {kind} has none: guidance=cfg or none"
         )
-    if guidance.needs_linear_path and not isinstance(flow.path, LinearPath):
+    if "linear_path" in guidance.needs and not isinstance(flow.path, LinearPath):
         raise ValueError(
             f"adaptive projected guidance needs the linear path, but flow.path is a {type(flow.path).__name__}: "
             "choose guidance=cfg or none"
         )
-    if sampler.second_time and (guidance.needs_linear_path or guidance.stands_still(1.0)):
+    if sampler.second_time and ("linear_path" in guidance.needs or guidance.stands_still(1.0)):
         raise ValueError(
             f"{guidance!r} reads predictions as velocities at one time, and {type(sampler).__name__} asks for average ones: "
             "choose guidance=none or cfg, or sampler=euler"
@@ -42,7 +41,7 @@ def check_guidance(guidance: Guidance, flow: FlowMatching, sampler: Sampler, den
             f"{type(sampler).__name__} needs a denoiser that knows a second time, and this one's second_time is "
             f"{denoiser.second_time}: choose sampler=euler, or train one with flow=mean_flow (experiment=digits_meanflow)"
         )
-    if guidance.has_momentum and sampler.stages != 1:
+    if "single_stage" in guidance.needs and sampler.stages != 1:
         raise ValueError(
             f"{guidance!r} has momentum, which needs a sampler with one evaluation a step, got {type(sampler).__name__}: "
             "choose sampler=euler or guidance.momentum=0"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rae.flow.sampler import OnStep, Sampler, StepNoise, Velocity
-from rae.flow.time import FullGrid, PublishedGrid
+from rae.flow.time import Grid, PublishedGrid
 from rae.layers import trusted
 
 
@@ -19,13 +19,8 @@ class ODESampler(Sampler):
         grid: Grid of times; :class:`~rae.flow.time.PublishedGrid` is that of the published numbers.
     """
 
-    def __init__(self, grid: PublishedGrid | FullGrid | None = None) -> None:
+    def __init__(self, grid: Grid | None = None) -> None:
         self.grid = grid if grid is not None else PublishedGrid()
-
-    @property
-    def evaluations(self) -> int | None:
-        """Evaluations of the velocity in one run."""
-        return self.grid.steps * self.stages
 
     @abstractmethod
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
@@ -42,6 +37,11 @@ class ODESampler(Sampler):
         """The last step of a run, as the others where a sampler does not say otherwise; arguments as of :meth:`step`."""
         return self.step(velocity, x, t, t_next)
 
+    def times(self, shift: float, reverse: bool) -> Tensor:
+        """The times of a run, descending, or ascending in reverse; float32 on the CPU."""
+        times = self.grid.times(shift)
+        return times.flip(0) if reverse else times
+
     def sample(
         self,
         velocity: Velocity,
@@ -52,8 +52,7 @@ class ODESampler(Sampler):
         reverse: bool = False,
     ) -> Tensor:
         """Integrates the ODE; see :meth:`Sampler.sample`."""
-        times = self.grid.times(shift).tolist()
-        times = times[::-1] if reverse else times
+        times = self.times(shift, reverse).tolist()
         x = noise
         for number, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
             step = self.last_step if number == self.grid.steps - 1 else self.step
@@ -156,7 +155,7 @@ class AdaptiveSampler(ODESampler):
 
     stages = 0
 
-    def __init__(self, grid: PublishedGrid | FullGrid | None = None, atol: float = 1e-6, rtol: float = 1e-3) -> None:
+    def __init__(self, grid: Grid | None = None, atol: float = 1e-6, rtol: float = 1e-3) -> None:
         super().__init__(grid)
         if not (atol > 0 and rtol > 0):
             raise ValueError(f"sampler.atol={atol} and sampler.rtol={rtol} must be above 0")
@@ -170,8 +169,7 @@ class AdaptiveSampler(ODESampler):
 
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
         """Integrates from t to t_next."""
-        times = torch.tensor([t, t_next])
-        return self._integrate(velocity, x, times)[-1]
+        return self._integrate(velocity, x, torch.tensor([t, t_next]))[-1]
 
     def sample(
         self,
@@ -183,8 +181,8 @@ class AdaptiveSampler(ODESampler):
         reverse: bool = False,
     ) -> Tensor:
         """See :meth:`ODESampler.sample`; ``on_step`` sees the states interpolated at the grid's times, after the run."""
-        times = self.grid.times(shift)
-        states = self._integrate(velocity, noise, times.flip(0) if reverse else times)
+        times = self.times(shift, reverse)
+        states = self._integrate(velocity, noise, times)
         if on_step is not None:
             for number, (t, x) in enumerate(zip(times.tolist()[1:], states[1:], strict=True)):
                 on_step(number, t, x)

@@ -66,14 +66,11 @@ class AdaptiveProjectedGuidance(ClassifierFreeGuidance):
         self.eta = float(eta)
 
     @property
-    def needs_linear_path(self) -> bool:
-        """Where it acts at all."""
-        return self.scale != 1
-
-    @property
-    def has_momentum(self) -> bool:
-        """Where it acts at all and ``momentum`` is not 0."""
-        return self.scale != 1 and self.momentum != 0
+    def needs(self) -> frozenset[str]:
+        """Where it acts at all, the null condition and the linear path; with momentum, a sampler of one stage."""
+        if self.scale == 1:
+            return super().needs
+        return super().needs | {"linear_path"} | ({"single_stage"} if self.momentum else set())
 
     def acts_at(self, t: float) -> bool:
         """Whether both predictions are made at time t."""

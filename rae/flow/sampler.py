@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from rae.flow.time import FullGrid, PublishedGrid
+from rae.flow.time import Grid
 from rae.io.describe import Described
 
 Velocity = Callable[..., Tensor]
@@ -24,13 +24,13 @@ class Sampler(Described, ABC):
     """Whether it asks for average velocities, of a denoiser that knows a second time."""
     stages: int
     """Evaluations of the velocity in one step."""
-    grid: PublishedGrid | FullGrid
+    grid: Grid
     """Times, on the host, so that no step waits for the device."""
 
     @property
-    @abstractmethod
     def evaluations(self) -> int | None:
         """Evaluations of the velocity in one run; None where the samples decide."""
+        return self.grid.steps * self.stages
 
     @property
     def calls(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rae.flow.path import DIFFUSION_FORMS, LinearPath, Path, VPPath
 from rae.flow.sampler import OnStep, Sampler, StepNoise, Velocity
-from rae.flow.time import FullGrid, PublishedGrid
+from rae.flow.time import Grid, PublishedGrid
 
 LAST_STEPS = ("mean", "tweedie", "euler", "none")
 
@@ -39,7 +39,7 @@ class SDESampler(Sampler):
 
     def __init__(
         self,
-        grid: PublishedGrid | FullGrid | None = None,
+        grid: Grid | None = None,
         path: Path | None = None,
         diffusion: str = "sigma",
         norm: float = 1.0,
@@ -124,13 +124,7 @@ class SDESampler(Sampler):
         return x
 
     def drift(self, velocity: Velocity, x: Tensor, t: float) -> Tensor:
-        """V − D·score at time t.
-
-        Args:
-            velocity: Velocity field of x B×… and a time (float).
-            x: State B×… at time t.
-            t: Time, above 0.
-        """
+        """V − D·score at a state x B×… of time t, above 0."""
         v = velocity(x, t)
         return v - self._diffusion(t) * self._score(v, x, t)
 

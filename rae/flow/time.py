@@ -14,14 +14,7 @@ from rae.io.describe import Described
 def dimension_shift(channels: int, height: int, width: int, base: int = 4096) -> float:
     """Shift s = √(C·H·W / base) of a latent (paper §4.2: 6.93 for 768×16×16).
 
-    Args:
-        channels: Channels of the latent.
-        height: Height of the latent.
-        width: Width of the latent.
-        base: Dimension at which the schedule is left as it is; 4096 in the paper.
-
-    Raises:
-        ValueError: A latent smaller than ``base``.
+    ``base`` is the dimension at which the schedule is left as it is; a latent smaller than that raises ValueError.
     """
     dimension = channels * height * width
     if min(channels, height, width, base) < 1:
@@ -35,23 +28,14 @@ def dimension_shift(channels: int, height: int, width: int, base: int = 4096) ->
 
 
 def check_shift(shift: float) -> float:
-    """Returns the shift.
-
-    Raises:
-        ValueError: It is below 1.
-    """
+    """Returns the shift; raises ValueError where it is below 1."""
     if not shift >= 1:
         raise ValueError(f"shift={shift} must be at least 1; 1 leaves the times as they are")
     return float(shift)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """T ← s·t / (1 + (s − 1)·t), moving times towards the noise; 0 and 1 stay.
-
-    Args:
-        t: Times in [0, 1].
-        shift: Shift s, at least 1.
-    """
+    """T ← s·t / (1 + (s − 1)·t): times in [0, 1] moved towards the noise by a shift s of at least 1; 0 and 1 stay."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -113,7 +97,35 @@ class LogitNormalTime(TimeDistribution):
         return torch.sigmoid(normal).clamp(max=self.maximum).to(device=u.device, dtype=u.dtype)
 
 
-class PublishedGrid(Described):
+class Grid(Described, ABC):
+    """Times that a sampler walks down, one step fewer than there are ``points``."""
+
+    points: int
+    last: float
+    """Where 1 − t ends if nothing else is said."""
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return self.points - 1
+
+    @abstractmethod
+    def with_steps(self, steps: int) -> Grid:
+        """A grid of the same kind with another number of steps; ValueError below 1."""
+
+    def times(self, shift: float, start: float = 0.0, end: float | None = None) -> Tensor:
+        """Descending times 1 − linspace(start, end, points), shifted; float32 on the CPU.
+
+        Args:
+            shift: Shift of the times, at least 1.
+            start: Where 1 − t begins.
+            end: Where 1 − t ends; None for :attr:`last`.
+        """
+        even = torch.linspace(start, self.last if end is None else end, self.points, device="cpu")
+        return shift_time(1 - even, check_shift(shift))
+
+
+class PublishedGrid(Grid):
     """The grid of the published numbers: ``points`` times from 1 down to shift(0.001), so ``points − 1`` steps.
 
     It does not reach 0: with 50 points and shift 6.93 the last time is about 0.0069, and the image is decoded from there.
@@ -125,36 +137,23 @@ class PublishedGrid(Described):
         ValueError: Fewer than 2 points.
     """
 
+    last = 0.999
+
     def __init__(self, points: int = 50) -> None:
         if points < 2:
             raise ValueError(f"grid.points={points} must be at least 2; 50 points are 49 steps")
         self.points = points
 
-    @property
-    def steps(self) -> int:
-        """Number of steps."""
-        return self.points - 1
-
     def with_steps(self, steps: int) -> PublishedGrid:
-        """A grid of the same kind with another number of steps; ValueError below 1."""
+        """See :meth:`Grid.with_steps`."""
         return PublishedGrid(_at_least_one(steps) + 1)
-
-    def times(self, shift: float, start: float = 0.0, end: float = 0.999) -> Tensor:
-        """Descending times 1 − linspace(start, end, points), shifted; float32 on the CPU.
-
-        Args:
-            shift: Shift of the times, at least 1.
-            start: Where 1 − t begins.
-            end: Where 1 − t ends.
-        """
-        return shift_time(1 - torch.linspace(start, end, self.points, device="cpu"), check_shift(shift))
 
 
 OfficialGrid = PublishedGrid
 """Its former name, in exports and configurations of former versions."""
 
 
-class FullGrid(Described):
+class FullGrid(Grid):
     """A grid of ``steps`` steps that ends at exactly 0.
 
     Args:
@@ -164,29 +163,16 @@ class FullGrid(Described):
         ValueError: Fewer than 1 step.
     """
 
+    last = 1.0
+
     def __init__(self, steps: int = 50) -> None:
         if steps < 1:
             raise ValueError(f"grid.steps={steps} must be at least 1")
-        self.steps = steps
-
-    @property
-    def points(self) -> int:
-        """Number of times."""
-        return self.steps + 1
-
-    def times(self, shift: float, start: float = 0.0, end: float = 1.0) -> Tensor:
-        """Descending times 1 − linspace(start, end, steps + 1), shifted; float32 on the CPU.
-
-        Args:
-            shift: Shift of the times, at least 1.
-            start: Where 1 − t begins.
-            end: Where 1 − t ends.
-        """
-        return shift_time(1 - torch.linspace(start, end, self.points, device="cpu"), check_shift(shift))
+        self.points = steps + 1
 
     def with_steps(self, steps: int) -> FullGrid:
-        """A grid of the same kind with another number of steps; ValueError below 1."""
-        return FullGrid(**{**self.arguments, "steps": _at_least_one(steps)})
+        """See :meth:`Grid.with_steps`."""
+        return FullGrid(_at_least_one(steps))
 
 
 def _at_least_one(steps: int) -> int:

@@ -225,7 +225,7 @@ class RAEPipeline(DiffusionPipeline):
 
         noise = draw(shape[1:], "sample") if latents is None else latents.to(device, torch.float32)
         null = None
-        if guidance.needs_null:
+        if "null" in guidance.needs:
             told, null = beside_null(told, denoiser.condition, self._text, away)
         guide = None if self.guide is None else self._velocity(self.guide)
         velocity = guidance(self._velocity(self.transformer), told, null=null, guide=guide)
