@@ -13,7 +13,6 @@ from rae.metric.features import Detector, check_images
 from rae.metric.frechet import FeatureMoments
 from rae.metric.group import MetricGroup
 from rae.metric.manifold import KeptFeatures
-from rae.metric.numbers import Numbers
 from rae.metric.reference import Reference, ReferenceInfo, Statistics, statistics_hash
 
 KEPT = 10_000
@@ -48,7 +47,6 @@ class ReferenceBuilder(MetricGroup):
         self.total = total
         self.kept = kept
         self.size: tuple[int, int] | None = None
-        self._numbers = Numbers()
         self.parts["pool"] = FeatureMoments(detector.width)
         if detector.spatial_width is not None:
             self.parts["spatial"] = FeatureMoments(detector.spatial_width)
@@ -59,7 +57,6 @@ class ReferenceBuilder(MetricGroup):
         """Forgets all images."""
         super().reset()
         self.size = None
-        self._numbers = Numbers()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Adds the images that another builder of the same kind has seen; raises ValueError for images of another size."""
@@ -79,7 +76,7 @@ class ReferenceBuilder(MetricGroup):
         return (index + 1) * self.kept // total != index * self.kept // total
 
     def update(self, images: Tensor, index: Tensor | None = None) -> None:
-        """Adds images uint8 B×3×H×W with their numbers in the data set, B; without these they are counted (one process only)."""
+        """Adds images uint8 B×3×H×W with their numbers in the data set, B; None counts them, process by process in turn."""
         check_images(images)
         self._set_size((int(images.shape[2]), int(images.shape[3])))
         if index is None:

@@ -17,7 +17,6 @@ from rae.metric.functional.mind import mind
 from rae.metric.group import MetricGroup
 from rae.metric.inception_score import InceptionScore, LabelCounts, PermutedInceptionScore
 from rae.metric.manifold import KeptFeatures, ManifoldMetrics
-from rae.metric.numbers import Numbers
 from rae.metric.reference import Reference, Statistics, open_reference
 
 NAMES = ("fid", "sfid", "inception_score", *manifold.NAMES, "mind")
@@ -109,7 +108,6 @@ class GenerationMetrics(MetricGroup):
         self.neighbours = neighbours
         self.distance_precision = distance_precision
         self._resolved: dict[str, Statistics] | None = None
-        self._numbers = Numbers()
         # Moments are taken in any case: they count the samples and show features that are not finite.
         self.parts["pool"] = FeatureMoments(detector.width)
         if "sfid" in self.names:
@@ -135,11 +133,6 @@ class GenerationMetrics(MetricGroup):
                 f"{', '.join(needing)} need a reference: give metric.reference=/path/to/reference.npz (for ImageNet ADM's "
                 "VIRTUAL_imagenet256_labeled.npz), or ask for inception_score alone"
             )
-
-    def reset(self) -> None:
-        """Forgets all samples, and counts from 0 again those that come without numbers."""
-        super().reset()
-        self._numbers = Numbers()
 
     def prepare(self, image_size: int, count: int | None = None, labels: Sequence[int] | None = None) -> None:
         """Checks all that can be before there are images, and computes what is missing of the reference.

@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from rae.metric.features import Detector, Features
+from rae.metric.numbers import Numbers
 from rae.metric.reference import Reference
 
 
@@ -29,6 +30,7 @@ class MetricGroup(WrapperMetric):
         object.__setattr__(self, "detector", detector)
         self.reference = reference
         self.parts: Any = nn.ModuleDict()
+        self._numbers = Numbers()
 
     def features_of(self, images: Tensor) -> Features:
         """What the detector sees in images uint8 B×3×H×W, on the collection's device."""
@@ -43,10 +45,11 @@ class MetricGroup(WrapperMetric):
                 self.parts[name].update(value)
 
     def reset(self) -> None:
-        """Forgets all images."""
+        """Forgets all images, and counts from 0 again those that come without numbers."""
         super().reset()
         for part in self.parts.values():
             part.reset()
+        self._numbers = Numbers()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Adds the images that another collection has seen; raises ValueError unless it is of the same kind and metrics."""

@@ -101,12 +101,13 @@ def their_features() -> Work:
 
 def our_distance(features: list[Tensor]) -> float:
     """Fréchet distance of batches of features to the reference."""
-    from rae.metric import FrechetDistance
+    from rae.metric import FeatureMoments
+    from rae.metric.frechet import score
 
-    metric = FrechetDistance(our_reference())
+    metric = FeatureMoments(features[0].shape[1])
     for batch in features:
         metric.update(batch)
-    return float(metric.compute())
+    return score(metric.compute(), our_reference(), "fid")
 
 
 @cache
