@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def _lines(path: Path) -> list[Any]:
     return [parse_json(line.encode(), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def caption_line(name: str, texts: list[str], column: str = "text") -> str:
+def captions_of(names: Sequence[str], path: Path, column: str = "text") -> list[list[str]]:
+    """The captions of each image in such a file; raises ValueError, too, where one has none but blank ones."""
+    texts = read_captions(path, column)
+    bare = [name for name in names if not any(text.strip() for text in texts.get(name, ()))]
+    if bare:
+        raise ValueError(
+            f"{len(bare)} of {len(names)} images have no caption in {str(path)!r}, {bare[0]!r} for one; add them, or take the "
+            "images away"
+        )
+    return [texts[name] for name in names]
+
+
+def caption_line(name: str, text: str) -> str:
     """One line of such a file, as JSON."""
-    return json.dumps({NAME: name, column: texts[0] if len(texts) == 1 else texts}, ensure_ascii=False)
+    return json.dumps({NAME: name, "text": text}, ensure_ascii=False)

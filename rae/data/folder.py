@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rae.data.captions import read_captions
+from rae.data.captions import captions_of
 from rae.data.loader import ImageFiles, Names
 from rae.data.module import StoredDataModule
 from rae.data.transforms import ImageTransform
@@ -56,14 +57,8 @@ class ImageFolder(ImageFiles):
         super().__init__([label for _, label in found], transform, max_bad_share)
         self.captioned = captions is not None
         if captions is not None:
-            texts = read_captions(self.root / captions, caption_key)
-            bare = [file for file in self.files if not any(text.strip() for text in texts.get(file, ()))]
-            if bare:
-                raise ValueError(
-                    f"{len(bare)} of {len(found)} images have no caption in {str(self.root / captions)!r}, {bare[0]!r} for one; "
-                    "add them, or take the images away"
-                )
-            self._texts = Names([json.dumps(texts[file]) for file in self.files])
+            texts = captions_of(self.files, self.root / captions, caption_key)
+            self._texts = Names([json.dumps(every) for every in texts])
 
     def captions(self, position: int) -> Sequence[str]:
         """See :meth:`ImageFiles.captions`."""
@@ -95,7 +90,7 @@ def image_files(root: Path, below: str) -> list[str]:
 
 
 class ImageFolderDataModule(StoredDataModule):
-    """Images in folders, one subfolder a class; see :class:`StoredDataModule` for the arguments that all data have.
+    """Images in folders, one subfolder a class; the ``options`` are the arguments of :class:`StoredDataModule`.
 
     ``mode``, ``resize``, ``flip``, ``exact`` and ``fast_decode`` say how training images are cropped, see
     :class:`~rae.data.transforms.ImageTransform`; those for validation are cropped from the centre, exactly and unflipped.
@@ -107,29 +102,22 @@ class ImageFolderDataModule(StoredDataModule):
         self,
         train_path: str | None = None,
         val_path: str | None = None,
-        batch_size: int = 64,
-        num_workers: int = 8,
-        seed: int = 42,
-        image_size: int = 256,
-        num_classes: int = 1000,
         mode: str = "center_crop",
         resize: int | None = None,
         flip: bool = True,
         unlabelled: bool = False,
-        max_bad_share: float = 0.01,
-        pin_memory: bool = True,
         exact: bool = False,
         fast_decode: bool = False,
         captions: str | None = None,
         caption_key: str = "text",
+        **options: Any,
     ) -> None:
-        common = (batch_size, num_workers, seed, image_size, num_classes, pin_memory, max_bad_share)
-        super().__init__(train_path, val_path, *common)
+        super().__init__(train_path, val_path, **options)
         self.unlabelled = unlabelled
         self.captions = captions
         self.caption_key = caption_key
-        self.train_transform = ImageTransform(image_size, mode, resize, flip, exact, fast_decode)
-        self.val_transform = ImageTransform(image_size, "center_crop", exact=True)
+        self.train_transform = ImageTransform(self.image_size, mode, resize, flip, exact, fast_decode)
+        self.val_transform = ImageTransform(self.image_size, "center_crop", exact=True)
 
     def at(self, path: str, train: bool) -> ImageFiles:
         """The images at a path; raises ValueError where a class has another number for validation than for training."""

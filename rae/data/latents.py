@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +77,16 @@ class CachedLatents(SeededDataset):
         part, row = divmod(index, int(self.index["part"]))
         path = self.folder / self.index["files"][part]["file"]
         name = "mirrored" if self.flip and flip_of(seed) else "latent"
-        try:
+        with _reading(path):
             file = self._files.get(part)
             if file is None:
                 file = self._files[part] = safe_open(path, framework="pt")
             latent, label = file.get_slice(name)[row], file.get_slice("label")[row]
             known = int(file.get_slice(f"{name}_crc")[row]) if self.index.get("checksums") else None
-        except (SafetensorError, IndexError, OSError) as error:
-            raise ValueError(f"{str(path)!r} is damaged ({error}); {_REMEDY}") from error
         if known is not None and checksums(latent[None], label[None])[0] != known:
             raise ValueError(f"{str(path)!r} is damaged: latent {row} has another checksum; {_REMEDY}")
-        if (
-            list(latent.shape) != self.index.get("shape", list(latent.shape))
-            or not 0 <= int(label) < self.index["num_classes"]
-        ):
+        fits = list(latent.shape) == self.index.get("shape", list(latent.shape))
+        if not fits or not 0 <= int(label) < self.index["num_classes"]:
             raise ValueError(
                 f"{str(path)!r} holds a latent of {tuple(latent.shape)} with label {int(label)}, but {INDEX} says "
                 f"{tuple(self.index.get('shape', ()))} and {self.index['num_classes']} classes; {_REMEDY}"
@@ -99,16 +96,23 @@ class CachedLatents(SeededDataset):
 
     def _text(self, file: Any, row: int, path: Path) -> Tensor:
         """Features L×C of the caption; raises ValueError where they are damaged."""
-        try:
+        with _reading(path):
             ends = file.get_slice("text_end")
             start = int(ends[row - 1]) if row else 0
             text = file.get_slice("text")[start : int(ends[row])]
             known = int(file.get_slice("text_crc")[row])
-        except (SafetensorError, IndexError, OSError) as error:
-            raise ValueError(f"{str(path)!r} is damaged ({error}); {_REMEDY}") from error
         if checksums(text[None], torch.zeros(1, dtype=torch.int64))[0] != known:
             raise ValueError(f"{str(path)!r} is damaged: the text of latent {row} has another checksum; {_REMEDY}")
         return text.float()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises ValueError for what reading a damaged file raises."""
+    try:
+        yield
+    except (SafetensorError, IndexError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); {_REMEDY}") from error
 
 
 _REMEDY = f"remove it and {INDEX}, and run rae-cache-latents again: it makes only what is missing"
@@ -127,9 +131,9 @@ _KINDS = {**dict.fromkeys(_NUMBERS, int), "files": list, "encoder": dict, "shape
 """Types of what a description holds; ``encoder`` and ``shape`` may be missing."""
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: str | Path) -> dict[str, Any]:
     """The description of a folder of latents; raises ValueError where it is damaged."""
-    path = folder / INDEX
+    path = Path(folder).expanduser() / INDEX
     index = parse_json(path.read_bytes(), str(path))
     if fault := _fault_of(index):
         raise ValueError(
@@ -175,17 +179,16 @@ class LatentsDataModule(StoredDataModule):
         flip: bool = True,
         pin_memory: bool = True,
     ) -> None:
-        super().__init__(train_path, val_path, batch_size, num_workers, seed, image_size, num_classes, pin_memory)
+        options = {"seed": seed, "image_size": image_size, "num_classes": num_classes, "pin_memory": pin_memory}
+        super().__init__(train_path, val_path, batch_size, num_workers, **options)
         self.flip = flip
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes of the images that the latents are of."""
-        return (
-            []
-            if self.train_path is None
-            else list(read_index(Path(self.train_path).expanduser()).get("class_names", []))
-        )
+        if self.train_path is None:
+            return []
+        return list(read_index(self.train_path).get("class_names", []))
 
     def at(self, path: str, train: bool) -> CachedLatents:
         """The latents at a path; raises ValueError where they are of other images or without mirrored copies."""
@@ -202,17 +205,20 @@ class LatentsDataModule(StoredDataModule):
             )
         return latents
 
+    def _indices(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The paths that are given, with the descriptions of their latents."""
+        for path in (self.train_path, self.val_path):
+            if path is not None:
+                yield path, read_index(path)
+
     def check_text_encoder(self, check: Callable[[Mapping[str, Any], str], None]) -> None:
         """Lets a text encoder refuse features of another; ``check`` is :meth:`rae.encoder.text.TextEncoder.check`.
 
         Raises:
             ValueError: There are no features of captions.
         """
-        for path in (self.train_path, self.val_path):
-            if path is None:
-                continue
-            described = read_index(Path(path).expanduser()).get("text")
-            if not described:
+        for path, index in self._indices():
+            if not (described := index.get("text")):
                 raise ValueError(
                     f"the latents in {path!r} come without their captions' features, which the denoiser is told: cache them with "
                     "rae-cache-latents text=true"
@@ -221,7 +227,7 @@ class LatentsDataModule(StoredDataModule):
 
     def check_stacked(self, what: str) -> None:
         """Raises ValueError where the training latents are fused, so that ``what`` finds no layers to choose from."""
-        if self.train_path is not None and not read_index(Path(self.train_path).expanduser()).get("stacked"):
+        if self.train_path is not None and not read_index(self.train_path).get("stacked"):
             raise ValueError(
                 f"{what} takes random subsets of the encoder's layers, but the latents in {self.train_path!r} are fused already: "
                 "cache the layers themselves with rae-cache-latents stacked=true, train from images, or set "
@@ -233,10 +239,7 @@ class LatentsDataModule(StoredDataModule):
 
         ``differences`` tells the encoder from a described one, see :meth:`rae.encoder.Encoder.differences`.
         """
-        for path in (self.train_path, self.val_path):
-            if path is None:
-                continue
-            index = read_index(Path(path).expanduser())
+        for path, index in self._indices():
             if "encoder" not in index:
                 raise ValueError(
                     f"{path!r} does not say of which encoder its latents are; make them anew with rae-cache-latents"

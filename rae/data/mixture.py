@@ -81,11 +81,8 @@ class MixtureDataModule(ImageDataModule):
         epoch_images: Images of an epoch; None for the mean of the sources' sizes, weighted, as in RAEv2.
         batch_size: Samples per process and step.
         num_workers: Processes that load ahead.
-        seed: The run's seed: order and augmentation.
-        image_size: Side of the images, in pixels.
-        num_classes: Number of classes; labels of no source go beyond it.
-        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
-        max_bad_share: Largest share of unreadable files among those of all sources.
+        options: The other arguments of :class:`ImageDataModule`; labels of no source go beyond ``num_classes``, and
+            ``max_bad_share`` is that of the files of all sources.
 
     Raises:
         ValueError: There are no sources; a weight, size or number of classes does not go; or a source holds no images.
@@ -98,13 +95,9 @@ class MixtureDataModule(ImageDataModule):
         epoch_images: int | None = None,
         batch_size: int = 64,
         num_workers: int = 8,
-        seed: int = 42,
-        image_size: int = 256,
-        num_classes: int = 1000,
-        pin_memory: bool = True,
-        max_bad_share: float = 0.01,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, image_size, num_classes, pin_memory, max_bad_share)
+        super().__init__(batch_size, num_workers, **options)
         if mix not in MIXES:
             raise ValueError(f"data.mix={mix!r} is unknown; choose one of {', '.join(MIXES)}")
         if not sources:

@@ -256,11 +256,13 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
 class StoredDataModule(ImageDataModule):
     """Samples in files, those for training at ``train_path`` and, where it is given, those for validation at ``val_path``.
 
-    The other arguments are those of :class:`ImageDataModule`. A subclass says what is at a path: :meth:`at`.
+    The ``options`` are the other arguments of :class:`ImageDataModule`. A subclass says what is at a path: :meth:`at`.
     """
 
-    def __init__(self, train_path: str | None, val_path: str | None, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(
+        self, train_path: str | None, val_path: str | None, batch_size: int = 64, num_workers: int = 8, **options: Any
+    ) -> None:
+        super().__init__(batch_size, num_workers, **options)
         self.train_path = train_path
         self.val_path = val_path
         if val_path is None:

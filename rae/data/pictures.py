@@ -197,12 +197,9 @@ class PicturesDataset(SeededDataset):
 class PicturesDataModule(ImageDataModule):
     """Scenes of two of OpenMoji's pictograms with captions; a tenth of the triples (thing, relation, thing) is held out.
 
+    See :class:`ImageDataModule` for the arguments that are not named here.
+
     Args:
-        batch_size: Samples per process and step.
-        num_workers: Processes that load ahead.
-        seed: The run's seed: order, and where things stand.
-        image_size: Side of the images, in pixels.
-        num_classes: 1: captions say what is in a picture.
         train_images: Scenes to train on.
         val_images: Scenes of triples that are held out.
         shift: Largest shift of a thing from its place, in pixels.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
 from rae.data.folder import ImageFolderDataModule
@@ -152,11 +153,11 @@ class TarShards(ImageFiles):
 
     def file(self, position: int) -> IO[bytes]:
         """The content of the image file."""
-        return io.BytesIO(self._read(self._where(position)))
+        return io.BytesIO(self._read(self._place(self.places, position)))
 
     def captions(self, position: int) -> Sequence[str]:
         """See :meth:`ImageFiles.captions`; raises ValueError for a file that holds none."""
-        content = self._read(self._text_where(position))
+        content = self._read(self._place(self.text_places, position))
         if self._caption_key == TEXT:
             return [content.decode()]
         value = parse_json(content, self.name(position))
@@ -170,8 +171,8 @@ class TarShards(ImageFiles):
     def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
         """The samples of a batch; from the network all are fetched at once, so that its delay counts once."""
         if self.remote:
-            places = [self._where(index) for index in indices]
-            places += [self._text_where(index) for index in indices if self.captioned]
+            places = [self._place(self.places, index) for index in indices]
+            places += [self._place(self.text_places, index) for index in indices if self.captioned]
             self._fetched = dict(zip(places, read_ranges(places), strict=True))
         try:
             return super().load_many(indices, seeds)
@@ -182,12 +183,8 @@ class TarShards(ImageFiles):
         """Shard and key."""
         return f"{self.shards[self.shard_of[position]]}:{self.keys[position]}"
 
-    def _where(self, position: int) -> Place:
-        first, size = self.places[position].tolist()
-        return self.shards[self.shard_of[position]], first, size
-
-    def _text_where(self, position: int) -> Place:
-        first, size = self.text_places[position].tolist()
+    def _place(self, places: NDArray[np.int64], position: int) -> Place:
+        first, size = places[position].tolist()
         return self.shards[self.shard_of[position]], first, size
 
 

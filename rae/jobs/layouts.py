@@ -18,7 +18,7 @@ from rae.jobs.wanted import Prompt
 
 def write_captions(folder: Path, prompts: Sequence[str]) -> Path:
     """Writes ``metadata.jsonl`` beside the PNG files of samples: a folder for ``data=folder data.captions=metadata.jsonl``."""
-    lines = [caption_line(png_name(number, prompt), [prompt]) for number, prompt in enumerate(prompts)]
+    lines = [caption_line(png_name(number, prompt), prompt) for number, prompt in enumerate(prompts)]
     return _write(folder / CAPTIONS, "\n".join(lines) + "\n")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scipy.io import loadmat
 
-from rae.data.captions import read_captions
+from rae.data.captions import captions_of
 from rae.data.folder import class_folders, image_files
 from rae.data.storage import check_tar_end
 from rae.image import IMAGE_ENDINGS
@@ -37,20 +37,11 @@ class Source:
 
 
 def with_captions(sources: Sequence[Source], file: str | Path, column: str = "text") -> list[Source]:
-    """The images with the captions of a file, see :func:`~rae.data.captions.read_captions`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: An image has no caption.
-    """
-    texts = read_captions(Path(file).expanduser(), column)
-    found = [replace(source, captions=tuple(filter(str.strip, texts.get(source.name, ())))) for source in sources]
-    if bare := [source.name for source in found if not source.captions]:
-        raise ValueError(
-            f"{len(bare)} of {len(found)} images have no caption in {str(file)!r}, {bare[0]!r} for one; add them, or take the "
-            "images away"
-        )
-    return found
+    """The images with those captions of a file that are not blank; raises as :func:`~rae.data.captions.captions_of`."""
+    found = captions_of([source.name for source in sources], Path(file).expanduser(), column)
+    return [
+        replace(source, captions=tuple(filter(str.strip, texts))) for source, texts in zip(sources, found, strict=True)
+    ]
 
 
 def find_sources(path: str | Path, synsets: str | Path | None = None) -> tuple[list[Source], list[str]]:
