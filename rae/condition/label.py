@@ -9,7 +9,7 @@ from rae.condition.base import Condition, Conditions
 
 
 class Label(Condition):
-    """One class a sample; the null label is ``num_classes``."""
+    """One class a sample; the null label is ``num_classes``, of which there must be one at least, else ValueError."""
 
     names = ("label",)
 
@@ -50,15 +50,7 @@ class Label(Condition):
 
 
 class LabelEmbedding(Label):
-    """The label as one vector, for the modulation of blocks.
-
-    Args:
-        num_classes: Number of classes; the null label is ``num_classes``.
-        width: Width of the embedding.
-
-    Raises:
-        ValueError: No class.
-    """
+    """The label as one vector, for the modulation of blocks."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__(num_classes)
@@ -96,20 +88,12 @@ class LabelTokens(Label):
 
 
 def check_tokens(tokens: int) -> int:
-    """The number of tokens.
-
-    Raises:
-        ValueError: Fewer than one.
-    """
+    """The number of tokens; raises ValueError for fewer than one."""
     if tokens < 1:
         raise ValueError(f"tokens={tokens} must be at least 1")
     return tokens
 
 
 def learned_tokens(count: int, width: int) -> nn.Parameter:
-    """Tokens count×width to be learned, from N(0, 1/width).
-
-    Raises:
-        ValueError: Fewer than one.
-    """
+    """Tokens count×width to be learned, from N(0, 1/width); raises ValueError for fewer than one."""
     return nn.Parameter(torch.randn(check_tokens(count), width) * width**-0.5)

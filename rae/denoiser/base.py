@@ -10,17 +10,19 @@ from torch.utils.checkpoint import checkpoint
 
 from rae.condition import Condition, Conditions, LabelEmbedding
 from rae.io.describe import Described
-from rae.layers import AdaptiveBlock, SinusoidalTimeEmbedding, TimeEmbedding, grid_to_tokens, may_look, sincos_table
+from rae.layers import (
+    AdaptiveBlock,
+    SinusoidalTimeEmbedding,
+    TimeEmbedding,
+    check_time,
+    grid_to_tokens,
+    may_look,
+    sincos_table,
+)
 
 
 class PatchEmbedding(nn.Module):
-    """Linear map of every patch to a token, Xavier on the flattened kernel.
-
-    Args:
-        channels: Channels of the latent.
-        width: Width of the tokens.
-        patch: Side of a patch.
-    """
+    """Linear map of every patch, of so many pixels' side, to a token, Xavier on the flattened kernel."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
@@ -143,10 +145,7 @@ class Denoiser(Described, nn.Module):
             raise ValueError(f"r must hold one value a sample, as t does: t {tuple(t.shape)}, r {tuple(r.shape)}")
         self.condition.check(conditions, x_t.shape[0])
         if may_look(x_t):
-            if t.numel() and not (t.min() >= 0 and t.max() <= 1 + 1e-6):
-                raise ValueError(
-                    f"t must lie in [0, 1] (0 = data, 1 = noise), got {t.min().item()} to {t.max().item()}"
-                )
+            check_time(t)
             if r is not None and not (r.min() >= 0 and (r <= t).all()):
                 raise ValueError(f"r must lie in [0, t], got r={r.tolist()[:8]} for t={t.tolist()[:8]}")
             self.condition.check_values(conditions)
@@ -166,17 +165,7 @@ class Denoiser(Described, nn.Module):
 class LabelDenoiser(Denoiser):
     """Base of the denoisers that are told a class label, which modulates their blocks.
 
-    Args:
-        channels: Channels of the latent.
-        grid: Side of the latent.
-        patch: Side of a patch, dividing ``grid``.
-        num_classes: Number of classes; the null label is ``num_classes``.
-        width: Width of the time and label embeddings.
-        checkpointing: See :class:`Denoiser`.
-        second_time: See :class:`Denoiser`.
-
-    Raises:
-        ValueError: See :class:`Denoiser`.
+    ``width`` is that of time and label embeddings; the null label is ``num_classes``. See :class:`Denoiser` for the rest.
     """
 
     def __init__(
@@ -215,17 +204,7 @@ def check_shapes(latent: tuple[int, int, int], denoiser: Denoiser, guide: Denois
 def make_blocks(
     depth: int, width: int, heads: int, mlp_ratio: float, qk_norm: bool, norm: str, mlp: str
 ) -> nn.ModuleList:
-    """``depth`` adaptive blocks of one width.
-
-    Args:
-        depth: Number of blocks.
-        width: Width of the tokens.
-        heads: Attention heads.
-        mlp_ratio: Width of the feed-forward layers divided by the width.
-        qk_norm: Whether queries and keys are normalised too, by the blocks' kind of norm.
-        norm: ``rms`` or ``layer``.
-        mlp: ``swiglu`` or ``gelu``.
-    """
+    """``depth`` adaptive blocks, see :class:`~rae.layers.AdaptiveBlock`, of feed-forward layers ``mlp_ratio`` times as wide."""
     return nn.ModuleList(AdaptiveBlock(width, heads, int(width * mlp_ratio), qk_norm, norm, mlp) for _ in range(depth))
 
 

@@ -12,25 +12,12 @@ from rae.layers import FinalLayer, RotaryEmbedding2D, unpatchify
 class DiTDH(LabelDenoiser):
     """A narrow, deep backbone makes a condition for every token; a wide, shallow head denoises with it.
 
-    Args:
-        channels: Channels of the latent.
-        grid: Side of the latent.
-        width: Width of the backbone.
-        depth: Blocks of the backbone.
-        heads: Attention heads of the backbone.
+    Arguments beside those of :class:`~rae.denoiser.dit.DiT`, whose ``width``, ``depth`` and ``heads`` are the backbone's:
         head_width: Width of the head; at least the latent's channels for latents of full rank (paper theorem 1).
         head_depth: Blocks of the head.
         head_heads: Attention heads of the head.
-        num_classes: Number of classes; the null label is ``num_classes``.
-        patch: Side of a patch of both.
-        mlp_ratio: Width of the feed-forward layers divided by the width.
-        qk_norm: Whether queries and keys are normalised too, by the blocks' kind of norm.
-        norm: ``rms`` or ``layer``.
-        mlp: ``swiglu`` or ``gelu``.
         rope: Rotary embedding of the attention; without it only the backbone's table tells the head where a token is.
         position_table: Fixed sine-cosine table in the backbone; the head has none.
-        checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
-        second_time: See :class:`~rae.denoiser.base.Denoiser`.
 
     Raises:
         ValueError: Sizes that do not divide, or an unknown ``norm`` or ``mlp``.

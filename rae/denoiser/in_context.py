@@ -129,25 +129,10 @@ class InContextDiT(Denoiser):
 class InContextDiTDH(InContextDiT):
     """In-context backbone whose image tokens condition a wide, shallow head, as in :class:`~rae.denoiser.ddt.DiTDH`.
 
-    Args:
-        channels: Channels of the latent.
-        grid: Side of the latent.
-        width: Width of the backbone.
-        depth: Blocks of the backbone.
-        heads: Attention heads of the backbone.
+    Arguments beside those of :class:`InContextDiT`, whose ``width``, ``depth`` and ``heads`` are the backbone's:
         head_width: Width of the head.
         head_depth: Blocks of the head.
         head_heads: Attention heads of the head.
-        condition: See :class:`InContextDiT`.
-        patch: Side of a patch of both.
-        mlp_ratio: Width of the feed-forward layers divided by the width.
-        time_tokens: See :class:`InContextDiT`.
-        base_depth: See :class:`InContextDiT`.
-        checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
-        second_time: See :class:`~rae.denoiser.base.Denoiser`.
-
-    Raises:
-        ValueError: See :class:`InContextDiT`.
     """
 
     def __init__(
@@ -168,20 +153,8 @@ class InContextDiTDH(InContextDiT):
         checkpointing: bool = False,
         second_time: bool = False,
     ) -> None:
-        super().__init__(
-            channels,
-            grid,
-            width,
-            depth,
-            heads,
-            condition,
-            patch,
-            mlp_ratio,
-            time_tokens,
-            base_depth,
-            checkpointing,
-            second_time,
-        )
+        backbone = (channels, grid, width, depth, heads)
+        super().__init__(*backbone, condition, patch, mlp_ratio, time_tokens, base_depth, checkpointing, second_time)
         out = patch * patch * channels
         self.head_embedding = PatchEmbedding(channels, head_width, patch)
         self.projection = nn.Linear(width, head_width) if width != head_width else nn.Identity()

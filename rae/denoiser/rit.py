@@ -11,13 +11,7 @@ from rae.layers import FinalLayer, RotaryEmbedding2D, SinusoidalTimeEmbedding, u
 
 
 class JointFinalLayer(FinalLayer):
-    """Final layer whose last token, the class token, has a linear map of its own, which does not start at zero.
-
-    Args:
-        width: Width of the tokens and of the condition.
-        out: Values per image token.
-        class_out: Values of the class token.
-    """
+    """Final layer whose last token, the class token, has a linear map of its own, which does not start at zero."""
 
     def __init__(self, width: int, out: int, class_out: int) -> None:
         super().__init__(width, out)
@@ -38,19 +32,10 @@ class RiT(DiT):
     block ``context_start`` on, tokens of the label; only image tokens turn and have a place in the fixed table. The time is told
     by sinusoids of 1 − t.
 
-    Args:
-        channels: Channels of the latent and of the class token.
-        grid: Side of the latent.
-        width: Width of the tokens.
-        depth: Number of blocks.
-        heads: Attention heads.
-        num_classes: Number of classes; the null label is ``num_classes``.
-        patch: Side of a patch.
-        mlp_ratio: Width of the feed-forward layer divided by ``width``; SwiGLU takes two thirds.
+    Arguments beside those of :class:`~rae.denoiser.dit.DiT`:
         context_tokens: Learned tokens to which the label's embedding is added.
         context_start: Blocks that run before these tokens join.
         class_weight: Weight of the class token's loss, a mean over its values, beside 1 for the latent's.
-        checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
 
     Raises:
         ValueError: Sizes that do not divide, no token, a start outside the blocks, or a negative weight.

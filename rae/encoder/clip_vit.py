@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +68,6 @@ class ClipEncoder(TransformerEncoder):
         if model not in open_clip.list_models():
             raise ValueError(f"encoder.model={model!r} is unknown to open_clip; see open_clip.list_models()")
         self.model_name = model
-        self.hub_id = hub_id
         self.pos_antialias = pos_antialias
         device = torch.get_default_device()  # open_clip would move it to the CPU, from the meta device too
         network = open_clip.create_model(model, pretrained=None, force_image_size=input_size, device=device).visual
@@ -90,11 +88,6 @@ class ClipEncoder(TransformerEncoder):
         own = self.network.state_dict()
         kept = {key: value for key, value in to_open_clip(state).items() if key in own or not key.startswith(_UNUSED)}
         self.load_network(kept, 1, source, adopt)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The base's, with the model."""
-        return super().identity | {"model": self.model_name}
 
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
         """The blocks' outputs through ``ln_post`` as ``final_norm`` has it."""

@@ -114,11 +114,10 @@ class TimmEncoder(TransformerEncoder):
                     f"encoder.rope_bfloat16=true needs DINOv3's rotary positions, which {model} has not; set it to false"
                 )
             self._round_periods()
-        self.hub_id: str | None = hub_id or self.network.pretrained_cfg.get("hf_hub_id")
         check_layers(self.layers, len(self.network.blocks))
         if pretrained:
-            state = read_weights(checkpoint, self.hub_id, revision)
-            self.load_published(state, source=str(checkpoint or self.hub_id))
+            source = hub_id or self.network.pretrained_cfg.get("hf_hub_id")
+            self.load_published(read_weights(checkpoint, source, revision), str(checkpoint or source))
         self.freeze()
 
     def _build(self, model: str, act: str | None, norm_eps: float | None, arguments: dict[str, Any]) -> Any:
@@ -217,8 +216,7 @@ class TimmEncoder(TransformerEncoder):
     @property
     def identity(self) -> dict[str, Any]:
         """The base's, with what makes the network."""
-        known = {"model": self.model_name, "pos_antialias": self.pos_antialias}
-        return super().identity | known | self.network_options
+        return super().identity | {"pos_antialias": self.pos_antialias} | self.network_options
 
     @property
     def has_class_token(self) -> bool:  # type: ignore[override]

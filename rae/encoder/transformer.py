@@ -15,6 +15,7 @@ class TransformerEncoder(Encoder):
     """An encoder around a vision ``network`` with a position table, which is resized for the grid when weights are loaded."""
 
     network: Any
+    model_name: str
     final_norm: str
     """What the tokens of each layer go through, see :func:`rae.encoder.fusion.make_final_norm`."""
     final_norm_eps: float | None
@@ -27,8 +28,9 @@ class TransformerEncoder(Encoder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The base's, with the final norm."""
-        return super().identity | {"final_norm": self.final_norm, "final_norm_eps": self.final_norm_eps}
+        """The base's, with the final norm and the model."""
+        norm = {"final_norm": self.final_norm, "final_norm_eps": self.final_norm_eps}
+        return super().identity | norm | {"model": self.model_name}
 
     def check_facts(self, model: str, channels: int, stride: int) -> None:
         """Compares what the configuration says of the network with what it is.

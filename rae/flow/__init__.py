@@ -16,7 +16,7 @@ from rae.flow.ode import (
     ODESampler,
     RK4Sampler,
 )
-from rae.flow.path import Coefficients, GVPPath, LinearPath, Path, PathSample, VPPath, check_time
+from rae.flow.path import Coefficients, GVPPath, LinearPath, Path, PathSample, VPPath
 from rae.flow.projected import AdaptiveProjectedGuidance, ClassifierFreeZeroStarGuidance
 from rae.flow.sampler import Sampler
 from rae.flow.sde import EulerMaruyamaSampler, SDESampler, StochasticHeunSampler
@@ -68,7 +68,6 @@ __all__ = [
     "UniformTime",
     "VPPath",
     "check_guidance",
-    "check_time",
     "dimension_shift",
     "evaluations",
     "shift_time",

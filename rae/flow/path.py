@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rae.io.describe import Described
-from rae.layers import may_look
+from rae.layers import check_time
 
 DIFFUSION_FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing")
 
@@ -36,16 +36,6 @@ class PathSample:
 def like(values: Tensor, x: Tensor) -> Tensor:
     """Values B (or a scalar) shaped so that they broadcast over x B×…."""
     return values.reshape(-1, *(1,) * (x.ndim - 1)) if values.ndim else values
-
-
-def check_time(t: Tensor) -> None:
-    """Refuses times outside [0, 1]. Only values on the host are looked at: reading others back would stall the device.
-
-    Raises:
-        ValueError: With the smallest and largest time.
-    """
-    if may_look(t) and t.numel() and not (t.min() >= 0 and t.max() <= 1 + 1e-6):
-        raise ValueError(f"t must lie in [0, 1] (0 = data, 1 = noise), got {t.min().item()} to {t.max().item()}")
 
 
 class Path(Described, ABC):

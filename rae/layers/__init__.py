@@ -2,7 +2,7 @@
 
 from rae.layers.attention import Attention
 from rae.layers.block import AdaptiveBlock, Block, ContextBlock, FinalLayer, OutputLayer, denoiser_blocks
-from rae.layers.checks import may_look, trusted
+from rae.layers.checks import check_time, may_look, trusted
 from rae.layers.embedding import SinusoidalTimeEmbedding, TimeEmbedding
 from rae.layers.mlp import GELUMlp, SwiGLU
 from rae.layers.norm import RMSNorm, at_least_float, modulate
@@ -23,6 +23,7 @@ __all__ = [
     "SwiGLU",
     "TimeEmbedding",
     "at_least_float",
+    "check_time",
     "denoiser_blocks",
     "grid_to_tokens",
     "may_look",

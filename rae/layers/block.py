@@ -11,14 +11,7 @@ from rae.layers.position import RotaryEmbedding2D
 
 
 class Block(nn.Module):
-    """Pre-norm ViT block: attention, then exact-GELU feed-forward, each around a residual.
-
-    Args:
-        width: Width of the tokens.
-        heads: Attention heads.
-        hidden: Width of the feed-forward layer.
-        norm_eps: Epsilon of both LayerNorms.
-    """
+    """Pre-norm ViT block: attention, then exact-GELU feed-forward of width ``hidden``, each around a residual."""
 
     def __init__(self, width: int, heads: int, hidden: int, norm_eps: float = 1e-6) -> None:
         super().__init__()
@@ -92,13 +85,7 @@ def denoiser_blocks(network: nn.Module) -> list[nn.Module]:
 
 
 class FinalLayer(nn.Module):
-    """Norm, modulation and linear map to the prediction's values; starts at zero.
-
-    Args:
-        width: Width of the tokens and of the condition.
-        out: Values per token.
-        norm: ``rms`` or ``layer``.
-    """
+    """Norm (``rms`` or ``layer``), modulation and linear map to ``out`` values a token; starts at zero."""
 
     def __init__(self, width: int, out: int, norm: str = "rms") -> None:
         super().__init__()
@@ -120,12 +107,7 @@ class FinalLayer(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """Norm and linear map to the prediction's values, without modulation; starts at zero.
-
-    Args:
-        width: Width of the tokens.
-        out: Values per token.
-    """
+    """Norm and linear map to ``out`` values a token, without modulation; starts at zero."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()

@@ -22,6 +22,12 @@ def trusted() -> Iterator[None]:
         _TRUSTED.reset(token)
 
 
+def check_time(t: Tensor) -> None:
+    """Raises ValueError, with the smallest and largest, for times outside [0, 1], where :func:`may_look` lets them be read."""
+    if may_look(t) and t.numel() and not (t.min() >= 0 and t.max() <= 1 + 1e-6):
+        raise ValueError(f"t must lie in [0, 1] (0 = data, 1 = noise), got {t.min().item()} to {t.max().item()}")
+
+
 def may_look(values: Tensor) -> bool:
     """Whether to check values: not on a device, which reading them back would stall, nor in compiled code."""
     return not torch.compiler.is_compiling() and values.device.type == "cpu" and not _TRUSTED.get()

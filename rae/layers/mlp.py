@@ -7,13 +7,7 @@ from torch import Tensor, nn
 
 
 class GELUMlp(nn.Module):
-    """Linear, GELU, linear.
-
-    Args:
-        width: Width of the tokens.
-        hidden: Width between the two layers.
-        approximate: ``none`` for the exact GELU, ``tanh`` for its approximation.
-    """
+    """Linear, GELU (exact, or ``approximate="tanh"``), linear; ``hidden`` is the width between the two layers."""
 
     def __init__(self, width: int, hidden: int, approximate: str = "none") -> None:
         super().__init__()
@@ -27,12 +21,7 @@ class GELUMlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward: silu(gate) · value, then linear.
-
-    Args:
-        width: Width of the tokens.
-        hidden: Width of gate and value.
-    """
+    """Gated feed-forward: silu(gate) · value, both ``hidden`` wide, then linear."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -46,16 +35,7 @@ class SwiGLU(nn.Module):
 
 
 def make_mlp(kind: str, width: int, hidden: int) -> nn.Module:
-    """The feed-forward layer of an adaptive block: ``swiglu`` of width int(2/3·hidden), or ``gelu`` (tanh).
-
-    Args:
-        kind: ``swiglu`` or ``gelu``.
-        width: Width of the tokens.
-        hidden: Width of the hidden layer, before the factor of ``swiglu``.
-
-    Raises:
-        ValueError: Unknown ``kind``.
-    """
+    """The feed-forward layer of an adaptive block: ``swiglu`` of width int(2/3·hidden), or ``gelu`` (tanh); else ValueError."""
     if kind == "swiglu":
         return SwiGLU(width, int(2 / 3 * hidden))
     if kind == "gelu":

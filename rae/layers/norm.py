@@ -7,12 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, with the statistics in float32 where the input's type is lower.
-
-    Args:
-        width: Size of the last dimension.
-        eps: Added to the mean square.
-    """
+    """x / rms(x) · weight, with the statistics in float32 where the input's type is lower; ``eps`` is added to the mean square."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -31,16 +26,7 @@ def at_least_float(x: Tensor) -> Tensor:
 
 
 def make_norm(kind: str, width: int, eps: float = 1e-6) -> nn.Module:
-    """The norm of a transformer block: ``rms`` with weight, or ``layer`` without affine parameters.
-
-    Args:
-        kind: ``rms`` or ``layer``.
-        width: Width of the tokens.
-        eps: Added to the mean square or the variance.
-
-    Raises:
-        ValueError: Unknown ``kind``.
-    """
+    """The norm of a transformer block: ``rms`` with weight, or ``layer`` without affine parameters; else ValueError."""
     if kind == "rms":
         return RMSNorm(width, eps)
     if kind == "layer":

@@ -73,16 +73,8 @@ class RotaryEmbedding2D(nn.Module):
 def resize_position_table(table: Tensor, grid: int, prefix: int, antialias: bool) -> Tensor:
     """Resizes a position table 1×(prefix + n²)×C to prefix + grid² rows: bicubic, align_corners=False.
 
-    Antialiasing also changes the cubic's coefficient, so it matters for enlarging too.
-
-    Args:
-        table: 1×(prefix + n²)×C.
-        grid: Side of the new grid.
-        prefix: Rows of class and register tokens, which stay.
-        antialias: Whether to antialias.
-
-    Raises:
-        ValueError: The table is not that of a square grid.
+    The ``prefix`` rows are those of class and register tokens, which stay. Antialiasing also changes the cubic's coefficient, so
+    it matters for enlarging too. A table that is not that of a square grid raises ValueError.
     """
     count = table.shape[1] - prefix
     side = math.isqrt(max(count, 0))

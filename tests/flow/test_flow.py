@@ -10,6 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from rae import flow
+from rae.layers import check_time
 
 
 @pytest.mark.parametrize("path", [flow.LinearPath(), flow.GVPPath(), flow.VPPath()])
@@ -136,7 +137,7 @@ def test_guidance_decides_per_sample_for_a_tensor_of_times():
         (lambda: flow.UniformTime(maximum=1.5), "1.5"),
         (lambda: flow.PublishedGrid(1), "points=1"),
         (lambda: flow.VPPath(2.0, 1.0), "beta_min=2.0"),
-        (lambda: flow.check_time(torch.tensor([0.5, 1.2])), "1.2"),
+        (lambda: check_time(torch.tensor([0.5, 1.2])), "1.2"),
         (
             lambda: flow.GVPPath().interpolate(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([-1.0])),
             r"\[0, 1\].*-1.0",
