@@ -220,14 +220,7 @@ def _described(stats: Path) -> dict[str, Any]:
 def add_noise(latents: Tensor, tau: float, uniform: Tensor, noise: Tensor) -> Tensor:
     """Training noise of the decoder, before normalisation: z + σ·ε with one σ = τ·u a sample (paper §3, eq. of τ).
 
-    Args:
-        latents: B×C×H×W.
-        tau: Largest standard deviation, τ.
-        uniform: Draws in [0, 1), B.
-        noise: Standard normal draws of the latents' shape.
-
-    Raises:
-        ValueError: A negative ``tau``, or draws of another shape.
+    Latents and standard normal ε are B×C×H×W, the uniform draws u in [0, 1) are B; others, or a negative τ, raise ValueError.
     """
     if tau < 0:
         raise ValueError(f"tau={tau} must not be negative; 0 is no noise, 0.8 the published setting")

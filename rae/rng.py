@@ -34,36 +34,20 @@ def sample_seed(seed: int, *keys: int | str) -> int:
 
 
 def sample_seeds(seed: int, purpose: str, epochs: Iterable[int], indices: Iterable[int]) -> list[int]:
-    """One seed per sample of a batch.
-
-    Args:
-        seed: The run's seed.
-        purpose: What the draws are for; two purposes never share a draw.
-        epochs: Epoch of every sample.
-        indices: Position of every sample in its data set.
-    """
+    """One seed per sample of a batch, by its epoch and its position in the data set; two purposes never share a draw."""
     return [sample_seed(seed, purpose, int(e), int(i)) for e, i in zip(epochs, indices, strict=True)]
 
 
 def normal(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Standard normal draws [len(seeds), *shape], float32; row i depends on ``seeds[i]`` alone.
 
-    Args:
-        seeds: One seed a row.
-        shape: Shape of a row.
-        device: Where they are drawn; on the CPU for devices without generators.
+    They are drawn on the device, or on the CPU for devices without generators.
     """
     return _rows(torch.randn, seeds, shape, torch.device(device))
 
 
 def uniform(seeds: Sequence[int], shape: Sequence[int] = (), device: torch.device | str = "cpu") -> Tensor:
-    """Uniform draws in [0, 1) [len(seeds), *shape], float32, made on the CPU; row i depends on ``seeds[i]`` alone.
-
-    Args:
-        seeds: One seed a row.
-        shape: Shape of a row.
-        device: Where they go.
-    """
+    """Uniform draws in [0, 1) [len(seeds), *shape], float32, made on the CPU; row i depends on ``seeds[i]`` alone."""
     return to_device(_rows(torch.rand, seeds, shape, torch.device("cpu")), torch.device(device))
 
 

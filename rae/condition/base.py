@@ -87,13 +87,9 @@ def concatenate(first: Conditions, second: Conditions) -> dict[str, Tensor]:
 
 
 def drop(conditions: Conditions, null: Conditions, draws: Tensor, probability: float) -> dict[str, Tensor]:
-    """Replaces the whole condition of a sample by the null condition where its draw lies below the probability.
+    """Replaces the whole condition of a sample by the null one, of equal names and shapes, where its draw is below a probability.
 
-    Args:
-        conditions: Tensors B×….
-        null: The null condition, of the same names and shapes.
-        draws: Uniform draws in [0, 1), B.
-        probability: Share to drop.
+    ``draws`` are uniform in [0, 1), B.
     """
     dropped = draws < probability
     return {

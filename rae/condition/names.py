@@ -16,8 +16,7 @@ _WORDNET = re.compile(r"n\d{8}")
 def readable_names(names: Sequence[str] | str) -> tuple[str, ...]:
     """Names of classes for people: WordNet ids become ImageNet's names with their synonyms, others stay.
 
-    Args:
-        names: Names of the classes, such as those of their folders; ``imagenet1k`` for all of ImageNet's.
+    ``names`` are such as those of folders; ``imagenet1k`` stands for all of ImageNet's.
     """
     if names != IMAGENET and not any(_WORDNET.fullmatch(name) for name in names):
         return tuple(names)

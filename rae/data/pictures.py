@@ -131,9 +131,7 @@ def draw_scene(scene: Scene, side: int, lane: int = 0, shifts: Shifts = STILL) -
 def places(relation: str, lane: int) -> list[tuple[int, int]]:
     """Row and column, 0 or 1, of the two things: side by side in the upper or lower half, or stacked in the left or right half.
 
-    Args:
-        relation: One of :data:`RELATIONS`.
-        lane: Which half, 0 or 1.
+    ``relation`` is one of :data:`RELATIONS`, ``lane`` says which half, 0 or 1.
     """
     down, right = RELATIONS[relation]
     return [(lane * right, lane * down), (lane * right + down, lane * down + right)]

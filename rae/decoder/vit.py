@@ -152,12 +152,7 @@ class ViTDecoder(Described, nn.Module):
     def decode_state(self, state: Tensor, class_token: Tensor | None = None) -> Tensor:
         """States B×D×g×g of :meth:`input_state` => images B×3×H×W in [0, 1] units, not clamped.
 
-        Args:
-            state: The states.
-            class_token: The class token D beside them; None for the decoder's own.
-
-        Raises:
-            ValueError: States of another shape.
+        ``class_token`` D is the one beside them, None for the decoder's own. States of another shape raise ValueError.
         """
         if tuple(state.shape[1:]) != (self.width, self.grid, self.grid):
             raise ValueError(

@@ -123,14 +123,7 @@ class Denoiser(Described, nn.Module):
     def check(self, x_t: Tensor, t: Tensor, conditions: Conditions, r: Tensor | None = None) -> None:
         """Checks shapes and, on the host, values; nothing is read back from a device.
 
-        Args:
-            x_t: State B×….
-            t: Times B.
-            conditions: Tensors by name, B×….
-            r: Second times B, at most t.
-
-        Raises:
-            ValueError: With what was received and what is required.
+        The state is B×…, the times B, the second times B and at most t; ValueError says what was received and what is required.
         """
         if tuple(x_t.shape[1:]) != self.state_shape:
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}, required is B×{'×'.join(map(str, self.state_shape))}")

@@ -61,14 +61,7 @@ class DiTDH(LabelDenoiser):
         self.final = FinalLayer(head_width, patch * patch * channels, norm)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor, *, r: Tensor | None = None) -> Tensor:
-        """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B.
-
-        Args:
-            x_t: Latents between data and noise, B×C×H×W.
-            t: Times B in [0, 1].
-            label: Labels B in [0, num_classes]; ``num_classes`` means no class.
-            r: Second times B in [0, t], where the denoiser knows one; None for t.
-        """
+        """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B; arguments as of :meth:`rae.denoiser.dit.DiT.forward`."""
         self.check(x_t, t, {"label": label}, r)
         time = self.embed_time(t, r)  # B×D
         # SiLU twice on purpose: the released models have one outside and one inside every modulation.

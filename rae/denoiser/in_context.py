@@ -75,16 +75,9 @@ class InContextDiT(Denoiser):
     def run_backbone(
         self, x_t: Tensor, time: Tensor, conditions: Conditions, base: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Image tokens B×N×D after all blocks and, if asked for, after the first ``base_depth`` of them.
+        """Image tokens B×N×D after all blocks and, with ``base``, after the first ``base_depth`` of them.
 
-        Args:
-            x_t: Latents B×C×H×W.
-            time: Time embedding B×D, without the learned tokens.
-            conditions: Tensors by name, B×….
-            base: Whether the base head's input is wanted.
-
-        Raises:
-            ValueError: The base head is wanted of a denoiser that has none.
+        ``time`` is the time embedding B×D. ``base`` raises ValueError where there is no base head.
         """
         if base and self.base_depth is None:
             raise ValueError("this denoiser has no base head, which internal guidance needs: train one with base_depth")

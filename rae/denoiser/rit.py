@@ -112,14 +112,7 @@ class RiT(DiT):
         return self.join(noise, noise.mean((2, 3)))
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor, *, r: Tensor | None = None) -> Tensor:
-        """Prediction B×C×(1+H·W) for x_t B×C×(1+H·W) at times B for labels B.
-
-        Args:
-            x_t: Class token and latents between data and noise.
-            t: Times B in [0, 1].
-            label: Labels B in [0, num_classes]; ``num_classes`` means no class.
-            r: Refused: this denoiser knows no second time.
-        """
+        """Prediction B×C×(1+H·W) for x_t, class token and latents, B×C×(1+H·W); see :meth:`DiT.forward`, but there is no r."""
         self.check(x_t, t, {"label": label}, r)
         latents, token = self.split(x_t)
         assert token is not None

@@ -244,9 +244,7 @@ class Encoder(Described, nn.Module, ABC):
     def fused(self, stacked: Tensor, keep: Tensor | None = None) -> Tensor:
         """The layers of :meth:`forward` with ``stacked``, B×K×C×h×w => latents B×C×h×w, as :func:`rae.encoder.fusion.fuse`.
 
-        Args:
-            stacked: The layers.
-            keep: Bool B×K, the layers that each latent is of; None for all.
+        ``keep``, bool B×K, says the layers that each latent is of; None for all.
         """
         tokens = [grid_to_tokens(layer) for layer in stacked.unbind(1)]
         return tokens_to_grid(fuse(tokens, self.fusion, self._pooled, keep))

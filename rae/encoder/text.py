@@ -92,15 +92,7 @@ class TextEncoder(Described, nn.Module, ABC):
         }
 
     def check(self, described: Mapping[str, Any], source: str) -> None:
-        """Refuses to be another encoder than the one of a source.
-
-        Args:
-            described: Its :meth:`fingerprint`.
-            source: Where that comes from, for the message.
-
-        Raises:
-            ConfigError: Names what differs.
-        """
+        """Refuses to be another encoder than the one whose :meth:`fingerprint` a source has; ConfigError names what differs."""
         found = self.fingerprint()
         differing = [key for key, value in described.items() if found.get(key) != value]
         if differing:
@@ -194,12 +186,9 @@ class TransformersTextEncoder(TextEncoder):
 
 @torch.no_grad()
 def hidden_states(network: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states after the final norm, float32 B×L×C, zero at padding.
+    """Last hidden states, after the final norm, of a model of transformers without head: float32 B×L×C, zero at padding.
 
-    Args:
-        network: A model of transformers without head.
-        ids: Token ids B×L.
-        mask: B×L, true or 1 for tokens, false for padding.
+    ``ids`` are B×L, and so is ``mask``: true or 1 for tokens, false for padding.
     """
     with torch.autocast(ids.device.type, enabled=False):
         states = network(input_ids=ids, attention_mask=mask.long()).last_hidden_state

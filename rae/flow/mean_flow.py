@@ -113,16 +113,8 @@ class MeanFlow(AverageVelocity):
     ) -> Tensor:
         """Mean square of the identity's error, B, plus a base head's; the gradient is that of the weighted loss.
 
-        Args:
-            model: ``model(x_t, t, r=r, **conditions)`` -> prediction, or the pair (u, base).
-            data: Clean latents B×….
-            noise: Standard normal noise of the same shape.
-            t: Times (t, r) B×2.
-            teacher: Velocity field (x_t, t, **conditions); None for noise − data.
-            conditions: What else the model takes.
-
-        Raises:
-            ValueError: The model's output is not of the data's shape.
+        See :meth:`FlowMatching.loss`; the times (t, r) are B×2, the model is called with ``r=r`` too, and ``teacher`` is a velocity
+        field (x_t, t, **conditions), None for noise − data.
         """
         t, r = t.unbind(1)
         point = self.path.interpolate(data, noise, t)
@@ -229,16 +221,8 @@ class ConsistencyMidTraining(AverageVelocity):
     ) -> Tensor:
         """Mean square of the error over the pairs, B, plus a base head's, which learns the teacher's velocity.
 
-        Args:
-            model: See :meth:`MeanFlow.loss`.
-            data: Not looked at.
-            noise: Standard normal noise B×….
-            t: Numbers of the pairs' times B×pairs×2.
-            teacher: Velocity field (x_t, t, **conditions).
-            conditions: What else the model takes.
-
-        Raises:
-            ValueError: There is no teacher.
+        See :meth:`MeanFlow.loss`; ``data`` is not looked at, ``t`` holds the numbers of the pairs' times B×pairs×2, and without a
+        teacher ValueError is raised.
         """
         if teacher is None:
             raise ValueError(

@@ -13,12 +13,7 @@ from rae.flow.sampler import Sampler
 def check_guidance(guidance: Guidance, flow: FlowMatching, sampler: Sampler, denoiser: Any, guide: Any) -> None:
     """Raises ValueError where guidance or sampler need what is not there: a guide, a base head, the linear path, a second time.
 
-    Args:
-        guidance: The guidance.
-        flow: Its path is asked for.
-        sampler: The sampler.
-        denoiser: Network with ``has_base`` and ``second_time``.
-        guide: The network that autoguidance steers away from, or None.
+    The denoiser is a network with ``has_base`` and ``second_time``, the guide one that autoguidance steers away from, or None.
     """
     guidance.check_guide(guide)
     if "base" in guidance.needs and not denoiser.has_base:

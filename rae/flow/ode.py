@@ -24,14 +24,7 @@ class ODESampler(Sampler):
 
     @abstractmethod
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
-        """One step from t to t_next.
-
-        Args:
-            velocity: Velocity field of x B×… and a time.
-            x: State B×… at time t.
-            t: Time.
-            t_next: Time after the step, below t; above it in reverse.
-        """
+        """One step of a state B×… from t to t_next, which is below t, and above it in reverse."""
 
     def last_step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
         """The last step of a run, as the others where a sampler does not say otherwise; arguments as of :meth:`step`."""

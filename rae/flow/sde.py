@@ -83,15 +83,7 @@ class SDESampler(Sampler):
 
     @abstractmethod
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float, noise: Tensor) -> Tensor:
-        """One stochastic step from t down to t_next.
-
-        Args:
-            velocity: Velocity field of x B×… and a time (float).
-            x: State B×… at time t.
-            t: Time.
-            t_next: Time after the step, below t.
-            noise: Standard normal noise B×….
-        """
+        """One stochastic step of a state B×… from t down to t_next, with standard normal noise B×…."""
 
     def sample(
         self,

@@ -34,12 +34,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2D | None = None, mask: Tensor | None = None) -> Tensor:
-        """B×N×D => B×N×D.
+        """Tokens B×N×D => B×N×D; ``rope`` turns queries and keys.
 
-        Args:
-            x: Tokens B×N×D.
-            rope: Rotary embedding of queries and keys; None for none.
-            mask: Tokens that are seen, bool B×1×1×N; None for all, which the fused kernels are quicker with.
+        ``mask``, bool B×1×1×N, says which tokens are seen; None for all, which the fused kernels are quicker with.
         """
         batch, count, width = x.shape
         qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)

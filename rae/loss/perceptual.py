@@ -64,23 +64,13 @@ class PerceptualLoss(nn.Module):
         return [x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in outputs]
 
     def distance(self, features: list[Tensor], target: list[Tensor]) -> Tensor:
-        """Distance of every sample, B, from features of :meth:`features`.
-
-        Args:
-            features: Of the images.
-            target: Of what they should look like.
-        """
+        """Distance of every sample, B, from :meth:`features` of the images and of what they should look like."""
         layers = zip(features, target, self.network.lins, strict=True)
         with torch.autocast(features[0].device.type, enabled=False):
             return torch.stack([lin((x - y).square()).mean((1, 2, 3)) for x, y, lin in layers]).sum(0)
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
-        """Distance of every sample, B; no graph is built for the target.
-
-        Args:
-            images: B×3×H×W in [0, 1].
-            target: What they should look like, of the same shape.
-        """
+        """Distance B of images B×3×H×W in [0, 1] from what they should look like; no graph is built for the latter."""
         with torch.no_grad():
             wanted = self.features(target)
         return self.distance(self.features(images), wanted)

@@ -68,11 +68,7 @@ def update_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a metric's ``update`` for samples: their labels, or their prompts where it takes these.
 
-    Args:
-        metric: Any metric of generated images.
-        images: uint8 B×3×H×W.
-        told: B labels or prompts; None where they are not known.
-        numbers: Number of every sample, int64 B.
+    Images are uint8 B×3×H×W, ``told`` B labels or prompts, or None where they are not known, the samples' numbers int64 B.
     """
     if isinstance(told, list) and told and isinstance(told[0], str):
         prompts = {"prompts": list(told)} if getattr(metric, "takes_prompts", False) else {}

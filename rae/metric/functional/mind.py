@@ -16,13 +16,7 @@ def mind(samples: Tensor, reference: Tensor, directions: int = DIRECTIONS, seed:
     """3·D times the mean squared difference of sorted projections over random unit directions, float32 [].
 
     For two Gaussians that differ by a shift Δ it tends to 3·‖Δ‖². One CPU generator draws, in this order: which rows of the larger
-    set are used, then the directions.
-
-    Args:
-        samples: Features N×D.
-        reference: Features M×D.
-        directions: Number of directions.
-        seed: Seed of the draws.
+    set are used, then the directions. The features are N×D and M×D.
 
     Raises:
         ValueError: Features that are not finite floats of one width, or no direction.

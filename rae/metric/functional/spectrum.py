@@ -9,11 +9,7 @@ from torch import Tensor
 def effective_rank(eigenvalues: Tensor) -> Tensor:
     """Exponential of the entropy of the eigenvalues' shares, 1…D (Roy & Vetterli 2007); D equal ones give D.
 
-    Args:
-        eigenvalues: Of a covariance, D, not negative beyond rounding.
-
-    Raises:
-        ValueError: They are all zero.
+    They are those of a covariance, D; if all are zero, ValueError is raised.
     """
     values = eigenvalues.double().clamp(min=0)
     if not values.any():
@@ -32,13 +28,9 @@ def condition_number(eigenvalues: Tensor, floor: float = 1e-9) -> Tensor:
 
 
 def kurtosis(moments: Tensor) -> Tensor:
-    """Fourth central moment over the squared variance, 3 for a Gaussian, from the means of x, x², x³ and x⁴.
+    """Fourth central moment over the squared variance D, 3 for a Gaussian, from the means of x, x², x³ and x⁴, 4×D.
 
-    Args:
-        moments: 4×D, float64.
-
-    Returns:
-        D values; NaN where the variance is zero.
+    It is NaN where the variance is zero.
     """
     first, second, third, fourth = moments.double()
     variance = second - first**2
@@ -49,13 +41,8 @@ def kurtosis(moments: Tensor) -> Tensor:
 def class_share(totals: Tensor, counts: Tensor, square: Tensor) -> Tensor:
     """Share of the variance of vectors that lies between their classes, 0…1.
 
-    Args:
-        totals: Sum of the vectors of every class, K×D.
-        counts: Vectors of every class, K.
-        square: Sum of squares of all vectors, D.
-
-    Raises:
-        ValueError: There is no vector, or they do not vary.
+    Of every class the sum of the vectors, K×D, and their number, K, are given, and the sum of squares of all vectors, D. Without
+    vectors, or where they do not vary, ValueError is raised.
     """
     counts, totals = counts.double(), totals.double()
     held = counts > 0
