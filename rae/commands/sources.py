@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,30 +34,37 @@ _OF_MODELS = (
 )
 
 
+Batches = Iterator[tuple[tuple[Any, ...], dict[str, Any]]]
+"""Positional and keyword arguments of a metric's ``update``."""
+
+
 class Source:
     """What is scored: arguments of the metric's ``update``, batch by batch, and what identifies it.
 
     Args:
-        batches: Positional and keyword arguments.
+        batches: The arguments.
         identity: What tells these images from others.
         described: The configuration that says how they came about.
         parts: Where samples that were drawn for this lie; None for files.
         labels: Labels or prompts of these samples.
+        alone: Of a mixture of data sets the batches of each by its name, which are scored by themselves too.
     """
 
     def __init__(
         self,
-        batches: Iterator[tuple[tuple[Any, ...], dict[str, Any]]],
+        batches: Batches,
         identity: dict[str, Any],
         described: DictConfig,
         parts: Parts | None = None,
         labels: Wanted = (),
+        alone: Mapping[str, Batches] | None = None,
     ) -> None:
         self.batches = batches
         self.identity = identity
         self.described = described
         self.parts = parts
         self.labels = labels
+        self.alone = alone or {}
 
 
 def from_files(cfg: DictConfig, fabric: Fabric, metric: Any, pairs: bool) -> Source:
@@ -73,7 +80,7 @@ def from_files(cfg: DictConfig, fabric: Fabric, metric: Any, pairs: bool) -> Sou
     identity = {"samples": describe_samples(cfg.samples)}
     described = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_MODELS])
 
-    def batches() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def batches() -> Batches:
         if pairs:
             for images, originals in open_pairs(cfg.samples, cfg.originals, cfg.batch_size, rank, world):
                 yield (images, originals), {}
@@ -106,7 +113,7 @@ def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callab
     plan = plan_of(cfg, generator, labels)
     parts = draw(cfg, fabric, generator, labels, Path(cfg.output_dir) / "parts", plan)
 
-    def batches() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def batches() -> Batches:
         mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
         for images, numbers in read_parts(parts, cfg.batch_size, mine):
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -118,7 +125,7 @@ def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callab
 
 
 def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]) -> Source:
-    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data.
+    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data; of a mixture, each source too.
 
     Args:
         cfg: The command's configuration.
@@ -133,11 +140,17 @@ def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., Non
     data = open_data(run, autoencoder.image_size)
     count = checked_count(data, cfg.count)
     prepare(autoencoder.image_size, count)
-    mine = stretch(count, fabric.global_rank, fabric.world_size)
-    batches = data.range_dataloader("val", [mine])
-    pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
+
+    def batches(numbers: range) -> Batches:
+        mine = stretch(len(numbers), fabric.global_rank, fabric.world_size)
+        loader = data.range_dataloader("val", [numbers[mine.start : mine.stop]])
+        for pair in reconstructions(autoencoder, loader, fabric.device, cfg.precision, cfg.quantize):
+            yield pair, {}
+
     identity = {"samples": model_identity(cfg, run, autoencoder)}
-    return Source(((pair, {}) for pair in pairs), identity, run)
+    within = {name: range(numbers.start, min(numbers.stop, count)) for name, numbers in data.val_ranges().items()}
+    alone = {name: batches(numbers) for name, numbers in within.items() if len(numbers) > 1}  # rFID is not of one
+    return Source(batches(range(count)), identity, run, alone=alone)
 
 
 def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple[str, Source]]:
@@ -190,7 +203,7 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
         if hasattr(metric, "prepare"):
             metric.prepare(network.image_size, len(labels), None if isinstance(labels[0], str) else labels)
 
-    def batches(decoder: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def batches(decoder: Any) -> Batches:
         mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
         for latents, numbers in read_parts(parts, cfg.batch_size, mine):
             with torch.no_grad(), computing(cfg.precision, fabric.device):

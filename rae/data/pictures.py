@@ -195,9 +195,7 @@ class PicturesDataset(SeededDataset):
 class PicturesDataModule(ImageDataModule):
     """Scenes of two of OpenMoji's pictograms with captions; a tenth of the triples (thing, relation, thing) is held out.
 
-    See :class:`ImageDataModule` for the arguments that are not named here.
-
-    Args:
+    Arguments beside those of :class:`ImageDataModule`:
         train_images: Scenes to train on.
         val_images: Scenes of triples that are held out.
         shift: Largest shift of a thing from its place, in pixels.

@@ -15,16 +15,23 @@ import pytest
 import torch
 from PIL import Image
 
+from rae.autoencoder import RAE
 from rae.cli.build import make
 from rae.cli.checks import check_files
 from rae.cli.config import absolute_paths
 from rae.cli.errors import compose
 from rae.cli.schema import check_values
+from rae.commands import sources
 from rae.data import ImageFolderDataModule, MixtureDataModule, ShardedBatchSampler, SyntheticDataModule
 from rae.data.mixture_sampler import MixtureBatchSampler, deal, shares
+from rae.decoder import ViTDecoder
+from rae.encoder import tiny_encoder
 from rae.io.errors import ConfigError
+from rae.metric import ReconstructionMetrics
 from rae.report.table import by_source
+from rae.training.reconstructions import reconstructions
 from tests.data.test_data import Recorder, SaveEverywhere, trainer
+from tests.helpers.digits_runs import run
 from tests.training.test_kill import differences, finish, start
 
 SIZES = {"photos": 23, "text": 40, "faces": 9}
@@ -265,6 +272,31 @@ def test_each_source_has_its_own_scores_and_all_together_one(root, tmp_path):
         f"text    {means['text'][0]:.4f}",
     ]
     assert by_source(scores, ()) == ""
+
+
+def test_rae_evaluate_scores_all_sources_together_and_each(root, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    encoder = tiny_encoder(input_size=16)
+    model = RAE(encoder, ViTDecoder(32, 2, 16, 1, 2, 16, patch=8, mean=encoder.mean, std=encoder.std)).eval()
+    monkeypatch.setattr(sources, "open_autoencoder", lambda cfg: (model, cfg))
+    monkeypatch.setattr(sources, "open_data", lambda run, side: mixture(root))
+    there = [f"checkpoint={root}", f"images={root}", f"output_dir={tmp_path}"]  # what these hold is said above
+    run("evaluate", *there, "metric=psnr", "device=cpu", "count=9")
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert {name: scores[f"images{name}"] for name in ("", "/photos", "/text")} == {"": 9, "/photos": 5, "/text": 4}
+    for name, count in (("photos", 5), ("text", 4)):
+        metric = ReconstructionMetrics()
+        for pair in reconstructions(
+            model, source(root, name).range_dataloader("val", [range(count)]), torch.device("cpu")
+        ):
+            metric.update(*pair)
+        assert {key: scores[f"{key}/{name}"] for key in ("psnr", "ssim")} == pytest.approx(
+            {key: metric.compute()[key] for key in ("psnr", "ssim")}, rel=1e-6
+        )
+    assert scores["psnr"] == pytest.approx((5 * scores["psnr/photos"] + 4 * scores["psnr/text"]) / 9, rel=1e-6)
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["psnr", f"{scores['psnr']:.4f}"] in printed
+    assert ["text", *(f"{scores[f'{key}/text']:.4f}" for key in ("psnr", "ssim", "images"))] in printed
 
 
 def test_without_validation_images_there_are_no_scores(root):
