@@ -23,14 +23,14 @@ class Family:
 
     marker: str
     """A key that only this family has."""
-    roots: tuple[str, str]
-    """Prefix of all keys of the bare image model."""
-    layers: tuple[str, str]
-    """Prefix of block ``{}``."""
     inner: dict[str, tuple[str, ...]]
     """timm's name inside a block => transformers' name, or both names."""
     outer: dict[str, str]
     """timm's name => transformers' name outside the blocks."""
+    roots: tuple[str, str] = ("", "")
+    """Prefix of all keys of the bare image model."""
+    layers: tuple[str, str] = ("encoder.layer.{}.", "encoder.layer.{}.")
+    """Prefix of block ``{}``."""
 
 
 _QKV = ("query", "key", "value")
@@ -40,10 +40,14 @@ _ATTENTION = {
     "attn.value": ("attention.attention.value", "attention.v_proj"),
     "attn.proj": ("attention.output.dense", "attention.o_proj"),
 }
+_EMBEDDINGS = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
 _DINOV2 = Family(
     marker="embeddings.register_tokens",
-    roots=("", ""),
-    layers=("encoder.layer.{}.", "encoder.layer.{}."),
     inner=_ATTENTION
     | {
         "ls1.gamma": ("layer_scale1.lambda1",),
@@ -53,14 +57,7 @@ _DINOV2 = Family(
         "mlp.fc1": ("mlp.fc1", "mlp.weights_in"),
         "mlp.fc2": ("mlp.fc2", "mlp.weights_out"),
     },
-    outer={
-        "cls_token": "embeddings.cls_token",
-        "reg_token": "embeddings.register_tokens",
-        "pos_embed": "embeddings.position_embeddings",
-        "mask_token": "embeddings.mask_token",
-        "patch_embed.proj": "embeddings.patch_embeddings.projection",
-        "norm": "layernorm",
-    },
+    outer=_EMBEDDINGS | {"reg_token": "embeddings.register_tokens", "mask_token": "embeddings.mask_token"},
 )
 _SIGLIP = Family(
     marker="embeddings.position_embedding.weight",
@@ -85,7 +82,6 @@ _SIGLIP = Family(
 )
 _MAE = Family(
     marker="embeddings.position_embeddings",
-    roots=("", ""),
     layers=("encoder.layer.{}.", "layers.{}."),
     inner=_ATTENTION
     | {
@@ -94,18 +90,12 @@ _MAE = Family(
         "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
         "mlp.fc2": ("output.dense", "mlp.fc2"),
     },
-    outer={
-        "cls_token": "embeddings.cls_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "patch_embed.proj": "embeddings.patch_embeddings.projection",
-        "norm": "layernorm",
-    },
+    outer=_EMBEDDINGS,
 )
 FAMILIES = {"dinov2": _DINOV2, "siglip2": _SIGLIP, "mae": _MAE}
 _DINOV2_PLAIN = replace(_DINOV2, marker="embeddings.mask_token")  # no registers: Web-SSL
 _DINOV3_THERE = Family(
     marker="embeddings.patch_embeddings.weight",
-    roots=("", ""),
     layers=("layer.{}.", "layer.{}."),
     inner={
         "attn.query": ("attention.q_proj",),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from rae.flow.sampler import OnStep, Sampler, StepNoise, Velocity
+from rae.flow.sampler import Sampler, StepNoise, Velocity
 from rae.flow.time import Grid, PublishedGrid
 from rae.layers import trusted
 
@@ -35,24 +37,14 @@ class ODESampler(Sampler):
         times = self.grid.times(shift)
         return times.flip(0) if reverse else times
 
-    def sample(
-        self,
-        velocity: Velocity,
-        noise: Tensor,
-        shift: float = 1.0,
-        step_noise: StepNoise | None = None,
-        on_step: OnStep | None = None,
-        reverse: bool = False,
-    ) -> Tensor:
-        """Integrates the ODE; see :meth:`Sampler.sample`."""
-        times = self.times(shift, reverse).tolist()
-        x = noise
-        for number, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
-            step = self.last_step if number == self.grid.steps - 1 else self.step
+    def states(
+        self, velocity: Velocity, x: Tensor, shift: float, step_noise: StepNoise | None, reverse: bool
+    ) -> Iterator[tuple[float, Tensor]]:
+        """See :meth:`Sampler.states`."""
+        for number, (t, t_next) in enumerate(pairwise(self.times(shift, reverse).tolist()), 1):
+            step = self.last_step if number == self.grid.steps else self.step
             x = step(velocity, x, t, t_next)
-            if on_step is not None:
-                on_step(number, t_next, x)
-        return x
+            yield t_next, x
 
 
 class EulerSampler(ODESampler):
@@ -164,22 +156,12 @@ class AdaptiveSampler(ODESampler):
         """Integrates from t to t_next."""
         return self._integrate(velocity, x, torch.tensor([t, t_next]))[-1]
 
-    def sample(
-        self,
-        velocity: Velocity,
-        noise: Tensor,
-        shift: float = 1.0,
-        step_noise: StepNoise | None = None,
-        on_step: OnStep | None = None,
-        reverse: bool = False,
-    ) -> Tensor:
-        """See :meth:`ODESampler.sample`; ``on_step`` sees the states interpolated at the grid's times, after the run."""
+    def states(
+        self, velocity: Velocity, x: Tensor, shift: float, step_noise: StepNoise | None, reverse: bool
+    ) -> Iterator[tuple[float, Tensor]]:
+        """See :meth:`Sampler.states`; they are interpolated at the grid's times, after the run."""
         times = self.times(shift, reverse)
-        states = self._integrate(velocity, noise, times)
-        if on_step is not None:
-            for number, (t, x) in enumerate(zip(times.tolist()[1:], states[1:], strict=True)):
-                on_step(number, t, x)
-        return states[-1]
+        yield from zip(times.tolist()[1:], self._integrate(velocity, x, times)[1:], strict=True)
 
     def _integrate(self, velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
         from torchdiffeq import odeint  # noqa: PLC0415 (brings scipy along; only this sampler needs it)

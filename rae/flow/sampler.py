@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -48,7 +48,6 @@ class Sampler(Described, ABC):
         )
         return f"{type(self).__name__}({self.grid.steps} steps, {calls})"
 
-    @abstractmethod
     def sample(
         self,
         velocity: Velocity,
@@ -74,3 +73,14 @@ class Sampler(Described, ABC):
         Raises:
             ValueError: ``step_noise`` is missing, or ``reverse`` is asked for, of a stochastic sampler.
         """
+        x = noise
+        for number, (t, x) in enumerate(self.states(velocity, noise, shift, step_noise, reverse)):
+            if on_step is not None:
+                on_step(number, t, x)
+        return x
+
+    @abstractmethod
+    def states(
+        self, velocity: Velocity, x: Tensor, shift: float, step_noise: StepNoise | None, reverse: bool
+    ) -> Iterator[tuple[float, Tensor]]:
+        """The time that each step reaches, and the state there; arguments as of :meth:`sample`, x the state at the beginning."""

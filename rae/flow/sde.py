@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from rae.flow.path import DIFFUSION_FORMS, LinearPath, Path, VPPath
-from rae.flow.sampler import OnStep, Sampler, StepNoise, Velocity
+from rae.flow.sampler import Sampler, StepNoise, Velocity
 from rae.flow.time import Grid, PublishedGrid
 
 LAST_STEPS = ("mean", "tweedie", "euler", "none")
@@ -85,35 +87,20 @@ class SDESampler(Sampler):
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float, noise: Tensor) -> Tensor:
         """One stochastic step of a state B×… from t down to t_next, with standard normal noise B×…."""
 
-    def sample(
-        self,
-        velocity: Velocity,
-        noise: Tensor,
-        shift: float = 1.0,
-        step_noise: StepNoise | None = None,
-        on_step: OnStep | None = None,
-        reverse: bool = False,
-    ) -> Tensor:
-        """Integrates the SDE; see :meth:`Sampler.sample`.
-
-        Raises:
-            ValueError: ``step_noise`` is missing, or ``reverse`` is asked for.
-        """
+    def states(
+        self, velocity: Velocity, x: Tensor, shift: float, step_noise: StepNoise | None, reverse: bool
+    ) -> Iterator[tuple[float, Tensor]]:
+        """See :meth:`Sampler.states`; raises ValueError where ``step_noise`` is missing, or ``reverse`` is asked for."""
         if step_noise is None:
             raise ValueError("a stochastic sampler needs step_noise, the noise of every step")
         if reverse:
             raise ValueError("an SDE cannot be run from data to noise; use an ODE sampler")
         times = self.grid.times(shift, end=1 - self.last_step_size).tolist()
-        x = noise
-        for number, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        for number, (t, t_next) in enumerate(pairwise(times)):
             x = self.step(velocity, x, t, t_next, step_noise(number))
-            if on_step is not None:
-                on_step(number, t_next, x)
+            yield t_next, x
         if self.last_step != "none":
-            x = self._last(velocity, x)
-            if on_step is not None:
-                on_step(self.grid.steps, 0.0, x)
-        return x
+            yield 0.0, self._last(velocity, x)
 
     def drift(self, velocity: Velocity, x: Tensor, t: float) -> Tensor:
         """V − D·score at a state x B×… of time t, above 0."""
