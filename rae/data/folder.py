@@ -38,19 +38,10 @@ class ImageFolder(ImageFiles):
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise FileNotFoundError(f"image folder {str(self.root)!r} does not exist; give the path of a folder")
-        folders = class_folders(self.root)
-        self.unlabelled = unlabelled or not folders
-        self.classes = ["all"] if self.unlabelled else folders
-        # Paths relative to the folder, so that order and labels do not depend on where it is.
-        found: list[tuple[str, int]] = []
-        for label, name in enumerate([""] if self.unlabelled else folders):
-            files = image_files(self.root, name)
-            if not files and not self.unlabelled:
-                raise ValueError(
-                    f"class folder {str(self.root / name)!r} holds no image; remove it or fill it, since "
-                    "the labels of the folders after it depend on it"
-                )
-            found += [(file, label) for file in files]
+        by_class = {"": image_files(self.root, "")} if unlabelled else files_by_class(self.root)
+        self.unlabelled = "" in by_class
+        self.classes = ["all"] if self.unlabelled else list(by_class)
+        found = [(file, label) for label, files in enumerate(by_class.values()) for file in files]
         if not found:
             raise ValueError(f"{str(self.root)!r} holds no image; known endings are {', '.join(IMAGE_ENDINGS)}")
         self.files = Names([file for file, _ in found])
@@ -73,6 +64,20 @@ class ImageFolder(ImageFiles):
 def class_folders(root: Path) -> list[str]:
     """Names of the subfolders of a folder, sorted: the classes 0, 1, …; hidden ones (``.cache``) are none."""
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def files_by_class(root: Path) -> dict[str, list[str]]:
+    """Image files by the class folder that they are in, see :func:`image_files`; by "" where there are no subfolders.
+
+    A class folder without images raises ValueError.
+    """
+    found = {name: image_files(root, name) for name in class_folders(root) or [""]}
+    if empty := next((name for name, files in found.items() if name and not files), None):
+        raise ValueError(
+            f"class folder {str(root / empty)!r} holds no image; remove it or fill it, since the labels of the folders after it "
+            "depend on it"
+        )
+    return found
 
 
 def image_files(root: Path, below: str) -> list[str]:

@@ -390,7 +390,7 @@ def test_the_command_draws_with_them(exported, tmp_path, chosen, rule):
     found, expected = drawn(tmp_path).astype(int), drawing_with(original, rule).draw([1, 1, 7, 7], 0)
     assert abs(found - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
     plain = drawing_with(original, NoGuidance()).draw([1, 1, 7, 7], 0)
-    assert abs(found - plain.permute(0, 2, 3, 1).numpy()).max() > 2  # it acts
+    assert abs(found - plain.permute(0, 2, 3, 1).numpy()).max() > 1  # it acts
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 from scipy.io import loadmat
 
 from rae.data.captions import captions_of
-from rae.data.folder import class_folders, image_files
+from rae.data.folder import files_by_class
 from rae.data.storage import check_tar_end
 from rae.image import IMAGE_ENDINGS
 
@@ -59,7 +59,10 @@ def find_sources(path: str | Path, synsets: str | Path | None = None) -> tuple[l
     """
     root = Path(path).expanduser()
     if root.is_dir():
-        named = _in_folder(root)
+        by_class = files_by_class(root).items()
+        named: Named = [
+            (name or None, Source(file, -1, str(root / file))) for name, files in by_class for file in files
+        ]
     elif root.is_file():
         named = _in_tar(root)
     else:
@@ -84,20 +87,6 @@ def find_sources(path: str | Path, synsets: str | Path | None = None) -> tuple[l
 
 Named = list[tuple[str | None, Source]]
 """Images with the names of their classes."""
-
-
-def _in_folder(root: Path) -> Named:
-    found: Named = []
-    names: list[str | None] = [*class_folders(root)] or [None]
-    for name in names:
-        files = image_files(root, name or "")
-        if not files:
-            where = root if name is None else root / name
-            raise ValueError(
-                f"{str(where)!r} holds no image; remove it or fill it: classes are counted by their folders"
-            )
-        found += [(name, Source(file, -1, str(root / file))) for file in files]
-    return found
 
 
 def _in_tar(path: Path) -> Named:
