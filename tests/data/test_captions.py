@@ -19,6 +19,7 @@ from rae.data.captions import read_captions
 from rae.data.loader import BrokenFilesError
 from rae.data.packing import ShardPlan, pack
 from rae.data.pictures import BACKGROUNDS, Scene, draw_scene, read_caption, things
+from tests.helpers.small_images import tar_of
 
 TEXTS = {f"{number}.png": [f"picture {number}", f"number {number}"] for number in range(12)}
 
@@ -98,15 +99,6 @@ def test_shards_from_the_shell_hold_the_captions(folder: Path, tmp_path: Path):
         index.unlink()
     assert pairs(module(tmp_path / "txt", captions="txt", index_folder=str(tmp_path / "kept"))) == found
     assert pairs(module(tmp_path / "txt", captions="txt", index_folder=str(tmp_path / "kept"))) == found
-
-
-def tar_of(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def png(number: int) -> bytes:

@@ -23,7 +23,7 @@ from rae.data.packing.origin import find_sources
 from rae.data.packing.pack import ShardPlan, pack
 from rae.data.shards import ShardsDataModule, TarShards, read_index
 from rae.data.transforms import ImageTransform, open_for
-from tests.helpers.small_images import COUNT, overrides, run, write_images
+from tests.helpers.small_images import COUNT, overrides, run, tar_of, write_images
 
 TRANSFORM = ImageTransform(16, "center_crop")
 IN_PYTHONS_WORDS = (
@@ -242,15 +242,6 @@ def test_what_a_cut_shard_lacks_counts_as_unreadable(packed, caplog):
     assert len(data._broken["train"].reasons) == 2
 
 
-def tar_with(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
 def png(side=20):
     file = io.BytesIO()
     Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(file, format="PNG")
@@ -276,7 +267,7 @@ def png(side=20):
     ],
 )
 def test_labels_that_are_none_are_named(tmp_path, name, content):
-    path = tar_with(tmp_path / "a.tar", {"a.png": png(), name: content})
+    path = tar_of(tmp_path / "a.tar", {"a.png": png(), name: content})
     with pytest.raises(ValueError, match=r"a\.tar' cannot be indexed: .*'a\.(cls|json)'") as caught:
         read_index(path)
     assert not any(word in str(caught.value) for word in IN_PYTHONS_WORDS), caught.value
@@ -284,7 +275,7 @@ def test_labels_that_are_none_are_named(tmp_path, name, content):
 
 def test_whole_labels_of_any_form_are_taken(tmp_path):
     files = {"a.png": png(), "a.cls": b"3", "b.png": png(), "b.cls": b"4.0", "c.png": png(), "c.json": b'{"label": 0}'}
-    assert [entry.label for entry in read_index(tar_with(tmp_path / "a.tar", files))] == [3, 4, 0]
+    assert [entry.label for entry in read_index(tar_of(tmp_path / "a.tar", files))] == [3, 4, 0]
 
 
 @pytest.mark.parametrize(
@@ -302,8 +293,8 @@ def test_damaged_indices_of_shards_are_named(packed, content):
 
 def test_cut_tars_are_not_packed(images, tmp_path):
     files = {path.name: path.read_bytes() for path in sorted((images / "train" / "c0").glob("*.png"))}
-    inner = tar_with(tmp_path / "c0.tar", files).read_bytes()
-    outer = tar_with(tmp_path / "train.tar", {"c0.tar": inner, "c1.tar": inner})
+    inner = tar_of(tmp_path / "c0.tar", files).read_bytes()
+    outer = tar_of(tmp_path / "train.tar", {"c0.tar": inner, "c1.tar": inner})
     assert len(find_sources(outer)[0]) == 2 * len(files)
     with tarfile.open(outer) as tar:
         second = tar.getmember("c1.tar").offset

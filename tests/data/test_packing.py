@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from PIL import Image
 from rae.data import ImageFolder, ImageTransform, TarShards
 from rae.data.packing.origin import find_sources
 from rae.data.packing.pack import ShardPlan, pack, verify
+from tests.helpers.small_images import tar_of
 
 TRANSFORM = ImageTransform(16, "center_crop", exact=True)
 
@@ -180,21 +180,12 @@ def test_verify_names_every_damaged_shard(images, tmp_path):
 # --- where images come from --------------------------------------------------------------------------------------
 
 
-def tar_of(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path.read_bytes()
-
-
 def test_imagenets_training_tar_is_read_in_place(images, tmp_path):
     classes = sorted(folder for folder in images.iterdir())
     inner = {}
     for folder in classes:
         files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-        inner[f"{folder.name}.tar"] = tar_of(tmp_path / "inner.tar", files)
+        inner[f"{folder.name}.tar"] = tar_of(tmp_path / "inner.tar", files).read_bytes()
     tar_of(tmp_path / "ILSVRC2012_img_train.tar", inner)
     from_tar, names = find_sources(tmp_path / "ILSVRC2012_img_train.tar")
     from_folder, same = find_sources(images)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -28,6 +33,16 @@ def write_images(root):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
     return root
+
+
+def tar_of(path: Path, files: Mapping[str, bytes]) -> Path:
+    """An uncompressed tar file of some files by their names."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
 
 
 def overrides(folder, output, *more):
