@@ -93,13 +93,7 @@ class ManifoldMetrics(Metric):
             reach = torch.zeros(len(own), device=own.device)
         precise, dense = radii[:, self.neighbours - 1], radii[:, self.density_neighbours - 1]
         found = add_processes(overlap(own, reach, reference, precise, dense, self.precision))
-        total = sum(counts)
-        return {
-            "precision": found.samples_inside / total,
-            "recall": found.reference_inside.double().mean().item(),
-            "density": found.pairs_inside / (self.density_neighbours * total),
-            "coverage": found.reference_covered.double().mean().item(),
-        }
+        return found.scores(sum(counts), self.density_neighbours)
 
     def _radii_of_reference(self, reference: Tensor) -> Tensor:
         """Squared distances to the nearest neighbours, computed once."""

@@ -92,6 +92,15 @@ class Overlap:
     reference_inside: Tensor  # whether each reference point lies in at least one sample ball, bool M
     reference_covered: Tensor  # whether each reference ball holds at least one sample, bool M
 
+    def scores(self, samples: int, density_neighbours: int) -> dict[str, float]:
+        """All four of so many samples, where the balls of density reach so many neighbours."""
+        return {
+            "precision": self.samples_inside / samples,
+            "recall": self.reference_inside.double().mean().item(),
+            "density": self.pairs_inside / (density_neighbours * samples),
+            "coverage": self.reference_covered.double().mean().item(),
+        }
+
 
 def overlap(
     samples: Tensor,
@@ -129,8 +138,8 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall of features N×D of samples against M×D of real images."""
     radii = [nearest_distances(points, neighbours, precision=precision)[:, -1] for points in (samples, reference)]
-    found = overlap(samples, radii[0], reference, radii[1], precision=precision)
-    return found.samples_inside / len(samples), found.reference_inside.double().mean().item()
+    scores = overlap(samples, radii[0], reference, radii[1], precision=precision).scores(len(samples), neighbours)
+    return scores["precision"], scores["recall"]
 
 
 def density_coverage(
@@ -139,5 +148,5 @@ def density_coverage(
     """Density and coverage of features N×D of samples against M×D of real images."""
     radii = nearest_distances(reference, neighbours, precision=precision)[:, -1]
     nothing = torch.zeros(len(samples), dtype=radii.dtype, device=radii.device)
-    found = overlap(samples, nothing, reference, radii, precision=precision)
-    return found.pairs_inside / (neighbours * len(samples)), found.reference_covered.double().mean().item()
+    scores = overlap(samples, nothing, reference, radii, precision=precision).scores(len(samples), neighbours)
+    return scores["density"], scores["coverage"]
