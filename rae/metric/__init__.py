@@ -3,7 +3,7 @@
 from rae.metric.builder import ReferenceBuilder
 from rae.metric.clip_score import ClipScore
 from rae.metric.features import CallableDetector, Detector, EncoderDetector, Features
-from rae.metric.frechet import FeatureMoments
+from rae.metric.frechet import FeatureMoments, FrechetDistance
 from rae.metric.generation import GenerationMetrics
 from rae.metric.images import ImageBatch, iterate_folder, iterate_npz, npz_shape
 from rae.metric.inception import InceptionDetector
@@ -22,6 +22,7 @@ __all__ = [
     "FDr6",
     "FeatureMoments",
     "Features",
+    "FrechetDistance",
     "GenerationMetrics",
     "ImageBatch",
     "InceptionDetector",

@@ -59,6 +59,26 @@ class FeatureMoments(SummedMetric):
         return moments_from_sums(self.total, self.outer, int(self.count))
 
 
+class FrechetDistance(FeatureMoments):
+    """Fréchet distance of features to those of a reference with the given moments."""
+
+    higher_is_better = False
+
+    def __init__(self, reference: Moments, **kwargs: Any) -> None:
+        super().__init__(reference.mean.numel(), **kwargs)
+        self.reference = reference
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """The distance, float64 []."""
+        return distance(super().compute(), self.reference)
+
+
+def distance(first: Moments, second: Moments) -> Tensor:
+    """Fréchet distance of two sets of moments, on the device of the first."""
+    mean, covariance = (x.to(first.mean.device) for x in second[:2])
+    return frechet_distance(first.mean, first.covariance, mean, covariance)
+
+
 def score(found: Moments, reference: Moments, name: str) -> float:
     """Fréchet distance to a reference; warns where there are too few samples for a covariance of full rank."""
     width = found.mean.numel()
@@ -67,5 +87,4 @@ def score(found: Moments, reference: Moments, name: str) -> float:
             f"{name} of {found.samples} samples: the covariance of {width} features needs at least {width + 1} "
             "samples for full rank; the score is biased upwards and comparable only with others of as many samples"
         )
-    mean, covariance = (x.to(found.mean.device) for x in reference[:2])
-    return frechet_distance(found.mean, found.covariance, mean, covariance).item()
+    return distance(found, reference).item()
