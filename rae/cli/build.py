@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import lightning
@@ -25,9 +26,12 @@ from rae.io.errors import ConfigError
 from rae.io.files import differing
 from rae.jobs.processes import processes_of, set_matmul
 from rae.training.precision import XLAMixedPrecision, check_precision
-from rae.training.teacher import Teacher, begin, open_teacher
+from rae.training.teacher import Reader, Teacher, begin, open_teacher
 
 log = logging.getLogger(__name__)
+
+CHECKPOINTS = ("decoder_checkpoint", "init_checkpoint", "teacher_checkpoint")
+"""Keys of trained models that training begins with."""
 
 
 def make(node: Any, **objects: Any) -> Any:
@@ -147,12 +151,10 @@ def make_part(part: str, description: Any, **objects: Any) -> Any:
     return make(OmegaConf.create({part: description})[part], **objects)
 
 
-def build_autoencoder(cfg: DictConfig, encode: bool = True) -> RAE:
+def build_autoencoder(cfg: DictConfig, reader: Reader = read, encode: bool = True) -> RAE:
     """Encoder, decoder and latent statistics for training; ``decoder_checkpoint`` names the decoder, built as that one says.
 
-    Args:
-        cfg: The configuration.
-        encode: Whether the encoder is needed.
+    Without ``encode`` there is no encoder.
 
     Raises:
         ValueError: The decoder was trained with another encoder.
@@ -160,20 +162,16 @@ def build_autoencoder(cfg: DictConfig, encode: bool = True) -> RAE:
     parts = {name: plain(cfg[name]) for name in ("encoder", "decoder", "latent") if cfg.get(name) is not None}
     bundle = Bundle(str(cfg.get("output_dir", "")), parts)
     if cfg.get("decoder_checkpoint") is not None:
-        bundle = bundle.with_decoder(read(cfg.decoder_checkpoint))
+        bundle = bundle.with_decoder(reader(cfg.decoder_checkpoint))
     return assemble_autoencoder(bundle, encode, make_part)
 
 
-def with_decoder_of(cfg: DictConfig) -> DictConfig:
-    """A training configuration whose ``decoder`` is what ``decoder_checkpoint`` says of its own.
-
-    Args:
-        cfg: The configuration; it stays as it is.
-    """
+def with_decoder_of(cfg: DictConfig, reader: Reader = read) -> DictConfig:
+    """The same training configuration, or a copy whose ``decoder`` is what ``decoder_checkpoint`` says of its own."""
     if any(cfg.get(name) is None for name in ("decoder", "decoder_checkpoint")):
         return cfg
     own = plain(cfg.decoder)
-    theirs = Bundle("", {"decoder": own}).with_decoder(read(cfg.decoder_checkpoint)).description["decoder"]
+    theirs = Bundle("", {"decoder": own}).with_decoder(reader(cfg.decoder_checkpoint)).description["decoder"]
     changes = [f"{key}={new} (not {old})" for key, old, new in differing(own, theirs, "decoder")]
     if changes:
         log.info("the decoder is built as decoder_checkpoint=%s says: %s", cfg.decoder_checkpoint, ", ".join(changes))
@@ -201,11 +199,11 @@ def _strategy(cfg: DictConfig) -> Any:
     return node if isinstance(node, str) else make(node)
 
 
-def build_denoiser(cfg: DictConfig) -> Any:
+def build_denoiser(cfg: DictConfig, reader: Reader = read) -> Any:
     """The denoiser, with the weights of ``init_checkpoint`` where one is given."""
     denoiser = make(cfg.denoiser)
     if cfg.get("init_checkpoint") is not None:
-        begin(denoiser, cfg.init_checkpoint)
+        begin(denoiser, cfg.init_checkpoint, reader)
     return denoiser
 
 
@@ -226,33 +224,29 @@ def build_discriminator(cfg: DictConfig) -> Any:
     return discriminator
 
 
-def build_teacher(cfg: DictConfig) -> Teacher | None:
+def build_teacher(cfg: DictConfig, reader: Reader = read) -> Teacher | None:
     """The denoiser of ``teacher_checkpoint``; None where none is given."""
-    return None if cfg.get("teacher_checkpoint") is None else open_teacher(cfg.teacher_checkpoint)
+    return None if cfg.get("teacher_checkpoint") is None else open_teacher(cfg.teacher_checkpoint, reader)
 
 
-_BUILDERS: dict[str, Callable[[DictConfig], Any]] = {
-    "autoencoder": build_autoencoder,
-    "config": plain,
-    "denoiser": build_denoiser,
-    "discriminator": build_discriminator,
-    "teacher": build_teacher,
-}
-"""How arguments of a training module are made that are no config group of their own."""
-
-
-def build_module(cfg: DictConfig) -> lightning.LightningModule:
+def build_module(cfg: DictConfig, reader: Reader = read) -> lightning.LightningModule:
     """The LightningModule of ``cfg.training``, with each part that its class asks for by name.
 
     A part is the config group of that name, e.g. ``denoiser``; a new module class gets whatever groups it names.
     """
-    wanted = inspect.signature(get_class(cfg.training["_target_"])).parameters
+    builders: dict[str, Callable[[], Any]] = {  # of what is no config group, or more than one
+        "autoencoder": lambda: build_autoencoder(cfg, reader),
+        "config": lambda: plain(cfg),
+        "denoiser": lambda: build_denoiser(cfg, reader),
+        "discriminator": lambda: build_discriminator(cfg),
+        "teacher": lambda: build_teacher(cfg, reader),
+    }
     parts = {}
-    for name in wanted:
+    for name in inspect.signature(get_class(cfg.training["_target_"])).parameters:
         if name in cfg.training:
             continue
-        if name in _BUILDERS:
-            parts[name] = _BUILDERS[name](cfg)
+        if name in builders:
+            parts[name] = builders[name]()
         elif name in cfg:
             parts[name] = make(cfg[name])
     if "denoiser" in parts and "latent" in cfg and cfg.latent.get("stats", "none") is None:
@@ -293,11 +287,12 @@ class Run:
     trainer: lightning.Trainer
 
 
-def build(cfg: DictConfig) -> Run:
+def build(cfg: DictConfig, reader: Reader | None = None) -> Run:
     """Builds what ``rae-train`` would train with: ``run.trainer.fit(run.module, datamodule=run.data)``.
 
     Args:
-        cfg: A configuration of ``train``, from :func:`rae.cli.config.compose`.
+        cfg: A configuration of ``train``, from :func:`rae.cli.errors.compose`.
+        reader: Reads the checkpoints that it names, each once; None for a new one.
 
     Raises:
         ConfigError: A mandatory value is missing.
@@ -305,7 +300,11 @@ def build(cfg: DictConfig) -> Run:
     """
     check_complete(cfg)
     check_space(cfg)
-    cfg = with_decoder_of(cfg)
+    reader = reader or cache(read)
+    for key in CHECKPOINTS:  # what is not there, on the hub too, is said before networks are built
+        if cfg.get(key) is not None:
+            reader(cfg[key])
+    cfg = with_decoder_of(cfg, reader)
     plain(cfg)  # names the key of an interpolation that leads nowhere
     if cfg.get("data") is not None:
         check_paths(cfg.data)
@@ -314,4 +313,4 @@ def build(cfg: DictConfig) -> Run:
     seed(cfg)
     if cfg.get("denoiser") is not None and cfg.get("decoder_checkpoint") is None:
         log.warning("decoder_checkpoint is not given: pictures of this run are drawn by an untrained decoder")
-    return Run(data=make(cfg.data), module=build_module(cfg), trainer=build_trainer(cfg))
+    return Run(data=make(cfg.data), module=build_module(cfg, reader), trainer=build_trainer(cfg))

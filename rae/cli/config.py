@@ -30,7 +30,7 @@ _PATHS = (
     *("metric.reference", "callbacks.evaluation.metric.reference", "callbacks.evaluation.guide"),
 )
 _OF_DATA = ("train_path", "val_path", "repo")
-_NETWORKS = ("stage", "encoder", "text_encoder", "latent", "decoder", "discriminator", "denoiser")
+_NETWORKS = ("stage", "encoder", "text_encoder", "latent", "decoder", "discriminator", "denoiser", "alignment.encoder")
 _LISTED = 3  # differences that an error spells out
 
 
@@ -107,7 +107,7 @@ def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> N
     changes = [
         f"{key} was {old!r} and is now {new!r}"
         for section in _NETWORKS
-        for key, old, new in differing(completed(before.get(section)), completed(now.get(section)), section)
+        for key, old, new in differing(*(completed(_section(one, section)) for one in (before, now)), section)
     ]
     if changes:
         more = f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
@@ -115,6 +115,13 @@ def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> N
             f"{folder} holds a run that cannot be continued: {'; '.join(changes[:_LISTED])}{more}. "
             "Choose another name=… or output_dir=…, or go on regardless with resume=FILE.ckpt"
         )
+
+
+def _section(config: Any, key: str) -> Any:
+    """What stands under a dotted key; None where nothing does."""
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

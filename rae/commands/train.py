@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
+from functools import cache
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -15,6 +16,7 @@ from rae.cli.config import check_same_run, save_config
 from rae.cli.main import Interrupted
 from rae.cpu import keep_freed_memory
 from rae.data.module import ImageDataModule
+from rae.formats import read
 from rae.formats.run import LAST, check_whole, find_checkpoint, read_config, read_step
 from rae.report.table import by_source
 from rae.training.resume import AgreeOnResume
@@ -109,10 +111,12 @@ def quieten_lightning() -> None:
 
 def train(cfg: DictConfig) -> None:
     """Builds data, module and trainer from the configuration, and trains."""
-    cfg = with_decoder_of(cfg)
+    reader = cache(read)
+    cfg = with_decoder_of(cfg, reader)
     checkpoint = resume_from(cfg)
     quieten_lightning()
-    run = build(cfg)
+    run = build(cfg, reader)
+    reader.cache_clear()  # what it has read takes room
     trainer = run.trainer
     say = rank_zero_only(log.info)
     rank_zero_only(save_config)(cfg, cfg.output_dir)

@@ -94,16 +94,21 @@ def complete(bundle: Bundle, averaged: bool = True, given: str | None = None, ke
     return bundle if bundle.wants_guide or keep_guide else bundle.without("guide")
 
 
-def load_denoiser(source: str | Path) -> Denoiser:
-    """The denoiser of a run or an export, such as autoguidance steers away from.
+def load_denoiser(bundle: Bundle, option: str) -> Denoiser:
+    """The trained denoiser of a run or an export, such as autoguidance steers away from.
+
+    Args:
+        bundle: The run or the export.
+        option: The key that named it, for the message.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
         ConfigError: It holds no denoiser, or does not say how it is built.
     """
-    bundle = Bundle("").with_guide(read(source))
-    denoiser: Denoiser = make_part("guide", bundle.description["guide"])
-    bundle.fill("guide", denoiser)
+    described = bundle.description.get("denoiser")
+    if described is None or "denoiser" not in bundle.states:
+        raise ConfigError(f"{option}={bundle.source} has no denoiser; give a run of stage 2 or its export")
+    denoiser: Denoiser = make_part("denoiser", described)
+    bundle.fill("denoiser", denoiser)
     return denoiser.eval()
 
 

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from rae.flow import Guidance, NoGuidance, Sampler, evaluations
-from rae.formats.open import load_denoiser
+from rae.formats.open import load_denoiser, read
 from rae.io.describe import describe
 from rae.io.parts import stretch
 from rae.metric.several import update_arguments
@@ -104,7 +104,7 @@ class ScoreSamples(Evaluation):
         )
         self.sampler = sampler
         self.guidance = guidance
-        self.guide = None if guide is None else load_denoiser(guide)
+        self.guide = None if guide is None else load_denoiser(read(guide), "callbacks.evaluation.guide")
         self.classes = classes
         self.samples_per_class = samples_per_class
         self.captions = captions

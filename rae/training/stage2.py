@@ -13,6 +13,7 @@ from rae.autoencoder import RAE
 from rae.condition import drop
 from rae.data.latents import LatentsDataModule
 from rae.denoiser import Denoiser, check_shapes
+from rae.encoder import Encoder
 from rae.encoder.text import TextEncoder
 from rae.flow import FlowMatching
 from rae.image import to_float
@@ -154,34 +155,42 @@ class Stage2Module(TrainingModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the names of the classes, where the data tell them, and what tells the text encoder."""
+        """Adds the names of the classes, where the data tell them, and what tells the further frozen networks."""
         super().on_save_checkpoint(checkpoint)
-        if self._text_record is not None:
-            checkpoint["text_encoder"] = self._text_record
-        if self.teacher is not None:
-            checkpoint["teacher"] = self._teacher_hash
+        checkpoint.update(self._records)
         names = getattr(getattr(self._trainer, "datamodule", None), "class_names", [])
         if len(names) == int(self.denoiser.num_classes):
             checkpoint["class_names"] = list(names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See :class:`~rae.training.module.TrainingModule`; raises ValueError, too, where the text encoder is another."""
+        """Takes the run's encoder over; raises ValueError where this module's, or another frozen network, is another."""
         super().on_load_checkpoint(checkpoint)
         if self.text_encoder is not None and "text_encoder" in checkpoint:
             self.text_encoder.check(checkpoint["text_encoder"], "the checkpoint")
-        if self.teacher is not None and checkpoint.get("teacher") != self._teacher_hash:
+        if self.teacher is not None and checkpoint.get("teacher") != self._records["teacher"]:
             raise ValueError(
                 "the run was begun with another teacher: teacher_checkpoint holds other weights now; give those that it had"
             )
+        described = checkpoint.get("alignment_encoder")  # which former versions did not keep
+        if self._target is not None and described is not None and (found := self._target.differences(described)):
+            raise ValueError(f"the run was begun with another alignment.encoder: {found}; give the one that it had")
+
+    @property
+    def _target(self) -> Encoder | None:
+        """The encoder whose tokens the alignment compares with."""
+        return None if self.alignment is None else self.alignment.encoder
 
     @cached_property
-    def _teacher_hash(self) -> str | None:
-        return None if self.teacher is None else state_hash(self.teacher.state_dict())
-
-    @cached_property
-    def _text_record(self) -> dict[str, Any] | None:
-        """Made once: its hash reads all weights, which never change in training."""
-        return None if self.text_encoder is None else self.text_encoder.fingerprint()
+    def _records(self) -> dict[str, Any]:
+        """What tells the further frozen networks. Made once: hashes read all weights, which never change in training."""
+        records: dict[str, Any] = {}
+        if self.text_encoder is not None:
+            records["text_encoder"] = self.text_encoder.fingerprint()
+        if self.teacher is not None:
+            records["teacher"] = state_hash(self.teacher.state_dict())
+        if self._target is not None:
+            records["alignment_encoder"] = self._target.fingerprint()
+        return records
 
     def configure_model(self) -> None:
         """Shares the denoiser out where the strategy says so (``trainer=fsdp``)."""
@@ -285,15 +294,14 @@ class Stage2Module(TrainingModule):
         Raises:
             ValueError: It has an encoder, and the batch holds cached latents and no images.
         """
-        assert self.alignment is not None
-        if self.alignment.encoder is None:
+        if self._target is None:
             return latents
         if "image" not in batch:
             raise ValueError(
                 "alignment.encoder needs images, and data=latents holds none: choose data=imagenet, say, or align with the "
                 "latents themselves (alignment.encoder=null)"
             )
-        return self.alignment.encoder(to_float(batch["image"]))
+        return self._target(to_float(batch["image"]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, as Lightning is to sum it over the micro-batches of a step."""

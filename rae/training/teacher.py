@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,11 @@ from rae.flow import FlowMatching
 from rae.formats import Bundle, read
 from rae.formats.bundle import make_part
 from rae.formats.denoiser import begin_with
+from rae.formats.open import load_denoiser
 from rae.io.errors import ConfigError
+
+Reader = Callable[[str], Bundle]
+"""Reads a trained model, such as :func:`rae.formats.read`, or the same with memory of what it has read."""
 
 
 class Teacher(nn.Module):
@@ -55,22 +60,21 @@ def _told(denoiser: Denoiser) -> dict[str, Any]:
     }
 
 
-def open_teacher(source: str) -> Teacher:
+def open_teacher(source: str, reader: Reader = read) -> Teacher:
     """The denoiser of a run of stage 2 (its moving average) or of an export.
 
     Raises:
         FileNotFoundError: There is nothing of that name.
         ConfigError: It holds no denoiser, or does not say what it predicts.
     """
-    bundle = read(source)
-    if "denoiser" not in bundle.states or not bundle.description.get("flow"):
-        raise ConfigError(f"teacher_checkpoint={source} has no denoiser; give a run of stage 2 or its export")
-    denoiser, flow = (make_part(part, bundle.description[part]) for part in ("denoiser", "flow"))
-    bundle.fill("denoiser", denoiser)
+    bundle = reader(source)
+    denoiser, flow = load_denoiser(bundle, "teacher_checkpoint"), make_part("flow", bundle.description.get("flow"))
+    if flow is None:
+        raise ConfigError(f"teacher_checkpoint={source} does not say what its denoiser predicts; give a run of stage 2")
     return Teacher(denoiser, flow)
 
 
-def begin(denoiser: Denoiser, source: str) -> None:
+def begin(denoiser: Denoiser, source: str, reader: Reader = read) -> None:
     """Gives a denoiser the weights of a run of stage 2 (their moving average) or of an export to begin with.
 
     Raises:
@@ -78,7 +82,7 @@ def begin(denoiser: Denoiser, source: str) -> None:
         ConfigError: It holds no denoiser.
         ValueError: The denoisers differ; names the arguments, or all keys.
     """
-    bundle: Bundle = read(source)
+    bundle = reader(source)
     if "denoiser" not in bundle.states:
         raise ConfigError(
             f"init_checkpoint={source} has no denoiser; give a run of stage 2, its export or a weight file"

@@ -39,7 +39,7 @@ from rae.flow import (
     Sampler,
 )
 from rae.formats import save_original, save_pipeline
-from rae.formats.open import load_denoiser
+from rae.formats.open import load_denoiser, read
 from rae.formats.single_file import single_file
 from rae.generator import Generator
 from rae.io.tensors import state_hash
@@ -224,7 +224,7 @@ def test_a_copy_by_diffusers_draws_and_cannot_encode(tmp_path, load):
         copied.autoencoder.encode(torch.rand(1, 3, 32, 32))
     load(save_pipeline(cfg_interval(), tmp_path / "named")).save_pretrained(tmp_path / "named_copy")
     assert Generator.from_pretrained(tmp_path / "named_copy").class_names == cfg_interval().class_names
-    guide = load_denoiser(tmp_path / "copy" / "guide")
+    guide = load_denoiser(read(tmp_path / "copy" / "guide"), "guide_checkpoint")
     assert state_hash(guide.state_dict()) == state_hash(model.guide.state_dict())
 
 

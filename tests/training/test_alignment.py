@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from rae.cli.build import make
+from rae.cli.config import check_same_run, plain
 from rae.cli.errors import compose
 from rae.commands.train import train as train_command
 from rae.condition import LabelTokens
@@ -20,6 +21,7 @@ from rae.flow import FlowMatching
 from rae.formats import read
 from rae.formats.bundle import make_part
 from rae.io.describe import describe
+from rae.io.errors import ConfigError
 from rae.training.alignment import Alignment, zscore
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.muon import MuonAdamW
@@ -121,6 +123,15 @@ def aligned(monkeypatch, projector: str = "mlp", **options):
     return make_module(2, **options)
 
 
+def aligned_to(monkeypatch, seed: int):
+    """The same with an encoder to align with: with seed 0, the autoencoder's own."""
+    module = aligned(monkeypatch)
+    encoder = tiny_encoder(input_size=16, channels=16, stride=8, depth=2, seed=seed)
+    encoder.arguments["pretrained"] = True  # as if its weights were a hub's
+    module.alignment.encoder = encoder
+    return module
+
+
 def test_without_weight_the_denoiser_learns_as_without_it(tmp_path, monkeypatch):
     plain = weights(train(2, tmp_path)[1])
     module = aligned(monkeypatch)
@@ -180,17 +191,37 @@ def test_compiled_or_not_it_is_the_same_but_for_rounding(checkpointing, tmp_path
 
 def test_another_encoder_may_be_the_target(tmp_path, monkeypatch):
     """With the autoencoder's own, and latents that are not normalised, the target is the same."""
-    own = aligned(monkeypatch)
-    module = aligned(monkeypatch)
-    encoder = tiny_encoder(input_size=16, channels=16, stride=8, depth=2)
-    encoder.arguments["pretrained"] = True  # as if its weights were a hub's
-    module.alignment.encoder = encoder
+    own, module = aligned(monkeypatch), aligned_to(monkeypatch, seed=0)
     found = weights(train(2, tmp_path, module=module)[1])
     assert not [key for key in found if "encoder" in key]
     assert_same(weights(train(2, tmp_path, module=own)[1]), found)
     batch = {"latent": draws(2, 16, 2, 2), "epoch": torch.zeros(2), "index": torch.arange(2)}
     with pytest.raises(ValueError, match=r"alignment\.encoder needs images, and data=latents holds none"):
         module.aligned_to(batch, batch["latent"])
+
+
+def test_a_run_goes_on_with_the_encoder_that_it_was_aligned_with(tmp_path, monkeypatch):
+    options = {"callbacks": (ema_of(2), RunCheckpoint(str(tmp_path)))}
+    train(2, tmp_path, steps=1, module=aligned_to(monkeypatch, seed=0), **options)
+    last = tmp_path / "last.ckpt"
+    train(2, tmp_path, steps=2, module=aligned_to(monkeypatch, seed=0), checkpoint=str(last), **options)
+    with pytest.raises(ValueError, match=r"begun with another alignment\.encoder: weights \w+… and not \w+…; give"):
+        train(2, tmp_path, steps=3, module=aligned_to(monkeypatch, seed=1), checkpoint=str(last), **options)
+    checkpoint = torch.load(last, weights_only=False)
+    del checkpoint["alignment_encoder"]  # as former versions
+    torch.save(checkpoint, tmp_path / "former.ckpt")
+    former = str(tmp_path / "former.ckpt")
+    train(2, tmp_path, steps=3, module=aligned_to(monkeypatch, seed=1), checkpoint=former, **options)
+
+
+def test_a_configuration_with_another_encoder_to_align_with_is_refused():
+    given = ["stage=2", "latent.stats=none", "alignment=repa"]
+    before, now = (compose("train", [*given, f"+encoder@alignment.encoder={name}"]) for name in ("dinov2_s", "mae"))
+    check_same_run(before, plain(before), "run")
+    with pytest.raises(ConfigError, match=r"cannot be continued: .*alignment\.encoder\.\w+ was '.* and is now '"):
+        check_same_run(now, plain(before), "run")
+    with pytest.raises(ConfigError, match=r"alignment\.encoder was None and is now {"):
+        check_same_run(now, plain(compose("train", given)), "run")
 
 
 @pytest.mark.slow

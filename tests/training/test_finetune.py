@@ -10,10 +10,11 @@ import torch
 from omegaconf import OmegaConf
 
 import rae
-from rae.cli.build import build
+from rae.cli.build import CHECKPOINTS, build
 from rae.cli.errors import compose
 from rae.condition import LabelTokens
 from rae.denoiser import DiTDH, InContextDiTDH
+from rae.formats import read
 from rae.formats.denoiser import begin_with
 from rae.formats.discriminator import begin_heads
 from rae.formats.run import read_config, trained_weights
@@ -153,6 +154,27 @@ def test_heads_without_a_discriminator_are_refused(tmp_path: Path):
     cfg = compose("train", ["stage=1", "data=synthetic", "decoder=vit_b", *options, f"output_dir={tmp_path}"])
     with pytest.raises(ConfigError, match=r"discriminator_checkpoint=.*run with discriminator=none: choose"):
         build(cfg)
+
+
+@pytest.mark.parametrize("key", CHECKPOINTS)
+def test_what_is_nowhere_is_said_before_networks_are_built(key, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("rae.cli.build.make", lambda *_, **__: pytest.fail("a network is built"))
+    cfg = compose(
+        "train", ["stage=2", "data=synthetic", "latent.stats=none", f"{key}=nobody/nothing", f"output_dir={tmp_path}"]
+    )
+    with pytest.raises(FileNotFoundError, match=r"there is no 'nobody/nothing' here, and as a hub id: "):
+        build(cfg)
+
+
+@pytest.mark.slow
+def test_what_several_keys_name_is_read_once(trained: Path, tmp_path: Path, monkeypatch):
+    found = []
+    monkeypatch.setattr("rae.commands.train.read", lambda source: found.append(source) or read(source))
+    options = [one for one in stage2_options(trained) if not one.startswith("experiment=") and "grid" not in one]
+    begun = [f"{key}={trained}/stage2" for key in ("init_checkpoint", "teacher_checkpoint")]
+    output = ["trainer.max_steps=1", f"output_dir={tmp_path}"]
+    run("train", "experiment=digits_meanflow", *options, *begun, *output)
+    assert sorted(found) == [f"{trained}/stage1", f"{trained}/stage2"]
 
 
 # --- new classes -------------------------------------------------------------------------------------------------
