@@ -41,7 +41,10 @@ def check_metric(node: DictConfig | None) -> bool:
     return bool(getattr(kind, "takes_originals", False)) or any(pairs)
 
 
-_MODELS = ("checkpoint", "decoder_checkpoint", "guide_checkpoint", "init_checkpoint", "teacher_checkpoint")
+_MODELS = (
+    *("checkpoint", "decoder_checkpoint", "guide_checkpoint", "init_checkpoint", "teacher_checkpoint"),
+    "callbacks.evaluation.guide",
+)
 _IMAGES = "an .npz file, a folder of images or of tar shards"
 _GIVEN = {
     **dict.fromkeys(("samples", "originals", "neighbours_of"), _IMAGES),
@@ -99,7 +102,7 @@ def check_files(cfg: DictConfig, config: str) -> None:
             "decoders=[…] or report=… (training runs)"
         )
     for key in _MODELS:
-        value = cfg.get(key)
+        value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and not Path(value).expanduser().exists() and not _may_be_on_the_hub(value):
             folder = Path(value).expanduser().parent
             near = difflib.get_close_matches(Path(value).name, [one.name for one in folder.glob("*")], 3)

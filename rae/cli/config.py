@@ -107,7 +107,7 @@ def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> N
     changes = [
         f"{key} was {old!r} and is now {new!r}"
         for section in _NETWORKS
-        for key, old, new in differing(*(completed(_section(one, section)) for one in (before, now)), section)
+        for key, old, new in differing(completed(_section(before, section)), completed(_section(now, section)), section)
     ]
     if changes:
         more = f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""

@@ -26,7 +26,7 @@ from rae.jobs.samples import write_npz
 from rae.metric.protocol import differences, in_words, protocol_of
 from rae.report.neighbours import write_sheet
 from rae.report.progress import report_runs
-from rae.report.table import by_source, markdown, table, versions, write_csv, write_scores
+from rae.report.table import markdown, table, versions, write_csv, write_scores
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +90,7 @@ def evaluate(cfg: DictConfig) -> None:
             write_scores(folder, scores, identity)
             if source.parts is not None:
                 _keep_or_remove(cfg, source, folder)
-            print(table({name: value for name, value in scores.items() if "/" not in name}))
-            if source.alone:
-                print(by_source(scores, source.alone))
+            print(table(scores))
             print(in_words(identity["protocol"]))
             for line in differences(identity["protocol"]):
                 print(f"differs from the protocol: {line}")
@@ -104,22 +102,15 @@ def evaluate(cfg: DictConfig) -> None:
 def _scored(
     cfg: DictConfig, fabric: Fabric, metric: Any, source: Source
 ) -> tuple[dict[str, float], dict[str, Any], list[Any]]:
-    """The scores of all images, all that identifies them, and the first images for the sheet of neighbours.
-
-    Of a mixture the scores of each source follow, ``psnr/NAME``, by the names that they have in training.
-    """
+    """The scores of all images, all that identifies them, and the first images for the sheet of neighbours."""
     shown: list[Any] = []
-    scores: dict[str, float] = {}
-    for ending, batches in {"": source.batches, **{f"/{name}": one for name, one in source.alone.items()}}.items():
-        if ending:
-            metric.reset()
-        with tqdm(desc=f"scoring{ending}", unit=" image", disable=not fabric.is_global_zero) as bar:
-            for images, options in batches:
-                metric.update(*images, **options)
-                bar.update(len(images[0]))
-                shown.extend(images[0][: (cfg.neighbours or 0) - len(shown)])
-        log.info("computing the scores")
-        scores |= {f"{name}{ending}": float(value) for name, value in metric.compute().items()}
+    with tqdm(total=source.count, desc="scoring", unit=" image", disable=not fabric.is_global_zero) as bar:
+        for images, options in source.batches:
+            metric.update(*images, **options)
+            bar.update(len(images[0]))
+            shown.extend(images[0][: (cfg.neighbours or 0) - len(shown)])
+    log.info("computing the scores")
+    scores = {name: float(value) for name, value in metric.compute().items()}
     identity = {**source.identity, "metric": getattr(metric, "identity", None), "versions": versions()}
     return scores, {**identity, "protocol": protocol_of(identity)}, shown
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from rae.cli.build import make_part
 from rae.cli.models import open_autoencoder, open_generator
@@ -22,7 +24,7 @@ from rae.image import to_uint8
 from rae.io.errors import ConfigError
 from rae.io.files import changes
 from rae.io.parts import Parts, share, stretch
-from rae.jobs.images import describe_samples, open_images, open_pairs
+from rae.jobs.images import count_images, describe_samples, open_images, open_pairs
 from rae.jobs.samples import Wanted, draw, latent_parts, plan_of, read_parts
 from rae.jobs.wanted import how_sampled, wanted
 from rae.metric.several import update_arguments
@@ -34,73 +36,46 @@ _OF_MODELS = (
 )
 
 
-Batches = Iterator[tuple[tuple[Any, ...], dict[str, Any]]]
-"""Positional and keyword arguments of a metric's ``update``."""
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
 
 
+@dataclass
 class Source:
-    """What is scored: arguments of the metric's ``update``, batch by batch, and what identifies it.
+    """What is scored."""
 
-    Args:
-        batches: The arguments.
-        identity: What tells these images from others.
-        described: The configuration that says how they came about.
-        parts: Where samples that were drawn for this lie; None for files.
-        labels: Labels or prompts of these samples.
-        alone: Of a mixture of data sets the batches of each by its name, which are scored by themselves too.
-    """
-
-    def __init__(
-        self,
-        batches: Batches,
-        identity: dict[str, Any],
-        described: DictConfig,
-        parts: Parts | None = None,
-        labels: Wanted = (),
-        alone: Mapping[str, Batches] | None = None,
-    ) -> None:
-        self.batches = batches
-        self.identity = identity
-        self.described = described
-        self.parts = parts
-        self.labels = labels
-        self.alone = alone or {}
+    batches: Iterator[Batch]
+    """Arguments of the metric's ``update``: those of this process."""
+    count: int
+    """Images in these batches."""
+    identity: dict[str, Any]
+    """What tells these images from others."""
+    described: DictConfig
+    """The configuration that says how they came about."""
+    parts: Parts | None = None
+    """Where samples that were drawn for this lie; None for files."""
+    labels: Wanted = ()
+    """Labels or prompts of these samples."""
 
 
 def from_files(cfg: DictConfig, fabric: Fabric, metric: Any, pairs: bool) -> Source:
-    """Images of files; with their originals for metrics of reconstructions.
-
-    Args:
-        cfg: Configuration with ``samples``, ``originals`` and ``batch_size``.
-        fabric: The processes; each reads its share of the batches.
-        metric: It says whether it takes prompts.
-        pairs: Whether the metric takes originals too.
-    """
-    rank, world = fabric.global_rank, fabric.world_size
+    """Images of files, with their originals where ``pairs`` are wanted; each process reads its share of the batches."""
+    share_of = (cfg.batch_size, fabric.global_rank, fabric.world_size)
     identity = {"samples": describe_samples(cfg.samples)}
     described = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_MODELS])
-
-    def batches() -> Batches:
-        if pairs:
-            for images, originals in open_pairs(cfg.samples, cfg.originals, cfg.batch_size, rank, world):
-                yield (images, originals), {}
-        else:
-            for images, told, numbers in open_images("samples", cfg.samples, cfg.batch_size, rank, world):
-                yield update_arguments(metric, images, told, numbers)
-
+    batches: Iterator[Batch]
     if pairs:
         identity["originals"] = {"path": cfg.originals}
-    return Source(batches(), identity, described)
+        batches = ((pair, {}) for pair in open_pairs(cfg.samples, cfg.originals, *share_of))
+    else:
+        batches = (update_arguments(metric, *batch) for batch in open_images("samples", cfg.samples, *share_of))
+    return Source(batches, count_images(cfg.samples, *share_of), identity, described)
 
 
 def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callable[..., None]) -> Source:
     """Samples that a model draws now, in parts on disk: a run that was stopped goes on with them.
 
-    Args:
-        cfg: The command's configuration.
-        fabric: The processes; each draws its share of the parts.
-        metric: It says whether it takes prompts.
-        prepare: Told the images' size, number and classes before they are drawn.
+    Each process draws and scores its share of the parts. ``prepare`` is told the images' size, number and classes before.
 
     Raises:
         ConfigError: The model has no denoiser, or the labels are not right.
@@ -112,25 +87,32 @@ def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callab
     prepare(generator.autoencoder.image_size, len(labels), classes)
     plan = plan_of(cfg, generator, labels)
     parts = draw(cfg, fabric, generator, labels, Path(cfg.output_dir) / "parts", plan)
-
-    def batches() -> Batches:
-        mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
-        for images, numbers in read_parts(parts, cfg.batch_size, mine):
-            pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-            told: list[Any] = [labels[number] for number in numbers]
-            yield update_arguments(metric, pixels, told, torch.tensor(list(numbers)))
-
     identity = {"checkpoint": str(cfg.checkpoint), **plan, **how_sampled(cfg.labels, generator)}
-    return Source(batches(), {"samples": identity}, run, parts, labels)
+    batches, count = _of_parts(cfg, fabric, metric, parts, labels, lambda images: images.permute(0, 3, 1, 2))
+    return Source(batches, count, {"samples": identity}, run, parts, labels)
+
+
+def _of_parts(
+    cfg: DictConfig, fabric: Fabric, metric: Any, parts: Parts, labels: Wanted, images_of: Callable[[Tensor], Tensor]
+) -> tuple[Iterator[Batch], int]:
+    """The batches of this process's share of some parts, and how many images are in them.
+
+    ``images_of`` makes uint8 B×3×H×W of what the parts hold.
+    """
+    mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
+
+    def batches() -> Iterator[Batch]:
+        for held, numbers in read_parts(parts, cfg.batch_size, mine):
+            told = [labels[number] for number in numbers]
+            yield update_arguments(metric, images_of(torch.from_numpy(held)), told, torch.tensor(list(numbers)))
+
+    return batches(), sum(len(parts.items(part)) for part in mine)
 
 
 def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]) -> Source:
-    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data; of a mixture, each source too.
+    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data.
 
-    Args:
-        cfg: The command's configuration.
-        fabric: The processes; each takes a stretch of the images.
-        prepare: Told the images' size and number before they are made.
+    Each process takes a stretch of the images. ``prepare`` is told their size and number before.
 
     Raises:
         ConfigError: There are no such images, or fewer than ``count``.
@@ -140,26 +122,15 @@ def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., Non
     data = open_data(run, autoencoder.image_size)
     count = checked_count(data, cfg.count)
     prepare(autoencoder.image_size, count)
-
-    def batches(numbers: range) -> Batches:
-        mine = stretch(len(numbers), fabric.global_rank, fabric.world_size)
-        loader = data.range_dataloader("val", [numbers[mine.start : mine.stop]])
-        for pair in reconstructions(autoencoder, loader, fabric.device, cfg.precision, cfg.quantize):
-            yield pair, {}
-
+    mine = stretch(count, fabric.global_rank, fabric.world_size)
+    batches = data.range_dataloader("val", [mine])
+    pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
     identity = {"samples": model_identity(cfg, run, autoencoder)}
-    within = {name: range(numbers.start, min(numbers.stop, count)) for name, numbers in data.val_ranges().items()}
-    alone = {name: batches(numbers) for name, numbers in within.items() if len(numbers) > 1}  # rFID is not of one
-    return Source(batches(range(count)), identity, run, alone=alone)
+    return Source(((pair, {}) for pair in pairs), len(mine), identity, run)
 
 
 def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple[str, Source]]:
     """Kept latents decoded by each of ``decoders``, which are all opened before the first of them decodes.
-
-    Args:
-        cfg: The command's configuration.
-        fabric: The processes; each takes its share of the files.
-        metric: It may check what it is about to get.
 
     Raises:
         FileNotFoundError: There are no such latents, or no such decoder.
@@ -203,17 +174,15 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
         if hasattr(metric, "prepare"):
             metric.prepare(network.image_size, len(labels), None if isinstance(labels[0], str) else labels)
 
-    def batches(decoder: Any) -> Batches:
-        mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
-        for latents, numbers in read_parts(parts, cfg.batch_size, mine):
-            with torch.no_grad(), computing(cfg.precision, fabric.device):
-                images = decoder(torch.from_numpy(latents).to(fabric.device)).clamp(0, 1)
-            told = [labels[number] for number in numbers]
-            yield update_arguments(metric, to_uint8(images.float(), cfg.quantize), told, torch.tensor(list(numbers)))
+    def decoded(decoder: Any, latents: Tensor) -> Tensor:
+        with torch.no_grad(), computing(cfg.precision, fabric.device):
+            images = decoder(latents.to(fabric.device)).clamp(0, 1)
+        return to_uint8(images.float(), cfg.quantize)
 
     for name, decoder in decoders.items():
-        decoded = {"precision": cfg.precision, "quantize": cfg.quantize, "latents": str(cfg.latents), "decoder": name}
-        yield name, Source(batches(decoder), {"samples": {**known["samples"], **decoded}}, cfg)
+        how = {"precision": cfg.precision, "quantize": cfg.quantize, "latents": str(cfg.latents), "decoder": name}
+        batches, count = _of_parts(cfg, fabric, metric, parts, labels, partial(decoded, decoder))
+        yield name, Source(batches, count, {"samples": {**known["samples"], **how}}, cfg)
 
 
 def _without_places(described: Any) -> Any:
@@ -225,10 +194,7 @@ def _without_places(described: Any) -> Any:
 def open_source(cfg: DictConfig, fabric: Fabric, metric: Any) -> Source:
     """The images that are named, or that the model makes.
 
-    Args:
-        cfg: The command's configuration.
-        fabric: The processes.
-        metric: It says whether it takes reconstructions with their originals, and may check what it is about to get.
+    The metric says whether it takes reconstructions with their originals, and may check what it is about to get.
     """
     pairs = getattr(metric, "takes_originals", False)
     if cfg.samples is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from rae.layers import at_least_float, grid_to_tokens, tokens_to_grid
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 _PUBLISHED = "published:"
+Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {None: torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -63,7 +64,7 @@ class Encoder(Described, nn.Module, ABC):
         std: Sequence[float],
         layers: Sequence[int] | None = None,
         fusion: str = "last",
-        dtype: str | None = None,
+        dtype: Precision | None = None,
         pooled_layer: int | None = None,
         resize_first: bool = True,
         interpolation: str = "bicubic",

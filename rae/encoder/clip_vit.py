@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rae.encoder.base import Precision
 from rae.encoder.convert import to_open_clip
 from rae.encoder.fusion import check_layers, make_final_norm
 from rae.encoder.transformer import TransformerEncoder
@@ -47,7 +48,7 @@ class ClipEncoder(TransformerEncoder):
         std: Sequence[float] = CLIP_STD,
         layers: Sequence[int] | None = None,
         fusion: str = "last",
-        dtype: str | None = None,
+        dtype: Precision | None = None,
         pretrained: bool = True,
         checkpoint: str | None = None,
         hub_id: str | None = None,

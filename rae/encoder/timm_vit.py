@@ -14,6 +14,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from rae.encoder.base import Precision
 from rae.encoder.convert import PERIODS, to_timm
 from rae.encoder.fusion import check_layers, make_final_norm
 from rae.encoder.transformer import TransformerEncoder
@@ -79,7 +80,7 @@ class TimmEncoder(TransformerEncoder):
         std: Sequence[float] = (0.229, 0.224, 0.225),
         layers: Sequence[int] | None = None,
         fusion: str = "last",
-        dtype: str | None = None,
+        dtype: Precision | None = None,
         pretrained: bool = True,
         checkpoint: str | None = None,
         hub_id: str | None = None,

@@ -18,7 +18,7 @@ from rae.data.storage import read_ranges
 from rae.io.errors import ConfigError
 from rae.io.files import parse_json
 from rae.metric import ImageBatch, iterate_folder, iterate_npz
-from rae.metric.images import decode_image, folder_files, open_npz, same_size
+from rae.metric.images import decode_image, folder_files, npz_shape, open_npz, same_size
 
 Batch = tuple[Tensor, Any, Tensor]
 """Images uint8 B×3×H×W, their labels B or a list of prompts where there are any, and their numbers B."""
@@ -88,6 +88,18 @@ def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size
                 )
             yield images, told, torch.arange(done, done + len(images))
         done += len(images)
+
+
+def count_images(given: str, batch_size: int, rank: int = 0, world_size: int = 1) -> int:
+    """How many images :func:`open_images` gives to a process."""
+    path = Path(given).expanduser()
+    if path.is_file():
+        total = npz_shape(path).images
+    elif shards := sorted(path.glob("*.tar")):
+        total = sum(len(read_index(shard)) for shard in shards)
+    else:
+        total = len(folder_files(path))
+    return sum(min(batch_size, total - start) for start in range(rank * batch_size, total, world_size * batch_size))
 
 
 def prompts_of(path: Path) -> list[str] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,9 +11,9 @@ from rae.denoiser import Denoiser
 from rae.encoder import Encoder
 from rae.layers import at_least_float, denoiser_blocks, grid_to_tokens, tokens_to_grid
 
-PROJECTORS = ("mlp", "conv", "linear")
-TARGETS = ("plain", "zscore")
-LOSSES = ("cosine", "mse")
+Projector = Literal["mlp", "conv", "linear"]
+Target = Literal["plain", "zscore"]
+Loss = Literal["cosine", "mse"]
 
 
 class Alignment(nn.Module):
@@ -40,18 +42,21 @@ class Alignment(nn.Module):
         width: int,
         channels: int,
         block: int = 8,
-        projector: str = "mlp",
+        projector: Projector = "mlp",
         hidden: int = 2048,
-        target: str = "plain",
+        target: Target = "plain",
         gamma: float = 1.0,
-        loss: str = "cosine",
+        loss: Loss = "cosine",
         weight: float = 0.5,
         encoder: Encoder | None = None,
     ) -> None:
         super().__init__()
-        choices = {"projector": (projector, PROJECTORS), "target": (target, TARGETS), "loss": (loss, LOSSES)}
-        for name, (value, known) in choices.items():
-            if value not in known:
+        for name, value, kind in (
+            ("projector", projector, Projector),
+            ("target", target, Target),
+            ("loss", loss, Loss),
+        ):
+            if value not in (known := get_args(kind)):
                 raise ValueError(f"alignment.{name}={value!r} is unknown; choose one of {', '.join(known)}")
         for name, size in {"width": width, "channels": channels, "block": block, "hidden": hidden}.items():
             if size < 1:

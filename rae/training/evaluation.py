@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import lightning as L
 import torch
@@ -56,8 +56,8 @@ class Evaluation(PerStep):
         every_n_epochs: int | None = 1,
         averaged: bool = True,
         live: bool = False,
-        precision: str = "32-true",
-        quantize: str = "floor",
+        precision: Literal["32-true", "bf16-mixed"] = "32-true",
+        quantize: Literal["floor", "round"] = "floor",
         folder: str | None = None,
     ) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ _POLAR_EXPRESS = (
 _SAFETY = 1.05
 POLAR_EXPRESS = tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS)
 """Coefficients (a, b, c) of the five steps (Amsel et al. 2025, arXiv 2505.16932), divided by their safety factor."""
-COEFFICIENTS = ("polar_express", "quintic")
+Coefficients = Literal["polar_express", "quintic"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -110,15 +110,16 @@ class MuonAdamW(Optimizer):
         weight_decay: float = 0.0,
         betas: Sequence[float] = (0.9, 0.95),
         eps: float = 1e-8,
-        coefficients: str = "polar_express",
-        dtype: str = "float32",
+        coefficients: Coefficients = "polar_express",
+        dtype: Literal["float32", "bfloat16"] = "float32",
         exclude: Sequence[str] = (),
     ) -> None:
         named = [item if isinstance(item, tuple) else ("", item) for item in params]
         if not named:
             raise ValueError("optimizer: there are no weights to train")
-        if coefficients not in COEFFICIENTS:
-            raise ValueError(f"optimizer.coefficients={coefficients!r} is unknown; choose {' or '.join(COEFFICIENTS)}")
+        if coefficients not in get_args(Coefficients):
+            known = " or ".join(get_args(Coefficients))
+            raise ValueError(f"optimizer.coefficients={coefficients!r} is unknown; choose {known}")
         if dtype not in DTYPES:
             raise ValueError(f"optimizer.dtype={dtype!r} is unknown; choose {' or '.join(DTYPES)}")
         for name, value, most in (("lr", lr, math.inf), ("momentum", momentum, 1), ("weight_decay", weight_decay, 1)):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 Kind = Literal["cosine", "linear", "constant"]
-KINDS = ("cosine", "linear", "constant")
 
 
 def rate_factor(
@@ -52,8 +51,8 @@ class WarmupDecay(LambdaLR):
         warmup_from_zero: bool = True,
         steps_per_epoch: int | None = None,
     ) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"scheduler.kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        if kind not in get_args(Kind):
+            raise ValueError(f"scheduler.kind={kind!r} is unknown; choose one of {', '.join(get_args(Kind))}")
         warmup = _in_steps("warmup", warmup_steps, warmup_epochs, steps_per_epoch) or 0
         end = _in_steps("decay_end", decay_end_steps, decay_end_epochs, steps_per_epoch)
         if kind == "constant":

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from rae.autoencoder import RAE
 from rae.decoder import ViTDecoder
@@ -185,7 +186,15 @@ def test_interpolation_begins_and_ends_with_the_samples(exported):
 # --- scores ------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_those_of_the_images_wherever_they_lie(exported, samples, reference, tmp_path):
+def test_scores_are_those_of_the_images_wherever_they_lie(exported, samples, reference, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr("rae.commands.evaluate.tqdm", Bar)
     node = metric(reference, assume_kind="training", num_classes=CLASSES, balanced=True)
     sources = {
         "npz": [f"samples={samples}/samples.npz", "batch_size=9"],
@@ -213,6 +222,7 @@ def test_scores_are_those_of_the_images_wherever_they_lie(exported, samples, ref
     folder = {"metric": {**node, "num_classes": None, "balanced": False}}
     run("evaluate", f"samples={samples}/images", f"output_dir={tmp_path / 'png'}", replaced=folder)
     assert scores_of(tmp_path / "png") == pytest.approx(npz, rel=1e-5, abs=1e-7)
+    assert set(bars) == {(64, 64)}, "the bar knows how many images there are"
 
 
 @pytest.mark.slow
