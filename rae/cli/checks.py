@@ -16,10 +16,7 @@ from rae.io.references import reference_file
 
 
 def check_metric(node: DictConfig | None) -> bool:
-    """Refuses a metric whose reference is not there, before its detector's weights are looked for.
-
-    Args:
-        node: The configuration of a metric, or of a set of them.
+    """Refuses a metric, or one of a set, whose reference is not there, before its detector's weights are looked for.
 
     Returns:
         Whether it takes reconstructions with their originals.
@@ -41,12 +38,12 @@ def check_metric(node: DictConfig | None) -> bool:
     return bool(getattr(kind, "takes_originals", False)) or any(pairs)
 
 
-_MODELS = (
+MODELS = (
     *("checkpoint", "decoder_checkpoint", "guide_checkpoint", "init_checkpoint", "teacher_checkpoint"),
     "callbacks.evaluation.guide",
 )
 _IMAGES = "an .npz file, a folder of images or of tar shards"
-_GIVEN = {
+GIVEN = {
     **dict.fromkeys(("samples", "originals", "neighbours_of"), _IMAGES),
     "prompts": "a text file, a .jsonl file, or a folder of text files",
     "captions": "a .jsonl or .csv file",
@@ -83,10 +80,6 @@ def _check_packages(cfg: DictConfig, config: str) -> None:
 def check_files(cfg: DictConfig, config: str) -> None:
     """Refuses files and folders that are named and not there, training data that are not named, and what lacks its packages.
 
-    Args:
-        cfg: The complete configuration of a command.
-        config: Name of its root config.
-
     Raises:
         ConfigError: Training data are not named or not there, or published files or packages are not there.
         FileNotFoundError: A model, images or statistics do not exist.
@@ -101,7 +94,7 @@ def check_files(cfg: DictConfig, config: str) -> None:
             "samples=… (an .npz, a folder of images or of tar shards), checkpoint=… (a model that makes them), latents=… "
             "decoders=[…] or report=… (training runs)"
         )
-    for key in _MODELS:
+    for key in MODELS:
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and not Path(value).expanduser().exists() and not _may_be_on_the_hub(value):
             folder = Path(value).expanduser().parent
@@ -116,24 +109,20 @@ def check_files(cfg: DictConfig, config: str) -> None:
             raise FileNotFoundError(
                 f"{key}={value}: weight file {value!r} does not exist; give the path of an existing file"
             )
-    for key, kinds in _GIVEN.items():
+    for key, kinds in GIVEN.items():
         value = cfg.get(key)
         if isinstance(value, str) and not Path(value).expanduser().exists():
             raise FileNotFoundError(f"{key}={value} does not exist: give {kinds}")
-    data = cfg.get("data")
-    if config in _TRAINS_ON and isinstance(data, DictConfig) and not data._is_none():
-        for key, one in data_sets(data).items():
+    if config in _TRAINS_ON:
+        for key, one in data_sets(cfg.get("data")).items():
             given = one.get("train_path", ""), one.get("repo", "")
             if str(one.get("_target_")).startswith("rae.data.") and None in given:
                 raise no_train_path(str(one["_target_"]).rpartition(".")[2], key)
-        check_paths(data)
+        check_paths(cfg.get("data"))
 
 
 def check_space(cfg: DictConfig) -> None:
     """Refuses to train a denoiser on the input of a decoder that is not named, or without the statistics that name it.
-
-    Args:
-        cfg: A configuration of training.
 
     Raises:
         ConfigError: Says what to give.
@@ -176,24 +165,21 @@ def _may_be_on_the_hub(source: str) -> bool:
     return bool(slash) and not Path(source).expanduser().is_absolute() and not Path(owner).is_dir()
 
 
-def data_sets(data: DictConfig) -> dict[str, DictConfig]:
-    """The configuration of a data set by its key, and those of all that it mixes.
-
-    Args:
-        data: The configuration of the data set.
-    """
+def data_sets(data: DictConfig | None) -> dict[str, DictConfig]:
+    """The configuration of a data set by its key, and those of all that it mixes; none where there is none."""
+    if not isinstance(data, DictConfig) or data._is_none():
+        return {}
     sources = data.get("sources")
     inner = sources.items() if isinstance(sources, DictConfig) and not sources._is_none() else ()
     mixed = {f"data.sources.{name!s}.data": one.get("data") for name, one in inner if isinstance(one, DictConfig)}
     return {"data": data} | {key: one for key, one in mixed.items() if isinstance(one, DictConfig)}
 
 
-def check_paths(data: DictConfig) -> None:
+def check_paths(data: DictConfig | None) -> None:
     """Refuses data that are not there, before networks are built and their weights looked for.
 
-    Args:
-        data: The configuration of the data set. Addresses and patterns of several files are left to the data set, and so is
-            everything of data sets from elsewhere, whose paths may mean something else.
+    Addresses and patterns of several files are left to the data set, and so is everything of data sets from elsewhere, whose paths
+    may mean something else.
 
     Raises:
         ConfigError: A path does not exist.
@@ -208,11 +194,7 @@ def check_paths(data: DictConfig) -> None:
 
 
 def refuse_existing(cfg: DictConfig, *files: Path) -> None:
-    """The rule of all commands about results that are there: they are replaced with ``force=true`` alone.
-
-    Args:
-        cfg: The command's configuration, with ``force``.
-        files: What it is about to write.
+    """The rule of all commands about results (``files``) that are there: they are replaced with ``force=true`` alone.
 
     Raises:
         ConfigError: One of them exists.

@@ -1,10 +1,10 @@
-"""Composing configurations through Hydra's Python interface."""
+"""Composing configurations through Hydra's Python interface, and walking through them."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +75,12 @@ def compose_plainly(config: str, overrides: Iterable[str], folders: Sequence[Pat
             return hydra.compose(config, normalise([*search, *overrides]))
     finally:
         GlobalHydra.instance().hydra = running
+
+
+def walk(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every node of a configuration with its dotted key, those in lists too; nothing below one that refers to another."""
+    for name in range(len(cfg)) if OmegaConf.is_list(cfg) else list(cfg):
+        node, key = cfg._get_node(name), f"{prefix}{name}"
+        yield key, node
+        if OmegaConf.is_config(node) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+            yield from walk(node, f"{key}.")

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rae.cli.checks import WEIGHT_FILES, data_sets
-from rae.cli.groups import command_files, conf_dir
+from rae.cli.checks import GIVEN, MODELS, WEIGHT_FILES, data_sets
+from rae.cli.compose import walk
+from rae.cli.groups import command_files, conf_dir, documented
 from rae.io.describe import completed
 from rae.io.errors import ConfigError
 from rae.io.files import differing, write_text
 
 _PATHS = (
     *(
-        "checkpoint",
-        "guide_checkpoint",
-        "decoder_checkpoint",
-        "init_checkpoint",
-        "teacher_checkpoint",
+        *MODELS,
         "discriminator_checkpoint",
         *WEIGHT_FILES,
         "latent.stats",
+        *GIVEN,
+        "labels",
+        "images",
+        "synsets",
+        "source",
     ),
-    *("samples", "originals", "neighbours_of", "labels", "images", "synsets", "source", "prompts", "captions"),
-    *("metric.reference", "callbacks.evaluation.metric.reference", "callbacks.evaluation.guide"),
+    *("metric.reference", "callbacks.evaluation.metric.reference"),
 )
 _OF_DATA = ("train_path", "val_path", "repo")
 _NETWORKS = ("stage", "encoder", "text_encoder", "latent", "decoder", "discriminator", "denoiser", "alignment.encoder")
@@ -35,57 +35,27 @@ _LISTED = 3  # differences that an error spells out
 
 
 def check_complete(cfg: DictConfig, config: str = "train") -> None:
-    """Refuses a configuration with values still to be given.
-
-    Args:
-        cfg: The configuration.
-        config: Name of the root config that it was composed from.
+    """Refuses a configuration, composed from the root config of a name, with values still to be given.
 
     Raises:
         ConfigError: Names every missing value and what it is, as its comment in the YAML file says.
     """
-    missing = missing_keys(cfg)
-    if missing:
+    if missing := [key for key, node in walk(cfg) if node._is_missing()]:
         wanted = [f"{key}=… ({note})" if (note := comment_of(key, config)) else f"{key}=…" for key in missing]
         raise ConfigError(f"{', '.join(missing)} must be given: add {'; '.join(wanted)}")
 
 
-def missing_keys(node: Any, prefix: str = "") -> list[str]:
-    """Dotted keys of all values still to be given (``???``); interpolations that lead to them are not listed again.
-
-    Args:
-        node: A node of a configuration.
-        prefix: Dotted key of the node itself.
-    """
-    if node._is_none() or node._is_missing() or node._is_interpolation():
-        return [prefix] if node._is_missing() else []
-    names = range(len(node)) if OmegaConf.is_list(node) else list(node) if OmegaConf.is_dict(node) else []
-    return [key for name in names for key in missing_keys(node._get_node(name), f"{prefix}.{name}".lstrip("."))]
-
-
 def comment_of(key: str, config: str) -> str:
-    """The comment beside a key's mandatory default (``root: ???  # folder …``), in its group or in the root config.
-
-    Args:
-        key: The dotted key.
-        config: Name of the root config.
-
-    Returns:
-        The comment; an empty string where there is none.
-    """
+    """The comment beside a key's mandatory default (``root: ???  # folder …``), in its group or in the root config; or ""."""
     group, _, name = key.rpartition(".")
     files = sorted((conf_dir() / group).glob("*.yaml")) if group else command_files(config)
-    for file in files:
-        found = re.search(rf"^\s*{re.escape(name)}:\s*\?\?\?\s*#\s*(.+)$", file.read_text(), re.MULTILINE)
-        if found:
-            return found.group(1).strip()
-    return ""
+    keys = (found for file in files for found in documented(file))
+    return next((comment for key, default, comment in keys if (key, default) == (name, "???") and comment), "")
 
 
 def absolute_paths(cfg: DictConfig) -> None:
     """Makes the paths that a run depends on absolute, so that its config.yaml serves from any directory."""
-    data = cfg.get("data")
-    inner = [f"{key}.{name}" for key in data_sets(data) for name in _OF_DATA] if isinstance(data, DictConfig) else []
+    inner = [f"{key}.{name}" for key in data_sets(cfg.get("data")) for name in _OF_DATA]
     for key in (*_PATHS, *inner):
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and "://" not in value and Path(value).expanduser().exists():
@@ -93,12 +63,7 @@ def absolute_paths(cfg: DictConfig) -> None:
 
 
 def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> None:
-    """Refuses to continue a run whose networks were others.
-
-    Args:
-        cfg: The configuration of now.
-        before: The configuration that the run was begun with.
-        folder: The run's folder, for the message.
+    """Refuses to continue the run in a folder, begun with the configuration ``before``, whose networks were others.
 
     Raises:
         ConfigError: Names the first keys that differ, with both values.

@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
@@ -14,16 +13,13 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rae.cli.compose import compose_plainly
+from rae.cli.compose import compose_plainly, walk
 from rae.cli.groups import conf_dir, config_groups, normalise, read_choice
 from rae.cli.help import stages_with
 from rae.io.errors import ConfigError
 
-_FOREIGN = (
-    "MisconfigurationException",
-    "OutOfMemoryError",
-    "UsageError",
-)  # of Lightning, torch and wandb, known by name to spare the import
+# Of Lightning, torch and wandb, known by name to spare the import.
+_FOREIGN = ("MisconfigurationException", "OutOfMemoryError", "UsageError")
 
 _RESOLVING = re.compile(r"^\w+ (raised )?while resolving interpolation: ")
 
@@ -77,12 +73,7 @@ def describe(error: BaseException) -> str:
 
 
 def blame(text: str, overrides: Iterable[str]) -> str:
-    """A message with the key of the value that it speaks of in front, where it names the value alone.
-
-    Args:
-        text: The message.
-        overrides: As on the command line.
-    """
+    """A message with the key of the value that it speaks of in front, where it names that value of an override alone."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         value = value.strip("'\"")
@@ -105,13 +96,9 @@ RENAMED = {"float32": "matmul", "encoder.reduce": "encoder.fusion"}
 
 
 def explain(error: Exception, config: str, overrides: Sequence[str], folders: Sequence[Path] = ()) -> str:
-    """Says which override a failed composition is due to, and what was probably meant.
+    """Says which override of a root config a failed composition is due to, and what was probably meant.
 
-    Args:
-        error: What Hydra raised.
-        config: Name of the root config.
-        overrides: The overrides as given.
-        folders: Config folders beside the project's own.
+    ``error`` is what Hydra raised; ``folders`` are config folders beside the project's own.
     """
     roots = sorted(file.stem for file in conf_dir().glob("*.yaml"))
     if config not in roots:
@@ -186,7 +173,7 @@ def _unknown_key(
         parent = key.rpartition(".")[0]
         if parent and _exists(cfg, parent) and OmegaConf.select(cfg, parent) is None:
             return f"there is no key {key!r}: {parent!r} is null; give it as a whole, {parent}={{name: value}}"
-        guess = _nearest(key, [*_keys(cfg), *groups])
+        guess = _nearest(key, [*(one for one, _ in walk(cfg)), *groups])
         return f"there is no key {key!r}; {guess} (+{key}=… adds a key of that name)"
     return None
 
@@ -215,30 +202,11 @@ def _choices_with(group: str, key: str) -> list[str]:
 
 def _exists(cfg: DictConfig, key: str) -> bool:
     """Whether a dotted key is there, null or still to be given included."""
-    node: Any = cfg
-    for part in key.split("."):
-        if isinstance(node, DictConfig):
-            if node._is_none() or part not in node.keys():  # noqa: SIM118 (`in` hides values still to be given)
-                return False
-            node = node._get_node(part)
-            if node._is_interpolation():
-                node = node._maybe_dereference_node()
-        elif OmegaConf.is_list(node) and part.isdigit() and int(part) < len(node):
-            node = node._get_node(int(part))
-        else:
-            return False
-    return True
-
-
-def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
-    """All dotted keys."""
-    found = []
-    for name in map(str, cfg):
-        node = cfg._get_node(name)
-        found.append(f"{prefix}{name}")
-        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
-            found += _keys(node, f"{prefix}{name}.")
-    return found
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent, throw_on_resolution_failure=False, throw_on_missing=False) if parent else cfg
+    if OmegaConf.is_list(node):
+        return name.isdigit() and int(name) < len(node)
+    return OmegaConf.is_dict(node) and name in node.keys()  # noqa: SIM118 (`in` hides values still to be given)
 
 
 def _nearest(wrong: str, right: Sequence[str], otherwise: str | None = None) -> str:

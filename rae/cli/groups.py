@@ -13,6 +13,7 @@ VERSION_BASE = "1.3"
 OWN: list[Path] = []
 """Config folders of the user's own, from ``--config-dir``."""
 _NUMBERS = re.compile(r"\d+(,\d+)*")
+_KEY = re.compile(r"^(\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$")
 
 
 def conf_dir() -> Path:
@@ -23,11 +24,7 @@ def conf_dir() -> Path:
 
 
 def config_groups(folders: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Every config group and its choices, alphabetically; files that begin with ``_`` are bases of others.
-
-    Args:
-        folders: More config folders beside the project's own.
-    """
+    """Every config group and its choices, alphabetically, of the project and of further ``folders``; ``_…`` are bases of others."""
     found: dict[str, set[str]] = {}
     for root in (conf_dir(), *OWN, *folders):
         for file in root.rglob("*.yaml"):
@@ -44,16 +41,21 @@ SHARED = ("weights", "compute")
 def command_files(config: str) -> list[Path]:
     """The files that hold a command's own keys: its root config, whose keys win, and what that takes of :data:`SHARED`."""
     root = conf_dir() / f"{config}.yaml"
-    chosen = {group: choice for entry in _defaults(root) if isinstance(entry, dict) for group, choice in entry.items()}
-    return [
-        root,
-        *(
-            file
-            for group in SHARED
-            if group in chosen
-            for file in _with_bases(conf_dir() / group / f"{chosen[group]}.yaml")
-        ),
-    ]
+    chosen = chosen_in(root)
+    shared = [conf_dir() / group / f"{chosen[group]}.yaml" for group in SHARED if group in chosen]
+    return [root, *(file for one in shared for file in _with_bases(one))]
+
+
+def documented(file: Path) -> list[tuple[str, str, str]]:
+    """Outermost keys of a YAML file, with their defaults as they are written, and their comments; both may be empty."""
+    found = map(_KEY.match, file.read_text().splitlines() if file.is_file() else ())
+    return [(line[1], line[2], line[3] or "") for line in found if line]
+
+
+def chosen_in(file: Path) -> dict[str, Any]:
+    """The groups that the defaults list of a YAML file names, with the choices that it makes."""
+    named = [pair for entry in _defaults(file) if isinstance(entry, dict) for pair in entry.items()]
+    return {group.lstrip("/").split("@")[0]: choice for group, choice in named}
 
 
 def _with_bases(file: Path) -> list[Path]:
@@ -66,12 +68,7 @@ def _defaults(file: Path) -> list[Any]:
 
 
 def read_choice(group: str, choice: str) -> dict[str, Any]:
-    """The content of a choice's file over that of the bases that its defaults list names; interpolations stay.
-
-    Args:
-        group: Name of the group.
-        choice: Name of the file, without its ending.
-    """
+    """The content of a choice's file over that of the bases that its defaults list names; interpolations stay."""
     content = yaml.safe_load((conf_dir() / group / f"{choice}.yaml").read_text()) or {}
     merged: dict[str, Any] = {}
     for base in content.pop("defaults", []):

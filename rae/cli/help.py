@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from rae.cli.groups import SHARED, command_files, conf_dir, config_groups
+from rae.cli.groups import SHARED, chosen_in, command_files, conf_dir, config_groups, documented
 
 GROUPS = {
     "stage": "what is trained: 0 an encoder of your own, 1 the decoder, 2 the diffusion transformer",
@@ -52,32 +48,17 @@ _INDENT = " " * 17
 _WIDE = 26  # of a key with its default
 
 
-_KEY = re.compile(r"^(\w+): (.*?)\s*#\s*(.+)$")
-
-
 def help_keys(config: str) -> str:
-    """Lists a command's own keys, the model's first, with their defaults and what their comments say.
-
-    Args:
-        config: Name of its root config in ``conf/``.
-    """
-    keys: dict[str, tuple[Path, str, str]] = {}
+    """Lists the own keys of a command, by its root config, with defaults and what comments say; the model's come first."""
+    keys: dict[str, tuple[bool, str]] = {}
     for file in command_files(config):
-        for line in file.read_text().splitlines():
-            if found := _KEY.match(line):
-                keys.setdefault(found[1], (file, found[2], found[3]))
+        for key, default, comment in documented(file):
+            if comment:
+                line = f"{key}={default}".ljust(_WIDE) + f"  {comment}"
+                keys.setdefault(key, (file.parent.name != "weights", line))
     lines = []
-    for key, (_, value, comment) in sorted(keys.items(), key=lambda one: one[1][0].parent.name != "weights"):
-        lines += textwrap.wrap(
-            f"{key}={value}".ljust(_WIDE) + f"  {comment}",
-            _WIDTH,
-            initial_indent="  ",
-            subsequent_indent=" " * (_WIDE + 4),
-            break_on_hyphens=False,
-            break_long_words=False,
-            drop_whitespace=True,
-            replace_whitespace=False,
-        )
+    for _, line in sorted(keys.values(), key=lambda one: one[0]):
+        lines += _wrapped(line, "  ", " " * (_WIDE + 4))
     return "\n".join(lines).replace("$", "$$")
 
 
@@ -105,44 +86,28 @@ def list_experiments() -> str:
 
 
 def help_groups(choices: Mapping[str, object]) -> str:
-    """Lists the groups of a command, with their choices.
-
-    Args:
-        choices: Hydra's record of the choice made in every group.
-    """
+    """Lists the groups of a command with their choices, those made (``choices`` by group, Hydra's record) in brackets."""
     available = config_groups()
     chosen = {group.split("@")[0]: choice for group, choice in choices.items() if "hydra/" not in group}
     lines = []
     for group, description in GROUPS.items():
-        if (
-            group not in available
-            or group in SHARED
-            or (group not in chosen and not (elsewhere := _stages_with(group, chosen)))
-        ):
+        elsewhere = stages_with(group) if "stage" in chosen and group not in chosen else []
+        if group not in available or group in SHARED or not (group in chosen or elsewhere):
             continue
-        lines.append(f"  {group:<14} {description}")
-        if group not in chosen:
-            lines[-1] += f" (with stage={elsewhere[0]})"
+        lines.append(f"  {group:<14} {description}" + (f" (with stage={elsewhere[0]})" if elsewhere else ""))
         options = [f"[{option}]" if option == str(chosen.get(group)) else option for option in available[group]]
-        lines += textwrap.wrap(
-            "  ".join(options), _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False
-        )
+        lines += _wrapped("  ".join(options), _INDENT, _INDENT)
     # Hydra puts the text through string.Template.
     return "\n".join(lines).replace("$", "$$")
 
 
-def _stages_with(group: str, chosen: Mapping[str, object]) -> list[str]:
-    """The stages, other than the one chosen, that make use of a group; none where the command knows no stages."""
-    return stages_with(group) if "stage" in chosen else []
+def _wrapped(text: str, first: str, others: str) -> list[str]:
+    """The lines of a text, with what the first one and the others begin with."""
+    wrap = textwrap.TextWrapper(_WIDTH, first, others, replace_whitespace=False)
+    wrap.break_on_hyphens = wrap.break_long_words = False
+    return wrap.wrap(text)
 
 
 def stages_with(group: str) -> list[str]:
     """The stages whose defaults list names a group."""
-    found = []
-    for file in sorted((conf_dir() / "stage").glob("*.yaml")):
-        stage = OmegaConf.to_container(OmegaConf.load(file))
-        defaults = stage.get("defaults", []) if isinstance(stage, dict) else []
-        names = {str(name).lstrip("/").split("@")[0] for entry in defaults if isinstance(entry, dict) for name in entry}
-        if group in names:
-            found.append(file.stem)
-    return found
+    return [file.stem for file in sorted((conf_dir() / "stage").glob("*.yaml")) if group in chosen_in(file)]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import importlib
 import os
+import pkgutil
 import re
 import select
 import sys
@@ -76,11 +76,6 @@ def entry(config: str, target: str, after_sweep: str = "", complete: bool = True
     return functools.partial(_main, config, target, after_sweep, complete)
 
 
-def _function(target: str) -> Callable[..., None]:
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def _main(config: str, target: str, after_sweep: str, complete: bool) -> None:
     program = f"rae-{config.replace('_', '-')}"
     register_resolvers()
@@ -98,7 +93,7 @@ def _main(config: str, target: str, after_sweep: str, complete: bool) -> None:
     try:
         command()
         if after_sweep and _is_sweep(sys.argv):
-            _function(after_sweep)(jobs)
+            pkgutil.resolve_name(after_sweep)(jobs)
         _reader_left()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
@@ -135,7 +130,7 @@ def _run(cfg: DictConfig, config: str, target: str, program: str, complete: bool
         check_files(cfg, config)  # before the classes are imported, whose annotations say what a value may be
         check_values(cfg, job.job.config_name or config)
         absolute_paths(cfg)
-        _function(target)(cfg)
+        pkgutil.resolve_name(target)(cfg)
     except KeyboardInterrupt as stop:
         print(f"{program}: {str(stop) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(getattr(stop, "code", INTERRUPTED)) from None
@@ -185,6 +180,13 @@ def _reader_left() -> bool:
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return gone
+
+
+def _say(text: str) -> None:
+    """Prints a text; without a word where nobody reads it, as after ``| head``."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text)
+    _reader_left()
 
 
 def _leave_process_group(environment: dict[str, str]) -> None:
@@ -262,9 +264,7 @@ def _config_file() -> bool:
 def train() -> None:
     """Trains; ``--list`` lists the experiments."""
     if "--list" in sys.argv[1:]:
-        with contextlib.suppress(BrokenPipeError):  # as after ``| head``
-            print(list_experiments())
-        _reader_left()
+        _say(list_experiments())
     else:
         entry("train", "rae.commands.train:train", _LIST_JOBS)()
 
@@ -283,7 +283,7 @@ def convert() -> None:
 
 def demo() -> None:
     """Both stages on handwritten digits."""
-    _function("rae.demo.command:main")()
+    pkgutil.resolve_name("rae.demo.command:main")()
 
 
 stats = entry("stats", "rae.commands.stats:stats")
@@ -325,26 +325,13 @@ def rae() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  rae-{command:<14} {about}" for command, (_, about) in COMMANDS.items()]
-        with contextlib.suppress(BrokenPipeError):  # as after ``| head``
-            print(
-                "\n".join(
-                    [
-                        "Each of these commands explains itself with --help; rae-train --list lists the experiments:",
-                        "",
-                        *lines,
-                    ]
-                )
-            )
-        _reader_left()
+        _say("\n".join([_HEADING, "", *lines]))
     elif name in COMMANDS:
         _command.append(name)
         sys.argv[1:] = arguments
         COMMANDS[name][0]()
     else:
         near = difflib.get_close_matches(name, COMMANDS, 1)
-        print(
-            f"rae: error: there is no command {name!r}; "
-            + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"),
-            file=sys.stderr,
-        )
+        guess = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"rae: error: there is no command {name!r}; {guess}", file=sys.stderr)
         raise SystemExit(USER_ERROR)

@@ -13,7 +13,8 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from rae.cli.config import absolute_paths, check_complete, check_same_run, missing_keys, plain, save_config
+from rae.cli.compose import walk
+from rae.cli.config import absolute_paths, check_complete, check_same_run, plain, save_config
 from rae.cli.errors import compose
 from rae.cli.groups import SHARED, command_files, conf_dir, config_groups, normalise
 from rae.cli.help import GROUPS, help_groups, help_keys
@@ -116,7 +117,7 @@ def check_composes(setting: tuple[str, ...], choices: tuple[str, ...]) -> None:
     root, *overrides = setting
     cfg = compose(root, [*([] if choices[0].startswith("experiment=") else overrides), *choices])
     check_values(cfg, root)
-    for key in missing_keys(cfg):
+    for key in [key for key, node in walk(cfg) if node._is_missing()]:
         OmegaConf.update(cfg, key, 16)
     if root not in ("train", "stats"):  # the commands put their configuration over that of a trained run
         cfg = OmegaConf.merge(plain(composed("train", "stage=2", "image_size=256")), cfg)
