@@ -26,7 +26,7 @@ from rae.io.errors import ConfigError
 from rae.io.files import differing
 from rae.jobs.processes import processes_of, set_matmul
 from rae.training.precision import XLAMixedPrecision, check_precision
-from rae.training.teacher import Reader, Teacher, begin, open_teacher
+from rae.training.teacher import Reader, begin, open_teacher
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +35,9 @@ CHECKPOINTS = ("decoder_checkpoint", "init_checkpoint", "teacher_checkpoint")
 
 
 def make(node: Any, **objects: Any) -> Any:
-    """Instantiates one node of a configuration.
+    """Instantiates one node of a configuration, with plain Python containers and ready-made ``objects`` as arguments.
 
-    Args:
-        node: A node with ``_target_``; a node without one, or None, stands for "none" and gives None.
-        objects: Ready-made arguments.
-
-    Returns:
-        The object, made with plain Python containers. A node with ``_partial_: true`` gives a factory.
+    A node without ``_target_``, or None, stands for "none" and gives None; one with ``_partial_: true`` gives a factory.
 
     Raises:
         ConfigError: The node's values do not fit the class.
@@ -52,26 +47,21 @@ def make(node: Any, **objects: Any) -> Any:
     if node.get("_partial_", False):
         return instantiate(node, _convert_="all", **objects)
     node = _renewed(node)
+    key = node._get_full_key(None)
     try:
         # Objects go to the call itself: Hydra would copy them into the configuration first.
         return instantiate(node, _partial_=True, _convert_="all")(**objects)
     except TypeError as error:  # a value of the wrong kind, or an argument that the class does not have
-        raise ConfigError(f"{node._get_full_key(None)} does not fit {node['_target_']}: {error}") from error
+        raise ConfigError(f"{key} does not fit {node['_target_']}: {error}") from error
     except ConfigError:
         raise
     except ValueError as error:
-        key = node._get_full_key(None)
         raise ConfigError(str(error) if f"{key}." in str(error) else f"{key}: {error}") from error
-    except (
-        ZeroDivisionError,
-        RuntimeError,
-        MemoryError,
-    ) as error:  # of sizes that no network can have, or no machine can hold
+    # Of sizes that no network can have, or no machine can hold.
+    except (ZeroDivisionError, RuntimeError, MemoryError) as error:
         numbers = ", ".join(f"{name}={value}" for name, value in node.items() if isinstance(value, int | float))
         why = "need more memory than there is" if "memory" in str(error) else "make no network"
-        raise ConfigError(
-            f"{node._get_full_key(None)}: the sizes {numbers} {why} ({str(error).splitlines()[0]})"
-        ) from error
+        raise ConfigError(f"{key}: the sizes {numbers} {why} ({str(error).splitlines()[0]})") from error
 
 
 def _renewed(node: DictConfig) -> DictConfig:
@@ -108,11 +98,9 @@ def seed(cfg: DictConfig) -> None:
 
 
 def check_images(cfg: DictConfig, what: str) -> None:
-    """Refuses data that are no images, and images that are others in every epoch.
+    """Refuses data that are no images, and images that are others in every epoch; ``what`` is made of them, for the message.
 
-    Args:
-        cfg: Configuration of a command with ``data``; ``random_crops=true``, where it has that key, allows random crops.
-        what: What is made of the images, for the message.
+    ``random_crops=true``, where a command has that key, allows random crops.
 
     Raises:
         ConfigError: Says what to choose.
@@ -131,13 +119,9 @@ def check_images(cfg: DictConfig, what: str) -> None:
 
 
 def keep_still(data: DictConfig, **values: Any) -> None:
-    """Sets in the configuration of a data set that its images are never mirrored, and further values.
+    """Sets in the configuration of a data set that its images are never mirrored, and further ``values``, e.g. ``exact=True``.
 
     A key that the data set does not have is passed over: it has nothing of the kind to switch off.
-
-    Args:
-        data: The configuration of the data set, changed in place.
-        values: Further keys with their values, e.g. ``exact=True``.
     """
     for one in data_sets(data).values():
         one.update({key: value for key, value in {"flip": False, **values}.items() if key in one})
@@ -189,14 +173,7 @@ def _precision(trainer: DictConfig) -> dict[str, Any]:
     check_precision(trainer.get("precision", "32-true"))
     if trainer.get("accelerator") != "tpu" or trainer.get("precision") != "bf16-mixed":
         return {}
-
     return {"precision": None, "plugins": [XLAMixedPrecision()]}
-
-
-def _strategy(cfg: DictConfig) -> Any:
-    """The name of a strategy, or the object that its node describes."""
-    node = cfg.get("strategy", "auto")
-    return node if isinstance(node, str) else make(node)
 
 
 def build_denoiser(cfg: DictConfig, reader: Reader = read) -> Any:
@@ -224,22 +201,18 @@ def build_discriminator(cfg: DictConfig) -> Any:
     return discriminator
 
 
-def build_teacher(cfg: DictConfig, reader: Reader = read) -> Teacher | None:
-    """The denoiser of ``teacher_checkpoint``; None where none is given."""
-    return None if cfg.get("teacher_checkpoint") is None else open_teacher(cfg.teacher_checkpoint, reader)
-
-
 def build_module(cfg: DictConfig, reader: Reader = read) -> lightning.LightningModule:
     """The LightningModule of ``cfg.training``, with each part that its class asks for by name.
 
     A part is the config group of that name, e.g. ``denoiser``; a new module class gets whatever groups it names.
     """
+    teacher = cfg.get("teacher_checkpoint")
     builders: dict[str, Callable[[], Any]] = {  # of what is no config group, or more than one
         "autoencoder": lambda: build_autoencoder(cfg, reader),
         "config": lambda: plain(cfg),
         "denoiser": lambda: build_denoiser(cfg, reader),
         "discriminator": lambda: build_discriminator(cfg),
-        "teacher": lambda: build_teacher(cfg, reader),
+        "teacher": lambda: None if teacher is None else open_teacher(teacher, reader),
     }
     parts = {}
     for name in inspect.signature(get_class(cfg.training["_target_"])).parameters:
@@ -262,6 +235,7 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     # Lightning refuses a monitor that has no logger to write to, and a bar where none is wanted.
     useless = (() if loggers else (LearningRateMonitor,)) + (() if cfg.trainer.enable_progress_bar else (ProgressBar,))
     callbacks = [callback for callback in make_all(cfg.get("callbacks")) if not isinstance(callback, useless)]
+    strategy = cfg.get("strategy", "auto")  # a name, or what describes one
     devices, num_nodes = processes_of(cfg.trainer.devices, cfg.trainer.num_nodes, "trainer.")
     return make(
         cfg.trainer,
@@ -269,7 +243,7 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
         num_nodes=num_nodes,
         callbacks=callbacks,
         logger=loggers or False,
-        strategy=_strategy(cfg),
+        strategy=strategy if isinstance(strategy, str) else make(strategy),
         default_root_dir=cfg.output_dir,
         **_precision(cfg.trainer),
     )

@@ -50,11 +50,8 @@ def load(source: str | Path, overrides: Sequence[str] = (), encode: bool = True)
 def open_model(cfg: DictConfig, encode: bool = True, keep_guide: bool = False) -> tuple[RAE | Generator, DictConfig]:
     """The trained model that ``checkpoint`` names, or that ``model=…`` composes from published files.
 
-    Args:
-        cfg: Configuration of a command with ``checkpoint``, ``decoder_checkpoint`` and, for generators, ``sampler``,
-            ``guidance`` and ``guide_checkpoint``.
-        encode: Whether the encoder's weights are needed.
-        keep_guide: Whether an export's guide stays where ``guidance`` names a kind that does without one.
+    ``encode`` says whether the encoder's weights are needed; ``keep_guide``, whether an export's guide stays where ``guidance``
+    names a kind that does without one.
 
     Returns:
         A generator where the source holds a denoiser, else an autoencoder, in evaluation mode; and the configuration that says

@@ -45,13 +45,13 @@ _MOST_IN_NETWORKS, _MOST_BLOCKS, _MOST_WORKERS, _MOST_NODES, _MOST_ELSEWHERE = 2
 def check_values(cfg: DictConfig, config: str) -> None:
     """Refuses values of a kind that their key does not take, before anything is built from them.
 
-    Args:
-        cfg: A complete configuration.
-        config: Name of the root config in ``conf/`` that it was composed from.
+    The configuration, of the root config of that name, is complete.
 
     Raises:
         ConfigError: Names the first such key, its value and what it takes.
     """
+    if config not in _ELSEWHERE_RUN:
+        _check_processes(cfg)
     own = own_keys(config)
     for name in sorted(cfg, key=lambda name: name not in own):  # the command's own first: classes take time to import
         key, value = str(name), _value(cfg, name)
@@ -59,30 +59,24 @@ def check_values(cfg: DictConfig, config: str) -> None:
             continue
         if key not in own and (conf_dir() / key).is_dir() and not isinstance(value, DictConfig | str | None):
             raise ConfigError(f"{key}={_shown(value)}: must be a choice of its group, or null")
-        if config not in _ELSEWHERE_RUN:
-            _check_devices(key, value)
         _check(key, value, own.get(key, Any))
         least = 0 if key in _FROM_ZERO else 1
         if key in own and type(value) is int and value < least:
             raise ConfigError(f"{key}={value}: must be an integer of at least {least}")
 
 
-def _check_devices(key: str, value: Any) -> None:
+def _check_processes(cfg: DictConfig) -> None:
     """Refuses to start more processes than any machine has devices or cores for."""
-    if key == "trainer" and isinstance(value, DictConfig) and not value._is_none():
-        _check_devices("trainer.num_nodes", value.get("num_nodes"))
-        key, value = "trainer.devices", value.get("devices")
-    if key in ("num_nodes", "trainer.num_nodes") and type(value) is int and value > _MOST_NODES:
-        raise ConfigError(f"{key}={value}: must be at most {_MOST_NODES:,}: the first machine waits for all others")
-    most = max(16, os.cpu_count() or 1)
-    if key in ("devices", "trainer.devices") and type(value) is int and value > most:
-        raise ConfigError(
-            f"{key}={value}: must be at most {most} on this machine: each is a process; num_nodes counts machines"
-        )
-    if key == "data" and isinstance(value, DictConfig) and not value._is_none():
-        key, value = "data.num_workers", value.get("num_workers")
-    if key in ("num_workers", "data.num_workers") and type(value) is int and value > _MOST_WORKERS:
-        raise ConfigError(f"{key}={value}: must be at most {_MOST_WORKERS:,}: each is a process")
+    bounds = {
+        "num_nodes": (_MOST_NODES, ": the first machine waits for all others"),
+        "devices": (max(16, os.cpu_count() or 1), " on this machine: each is a process; num_nodes counts machines"),
+        "num_workers": (_MOST_WORKERS, ": each is a process"),
+    }
+    for key in (*bounds, "trainer.num_nodes", "trainer.devices", "data.num_workers"):
+        most, why = bounds[key.rpartition(".")[2]]
+        value = OmegaConf.select(cfg, key, throw_on_missing=False, throw_on_resolution_failure=False)
+        if type(value) is int and value > most:
+            raise ConfigError(f"{key}={value}: must be at most {most:,}{why}")
 
 
 def _value(node: Any, name: Any) -> Any:
@@ -121,9 +115,8 @@ def _check(key: str, value: Any, hint: Any) -> None:
     if value is ...:
         return
     if isinstance(value, DictConfig) and not value._is_none() and "_target_" in value:
-        if isinstance(_check_arguments(key, value), type) and not _takes_objects(
-            hint
-        ):  # functions make plain values too
+        built = _check_arguments(key, value)
+        if isinstance(built, type) and not _takes_objects(hint):  # functions make plain values too
             raise ConfigError(f"{key} is a mapping with _target_: must be {_words(hint)}")
         return
     if not _fits(value, hint):
@@ -152,18 +145,15 @@ def _check_plainly(key: str, value: Any) -> None:
 
 def _largest(key: str) -> int:
     """The largest integer that makes sense."""
-    parts = key.split(".")
+    *_, last = parts = key.split(".")
+    in_network = not {*parts}.isdisjoint(_NETWORKS)
     if key.endswith("seed"):
-        most = _LARGEST_SEED - 1
-    elif parts[-1].endswith("depth") and not {*parts}.isdisjoint(_NETWORKS):
-        most = _MOST_BLOCKS
-    elif parts[-1] == "num_classes" or not {*parts}.isdisjoint(_NETWORKS):
-        most = _MOST_IN_NETWORKS
-    elif not {*parts}.isdisjoint(_SIZED):
-        most = _MOST_ELSEWHERE
-    else:
-        most = _LARGEST - 1
-    return most
+        return _LARGEST_SEED - 1
+    if in_network and last.endswith("depth"):
+        return _MOST_BLOCKS
+    if in_network or last == "num_classes":
+        return _MOST_IN_NETWORKS
+    return _LARGEST - 1 if {*parts}.isdisjoint(_SIZED) else _MOST_ELSEWHERE
 
 
 def _check_arguments(key: str, node: DictConfig) -> Any:
@@ -179,17 +169,10 @@ def _check_arguments(key: str, node: DictConfig) -> Any:
     hints, open_ended = _arguments(built)
     for name in node:
         argument = str(name)
-        if argument in _SPECIAL:
-            if not _fits(_value(node, name), _SPECIAL[argument]):
-                raise ConfigError(
-                    f"{key}.{argument}={_shown(_value(node, name))}: must be {_words(_SPECIAL[argument])}"
-                )
-        else:
-            if argument not in hints and not open_ended:
-                raise ConfigError(
-                    f"{key}.{argument} is refused: {target} takes {', '.join(sorted(hints)) or 'nothing'}"
-                )
-            _check(_source(node, name, f"{key}.{argument}"), _value(node, name), hints.get(argument, Any))
+        if argument not in hints and argument not in _SPECIAL and not open_ended:
+            raise ConfigError(f"{key}.{argument} is refused: {target} takes {', '.join(sorted(hints)) or 'nothing'}")
+        hint = _SPECIAL.get(argument, hints.get(argument, Any))
+        _check(_source(node, name, f"{key}.{argument}"), _value(node, name), hint)
     return built
 
 

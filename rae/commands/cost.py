@@ -11,27 +11,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rae.cli.build import build_module, make
-from rae.cost import (
-    Card,
-    Plan,
-    Step,
-    on_paper,
-    optimizer_ratio,
-    parameters,
-    shares,
-    static_memory,
-    training_step,
-)
+from rae.cost import Card, Plan, Step, on_paper, optimizer_ratio, parameters, shares, static_memory, training_step
 from rae.cost.steps import decoding, denoising, evaluate_once
 from rae.flow import FlowMatching, evaluations
-from rae.io.errors import ConfigError
 from rae.io.files import write_json
 from rae.report.cost import row, text
 from rae.report.table import markdown
 from rae.training.precision import check_precision
 from rae.training.teacher import Teacher
 
-_CHOICES = {"print": ("table", "row"), "matmul": ("fp32", "tf32")}
 _NOT_LOADED = {"pretrained": False, "checkpoint": None, "stats": "none", "compile": False}
 
 
@@ -72,9 +60,6 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
         ConfigError: A value that is missing or not allowed.
         ValueError: A precision that cannot be trained in.
     """
-    for key, allowed in _CHOICES.items():
-        if cfg[key] not in allowed:
-            raise ConfigError(f"{key}={cfg[key]} is unknown; choose {' or '.join(allowed)}")
     check_precision(cfg.trainer.precision)
     autocast = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
     encoder_halved = cfg.encoder.get("dtype") in ("bfloat16", "float16")

@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 def check_given(cfg: DictConfig) -> None:
     """Refuses what can be refused before networks are built and their weights looked for.
 
-    Args:
-        cfg: The command's configuration.
-
     Raises:
         ConfigError: Neither samples nor a model are given, or both; or a metric lacks its reference or the originals.
         FileNotFoundError: The samples, the originals or the reference do not exist.
@@ -59,10 +56,8 @@ def evaluate(cfg: DictConfig) -> None:
     """Feeds all images to the metric in one pass and writes what it computes, with all that identifies it.
 
     Raises:
-        ConfigError: A batch size below 1, a metric that cannot be shared out, or see :func:`check_given`.
+        ConfigError: A metric that cannot be shared out, or see :func:`check_given`.
     """
-    if cfg.batch_size < 1:
-        raise ConfigError(f"batch_size={cfg.batch_size} must be at least 1")
     folder = Path(cfg.output_dir)
     if cfg.report is not None:
         refuse_existing(cfg, folder / "report.csv")
@@ -134,21 +129,15 @@ def _compare_decoders(cfg: DictConfig, fabric: Fabric, metric: Any, folder: Path
 
 
 def training_images(cfg: DictConfig, run: DictConfig) -> Iterator[Tensor]:
-    """The images that ``neighbours_of`` names, or the run's training images, cropped as they are but never mirrored.
+    """The images that ``neighbours_of`` names, or those that ``run`` was trained on, cropped as they are but never mirrored.
 
-    Args:
-        cfg: Configuration with ``neighbours_of`` and ``batch_size``.
-        run: The configuration that says what the model was trained on.
-
-    Returns:
-        Batches uint8 B×3×H×W.
+    Batches are uint8 B×3×H×W.
 
     Raises:
         ConfigError: Nothing is named and the model does not say what it was trained on.
     """
     if cfg.neighbours_of is not None:
-        for images, _, _ in open_images("neighbours_of", cfg.neighbours_of, cfg.batch_size):
-            yield images
+        yield from (images for images, _, _ in open_images("neighbours_of", cfg.neighbours_of, cfg.batch_size))
         return
     node = OmegaConf.select(run, "data")
     if OmegaConf.select(run, "data._target_") is None or str(node["_target_"]).endswith(".LatentsDataModule"):
@@ -163,7 +152,6 @@ def training_images(cfg: DictConfig, run: DictConfig) -> Iterator[Tensor]:
 
 
 def _write_neighbours(cfg: DictConfig, source: Source, metric: Any, samples: Sequence[Tensor], folder: Path) -> None:
-
     images = torch.stack(list(samples))
     images = to_uint8(images) if images.is_floating_point() else images
     features = write_sheet(training_images(cfg, source.described), metric, images, folder / "neighbours.png")

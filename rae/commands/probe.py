@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +89,24 @@ def probe(cfg: DictConfig) -> None:
     log.info("probe.json and probe.png are in %s", folder)
 
 
+@dataclass
 class Curve:
     """Images drawn from changed latents against the originals: what the metric says, and the cycle error.
 
     The cycle error is ‖E(D(z)) − z‖² / ‖z‖² in normalised latents: how far the drawn image's own latent is from the one it
     was drawn from.
 
-    Args:
-        cfg: The command's configuration.
-        autoencoder: The model, on its device.
-        metric: Of reconstructions and originals.
-        latents: Normalised latents N×C×h×w, on the CPU.
-        originals: Images uint8 N×3×H×W, on the CPU.
     """
 
-    def __init__(self, cfg: DictConfig, autoencoder: RAE, metric: Any, latents: Tensor, originals: Tensor) -> None:
-        self.cfg, self.autoencoder, self.metric = cfg, autoencoder, metric
-        self.latents, self.originals = latents, originals
+    cfg: DictConfig
+    autoencoder: RAE
+    """The model, on its device."""
+    metric: Any
+    """Of reconstructions and originals."""
+    latents: Tensor
+    """Normalised, N×C×h×w, on the CPU."""
+    originals: Tensor
+    """Images uint8 N×3×H×W, on the CPU."""
 
     def noisy(self, sigma: float) -> Callable[[range], Tensor]:
         """Latents with noise of a standard deviation, the same for an image at every level."""
@@ -128,7 +130,8 @@ class Curve:
         """All scores by name."""
         self.metric.reset()
         error, size = 0.0, 0.0
-        for numbers in self._batches():
+        for begin in range(0, len(self.latents), self.cfg.batch_size):
+            numbers = range(begin, min(begin + self.cfg.batch_size, len(self.latents)))
             latents = changed(numbers).to(self.autoencoder.latent.mean.device)
             with torch.no_grad(), computing(self.cfg.precision, latents.device):
                 images = self.autoencoder.decode(latents).clamp(0, 1).float()
@@ -138,7 +141,3 @@ class Curve:
             size += latents.double().square().sum().item()
         scores = {name: float(value) for name, value in self.metric.compute().items() if name != "images"}
         return scores | {"cycle_error": error / size}
-
-    def _batches(self) -> Iterator[range]:
-        for begins in range(0, len(self.latents), self.cfg.batch_size):
-            yield range(begins, min(begins + self.cfg.batch_size, len(self.latents)))

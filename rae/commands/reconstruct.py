@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import Fabric
 from omegaconf import DictConfig, OmegaConf
@@ -20,11 +19,10 @@ from rae.cli.models import open_autoencoder
 from rae.data import ImageDataModule, ImageFolderDataModule, ShardsDataModule
 from rae.image import grid_scale, make_grid, save_png, to_float, to_uint8
 from rae.io.errors import ConfigError
-from rae.io.files import write_atomically
 from rae.io.parts import Parts, stretch
 from rae.io.tensors import state_hash
 from rae.jobs.processes import batches_of, begin, first, start
-from rae.jobs.samples import check_interpolations, pick, write_npz
+from rae.jobs.samples import check_interpolations, pick, save_part, write_npz
 from rae.metric.functional import psnr
 from rae.metric.protocol import protocol_of
 from rae.report.table import table, versions, write_scores
@@ -34,11 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def open_data(run: DictConfig, image_size: int) -> ImageDataModule:
-    """The folder or shards that ``images`` names, or the run's data, whose held-out images are meant.
-
-    Args:
-        run: The run's configuration, or the command's alone.
-        image_size: Side of the images, in pixels.
+    """The folder or shards that ``images`` names, or the run's data, whose held-out images are meant; of a side in pixels.
 
     Raises:
         ConfigError: The run has no held-out images.
@@ -46,9 +40,7 @@ def open_data(run: DictConfig, image_size: int) -> ImageDataModule:
     data: ImageDataModule
     if run.images is not None:
         given = str(run.images)
-        shards = given.endswith(".tar") or (
-            Path(given).expanduser().is_dir() and any(Path(given).expanduser().glob("*.tar"))
-        )
+        shards = given.endswith(".tar") or any(Path(given).expanduser().glob("*.tar"))
         options: dict[str, Any] = {"batch_size": run.batch_size, "num_workers": 0, "image_size": image_size}
         kind = ShardsDataModule if shards else ImageFolderDataModule
         data = kind(val_path=given, unlabelled=True, **options)
@@ -66,10 +58,6 @@ def open_data(run: DictConfig, image_size: int) -> ImageDataModule:
 def checked_count(data: ImageDataModule, count: int | None) -> int:
     """How many of the held-out images are meant: the first ``count``, or all of them where it is None.
 
-    Args:
-        data: The data module, set up.
-        count: The value of the key ``count``.
-
     Raises:
         ConfigError: There are fewer, or ``count`` is below 1.
     """
@@ -80,13 +68,7 @@ def checked_count(data: ImageDataModule, count: int | None) -> int:
 
 
 def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[str, Any]:
-    """What tells the reconstructions of this model and these images from others.
-
-    Args:
-        cfg: The command's configuration.
-        run: The run's configuration, which names the images.
-        autoencoder: The model.
-    """
+    """What tells the reconstructions of this model and of the images that ``run`` names from others."""
     images = str(run.images) if run.images is not None else plain(run)["data"]
     weights = state_hash(
         {**autoencoder.decoder.state_dict(), "mean": autoencoder.latent.mean, "var": autoencoder.latent.var}
@@ -148,42 +130,24 @@ def reconstruct(cfg: DictConfig) -> None:
 def draw_parts(
     cfg: DictConfig, fabric: Fabric, autoencoder: RAE, data: ImageDataModule, parts: Parts, png: Path | None
 ) -> None:
-    """Reconstructs what is not there yet: .npy files uint8 n×H×W×3 and, where there is a folder for them, PNG files.
+    """Reconstructs what is not there yet: .npy files uint8 n×H×W×3 and, where there is a folder ``png`` for them, PNG files.
 
-    Args:
-        cfg: Configuration with ``precision`` and ``quantize``.
-        fabric: The processes; each takes its share of the parts.
-        autoencoder: In evaluation mode, on the device.
-        data: Its held-out images.
-        parts: The work.
-        png: The folder for PNG files; None for none.
+    Each process takes its share of the parts, all of which are done when this returns.
     """
-
-    def save(images: Tensor, path: Path) -> None:
-        content = images.permute(0, 2, 3, 1).numpy()
-        write_atomically(path, lambda file: np.save(file, content))
-
     for part, batches in batches_of(data, "val", parts, begin(fabric, parts, png), fabric, "reconstructing"):
         pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
         images = torch.cat([drawn.cpu() for drawn, _ in pairs])
-        for number, image in zip(parts.items(part), images if png is not None else (), strict=png is not None):
-            assert png is not None
-            save_png(image, png / f"{number:06d}.png")
-        save(images, parts.path(part))  # last: it says that the part is done
+        if png is not None:
+            for number, image in zip(parts.items(part), images, strict=True):
+                save_png(image, png / f"{number:06d}.png")
+        save_part(parts.path(part), images.permute(0, 2, 3, 1).numpy())  # last: it says that the part is done
     fabric.barrier()
 
 
 def score_parts(
     cfg: DictConfig, fabric: Fabric, metric: Any, data: ImageDataModule, parts: Parts
 ) -> tuple[Tensor, list[int]]:
-    """Gives this process's share of the pairs to the metric.
-
-    Args:
-        cfg: Configuration with ``grid_pairs``.
-        fabric: The processes; each takes a stretch of the images.
-        metric: Takes reconstructions and originals.
-        data: Its held-out images.
-        parts: Their reconstructions, all done.
+    """Gives this process's stretch of the pairs (originals of ``data``, reconstructions in ``parts``) to the metric.
 
     Returns:
         The originals of the grid, uint8 n×3×H×W, on the first process, and the labels of all images.
@@ -204,13 +168,9 @@ def score_parts(
 
 
 def write_grid(originals: Tensor, parts: Parts, labels: list[int] | None, folder: Path) -> None:
-    """``grid.png``: pairs of original and reconstruction, with class and PSNR.
+    """``grid.png``: pairs of the first originals, uint8 n×3×H×W, and their reconstructions, with class and PSNR.
 
-    Args:
-        originals: The first images, uint8 n×3×H×W.
-        parts: The reconstructions of all images.
-        labels: Classes of all images; None where they are not known: their numbers stand there then.
-        folder: Where the picture goes.
+    Where the labels of all images are not known (None), numbers stand in the place of classes.
     """
     numbers = range(len(originals))
     copies = pick(parts, numbers)
@@ -226,12 +186,7 @@ def write_interpolations(
 ) -> None:
     """``interpolations.png``: rows from one image to the next, decoded from points on the line between their latents.
 
-    Args:
-        cfg: Configuration with ``interpolations``: pictures in a row, both ends counted; and ``quantize``.
-        autoencoder: The model, on the device.
-        originals: Images uint8 n×3×H×W; each row is between two of them.
-        device: Where the model is.
-        folder: Where the picture goes.
+    Each row is between two of the originals, uint8 n×3×H×W; both ends are counted.
 
     Raises:
         ConfigError: There are fewer than two images.

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from rae.cli.build import check_images, keep_still, make, seed
 from rae.cli.checks import refuse_existing
 from rae.cli.config import save_config
-from rae.io.errors import ConfigError
 from rae.io.parts import stretch
 from rae.jobs.processes import first, start
 from rae.metric import Reference, ReferenceBuilder, read_reference, write_reference
@@ -31,9 +30,6 @@ def reference(cfg: DictConfig) -> None:
     """
     target = Path(cfg.output_dir) / f"{cfg.name}.npz"
     refuse_existing(cfg, target)
-    if cfg.split not in ("train", "val"):
-        raise ConfigError(f"split={cfg.split} is unknown; choose train or val")
-
     fabric = start(cfg)
     if cfg.source is None:
         made, pixels = build(cfg, fabric)
@@ -47,26 +43,15 @@ def reference(cfg: DictConfig) -> None:
         write_reference(target, made, pixels)
         _scratch(cfg).unlink(missing_ok=True)
         written = read_reference(target)
-        size = "×".join(map(str, written.info.image_size or ("unknown size",)))
-        log.info(
-            "%s: %s reference of %s images of %s, hash %s…",
-            target,
-            written.info.kind,
-            written.info.count,
-            size,
-            written.hash[:12],
-        )
+        info, size = written.info, "×".join(map(str, written.info.image_size or ("unknown size",)))
+        told = (target, info.kind, info.count, size, written.hash[:12])
+        log.info("%s: %s reference of %s images of %s, hash %s…", *told)
 
 
 def build(cfg: DictConfig, fabric: Fabric) -> tuple[Reference, np.ndarray | None]:
     """The reference of a data set's training or validation images, each process its share; and the images to keep.
 
-    Args:
-        cfg: The command's configuration; the data's flips are switched off in it.
-        fabric: The processes.
-
-    Returns:
-        The reference, and the images uint8 n×H×W×3 on disk, or None where none are kept.
+    The data's flips are switched off in the configuration. The images are uint8 n×H×W×3 on disk; None where none are kept.
 
     Raises:
         ConfigError: The data are no images, or others in every epoch.

@@ -17,16 +17,7 @@ from rae.io.files import write_json
 from rae.io.parts import Parts
 from rae.jobs.layouts import WRITERS, write_captions
 from rae.jobs.processes import first, start
-from rae.jobs.samples import (
-    Wanted,
-    check_interpolations,
-    describe_latents,
-    draw,
-    finished,
-    pick,
-    plan_of,
-    write_npz,
-)
+from rae.jobs.samples import Wanted, check_interpolations, describe_latents, draw, finished, pick, plan_of, write_npz
 from rae.jobs.wanted import check_layout, how_sampled, prompt_list, wanted
 
 log = logging.getLogger(__name__)
@@ -86,23 +77,12 @@ def sample(cfg: DictConfig) -> None:
             write_interpolations(cfg, generator, labels, folder)
         write_json(description, {**plan, **how_sampled(cfg.labels, generator)})
         parts.remove()
-        made = (
-            ["grid.png"]
-            + [name for name, one in asked.items() if one]
-            + ["interpolations.png"] * bool(cfg.interpolations)
-        )
-        log.info("%d images: %s are in %s", len(labels), ", ".join(made), folder)
+        made = {"grid.png": True, **asked, "interpolations.png": bool(cfg.interpolations)}
+        log.info("%d images: %s are in %s", len(labels), ", ".join(name for name, one in made.items() if one), folder)
 
 
 def write_sheets(cfg: DictConfig, parts: Parts, labels: Wanted, folder: Path) -> None:
-    """``grid.png``, one class or prompt a row, and with ``sheets`` a picture of every one with all its samples.
-
-    Args:
-        cfg: Configuration with ``grid_columns``, ``grid_rows`` and ``sheets``.
-        parts: Samples that are drawn.
-        labels: Class or prompt of every sample.
-        folder: Where the pictures go.
-    """
+    """``grid.png``, one class or prompt a row, and with ``sheets`` a picture of every one with all its samples."""
     by_class: dict[int | str, list[int]] = {}
     told: list[int | str] = [*labels]
     for number, label in enumerate(told):
@@ -119,13 +99,9 @@ def write_sheets(cfg: DictConfig, parts: Parts, labels: Wanted, folder: Path) ->
 
 
 def write_interpolations(cfg: DictConfig, generator: Generator, labels: Wanted, folder: Path) -> None:
-    """``interpolations.png``: for each class or prompt two samples and, between them, what is drawn from noise between theirs.
+    """``interpolations.png``: two samples of a class or prompt and, between them, what is drawn from noise between theirs.
 
-    Args:
-        cfg: Configuration with ``interpolations``, ``grid_rows``, ``seed`` and ``quantize``.
-        generator: The model, on the device.
-        labels: The first classes or prompts get a row each.
-        folder: Where the picture goes.
+    The first ``grid_rows`` classes or prompts get a row each.
     """
     classes = list(dict.fromkeys(labels))[: cfg.grid_rows]
     rows = []

@@ -28,27 +28,16 @@ from rae.latent import SPACES, RunningMoments
 
 log = logging.getLogger(__name__)
 
-_HOW = (
-    "batch_size",
-    "num_workers",
-    "pin_memory",
-    "index_folder",
-    "stream",
-    "max_bad_share",
-)  # of data; results do not depend on them
-
-
+_HOW = ("batch_size", "num_workers", "pin_memory", "index_folder", "stream", "max_bad_share")
+"""Keys of data on which results do not depend."""
 _OF_CLASS = "class_"
 """Begins the names of what is of the class token."""
 
 
 def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[str, Any]:
-    """The data's configuration, less what the images of a split do not depend on, and a hash of their names and labels.
+    """The configuration of data, less what the images of a split do not depend on, and a hash of their names and labels.
 
-    Args:
-        cfg: A configuration with ``data``.
-        data: The data module made of it, set up.
-        split: ``train`` or ``val``.
+    ``split`` is ``train`` or ``val``.
     """
     other = "val" if split == "train" else "train"
     left_out = (*_HOW, f"{other}_path", f"{other}_split")
@@ -57,12 +46,9 @@ def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[st
 
 
 def merged(parts: Parts, shape: tuple[int, ...], prefix: str = "") -> RunningMoments:
-    """The moments of all parts together, joined in their order.
+    """The moments of all parts together, joined in their order: of latents C×h×w, or of class tokens C.
 
-    Args:
-        parts: The work, all done.
-        shape: C×h×w of a latent, or C of a class token.
-        prefix: Begins their names in the parts' files.
+    ``prefix`` begins their names in the parts' files.
     """
     total = RunningMoments(shape)
     for part in range(len(parts)):
@@ -74,12 +60,7 @@ def merged(parts: Parts, shape: tuple[int, ...], prefix: str = "") -> RunningMom
 
 
 def statistics_file(moments: RunningMoments, per_channel: bool) -> dict[str, Tensor]:
-    """Mean and variance as the original's file holds them, float32 C×H×W.
-
-    Args:
-        moments: Moments of the latents at every position.
-        per_channel: Whether all positions of a channel get the same mean and variance.
-    """
+    """Mean and variance at every position as the original's file holds them, float32 C×H×W; or the same at all of a channel."""
     mean, var = moments.mean, moments.var
     if per_channel:
         # The variance over all positions is the mean of theirs and the spread of their means.
@@ -114,12 +95,7 @@ def of_part(
 ) -> dict[str, Tensor]:
     """The moments of one part as its file holds them: of the latents, and of the encoder's class token where that is wanted.
 
-    Args:
-        batches: Images and their numbers.
-        encoder: The encoder.
-        decoder: The decoder whose input the latents are; None for the encoder's latents.
-        shape: Shape of a latent.
-        class_token: Whether the class token is wanted.
+    The latents, of a shape, are the encoder's, or the decoder's input where there is one.
     """
     moments, of_class = RunningMoments(shape), RunningMoments((encoder.channels,))
     device = encoder.image_mean.device
@@ -148,9 +124,7 @@ def stats(cfg: DictConfig) -> None:
     """
     target = Path(cfg.output_dir) / "stat.pt"
     refuse_existing(cfg, target)
-
     check_images(cfg, "statistics")
-
     fabric = start(cfg)
     seed(cfg)
     check_paths(cfg.data)

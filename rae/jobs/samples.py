@@ -122,7 +122,7 @@ def draw(
                 batches.append(_to_host(images))
                 bar.update(len(numbers))
             if latents is not None:
-                _save(latents / parts.path(part).name, torch.cat(kept).numpy())
+                save_part(latents / parts.path(part).name, torch.cat(kept).numpy())
             pending.append(pool.submit(_write, batches, labels, items, parts.path(part), png, shards))
             while len(pending) > _WAITING:
                 pending.popleft().result()
@@ -171,7 +171,7 @@ def _write(
                     tar.write({"__key__": f"{number:06d}", "png": content, **said})
 
         write_atomically(shards / f"samples-{path.stem.rpartition('-')[2]}.tar", write_tar)
-    _save(path, images)
+    save_part(path, images)
 
 
 def png_name(number: int, told: int | str) -> str:
@@ -179,7 +179,8 @@ def png_name(number: int, told: int | str) -> str:
     return f"{number:06d}.png" if isinstance(told, str) else f"{number:06d}_class{told:04d}.png"
 
 
-def _save(path: Path, values: NDArray[Any]) -> None:
+def save_part(path: Path, values: NDArray[Any]) -> None:
+    """Writes a part's .npy file."""
     write_atomically(path, lambda file: np.save(file, values))
 
 

@@ -89,6 +89,13 @@ REFUSED = [
     ("convert checkpoint=null", "checkpoint=null: must be text"),
     ("sample checkpoint=null", "checkpoint=null: must be text"),
     ("shard images=null", "images=null: must be text"),
+    ("cache_latents dtype=float8", "dtype='float8': must be bfloat16 | float16 | float32"),
+    ("cache_latents flips=some", "flips='some': must be both | none"),
+    ("cache_latents splits=[test]", "splits=['test']: must be a list, each train | val"),
+    ("reference split=test", "split='test': must be train | val"),
+    ("cost print=csv", "print='csv': must be table | row"),
+    ("cost matmul=bf16", "matmul='bf16': must be fp32 | tf32"),
+    ("evaluate batch_size=0", "batch_size=0: must be an integer of at least 1"),
     ("stats data.resize=[null]", "data.resize=[None]: must be an integer or null"),
 ]
 

@@ -309,8 +309,6 @@ def test_precision_chooses_the_arithmetic():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["print=csv"], "print=csv is unknown; choose table or row"),
-        (["matmul=bf16"], "matmul=bf16 is unknown; choose fp32 or tf32"),
         (["trainer.precision=64-true"], r"trainer\.precision=64-true cannot be trained in; choose one of 32-true"),
         (["mfu=40"], r"mfu=40 must lie in \(0, 1\]"),
     ],
