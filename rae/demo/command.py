@@ -45,7 +45,7 @@ def main() -> None:
     folder: Path = arguments.output or Path(demo.FOLDER)
     print(demo.NOTE)
     start = time.perf_counter()
-    for title, command in demo.commands(folder, arguments.guidance or demo.GUIDANCE):
+    for title, command in demo.commands(folder, arguments.guidance or demo.GUIDANCE).items():
         seconds = run(title, command)
         print(f"  ({seconds:.0f} s)", flush=True)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -4,62 +4,50 @@ from __future__ import annotations
 
 import contextlib
 import io
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from rae.cli.errors import compose
-from rae.demo.tables import read_json
+from rae.demo.tables import rae_command, read_json, whole_run
 
 FOLDER, GUIDANCE = "demo", 1.5
 NOTE = "LPIPS needs VGG weights, which are a download: the demo trains its decoder without it, with L1 and the GAN."
 PICTURES = ("reconstructions", "samples", "samples_cfg")
 
 
-def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
-    """The demo as titles and ordinary commands, each of which can be copied and run alone; all results go to ``folder``."""
+def commands(folder: Path, guidance: float) -> dict[str, list[str]]:
+    """The demo as ordinary commands by title, each of which can be copied and run alone; all results go to ``folder``."""
     encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
     parts = [encoder, f"decoder_checkpoint={folder}/stage1", f"latent.stats={folder}/stats/stat.pt"]
     drawn = [f"checkpoint={folder}/stage2", "samples_per_class=36", "force=true"]
+    command = partial(rae_command, folder)
     guided = ["guidance=cfg", f"guidance.scale={guidance}"]
-
-    def command(name: str, *overrides: str, to: str) -> list[str]:
-        return [f"rae-{name}", *overrides, f"output_dir={folder}/{to}"]
 
     def scored(samples: str, to: str) -> list[str]:
         return command("evaluate", f"samples={folder}/{samples}/samples.npz", "metric=digits", "force=true", to=to)
 
-    return [
-        (
-            "0. A representation encoder of our own: a tiny ViT learns to classify digits",
-            command("train", "experiment=digits_encoder", to="encoder"),
+    return {
+        "0. A representation encoder of our own: a tiny ViT learns to classify digits": command(
+            "train", "experiment=digits_encoder", to="encoder"
         ),
-        (
-            "1. Stage 1: a ViT decoder learns to draw images from the frozen encoder's tokens",
-            command("train", "experiment=digits_stage1", encoder, to="stage1"),
+        "1. Stage 1: a ViT decoder learns to draw images from the frozen encoder's tokens": command(
+            "train", "experiment=digits_stage1", encoder, to="stage1"
         ),
-        (
-            "   Reconstructions of held-out digits",
-            command("reconstruct", f"checkpoint={folder}/stage1", "force=true", to="reconstructions"),
+        "   Reconstructions of held-out digits": command(
+            "reconstruct", f"checkpoint={folder}/stage1", "force=true", to="reconstructions"
         ),
-        (
-            "2. Mean and variance of the latents over the training digits",
-            command("stats", "experiment=digits_stats", encoder, "force=true", to="stats"),
+        "2. Mean and variance of the latents over the training digits": command(
+            "stats", "experiment=digits_stats", encoder, "force=true", to="stats"
         ),
-        (
-            "3. Stage 2: a DiT-DH learns to draw latents from noise and a class",
-            command("train", "experiment=digits_stage2", *parts, to="stage2"),
+        "3. Stage 2: a DiT-DH learns to draw latents from noise and a class": command(
+            "train", "experiment=digits_stage2", *parts, to="stage2"
         ),
-        (
-            "4. Samples: 36 of each class, the classes as rows of one picture",
-            command("sample", *drawn, to="samples"),
-        ),
-        (
-            "   The same with classifier-free guidance",
-            command("sample", *drawn, *guided, to="samples_cfg"),
-        ),
-        ("5. Scores, by a classifier that saw real training digits only", scored("samples", "scores")),
-        ("   Scores with guidance", scored("samples_cfg", "scores_cfg")),
-    ]
+        "4. Samples: 36 of each class, the classes as rows of one picture": command("sample", *drawn, to="samples"),
+        "   The same with classifier-free guidance": command("sample", *drawn, *guided, to="samples_cfg"),
+        "5. Scores, by a classifier that saw real training digits only": scored("samples", "scores"),
+        "   Scores with guidance": scored("samples_cfg", "scores_cfg"),
+    }
 
 
 def small_model(folder: str | Path = "outputs/small") -> Path:
@@ -116,6 +104,5 @@ def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:
         ("stage 2: time per step", f"{stage2['seconds_per_step'] * 1000:.0f} ms", ""),
         *rows_of("samples", plain, "≥ 90 %"),
         *rows_of("samples with CFG", guided, "≥ 95 %"),
-        ("whole run", f"{wall / 60:.1f} min", "≤ 10 min on two idle cores"),
-        ("whole run, CPU time", f"{cpu / 60:.1f} min", ""),
+        *whole_run(wall, cpu, 10),
     ]

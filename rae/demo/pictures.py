@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from rae.data.pictures import PicturesDataset, Scene
-from rae.demo.tables import read_json
+from rae.demo.tables import rae_command, read_json, whole_run
 from rae.io.files import write_text
 
 FOLDER, GUIDANCE = "demo_text", 2.0
@@ -45,62 +46,52 @@ def write_prompts(folder: Path) -> None:
         write_text(folder / f"{name}.txt", text)
 
 
-def commands(folder: Path, guidance: float) -> list[tuple[str, list[str]]]:
-    """The demo as titles and ordinary commands, each of which can be copied and run alone; all results go to ``folder``."""
+def commands(folder: Path, guidance: float) -> dict[str, list[str]]:
+    """The demo as ordinary commands by title, each of which can be copied and run alone; all results go to ``folder``."""
     write_prompts(folder)
     encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
     text = f"text_encoder.checkpoint={folder}/encoder/text_encoder.safetensors"
     latents = ["data=latents", f"data.train_path={folder}/latents/train", f"data.val_path={folder}/latents/val"]
     latents += ["data.num_workers=0", "data.num_classes=1", "data.flip=false"]
     parts = [encoder, text, f"decoder_checkpoint={folder}/stage1", f"latent.stats={folder}/stats/stat.pt"]
+    command = partial(rae_command, folder)
     guided = ["guidance=cfg", f"guidance.scale={guidance}"]
     drawn = [f"checkpoint={folder}/stage2", "force=true"]
-
-    def command(name: str, *overrides: str, to: str) -> list[str]:
-        return [f"rae-{name}", *overrides, f"output_dir={folder}/{to}"]
 
     def scored(prompts: str, *overrides: str, to: str) -> list[str]:
         given = [f"prompts={folder}/{prompts}.txt", "metric=pictures", *overrides]
         return command("evaluate", *drawn, *given, to=to)
 
-    return [
-        (
-            "0. Encoders of our own: a tiny ViT and a tiny text encoder learn which caption belongs to which picture",
-            command("train", "experiment=pictures_encoder", to="encoder"),
+    return {
+        "0. Encoders of our own: a tiny ViT and a tiny text encoder learn which caption belongs to which picture": command(
+            "train", "experiment=pictures_encoder", to="encoder"
         ),
-        (
-            "1. Stage 1: a ViT decoder learns to draw scenes from the frozen encoder's tokens",
-            command("train", "experiment=pictures_stage1", encoder, to="stage1"),
+        "1. Stage 1: a ViT decoder learns to draw scenes from the frozen encoder's tokens": command(
+            "train", "experiment=pictures_stage1", encoder, to="stage1"
         ),
-        (
-            "   Reconstructions of scenes that are held out",
-            command("reconstruct", f"checkpoint={folder}/stage1", "force=true", to="reconstructions"),
+        "   Reconstructions of scenes that are held out": command(
+            "reconstruct", f"checkpoint={folder}/stage1", "force=true", to="reconstructions"
         ),
-        (
-            "2. Mean and variance of the latents",
-            command("stats", "experiment=pictures_stats", encoder, "force=true", to="stats"),
+        "2. Mean and variance of the latents": command(
+            "stats", "experiment=pictures_stats", encoder, "force=true", to="stats"
         ),
-        (
-            "   Latents and features of the captions, encoded once",
-            command("cache-latents", "experiment=pictures_latents", encoder, text, to="latents"),
+        "   Latents and features of the captions, encoded once": command(
+            "cache-latents", "experiment=pictures_latents", encoder, text, to="latents"
         ),
-        (
-            "3. Stage 2: a denoiser learns to draw latents from noise and a sentence",
-            command("train", "experiment=pictures_stage2", *parts, *latents, to="stage2"),
+        "3. Stage 2: a denoiser learns to draw latents from noise and a sentence": command(
+            "train", "experiment=pictures_stage2", *parts, *latents, to="stage2"
         ),
-        (
-            "4. Samples: sentences that were never trained on, each followed by the same with its things swapped",
-            command("sample", *drawn, f"prompts={folder}/shown.txt", to="samples"),
+        "4. Samples: sentences that were never trained on, each followed by the same with its things swapped": command(
+            "sample", *drawn, f"prompts={folder}/shown.txt", to="samples"
         ),
-        (
-            "   The same with classifier-free guidance",
-            command("sample", *drawn, f"prompts={folder}/shown.txt", *guided, to="samples_cfg"),
+        "   The same with classifier-free guidance": command(
+            "sample", *drawn, f"prompts={folder}/shown.txt", *guided, to="samples_cfg"
         ),
-        ("5. Held-out triples, judged by rendered pictograms", scored("held_out", to="scores_held_out")),
-        ("   The same with their things swapped", scored("swapped", to="scores_swapped")),
-        ("   Triples that were trained on", scored("trained", to="scores_trained")),
-        ("   Held-out triples with guidance", scored("held_out", *guided, to="scores_cfg")),
-    ]
+        "5. Held-out triples, judged by rendered pictograms": scored("held_out", to="scores_held_out"),
+        "   The same with their things swapped": scored("swapped", to="scores_swapped"),
+        "   Triples that were trained on": scored("trained", to="scores_trained"),
+        "   Held-out triples with guidance": scored("held_out", *guided, to="scores_cfg"),
+    }
 
 
 def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:
@@ -124,6 +115,5 @@ def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:
             (f"{name}: time per step", f"{run['seconds_per_step'] * 1000:.0f} ms", "")
             for name, run in (("stage 0", encoder), ("stage 1", stage1), ("stage 2", stage2))
         ),
-        ("whole run", f"{wall / 60:.1f} min", "≤ 25 min on two idle cores"),
-        ("whole run, CPU time", f"{cpu / 60:.1f} min", ""),
+        *whole_run(wall, cpu, 25),
     ]
