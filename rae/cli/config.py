@@ -31,6 +31,7 @@ _PATHS = (
 )
 _OF_DATA = ("train_path", "val_path", "repo")
 _NETWORKS = ("stage", "encoder", "text_encoder", "latent", "decoder", "discriminator", "denoiser", "alignment.encoder")
+"""Sections in which a run that is continued must be what it was."""
 _LISTED = 3  # differences that an error spells out
 
 

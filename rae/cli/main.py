@@ -79,9 +79,12 @@ def entry(config: str, target: str, after_sweep: str = "", complete: bool = True
 def _main(config: str, target: str, after_sweep: str, complete: bool) -> None:
     program = f"rae-{config.replace('_', '-')}"
     register_resolvers()
-    given = sys.argv[1:]
-    _use_own_folder(given)
-    sys.argv[1:] = _without_fixed_keys(normalise(_flags_first(given)))
+    given = _flags_first(sys.argv[1:])
+    arguments = get_args_parser().parse_known_args(given)[0]
+    folders = [Path(arguments.config_dir).resolve()] if arguments.config_dir else []
+    for folder in folders:
+        _use_own_folder(folder)
+    sys.argv[1:] = _without_fixed_keys(normalise(given))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, which are put in words below
     jobs: list[Job] = []
 
@@ -103,8 +106,6 @@ def _main(config: str, target: str, after_sweep: str, complete: bool) -> None:
             raise SystemExit(TASK_ERROR) from None  # as other programs do, without a word
         if _wants_trace():
             raise
-        arguments = get_args_parser().parse_known_args(_flags_first(given))[0]
-        folders = [Path(arguments.config_dir).resolve()] if arguments.config_dir else []
         text = explain(error, arguments.config_name or config, arguments.overrides, folders)
         print(f"{program}: error: {text}", file=sys.stderr)
         raise SystemExit(USER_ERROR) from None
@@ -152,14 +153,11 @@ def _run(cfg: DictConfig, config: str, target: str, program: str, complete: bool
     return None
 
 
-def _use_own_folder(arguments: list[str]) -> None:
+def _use_own_folder(folder: Path) -> None:
     """With ``--config-dir``: lists its choices, imports classes from the current folder, and lets files build those it names."""
-    folder = get_args_parser().parse_known_args(_flags_first(arguments))[0].config_dir
-    if folder is None:
-        return
-    OWN.append(Path(folder).resolve())
+    OWN.append(folder)
     sys.path.insert(0, str(Path.cwd()))
-    for file in Path(folder).rglob("*.yaml"):
+    for file in folder.rglob("*.yaml"):
         trust(re.findall(r"^\s*_target_:\s*[\"']?([\w.]+)", file.read_text(errors="replace"), re.MULTILINE))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from rae.autoencoder import RAE
@@ -75,8 +76,8 @@ def _bundle(cfg: DictConfig, keep_guide: bool = False) -> Bundle:
     return complete(bundle, averaged, cfg.get("decoder_checkpoint"), keep_guide)
 
 
-def open_generator(cfg: DictConfig) -> tuple[Generator, DictConfig]:
-    """As :func:`open_model`, for sampling.
+def open_generator(cfg: DictConfig, device: torch.device | str = "cpu") -> tuple[Generator, DictConfig]:
+    """As :func:`open_model`, for sampling on a device.
 
     Raises:
         ConfigError: The model has no denoiser.
@@ -84,12 +85,12 @@ def open_generator(cfg: DictConfig) -> tuple[Generator, DictConfig]:
     model, run = open_model(cfg, encode=False)
     if not isinstance(model, Generator):
         raise ConfigError(f"checkpoint={cfg.checkpoint} has no denoiser; samples are drawn by a model of stage 2")
-    return model, run
+    return model.to(device), run
 
 
-def open_autoencoder(cfg: DictConfig) -> tuple[RAE, DictConfig]:
-    """As :func:`open_model`, for encoding and decoding; a denoiser is not built."""
+def open_autoencoder(cfg: DictConfig, device: torch.device | str = "cpu") -> tuple[RAE, DictConfig]:
+    """As :func:`open_model`, for encoding and decoding on a device; a denoiser is not built."""
     bundle = _bundle(cfg)
     autoencoder = assemble(bundle.without("denoiser", "guide"), make=make_part)
     assert isinstance(autoencoder, RAE)
-    return autoencoder, OmegaConf.create(bundle.description)
+    return autoencoder.to(device), OmegaConf.create(bundle.description)

@@ -12,7 +12,7 @@ import torch
 from lightning import Fabric
 from omegaconf import DictConfig
 
-from rae.cli.build import check_images, keep_still, make, seed
+from rae.cli.build import check_images, keep_still, make
 from rae.cli.checks import check_paths
 from rae.cli.config import save_config
 from rae.commands.stats import describe_data
@@ -162,7 +162,6 @@ def cache_latents(cfg: DictConfig) -> None:
     """
     check(cfg)
     fabric = start(cfg)
-    seed(cfg)
     check_paths(cfg.data)
     encoder = make(cfg.encoder).to(fabric.device)
     if cfg.stacked and len(encoder.layers or ()) < 2:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from rae.cli.build import keep_still, make, seed
+from rae.cli.build import keep_still, make
 from rae.cli.checks import check_metric, refuse_existing
 from rae.cli.config import save_config
 from rae.commands.sources import Source, from_latents, open_source
@@ -67,7 +67,6 @@ def evaluate(cfg: DictConfig) -> None:
     check_given(cfg)
     refuse_existing(cfg, folder / ("scores.json" if cfg.latents is None else "decoders.csv"))
     fabric = start(cfg)
-    seed(cfg)
     metric = make(cfg.metric)  # before the images: what does not fit is to be said at once
     if hasattr(metric, "to"):
         metric = metric.to(fabric.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rae.autoencoder import RAE
-from rae.cli.build import make, seed
+from rae.cli.build import make
 from rae.cli.checks import check_metric, refuse_existing
 from rae.cli.config import save_config
 from rae.cli.models import open_autoencoder
@@ -51,9 +51,7 @@ def probe(cfg: DictConfig) -> None:
     fabric = start(cfg)
     if fabric.world_size > 1:
         raise ConfigError(f"rae-probe runs on one device; leave out devices={cfg.devices}")
-    seed(cfg)
-    autoencoder, run = open_autoencoder(cfg)
-    autoencoder = autoencoder.to(fabric.device)
+    autoencoder, run = open_autoencoder(cfg, fabric.device)
     metric = make(run.metric).to(fabric.device)
     data = open_data(run, autoencoder.image_size)
     count = checked_count(data, min(MOST, data.samples("val")) if cfg.count is None else cfg.count)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, distributed
 
 from rae.autoencoder import RAE
-from rae.cli.build import make, seed
+from rae.cli.build import make
 from rae.cli.checks import check_metric, refuse_existing
 from rae.cli.config import plain, save_config
 from rae.cli.models import open_autoencoder
@@ -96,9 +96,7 @@ def reconstruct(cfg: DictConfig) -> None:
     folder = Path(cfg.output_dir)
     refuse_existing(cfg, folder / "scores.json")
     fabric = start(cfg)
-    seed(cfg)
-    autoencoder, run = open_autoencoder(cfg)
-    autoencoder = autoencoder.to(fabric.device)
+    autoencoder, run = open_autoencoder(cfg, fabric.device)
     metric = make(run.metric).to(fabric.device)  # before the images: what does not fit is to be said at once
     data = open_data(run, autoencoder.image_size)
     count = checked_count(data, cfg.count)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from rae.cli.build import check_images, keep_still, make, seed
+from rae.cli.build import check_images, keep_still, make
 from rae.cli.checks import refuse_existing
 from rae.cli.config import save_config
 from rae.io.parts import stretch
@@ -58,7 +58,6 @@ def build(cfg: DictConfig, fabric: Fabric) -> tuple[Reference, np.ndarray | None
     """
     check_images(cfg, "references")
     keep_still(cfg.data, exact=True, fast_decode=False)  # the published statistics are of Pillow's pixels, unflipped
-    seed(cfg)
     kind = cfg.kind or ("training" if cfg.split == "train" else "validation")
     data = make(cfg.data)
     data.setup("fit" if cfg.split == "train" else "validate")

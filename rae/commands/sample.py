@@ -33,8 +33,7 @@ def sample(cfg: DictConfig) -> None:
     check_layout(cfg)
     folder = Path(cfg.output_dir)
     fabric = start(cfg)
-    generator, run = open_generator(cfg)
-    generator = generator.to(fabric.device)
+    generator, run = open_generator(cfg, fabric.device)
     if cfg.compile:
         generator.compile(mode=None if cfg.compile is True else str(cfg.compile))
     labels = wanted(cfg, generator)

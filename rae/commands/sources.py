@@ -80,8 +80,7 @@ def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callab
     Raises:
         ConfigError: The model has no denoiser, or the labels are not right.
     """
-    generator, run = open_generator(cfg)
-    generator = generator.to(fabric.device)
+    generator, run = open_generator(cfg, fabric.device)
     labels = wanted(cfg, generator)
     classes = None if generator.text_encoder is not None else labels
     prepare(generator.autoencoder.image_size, len(labels), classes)
@@ -117,8 +116,7 @@ def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., Non
     Raises:
         ConfigError: There are no such images, or fewer than ``count``.
     """
-    autoencoder, run = open_autoencoder(cfg)
-    autoencoder = autoencoder.to(fabric.device)
+    autoencoder, run = open_autoencoder(cfg, fabric.device)
     data = open_data(run, autoencoder.image_size)
     count = checked_count(data, cfg.count)
     prepare(autoencoder.image_size, count)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from rae.autoencoder import RAE
-from rae.cli.build import build_autoencoder, check_images, make, seed
+from rae.cli.build import build_autoencoder, check_images, make
 from rae.cli.checks import check_paths, refuse_existing
 from rae.cli.config import plain, save_config
 from rae.data import ImageDataModule
@@ -126,7 +126,6 @@ def stats(cfg: DictConfig) -> None:
     refuse_existing(cfg, target)
     check_images(cfg, "statistics")
     fabric = start(cfg)
-    seed(cfg)
     check_paths(cfg.data)
     autoencoder = lifted(cfg)
     encoder = (make(cfg.encoder) if autoencoder is None else autoencoder.encoder).to(fabric.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Fabric
+from lightning import Fabric, seed_everything
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -80,7 +80,7 @@ def processes_of(devices: Any, num_nodes: int, prefix: str = "") -> tuple[Any, i
 def start(cfg: DictConfig) -> Fabric:
     """Starts as many processes as ``devices`` and ``num_nodes`` say, or joins those that torchrun or SLURM has started.
 
-    Each of them runs the rest of the command.
+    Each of them runs the rest of the command, from the same ``seed``.
 
     Raises:
         ConfigError: A number below 1, or another one than torchrun or SLURM has started.
@@ -104,6 +104,7 @@ def start(cfg: DictConfig) -> Fabric:
         strategy="ddp" if several else "auto",
     )
     fabric.launch()
+    seed_everything(int(cfg.seed), workers=True, verbose=False)
     if not fabric.is_global_zero:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells the story; each, what it cannot read
     return fabric

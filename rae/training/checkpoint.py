@@ -60,13 +60,8 @@ class RunCheckpoint(PerStep, Checkpoint):
         background: bool = False,
     ) -> None:
         super().__init__()
-        counts = {
-            "every_n_steps": every_n_steps,
-            "every_n_epochs": every_n_epochs,
-            "keep": keep,
-            "keep_best": keep_best,
-        }
-        at_least_one("callbacks.checkpoint", **counts)
+        intervals = {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs}
+        at_least_one("callbacks.checkpoint", **intervals, keep=keep, keep_best=keep_best)
         if every_minutes is not None and every_minutes <= 0:
             raise ValueError(
                 f"callbacks.checkpoint: every_minutes={every_minutes} must be above 0; null for no such interval"

@@ -101,7 +101,7 @@ class TrainingModule(L.LightningModule):
         """State of the trained parts alone."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
-        for key in [key for key in state if key[len(prefix) :].startswith(self.frozen)] if self.frozen else []:
+        for key in [key for key in state if key[len(prefix) :].startswith(self.frozen)]:
             del state[key]
         return state
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.precision.xla import XLAPrecision
 
-PRECISIONS = ("32-true", "bf16-mixed")
+from rae.generator import PRECISIONS
+
 _REASONS = {
     "bf16": ": averages and small updates would be lost in weights of 8 bits; bf16-mixed keeps the weights in float32",
     "16": ": the range of float16 asks for a scaled loss, which two optimisers and a check of every gradient rule out",
