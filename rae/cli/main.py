@@ -242,12 +242,6 @@ _LIST_JOBS = "rae.report.sweep:list_jobs"
 # --- the commands ------------------------------------------------------------------------------------------------
 
 
-def _verify_flag() -> None:
-    """``rae-shard --verify`` stands for ``verify=true images=none``."""
-    if "--verify" in sys.argv:
-        sys.argv = [argument for argument in sys.argv if argument != "--verify"] + ["verify=true", "images=none"]
-
-
 def _config_file() -> bool:
     """``rae-convert config FILE`` stands for ``config=FILE``; whether a configuration is to be converted."""
     arguments = sys.argv[1:]
@@ -268,8 +262,9 @@ def train() -> None:
 
 
 def shard() -> None:
-    """Images to tar shards."""
-    _verify_flag()
+    """Images to tar shards; ``--verify`` stands for ``verify=true images=none``."""
+    if "--verify" in sys.argv:
+        sys.argv = [argument for argument in sys.argv if argument != "--verify"] + ["verify=true", "images=none"]
     entry("shard", "rae.commands.shard:shard")()
 
 

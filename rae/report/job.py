@@ -9,14 +9,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep.
-
-    Attributes:
-        overrides: Its overrides, swept ones and fixed ones, as ``key=value``.
-        folder: Where its results are.
-        failed: Whether it ended in an error.
-    """
+    """One job of a sweep."""
 
     overrides: Sequence[str]
+    """Swept ones and fixed ones, as ``key=value``."""
     folder: Path
+    """Where its results are."""
     failed: bool
+    """Whether it ended in an error."""

@@ -53,14 +53,9 @@ class Nearest:
 
 
 def feature_function(metric: Any, device: torch.device) -> tuple[Any, str]:
-    """The features in which neighbours are sought, and their name: those of the metric's detector, else the pixels.
+    """A function of images uint8 B×3×H×W to features B×D, in which neighbours are sought, and the features' name.
 
-    Args:
-        metric: A metric of :mod:`rae.metric`, or anything else.
-        device: Where the detector runs.
-
-    Returns:
-        A function of images uint8 B×3×H×W to features B×D, and the name.
+    They are those of the metric's detector, which runs on the device, else the pixels.
     """
     if isinstance(metric, MetricSet):
         metric = next(iter(metric.metrics.values()))
@@ -72,16 +67,10 @@ def feature_function(metric: Any, device: torch.device) -> tuple[Any, str]:
 
 
 def write_sheet(many: Iterable[Tensor], metric: Any, samples: Tensor, path: Path) -> str:
-    """A picture with a sample in front of each row, followed by its nearest training images, the nearest first.
+    """Writes a PNG file with a sample in front of each row, followed by its nearest training images, the nearest first.
 
-    Args:
-        many: The training images, batches uint8 B×3×H×W.
-        metric: Its detector's features are compared.
-        samples: uint8 n×3×H×W.
-        path: The PNG file.
-
-    Returns:
-        Name of the features.
+    Samples are uint8 n×3×H×W, the many training images batches uint8 B×3×H×W. The features of the metric's detector are compared;
+    returns their name.
     """
     device = getattr(metric, "device", torch.device("cpu"))
     features, name = feature_function(metric, device)

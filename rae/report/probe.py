@@ -23,9 +23,7 @@ _TITLES = {
 def plot_probe(found: Mapping[str, Any], path: Path) -> None:
     """Spectrum, variance by position, and every score against noise and against interpolation, as a PNG file.
 
-    Args:
-        found: ``eigenvalues``, ``position_variance``, ``encoder``, and the rows ``noise`` and ``interpolation``.
-        path: Where it goes.
+    ``found`` has ``eigenvalues``, ``position_variance``, ``encoder``, and the rows ``noise`` and ``interpolation``.
     """
     scores = [name for name in found["noise"][0] if name != "sigma"]
     columns = 3

@@ -66,10 +66,7 @@ def _number(text: str) -> str | float:
 def plot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> Path:
     """A panel for every score that differs, over the swept number of the most values; a line for every choice of the others.
 
-    Args:
-        rows: Settings and scores of every job.
-        keys: Which of their entries are settings.
-        path: The PNG file.
+    ``rows`` are settings and scores of every job, ``keys`` the names of the settings.
     """
     names = [name for name in rows[0] if name not in keys and not name.endswith("_std")]
     # What is the same everywhere (the number of samples, scores of real images) makes no curve.

@@ -30,10 +30,7 @@ def versions() -> dict[str, str]:
 def write_scores(folder: Path, scores: Mapping[str, float], identity: Mapping[str, Any]) -> None:
     """Writes ``scores.json`` (``scores`` and ``identity``) and ``scores.csv`` (the same in one row).
 
-    Args:
-        folder: Where they go.
-        scores: Numbers by name.
-        identity: All that tells these scores from others: samples, reference, detector, seed, sampler, versions, ….
+    ``identity`` is all that tells these scores from others: samples, reference, detector, seed, sampler, versions, ….
     """
     write_json(folder / "scores.json", {"scores": dict(scores), "identity": dict(identity)})
     write_csv(folder / "scores.csv", [{**scores, **{key: _cell(value) for key, value in flat(identity).items()}}])
@@ -97,12 +94,9 @@ def by_source(scores: Mapping[str, Any], sources: Iterable[str]) -> str:
         score, _, source = name.rpartition("/")
         if source in found and score:
             found[source][score] = f"{float(value):.4f}"
-    names = _names(list(found.values()))
-    return (
-        columns([["", *names], *([one, *(row.get(name, "") for name in names)] for one, row in found.items())])
-        if names
-        else ""
-    )
+    if not (names := _names(list(found.values()))):
+        return ""
+    return columns([["", *names], *([one, *(row.get(name, "") for name in names)] for one, row in found.items())])
 
 
 def size(value: float) -> str:
