@@ -201,8 +201,8 @@ def build_discriminator(cfg: DictConfig) -> Any:
     return discriminator
 
 
-def build_module(cfg: DictConfig, reader: Reader = read) -> lightning.LightningModule:
-    """The LightningModule of ``cfg.training``, with each part that its class asks for by name.
+def build_module(cfg: DictConfig, reader: Reader = read, resumed: bool = False) -> lightning.LightningModule:
+    """The LightningModule of ``cfg.training``, with each part that its class asks for by name; see :func:`build`.
 
     A part is the config group of that name, e.g. ``denoiser``; a new module class gets whatever groups it names.
     """
@@ -210,8 +210,8 @@ def build_module(cfg: DictConfig, reader: Reader = read) -> lightning.LightningM
     builders: dict[str, Callable[[], Any]] = {  # of what is no config group, or more than one
         "autoencoder": lambda: build_autoencoder(cfg, reader),
         "config": lambda: plain(cfg),
-        "denoiser": lambda: build_denoiser(cfg, reader),
-        "discriminator": lambda: build_discriminator(cfg),
+        "denoiser": lambda: make(cfg.denoiser) if resumed else build_denoiser(cfg, reader),
+        "discriminator": lambda: make(cfg.get("discriminator")) if resumed else build_discriminator(cfg),
         "teacher": lambda: None if teacher is None else open_teacher(teacher, reader),
     }
     parts = {}
@@ -261,12 +261,13 @@ class Run:
     trainer: lightning.Trainer
 
 
-def build(cfg: DictConfig, reader: Reader | None = None) -> Run:
+def build(cfg: DictConfig, reader: Reader | None = None, resumed: bool = False) -> Run:
     """Builds what ``rae-train`` would train with: ``run.trainer.fit(run.module, datamodule=run.data)``.
 
     Args:
         cfg: A configuration of ``train``, from :func:`rae.cli.errors.compose`.
         reader: Reads the checkpoints that it names, each once; None for a new one.
+        resumed: Whether a checkpoint of the run is loaded afterwards: the weights that it began with are not read then.
 
     Raises:
         ConfigError: A mandatory value is missing.
@@ -276,15 +277,14 @@ def build(cfg: DictConfig, reader: Reader | None = None) -> Run:
     check_space(cfg)
     reader = reader or cache(read)
     for key in CHECKPOINTS:  # what is not there, on the hub too, is said before networks are built
-        if cfg.get(key) is not None:
+        if cfg.get(key) is not None and not (resumed and key == "init_checkpoint"):
             reader(cfg[key])
     cfg = with_decoder_of(cfg, reader)
     plain(cfg)  # names the key of an interpolation that leads nowhere
-    if cfg.get("data") is not None:
-        check_paths(cfg.data)
+    check_paths(cfg.get("data"))
     check_metric(OmegaConf.select(cfg, "callbacks.evaluation.metric"))
     set_matmul(cfg)
     seed(cfg)
     if cfg.get("denoiser") is not None and cfg.get("decoder_checkpoint") is None:
         log.warning("decoder_checkpoint is not given: pictures of this run are drawn by an untrained decoder")
-    return Run(data=make(cfg.data), module=build_module(cfg, reader), trainer=build_trainer(cfg))
+    return Run(data=make(cfg.data), module=build_module(cfg, reader, resumed), trainer=build_trainer(cfg))

@@ -26,7 +26,7 @@ from rae.jobs.samples import check_interpolations, pick, save_part, write_npz
 from rae.metric.functional import psnr
 from rae.metric.protocol import protocol_of
 from rae.report.table import table, versions, write_scores
-from rae.training.reconstructions import reconstructions
+from rae.training.scores import reconstructions
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from rae.jobs.images import count_images, describe_samples, open_images, open_pa
 from rae.jobs.samples import Wanted, draw, latent_parts, plan_of, read_parts
 from rae.jobs.wanted import how_sampled, wanted
 from rae.metric.several import update_arguments
-from rae.training.reconstructions import reconstructions
+from rae.training.scores import reconstructions
 
 _OF_MODELS = (
     *("checkpoint", "sampler", "guidance", "decoder_checkpoint", "guide_checkpoint", "averaged", "precision"),

@@ -115,7 +115,7 @@ def train(cfg: DictConfig) -> None:
     cfg = with_decoder_of(cfg, reader)
     checkpoint = resume_from(cfg)
     quieten_lightning()
-    run = build(cfg, reader)
+    run = build(cfg, reader, resumed=checkpoint is not None)
     reader.cache_clear()  # what it has read takes room
     trainer = run.trainer
     say = rank_zero_only(log.info)

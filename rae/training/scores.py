@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from rae.autoencoder import RAE
 from rae.flow import Guidance, NoGuidance, Sampler, evaluations
 from rae.formats.open import load_denoiser, read
+from rae.generator import computing
+from rae.image import to_float, to_uint8
 from rae.io.describe import describe
 from rae.io.parts import stretch
 from rae.metric.several import update_arguments
 from rae.training.evaluation import Evaluation, Scores
 from rae.training.per_step import at_least_one
 from rae.training.preview import generator_of
-from rae.training.reconstructions import reconstructions
 from rae.training.strategy import FullyShardedStrategy
+
+
+def reconstructions(
+    autoencoder: RAE,
+    batches: Iterable[Any],
+    device: torch.device,
+    precision: str = "32-true",
+    quantize: str = "floor",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Reconstructions uint8 B×3×H×W and their originals as the batches hold them, batch by batch, without gradients.
+
+    The networks compute in ``precision``, ``32-true`` or ``bf16-mixed``; ``quantize`` is that of :func:`rae.image.to_uint8`.
+    """
+    for batch in batches:
+        images = batch["image"].to(device)
+        with torch.no_grad(), computing(precision, device):
+            drawn = autoencoder(to_float(images))
+        yield to_uint8(drawn.float(), quantize), images
 
 
 class ScoreReconstructions(Evaluation):

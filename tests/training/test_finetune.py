@@ -17,7 +17,7 @@ from rae.denoiser import DiTDH, InContextDiTDH
 from rae.formats import read
 from rae.formats.denoiser import begin_with
 from rae.formats.discriminator import begin_heads
-from rae.formats.run import read_config, trained_weights
+from rae.formats.run import read_config, read_step, trained_weights
 from rae.image import to_float
 from rae.io.errors import ConfigError
 from rae.loss import Phases, Stage1Loss
@@ -175,6 +175,10 @@ def test_what_several_keys_name_is_read_once(trained: Path, tmp_path: Path, monk
     output = ["trainer.max_steps=1", f"output_dir={tmp_path}"]
     run("train", "experiment=digits_meanflow", *options, *begun, *output)
     assert sorted(found) == [f"{trained}/stage1", f"{trained}/stage2"]
+    # A run that goes on has its weights, and those that it began with are no longer looked for.
+    begun[0] = "init_checkpoint=nobody/nothing"
+    run("train", "experiment=digits_meanflow", *options, *begun, *output, "trainer.max_steps=2")
+    assert read_step(tmp_path) == 2
 
 
 # --- new classes -------------------------------------------------------------------------------------------------
