@@ -94,7 +94,8 @@ def check_files(cfg: DictConfig, config: str) -> None:
             "samples=… (an .npz, a folder of images or of tar shards), checkpoint=… (a model that makes them), latents=… "
             "decoders=[…] or report=… (training runs)"
         )
-    for key in MODELS:
+    reads = config not in _WITHOUT_WEIGHTS
+    for key in MODELS if reads else ():
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and not Path(value).expanduser().exists() and not _may_be_on_the_hub(value):
             folder = Path(value).expanduser().parent
@@ -103,7 +104,7 @@ def check_files(cfg: DictConfig, config: str) -> None:
             raise FileNotFoundError(
                 f"{key}: checkpoint {value!r} does not exist{hint}: give a trained run's folder or a .ckpt file"
             )
-    for key in WEIGHT_FILES if config not in _WITHOUT_WEIGHTS else ():
+    for key in WEIGHT_FILES if reads else ():
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and not Path(value).expanduser().is_file():
             raise FileNotFoundError(

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rae.cli.checks import check_files
+from rae.cli.errors import compose
 from rae.commands import sample, sources
 from rae.flow import EulerSampler, FullGrid
 from rae.generator import Generator
@@ -81,6 +83,15 @@ def test_what_is_missing_is_said_before_weights_are_looked_for(given, kind, mess
     with pytest.raises(kind, match=message):
         run("evaluate", *given, f"output_dir={tmp_path}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", ["download model=dit_dh_xl_256", "cost stage=2 teacher_checkpoint=models/absent"])
+def test_commands_that_read_no_weights_ask_for_none(given, tmp_path, monkeypatch):
+    """Where a folder of that name is here, what lies below it is no hub id."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    command, *overrides = given.split()
+    check_files(compose(command, overrides), command)
 
 
 @pytest.mark.parametrize(
