@@ -37,6 +37,8 @@ KINDS = {
     "in_context": lambda: InContextDiT(8, 4, 16, 3, 2, LabelTokens(5, 3), base_depth=None),
 }
 
+SMALL = ["denoiser.width=32", "denoiser.heads=2", "denoiser.head_width=32", "denoiser.head_heads=2"]
+
 
 def draws(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -227,14 +229,9 @@ def test_a_configuration_with_another_encoder_to_align_with_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["repa", "irepa"])
 def test_the_choices_make_what_they_say(name):
-    small = [
-        "denoiser.width=32",
-        "denoiser.depth=8",
-        "denoiser.heads=2",
-        "denoiser.head_width=32",
-        "denoiser.head_heads=2",
-    ]
-    cfg = compose("train", ["stage=2", f"alignment={name}", "encoder=dinov2", "latent.stats=none", *small])
+    cfg = compose(
+        "train", ["stage=2", f"alignment={name}", "encoder=dinov2", "latent.stats=none", *SMALL, "denoiser.depth=8"]
+    )
     alignment = make(cfg.alignment)
     assert (alignment.width, alignment.channels, alignment.block) == (32, 768, 8)
     alignment.watch(make(cfg.denoiser))
@@ -244,23 +241,10 @@ def test_the_choices_make_what_they_say(name):
 
 @pytest.mark.slow
 def test_runs_that_are_read_know_nothing_of_it(tmp_path):
-    small = [
-        "denoiser.width=32",
-        "denoiser.depth=1",
-        "denoiser.heads=2",
-        "denoiser.head_width=32",
-        "denoiser.head_heads=2",
-    ]
-    given = ["experiment=digits_stage2", "alignment=irepa", "alignment.block=1", *ENCODER, "latent.stats=none", *small]
-    run = [
-        "decoder_checkpoint=null",
-        "trainer.max_steps=2",
-        "trainer.val_check_interval=2",
-        "data.batch_size=8",
-        "trainer.enable_progress_bar=false",
-    ]
-    quiet = ["callbacks.preview=null", f"output_dir={tmp_path}/run"]
-    train_command(compose("train", [*given, *run, *quiet]))
+    given = ["experiment=digits_stage2", "alignment=irepa", "alignment.block=1", *ENCODER, "latent.stats=none", *SMALL]
+    steps = ["denoiser.depth=1", "trainer.max_steps=2", "trainer.val_check_interval=2", "data.batch_size=8"]
+    quiet = ["decoder_checkpoint=null", "trainer.enable_progress_bar=false", "callbacks.preview=null"]
+    train_command(compose("train", [*given, *steps, *quiet, f"output_dir={tmp_path}/run"]))
     state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=False)["state_dict"]
     assert {"alignment.projector.weight", "alignment.projector.bias"} <= state.keys()
     bundle = read(tmp_path / "run")
