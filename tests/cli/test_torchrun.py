@@ -19,6 +19,7 @@ from rae.io.errors import ConfigError
 from rae.jobs.processes import first, processes_of
 from tests.helpers.digits_runs import run
 from tests.helpers.small_models import make_generator
+from tests.helpers.small_runs import script
 
 ROOT = Path(__file__).parents[2]
 REPORTED = """
@@ -114,10 +115,7 @@ def test_numbers_of_processes_are_those_of_the_launcher(monkeypatch):
 
 @pytest.mark.slow
 def test_processes_that_score_differently_keep_what_the_first_thinks_best(tmp_path):
-    line = [sys.executable, "-m", "tests.helpers.small_runs", "monitored", str(tmp_path)]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=variables, cwd=ROOT, text=True, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    script("monitored", tmp_path)
     assert (tmp_path / "best.ckpt").resolve() == (tmp_path / "last.ckpt").resolve()
     assert (tmp_path / "last.ckpt").resolve().name == "step_00000010.ckpt"
 
@@ -135,10 +133,7 @@ def test_nobody_waits_for_a_first_process_that_fails_or_is_stopped(kind):
 @pytest.mark.slow
 def test_processes_that_begin_apart_train_one_model_and_stop_together(tmp_path: Path):
     """DistributedDataParallel keeps no room for stage 1's gradients, which are averaged in messages of bounded size."""
-    line = [sys.executable, "-m", "tests.helpers.small_runs", "stopped", str(tmp_path)]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=variables, cwd=ROOT, text=True, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    script("stopped", tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first["steps"] == second["steps"] == [1, 2, 3, 4, 5]  # interrupted in the fourth, known to all in the fifth
     assert first["held"] == 1

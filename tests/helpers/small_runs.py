@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -44,6 +45,16 @@ from rae.training.scores import ScoreSamples
 from rae.training.stage1 import Stage1Module
 from rae.training.stage2 import Stage2Module
 from rae.training.strategy import FullyShardedStrategy
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(*arguments: object) -> None:
+    """Runs this file in processes of its own."""
+    line = [sys.executable, "-m", "tests.helpers.small_runs", *map(str, arguments)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def make_module(stage: int, accumulate: int = 1, lr: float = 0.05, compile_network: bool = False) -> L.LightningModule:

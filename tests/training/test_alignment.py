@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,8 +24,8 @@ from rae.training.muon import MuonAdamW
 from rae.training.stage2 import Stage2Module
 from tests.helpers.small_images import ENCODER
 from tests.helpers.small_models import randomise
-from tests.helpers.small_runs import ema_of, make_module, train, weights
-from tests.training.test_training import ROOT, assert_same, run_script
+from tests.helpers.small_runs import ema_of, make_module, script, train, weights
+from tests.training.test_training import assert_same, run_script
 
 KINDS = {
     "dit": lambda: DiT(8, 4, 16, 3, 2, num_classes=5),
@@ -302,10 +298,8 @@ def test_two_processes_are_one_with_twice_the_batch(projector, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_shared_out_among_processes_it_is_the_same(tmp_path):
-    environment = {**os.environ, "ALIGNED": "mlp"}
-    command = [sys.executable, "-m", "tests.helpers.small_runs", "aligned", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_shared_out_among_processes_it_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGNED", "mlp")
+    script("aligned", tmp_path)
     one = torch.load(tmp_path / "one.pt", weights_only=True)
     assert_same(one, torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"], atol=1e-5, rtol=1e-4)

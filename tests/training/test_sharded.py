@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,8 @@ from rae.training.scores import ScoreSamples
 from rae.training.strategy import FullyShardedStrategy
 from tests.attacks.files import write_run
 from tests.helpers.small_models import make_generator
-from tests.helpers.small_runs import train, watched
-from tests.training.test_training import ROOT, assert_same
+from tests.helpers.small_runs import script, train, watched
+from tests.training.test_training import assert_same
 
 
 def state(run: Path) -> dict[str, Any]:
@@ -52,10 +50,7 @@ def test_fully_sharded_runs_are_the_plain_one(tmp_path: Path):
     """Validated, drawn and scored; continued by as many processes, by one, and after one."""
     torch.set_num_threads(1)
     watched(tmp_path / "one")
-    command = [sys.executable, "-m", "tests.helpers.small_runs", "sharded", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    script("sharded", tmp_path)
 
     plain = state(tmp_path / "one")
     for name in ("full", "shares"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -16,9 +14,7 @@ from rae.training.ema import WeightAverage
 from rae.training.module import NonFiniteError
 from rae.training.schedule import WarmupDecay, rate_factor
 from rae.training.stage2 import Stage2Module
-from tests.helpers.small_runs import ema_of, make_module, train, weights
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.small_runs import ema_of, make_module, script, train, weights
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], atol: float = 0.0, rtol: float = 0.0) -> None:
@@ -28,9 +24,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], atol: float
 
 
 def run_script(*arguments: object) -> dict[str, Tensor]:
-    command = [sys.executable, "-m", "tests.helpers.small_runs", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    script(*arguments)
     return torch.load(arguments[5], weights_only=True)
 
 
