@@ -58,12 +58,9 @@ def register_resolvers() -> None:
 
 
 def compose_plainly(config: str, overrides: Iterable[str], folders: Sequence[Path] = ()) -> DictConfig:
-    """Composes through Hydra's Python interface, whatever Hydra is doing otherwise; errors are Hydra's own.
+    """Composes a root config through Hydra's Python interface, whatever Hydra is doing otherwise; errors are Hydra's own.
 
-    Args:
-        config: Name of a root config in ``conf/``.
-        overrides: As on the command line.
-        folders: Config folders beside the project's own.
+    ``overrides`` are as on the command line, ``folders`` config folders beside the project's own.
     """
     register_resolvers()
     state = GlobalHydra.instance()

@@ -49,12 +49,7 @@ _FLAGS_WITH_VALUE = (
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or another signal, with a message that says where the work stands.
-
-    Args:
-        text: The message.
-        code: The exit code.
-    """
+    """Ctrl-C or another signal, with a message that says where the work stands, and the exit code."""
 
     def __init__(self, text: str, code: int = INTERRUPTED) -> None:
         super().__init__(text)

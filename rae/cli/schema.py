@@ -145,7 +145,8 @@ def _check_plainly(key: str, value: Any) -> None:
 
 def _largest(key: str) -> int:
     """The largest integer that makes sense."""
-    *_, last = parts = key.split(".")
+    parts = key.split(".")
+    last = parts[-1]
     in_network = not {*parts}.isdisjoint(_NETWORKS)
     if key.endswith("seed"):
         return _LARGEST_SEED - 1

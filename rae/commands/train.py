@@ -76,11 +76,7 @@ def readable(checkpoint: Path) -> Path:
 
 
 def fit(run: Run, checkpoint: str | None) -> None:
-    """Trains; Ctrl-C becomes :class:`~rae.cli.main.Interrupted` with a word on the last checkpoint.
-
-    Args:
-        run: Data, module and trainer.
-        checkpoint: The ``.ckpt`` to continue from; None to begin.
+    """Trains, from a checkpoint or anew; Ctrl-C becomes :class:`~rae.cli.main.Interrupted` with a word on the last checkpoint.
 
     Raises:
         ValueError: The processes would not continue from the same checkpoint.
@@ -132,8 +128,7 @@ def train(cfg: DictConfig) -> None:
     if trainer.global_step == begin:
         say("the run was finished already; to go on, raise trainer.max_steps or trainer.max_epochs")
     else:
-        if scores := by_source(
-            trainer.callback_metrics, run.data.val_ranges() if isinstance(run.data, ImageDataModule) else ()
-        ):
+        sources = run.data.val_ranges() if isinstance(run.data, ImageDataModule) else ()
+        if scores := by_source(trainer.callback_metrics, sources):
             say("scores of each source:\n%s", scores)
         say("finished at step %d; everything is in %s", trainer.global_step, cfg.output_dir)
