@@ -23,6 +23,13 @@ from rae.metric.features import Detector
 ENCODER = ["encoder=digits", "encoder.checkpoint=null", "+encoder.pretrained=false", "image_size=32"]
 COUNT, PARTS = 70, 4
 DATA = ["data.batch_size=8", "data.num_workers=0", "data.num_classes=5"]
+STAGE2 = [
+    *(*ENCODER[1:3], "latent.stats=none", "decoder_checkpoint=null", "scheduler.warmup_steps=1"),
+    *("denoiser.width=32", "denoiser.depth=1", "denoiser.head_width=64"),
+    *("decoder.width=32", "decoder.depth=1", "decoder.mlp_width=64"),
+    *("callbacks=none", "logger=none", "trainer.enable_progress_bar=false"),
+]
+"""A small run of stage 2 on these images that writes nothing."""
 
 
 def write_images(root):

@@ -30,7 +30,7 @@ from rae.loss import Stage1Loss
 from rae.rng import normal, sample_seeds, uniform
 from rae.training.stage1 import Stage1Module
 from rae.training.stage2 import Stage2Module
-from tests.helpers.small_images import ENCODER, run, write_images
+from tests.helpers.small_images import DATA, STAGE2, run, write_images
 from tests.helpers.small_runs import train, weights
 
 K = 4
@@ -258,28 +258,9 @@ def stacked(folder, tmp_path_factory):
 
 def stage2(folder, output, p, *more):
     """A small stage-2 run of the digits' configuration on the images of this test."""
-    sizes = ["denoiser.width=32", "denoiser.depth=2", "denoiser.head_width=64"]
-    decoder = ["decoder.width=32", "decoder.depth=1", "decoder.mlp_width=64"]
-    off = ["callbacks=none", "logger=none", "trainer.enable_progress_bar=false", "trainer.limit_val_batches=1"]
-    given = ["experiment=digits_raev2_stage2", *ENCODER[1:3], "latent.stats=none", "decoder_checkpoint=null"]
-    data = ["data.batch_size=8", "data.num_workers=0", "data.num_classes=5", "data.flip=false"]
-    short = ["trainer.max_steps=3", "trainer.val_check_interval=3", "scheduler.warmup_steps=1"]
-    return build(
-        compose(
-            "train",
-            [
-                *given,
-                *sizes,
-                *decoder,
-                *off,
-                *short,
-                *data,
-                f"training.layer_dropout={p}",
-                f"output_dir={output}",
-                *more,
-            ],
-        )
-    )
+    given = ["experiment=digits_raev2_stage2", *STAGE2, "denoiser.depth=2", *DATA, "data.flip=false"]
+    short = ["trainer.max_steps=3", "trainer.val_check_interval=3", "trainer.limit_val_batches=1"]
+    return build(compose("train", [*given, *short, f"training.layer_dropout={p}", f"output_dir={output}", *more]))
 
 
 def fitted(parts):
