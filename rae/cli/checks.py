@@ -52,6 +52,7 @@ GIVEN = {
 """What keys of files and folders take."""
 WEIGHT_FILES = (
     "encoder.checkpoint",
+    "alignment.encoder.checkpoint",
     "text_encoder.checkpoint",
     "discriminator.checkpoint",
     "loss.perceptual.vgg_checkpoint",
@@ -77,6 +78,25 @@ def _check_packages(cfg: DictConfig, config: str) -> None:
         raise ConfigError('to=onnx needs onnx and onnxscript, which are not installed: pip install "rae[onnx]"')
 
 
+def _check_weights(cfg: DictConfig) -> None:
+    """Raises FileNotFoundError where a trained model or a frozen network's weight file is named and not there."""
+    for key in MODELS:
+        value = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if isinstance(value, str) and not Path(value).expanduser().exists() and not _may_be_on_the_hub(value):
+            folder = Path(value).expanduser().parent
+            near = difflib.get_close_matches(Path(value).name, [one.name for one in folder.glob("*")], 3)
+            hint = f" ({folder} holds {', '.join(near)})" if near else ""
+            raise FileNotFoundError(
+                f"{key}: checkpoint {value!r} does not exist{hint}: give a trained run's folder or a .ckpt file"
+            )
+    for key in WEIGHT_FILES:
+        value = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if isinstance(value, str) and not Path(value).expanduser().is_file():
+            raise FileNotFoundError(
+                f"{key}={value}: weight file {value!r} does not exist; give the path of an existing file"
+            )
+
+
 def check_files(cfg: DictConfig, config: str) -> None:
     """Refuses files and folders that are named and not there, training data that are not named, and what lacks its packages.
 
@@ -94,22 +114,8 @@ def check_files(cfg: DictConfig, config: str) -> None:
             "samples=… (an .npz, a folder of images or of tar shards), checkpoint=… (a model that makes them), latents=… "
             "decoders=[…] or report=… (training runs)"
         )
-    reads = config not in _WITHOUT_WEIGHTS
-    for key in MODELS if reads else ():
-        value = OmegaConf.select(cfg, key, throw_on_missing=False)
-        if isinstance(value, str) and not Path(value).expanduser().exists() and not _may_be_on_the_hub(value):
-            folder = Path(value).expanduser().parent
-            near = difflib.get_close_matches(Path(value).name, [one.name for one in folder.glob("*")], 3)
-            hint = f" ({folder} holds {', '.join(near)})" if near else ""
-            raise FileNotFoundError(
-                f"{key}: checkpoint {value!r} does not exist{hint}: give a trained run's folder or a .ckpt file"
-            )
-    for key in WEIGHT_FILES if reads else ():
-        value = OmegaConf.select(cfg, key, throw_on_missing=False)
-        if isinstance(value, str) and not Path(value).expanduser().is_file():
-            raise FileNotFoundError(
-                f"{key}={value}: weight file {value!r} does not exist; give the path of an existing file"
-            )
+    if config not in _WITHOUT_WEIGHTS:
+        _check_weights(cfg)
     for key, kinds in GIVEN.items():
         value = cfg.get(key)
         if isinstance(value, str) and not Path(value).expanduser().exists():

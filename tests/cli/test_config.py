@@ -333,6 +333,7 @@ def test_float32_matrices_are_multiplied_as_the_key_says():
     [
         ("train", ("stage=1",), "discriminator.checkpoint"),
         ("train", ("stage=1",), "loss.perceptual.vgg_checkpoint"),
+        ("train", ("stage=2", "alignment=repa", "+encoder@alignment.encoder=mae"), "alignment.encoder.checkpoint"),
         ("evaluate", ("metric=reconstruction",), "metric.perceptual.vgg_checkpoint"),
         ("evaluate", ("metric=fd_clip",), "metric.detector.encoder.checkpoint"),
         ("evaluate", ("metric=adm",), "metric.detector.checkpoint"),
