@@ -40,8 +40,9 @@ def check_metric(node: DictConfig | None) -> bool:
 
 MODELS = (
     *("checkpoint", "decoder_checkpoint", "guide_checkpoint", "init_checkpoint", "teacher_checkpoint"),
-    "callbacks.evaluation.guide",
+    *("discriminator_checkpoint", "callbacks.evaluation.guide"),
 )
+"""Keys of trained models."""
 _IMAGES = "an .npz file, a folder of images or of tar shards"
 GIVEN = {
     **dict.fromkeys(("samples", "originals", "neighbours_of"), _IMAGES),

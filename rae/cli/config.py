@@ -16,17 +16,7 @@ from rae.io.errors import ConfigError
 from rae.io.files import differing, write_text
 
 _PATHS = (
-    *(
-        *MODELS,
-        "discriminator_checkpoint",
-        *WEIGHT_FILES,
-        "latent.stats",
-        *GIVEN,
-        "labels",
-        "images",
-        "synsets",
-        "source",
-    ),
+    *(*MODELS, *WEIGHT_FILES, "latent.stats", *GIVEN, "labels", "images", "synsets", "source"),
     *("metric.reference", "callbacks.evaluation.metric.reference"),
 )
 _OF_DATA = ("train_path", "val_path", "repo")

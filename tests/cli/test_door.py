@@ -36,6 +36,7 @@ NOT_THERE = [
         "train stage=2 latent.stats=none evaluation=generation callbacks.evaluation.guide=absent",
         "callbacks.evaluation.guide: checkpoint 'absent' does not exist",
     ),
+    ("train stage=1 discriminator_checkpoint=absent", "discriminator_checkpoint: checkpoint 'absent' does not exist"),
     ("sample checkpoint=absent", "checkpoint 'absent' does not exist"),
     ("sample model=mae_b_256", "rae-download model=… collection=models fetches the files of a published model"),
     ("evaluate samples=absent", "samples=absent does not exist"),
