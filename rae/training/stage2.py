@@ -96,10 +96,10 @@ class Stage2Module(TrainingModule):
             )
         if teacher is not None:
             teacher.check(denoiser)
-        if teacher is not None and not flow.second_time:
-            raise ValueError(
-                f"{type(flow).__name__} learns from no teacher: teacher_checkpoint=null, or flow=mean_flow or cmt"
-            )
+            if not flow.second_time:
+                raise ValueError(
+                    f"{type(flow).__name__} learns from no teacher: teacher_checkpoint=null, or flow=mean_flow or cmt"
+                )
         self.teacher = teacher
         self.flow = flow
         self.label_dropout = label_dropout
@@ -110,16 +110,16 @@ class Stage2Module(TrainingModule):
                 f"flow.prediction={flow.prediction} with flow.time_floor={flow.time_floor} has none; choose flow=raev2, or "
                 "flow.prediction=velocity with flow.time_floor=0.05"
             )
-        self.alignment = alignment
-        if alignment is not None and flow.needs_teacher:
-            raise ValueError(f"{type(flow).__name__} trains on no images, which alignment needs: alignment=null")
-        if alignment is not None:
-            alignment.watch(denoiser)
         if layer_dropout and denoiser.takes_class_token:
             raise ValueError(
                 f"training.layer_dropout={layer_dropout} leaves layers of the latents out, not of the class token that "
                 f"{type(denoiser).__name__} learns: set it to 0"
             )
+        self.alignment = alignment
+        if alignment is not None:
+            if flow.needs_teacher:
+                raise ValueError(f"{type(flow).__name__} trains on no images, which alignment needs: alignment=null")
+            alignment.watch(denoiser)
         self._sharded = False
         self.compile_networks(compile, {"denoiser": denoiser, "encoder": autoencoder.encoder})
 
