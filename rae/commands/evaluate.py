@@ -96,15 +96,22 @@ def evaluate(cfg: DictConfig) -> None:
 def _scored(
     cfg: DictConfig, fabric: Fabric, metric: Any, source: Source
 ) -> tuple[dict[str, float], dict[str, Any], list[Any]]:
-    """The scores of all images, all that identifies them, and the first images for the sheet of neighbours."""
+    """The scores of all images, all that identifies them, and the first images for the sheet of neighbours.
+
+    Of a mixture the scores of each source follow, ``psnr/NAME``, by the names that they have in training.
+    """
     shown: list[Any] = []
-    with tqdm(total=source.count, desc="scoring", unit=" image", disable=not fabric.is_global_zero) as bar:
-        for images, options in source.batches:
-            metric.update(*images, **options)
-            bar.update(len(images[0]))
-            shown.extend(images[0][: (cfg.neighbours or 0) - len(shown)])
-    log.info("computing the scores")
-    scores = {name: float(value) for name, value in metric.compute().items()}
+    scores: dict[str, float] = {}
+    for ending, one in {"": source, **{f"/{name}": part for name, part in source.alone.items()}}.items():
+        if ending:
+            metric.reset()
+        with tqdm(total=one.count, desc=f"scoring{ending}", unit=" image", disable=not fabric.is_global_zero) as bar:
+            for images, options in one.batches:
+                metric.update(*images, **options)
+                bar.update(len(images[0]))
+                shown.extend(images[0][: (cfg.neighbours or 0) - len(shown)])
+        log.info("computing the scores")
+        scores |= {f"{name}{ending}": float(value) for name, value in metric.compute().items()}
     identity = {**source.identity, "metric": getattr(metric, "identity", None), "versions": versions()}
     return scores, {**identity, "protocol": protocol_of(identity)}, shown
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Source:
     """Where samples that were drawn for this lie; None for files."""
     labels: Wanted = ()
     """Labels or prompts of these samples."""
+    alone: Mapping[str, Source] = field(default_factory=dict)
+    """Of a mixture of data sets each by its name, which is scored by itself too."""
 
 
 def from_files(cfg: DictConfig, fabric: Fabric, metric: Any, pairs: bool) -> Source:
@@ -109,7 +111,7 @@ def _of_parts(
 
 
 def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]) -> Source:
-    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data.
+    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data; of a mixture, each source too.
 
     Each process takes a stretch of the images. ``prepare`` is told their size and number before.
 
@@ -120,11 +122,17 @@ def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., Non
     data = open_data(run, autoencoder.image_size)
     count = checked_count(data, cfg.count)
     prepare(autoencoder.image_size, count)
-    mine = stretch(count, fabric.global_rank, fabric.world_size)
-    batches = data.range_dataloader("val", [mine])
-    pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
     identity = {"samples": model_identity(cfg, run, autoencoder)}
-    return Source(((pair, {}) for pair in pairs), len(mine), identity, run)
+
+    def of(numbers: range, alone: Mapping[str, Source]) -> Source:
+        part = stretch(len(numbers), fabric.global_rank, fabric.world_size)
+        batches = data.range_dataloader("val", [numbers[part.start : part.stop]])
+        pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
+        return Source(((pair, {}) for pair in pairs), len(part), identity, run, alone=alone)
+
+    within = {name: range(numbers.start, min(numbers.stop, count)) for name, numbers in data.val_ranges().items()}
+    alone = {name: of(numbers, {}) for name, numbers in within.items() if len(numbers) > 1}  # rFID is not of one
+    return of(range(count), alone)
 
 
 def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple[str, Source]]:

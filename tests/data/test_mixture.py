@@ -29,7 +29,7 @@ from rae.encoder import tiny_encoder
 from rae.io.errors import ConfigError
 from rae.metric import ReconstructionMetrics
 from rae.report.table import by_source
-from rae.training.reconstructions import reconstructions
+from rae.training.scores import reconstructions
 from tests.data.test_data import Recorder, SaveEverywhere, trainer
 from tests.helpers.digits_runs import run
 from tests.training.test_kill import differences, finish, start
@@ -278,7 +278,7 @@ def test_rae_evaluate_scores_all_sources_together_and_each(root, tmp_path, monke
     torch.manual_seed(0)
     encoder = tiny_encoder(input_size=16)
     model = RAE(encoder, ViTDecoder(32, 2, 16, 1, 2, 16, patch=8, mean=encoder.mean, std=encoder.std)).eval()
-    monkeypatch.setattr(sources, "open_autoencoder", lambda cfg: (model, cfg))
+    monkeypatch.setattr(sources, "open_autoencoder", lambda cfg, device: (model, cfg))
     monkeypatch.setattr(sources, "open_data", lambda run, side: mixture(root))
     there = [f"checkpoint={root}", f"images={root}", f"output_dir={tmp_path}"]  # what these hold is said above
     run("evaluate", *there, "metric=psnr", "device=cpu", "count=9")
