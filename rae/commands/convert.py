@@ -30,7 +30,8 @@ from rae.formats import (
     save_original,
     save_pipeline,
 )
-from rae.formats.original_yaml import commands, render, translate
+from rae.formats.original_yaml import translate
+from rae.formats.translation import commands, render
 from rae.generator import Generator
 from rae.io.errors import ConfigError
 from rae.io.files import write_text

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rae.io.names import join, renamed, split
+
 
 @dataclass(frozen=True)
 class Family:
@@ -33,7 +35,7 @@ class Family:
     """Prefix of block ``{}``."""
 
 
-_QKV = ("query", "key", "value")
+_PIECES = {"attn.qkv": ("attn.query", "attn.key", "attn.value")}
 _ATTENTION = {
     "attn.query": ("attention.attention.query", "attention.q_proj"),
     "attn.key": ("attention.attention.key", "attention.k_proj"),
@@ -167,7 +169,7 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for key, value in bare.items():
         match = _BLOCK.match(key)
-        name = f"blocks.{match[1]}.{_rename(match[2], inner)}" if match else _rename(key, outer)
+        name = f"blocks.{match[1]}.{renamed(match[2], inner)}" if match else renamed(key, outer)
         out[name] = value
     return _join(out, family)
 
@@ -227,14 +229,14 @@ def from_timm(
         full["pos_embed"] = state["pos_embed"][0]
     inner = {ours: theirs[min(which, len(theirs) - 1)] for ours, theirs in names.inner.items()}
     out: dict[str, Tensor] = {}
-    for key, value in _split(full).items():
+    for key, value in split(full, _PIECES).items():
         match = _TIMM_BLOCK.match(key)
         places, rest = (inner, match[2]) if match else (names.outer, key)
-        renamed = _rename(rest, places)
-        if not any(renamed == place or renamed.startswith(f"{place}.") for place in places.values()):
+        name = renamed(rest, places)
+        if not any(name == place or name.startswith(f"{place}.") for place in places.values()):
             raise ValueError(f"{key!r} has no name in transformers' {family}; give a state dict of that family")
         prefix = names.layers[which].format(match[1]) if match else ""
-        out[f"{names.roots[which]}{prefix}{renamed}"] = value
+        out[f"{names.roots[which]}{prefix}{name}"] = value
     return out
 
 
@@ -248,22 +250,14 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         match = _TIMM_BLOCK.match(key)
         if match:
-            out[f"transformer.resblocks.{match[1]}.{_rename(match[2], _CLIP_INNER)}"] = value
+            out[f"transformer.resblocks.{match[1]}.{renamed(match[2], _CLIP_INNER)}"] = value
         else:
-            out[_rename(key, _CLIP_OUTER)] = value
+            out[renamed(key, _CLIP_OUTER)] = value
     if "class_embedding" in out:
         out["class_embedding"] = out["class_embedding"].flatten()
     if "positional_embedding" in out:
         out["positional_embedding"] = out["positional_embedding"][0]
     return out
-
-
-def _rename(key: str, names: Mapping[str, str]) -> str:
-    """Replaces the beginning of a key, whole parts of it only; one that no name fits is returned as it is."""
-    for old, new in names.items():
-        if key == old or key.startswith(f"{old}."):
-            return new + key[len(old) :]
-    return key
 
 
 def _unwrap(key: str) -> str:
@@ -275,10 +269,7 @@ def _unwrap(key: str) -> str:
 
 def _join(state: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
     """Joins query, key and value where all three are there, and gives class token and positions timm's form."""
-    for key in [key for key in state if ".attn.query." in key]:
-        parts = [key.replace(".query.", f".{part}.") for part in _QKV]
-        if all(part in state for part in parts):
-            state[key.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts])
+    state = join(state, _PIECES)
     if family is _DINOV3_THERE:  # keys have no bias, and a gated feed-forward layer has two first parts
         names = {"attn.query.bias": "attn.q_bias", "attn.value.bias": "attn.v_bias"}
         if any(".mlp.fc1_g." in key for key in state):
@@ -295,15 +286,3 @@ def _join(state: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
     if table is not None and family is _SIGLIP:
         state["pos_embed"] = table[None]
     return state
-
-
-def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Splits what :func:`_join` joins."""
-    out: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if ".attn.qkv." not in key:
-            out[key] = value
-            continue
-        for part, piece in zip(_QKV, value.chunk(3), strict=True):
-            out[key.replace(".qkv.", f".{part}.")] = piece.clone()
-    return out

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rae.decoder import ViTDecoder
+from rae.io.names import Naming, is_table
 from rae.io.tensors import load_strict
 
 _OUTER = {
@@ -19,31 +18,34 @@ _OUTER = {
     "decoder_norm": "norm",
     "decoder_pred": "last_layer",
 }
-_LAYER = re.compile(r"^decoder_layers\.(\d+)\.(.+)\.(weight|bias)$")
-_QKV = ("query", "key", "value")
+_BESIDE_ATTENTION = {
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+}
 _INNER = {
     "original": {
         "attention.attention.query": "attn.query",
         "attention.attention.key": "attn.key",
         "attention.attention.value": "attn.value",
         "attention.output.dense": "attn.proj",
-        "intermediate.dense": "mlp.fc1",
-        "output.dense": "mlp.fc2",
-        "layernorm_before": "norm1",
-        "layernorm_after": "norm2",
+        **_BESIDE_ATTENTION,
     },
     "diffusers": {
         "attention.to_q": "attn.query",
         "attention.to_k": "attn.key",
         "attention.to_v": "attn.value",
         "attention.to_out.0": "attn.proj",
-        "intermediate.dense": "mlp.fc1",
-        "output.dense": "mlp.fc2",
-        "layernorm_before": "norm1",
-        "layernorm_after": "norm2",
+        **_BESIDE_ATTENTION,
     },
 }
 POSITION = "decoder_pos_embed"
+
+
+def _naming(*projects: str) -> Naming:
+    inner = {theirs: ours for project in projects for theirs, ours in _INNER[project].items()}
+    return Naming(_OUTER, inner, "decoder_layers", pieces={"attn.qkv": ("attn.query", "attn.key", "attn.value")})
 
 
 def decoder_from_original(
@@ -98,35 +100,13 @@ def load_decoder(decoder: ViTDecoder, state: Mapping[str, Tensor], source: str, 
         ValueError: Weights that do not fit; all keys are listed.
     """
     if POSITION in state:
-        table = state[POSITION]
-        if table.shape != decoder.position.shape or not torch.allclose(
-            table.float(), decoder.position.cpu(), atol=1e-4
-        ):
+        if not is_table(state[POSITION], decoder.position):
             raise ValueError(
-                f"{source}: {POSITION} of shape {tuple(table.shape)} is not the fixed table of this decoder "
+                f"{source}: {POSITION} of shape {tuple(state[POSITION].shape)} is not the fixed table of this decoder "
                 f"{tuple(decoder.position.shape)}: another grid or width"
             )
-    load_strict(decoder, state_to_ours(state), source, adopt)
-
-
-def state_to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the original's or diffusers' keys to ours; ours stay."""
-    inner = {**_INNER["original"], **_INNER["diffusers"]}
-    out: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key == POSITION:
-            continue
-        match = _LAYER.match(key)
-        if match and match[2] in inner:
-            out[f"blocks.{match[1]}.{inner[match[2]]}.{match[3]}"] = value
-            continue
-        stem, _, kind = key.rpartition(".")
-        out[_OUTER.get(key) or (f"{_OUTER[stem]}.{kind}" if stem in _OUTER else key)] = value
-    for key in [key for key in out if ".attn.query." in key]:
-        names = [key.replace(".query.", f".{part}.") for part in _QKV]
-        if all(name in out for name in names):
-            out[key.replace(".query.", ".qkv.")] = torch.cat([out.pop(name) for name in names])
-    return out
+        state = {key: value for key, value in state.items() if key != POSITION}
+    load_strict(decoder, _naming("original", "diffusers").to_ours(state), source, adopt)
 
 
 def state_from_ours(decoder: ViTDecoder, naming: str) -> dict[str, Tensor]:
@@ -141,17 +121,4 @@ def state_from_ours(decoder: ViTDecoder, naming: str) -> dict[str, Tensor]:
     """
     if naming not in _INNER:
         raise ValueError(f"naming={naming!r} is unknown; choose original or diffusers")
-    inner = {ours: name for name, ours in _INNER[naming].items()}
-    outer = {ours: name for name, ours in _OUTER.items()}
-    out: dict[str, Tensor] = {POSITION: decoder.position.clone()}
-    for key, value in decoder.state_dict().items():
-        match = re.match(r"^blocks\.(\d+)\.(.+)\.(weight|bias)$", key)
-        if not match:
-            stem, _, kind = key.rpartition(".")
-            out[outer.get(key) or f"{outer[stem]}.{kind}"] = value
-        elif match[2] == "attn.qkv":
-            for part, piece in zip(_QKV, value.chunk(3), strict=True):
-                out[f"decoder_layers.{match[1]}.{inner[f'attn.{part}']}.{match[3]}"] = piece.clone()
-        else:
-            out[f"decoder_layers.{match[1]}.{inner[match[2]]}.{match[3]}"] = value
-    return out
+    return {POSITION: decoder.position.clone(), **_naming(naming).from_ours(decoder.state_dict())}

@@ -12,30 +12,27 @@ from torch import Tensor
 
 from rae.denoiser import Denoiser, DiT, DiTDH, InContextDiT, RiT
 from rae.formats import raev2
+from rae.formats.raev2 import rotary_tables, sizes_of
+from rae.io.names import Naming, is_table
 from rae.io.tensors import load_strict
 
-_COMMON = (
-    (r"^t_embedder\.W$", "time_embedding.frequencies"),
-    (r"^t_embedder\.mlp\.0\.", "time_embedding.fc1."),
-    (r"^t_embedder\.mlp\.2\.", "time_embedding.fc2."),
-    (r"^y_embedder\.embedding_table\.", "label_embedding.table."),
-    (r"^final_layer\.norm_final\.", "final.norm."),
-    (r"^final_layer\.linear\.", "final.linear."),
-    (r"^final_layer\.adaLN_modulation\.1\.", "final.modulation."),
-    (r"\.adaLN_modulation\.1\.", ".modulation."),
-)
-_PLAIN = ((r"^x_embedder\.", "patch_embedding."),)
-_RIT = (
-    *_PLAIN,
-    (r"^cls_projectors\.", "class_projection."),
-    (r"^in_context_posemb$", "context"),
-    (r"^final_layer\.linear_cls\.", "final.class_linear."),
-)
-_TWO_WIDTHS = (
-    (r"^s_embedder\.", "backbone_embedding."),
-    (r"^x_embedder\.", "head_embedding."),
-    (r"^s_projector\.", "projection."),
-)
+_COMMON = {
+    "t_embedder.W": "time_embedding.frequencies",
+    "t_embedder.mlp.0": "time_embedding.fc1",
+    "t_embedder.mlp.2": "time_embedding.fc2",
+    "y_embedder.embedding_table": "label_embedding.table",
+    "final_layer.norm_final": "final.norm",
+    "final_layer.linear": "final.linear",
+    "final_layer.adaLN_modulation.1": "final.modulation",
+}
+_ONE_WIDTH = {"x_embedder": "patch_embedding"}
+_RIT = {
+    "cls_projectors": "class_projection",
+    "in_context_posemb": "context",
+    "final_layer.linear_cls": "final.class_linear",
+}
+_TWO_WIDTHS = {"s_embedder": "backbone_embedding", "x_embedder": "head_embedding", "s_projector": "projection"}
+_INNER = {"adaLN_modulation.1": "modulation"}
 _SECOND_TIME = "second_embedding."
 _CLASSES = ("label_embedding.table.weight", "condition.table.weight")
 _FIXED = re.compile(r"^(pos_embed|(enc_|dec_)?feat_rope\.freqs_(cos|sin))$")
@@ -79,25 +76,10 @@ def denoiser_from_config(config: Mapping[str, Any]) -> Denoiser:
         "mlp": "swiglu" if config.get("use_swiglu", True) else "gelu",
         "rope": config.get("use_rope", True),
     }
-    patch = config.get("patch_size", 1)
-    width, depth, heads = config["hidden_size"], config["depth"], config["num_heads"]
-    if isinstance(width, int):
-        return DiT(width=width, depth=depth, heads=heads, patch=patch, **common)
-    patches = {patch} if isinstance(patch, int) else set(patch)
-    if len(patches) != 1:
-        raise ValueError(f"patch_size={patch} of the original: backbone and head must have the same patch here")
-    heads = (heads, heads) if isinstance(heads, int) else heads
-    return DiTDH(
-        width=width[0],
-        depth=depth[0],
-        heads=heads[0],
-        head_width=width[1],
-        head_depth=depth[1],
-        head_heads=heads[1],
-        patch=patches.pop(),
-        position_table=config.get("use_pos_embed", True),
-        **common,
-    )
+    sizes = sizes_of(config, "the original")
+    if "head_width" not in sizes:
+        return DiT(**sizes, **common)
+    return DiTDH(position_table=config.get("use_pos_embed", True), **sizes, **common)
 
 
 def load_denoiser(denoiser: Denoiser, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
@@ -173,70 +155,37 @@ def original_to_ours(state: Mapping[str, Tensor], model: Denoiser) -> dict[str, 
     Raises:
         ValueError: A fixed table of the file differs from the one that the architecture implies.
     """
-    renamed = {}
+    tables, kept = _tables(model), {}
     for key, value in state.items():
-        if _FIXED.match(key):
-            _check_table(key, value, model)
-            continue
-        name = _rename(key, model)
-        renamed[name] = value[0] if name == "context" and value.ndim == 3 else value
-    return renamed
+        if not _FIXED.match(key):
+            kept[key] = value[0] if key == "in_context_posemb" and value.ndim == 3 else value
+        elif key in tables and not is_table(
+            value, tables[key]
+        ):  # one that the original stores and does not use may differ
+            raise ValueError(
+                f"{key} of the file (shape {tuple(value.shape)}) is not the fixed table of this architecture "
+                f"(shape {tuple(tables[key].shape)}): another grid or head size"
+            )
+    return _naming(model).to_ours(kept)
 
 
 def ours_to_original(model: Denoiser) -> dict[str, Tensor]:
     """The model's weights under the original's keys, fixed tables included."""
-    two_widths = isinstance(model, DiTDH)
-    state = model.state_dict()
-    renamed = {}
-    for key, value in state.items():
-        original = key
-        if two_widths and key.startswith("backbone."):
-            original = f"blocks.{key.removeprefix('backbone.')}"
-        elif two_widths and key.startswith("head."):
-            index, rest = key.removeprefix("head.").split(".", 1)
-            original = f"blocks.{int(index) + len(model.backbone)}.{rest}"  # type: ignore[arg-type]
-        for pattern, name in (*_COMMON, *(_TWO_WIDTHS if two_widths else _PLAIN)):
-            if name == ".modulation.":
-                original = re.sub(r"^(blocks\.\d+)\.modulation\.", r"\1.adaLN_modulation.1.", original)
-            elif original.startswith(name):
-                original = re.sub(r"\\|\^|\$", "", pattern) + original[len(name) :]
-        renamed[original] = value
-    renamed.update({key: table for key, table in _tables(model).items() if table is not None})
-    return renamed
+    return _naming(model).from_ours(model.state_dict()) | _tables(model)
 
 
-def _rename(key: str, model: Denoiser) -> str:
-    if isinstance(model, DiTDH) and (match := re.match(r"^blocks\.(\d+)\.(.*)$", key)):
-        index, depth = int(match[1]), len(model.backbone)
-        key = f"backbone.{index}.{match[2]}" if index < depth else f"head.{index - depth}.{match[2]}"
-    names = _TWO_WIDTHS if isinstance(model, DiTDH) else _RIT if isinstance(model, RiT) else _PLAIN
-    for pattern, name in (*_COMMON, *names):
-        key = re.sub(pattern, name, key)
-    return key
+def _naming(model: Denoiser) -> Naming:
+    if isinstance(model, DiTDH):
+        return Naming(_COMMON | _TWO_WIDTHS, _INNER, stacks={"backbone": 0, "head": len(model.backbone)})
+    return Naming(_COMMON | _ONE_WIDTH | (_RIT if isinstance(model, RiT) else {}), _INNER)
 
 
-def _tables(model: Denoiser) -> dict[str, Tensor | None]:
+def _tables(model: Denoiser) -> dict[str, Tensor]:
     """The original's fixed buffers, as ours have them."""
     table = getattr(model, "position", None)
     if isinstance(model, RiT):
         table = F.pad(model.position, (0, 0, 1, 0))  # the class token's row is zero
-    tables: dict[str, Tensor | None] = {"pos_embed": table}
+    ropes = {"feat_rope": getattr(model, "rope", None)}
     if isinstance(model, DiTDH):
         ropes = {"enc_feat_rope": model.backbone_rope, "dec_feat_rope": model.head_rope}
-    else:
-        ropes = {"feat_rope": getattr(model, "rope", None)}
-    for name, rope in ropes.items():
-        tables[f"{name}.freqs_cos"] = rope.cos if rope is not None else None
-        tables[f"{name}.freqs_sin"] = rope.sin if rope is not None else None
-    return tables
-
-
-def _check_table(key: str, value: Tensor, model: Denoiser) -> None:
-    own = _tables(model).get(key)
-    if own is None:
-        return  # a table that the original stores and does not use
-    if own.shape != value.shape or not torch.allclose(own.cpu(), value.to(own.dtype), atol=1e-4):
-        raise ValueError(
-            f"{key} of the file (shape {tuple(value.shape)}) is not the fixed table of this architecture "
-            f"(shape {tuple(own.shape)}): another grid or head size"
-        )
+    return ({} if table is None else {"pos_embed": table}) | rotary_tables(ropes)

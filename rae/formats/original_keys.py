@@ -2,102 +2,55 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from rae.formats.translation import Translation
 from rae.io.errors import ConfigError
-
-
-@dataclass
-class Translation:
-    """What a configuration of the original becomes, ``source`` being its values by dotted key, defaults filled in."""
-
-    source: Mapping[str, Any]
-    kind: str
-    """``autoencoder`` or ``sample``: a trained model; ``stage1`` or ``stage2``: a training."""
-    devices: int = 8
-    choices: dict[str, str] = field(default_factory=dict)
-    """Group -> choice."""
-    values: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    """Our dotted key -> value, and the original's key that it comes from."""
-    used: dict[str, str] = field(default_factory=dict)
-    """The original's keys that have a counterpart -> our key or group."""
-    left: dict[str, str] = field(default_factory=dict)
-    """The original's keys that nothing is set for -> why; in ``refused`` those whose values cannot be had."""
-    refused: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def trains(self) -> bool:
-        """Whether it is a training."""
-        return self.kind in ("stage1", "stage2")
-
-    def put(self, key: str, value: Any, origin: str) -> None:
-        """Sets one of our keys, for a key of the original."""
-        self.values[key] = (value, origin)
-        if origin in self.source:
-            self.used[origin] = key
-
-    def choose(self, group: str, choice: str, origin: str) -> None:
-        """Chooses a file of a group in ``conf/``, for a key of the original."""
-        self.choices[group] = choice
-        self.used[origin] = group
-
-    def unchanged(self) -> list[str]:
-        """The original's keys, with their values, for which the chosen files have the same value already."""
-        return [
-            f"{key}={self.source[key]}" for key, ours in self.used.items() if ours not in {*self.values, *self.choices}
-        ]
-
-    def reasons(self) -> dict[str, list[str]]:
-        """Why nothing is set -> the original's keys, with their values, that this is the reason for."""
-        found: dict[str, list[str]] = {}
-        for key, why in self.left.items():
-            found.setdefault(why, []).append(f"{key}={self.source[key]}")
-        return found
-
 
 # --- rules -------------------------------------------------------------------------------------------------------
 
-Rule = Callable[[Translation, str, Any], None]
-"""What becomes of the original's key and its value; raises a ConfigError where the value cannot be had."""
+Rule = Callable[[Translation, Any], Any]
+"""What becomes of a value of the original: our keys with their values, as :meth:`Translation.put` takes them, or the reason why
+nothing is set, or a function that gives the value in our configuration. A value that cannot be had raises a ConfigError."""
 
 
-def put(ours: str, convert: Callable[[Any], Any] = lambda value: value, off: str | None = None) -> Rule:
-    """The value, converted, goes to a key of ours; ``off`` is the same in another unit, and is switched off."""
-
-    def rule(t: Translation, key: str, value: Any) -> None:
-        t.put(ours, convert(value), key)
-        if off is not None:
-            t.put(off, None, key)
-
-    return rule
+def put(ours: str, convert: Callable[[Any], Any] = lambda value: value, also: Mapping[str, Any] | None = None) -> Rule:
+    """The value, converted, goes to a key of ours; ``also`` are further keys, set whatever the value is."""
+    return lambda t, value: {ours: convert(value), **(also or {})}
 
 
 def choose(group: str, names: Mapping[Any, str], name_of: Callable[[Any], Any] = lambda value: value) -> Rule:
     """The value, or a name made of it, is the choice of a group; any other than these is refused."""
 
-    def rule(t: Translation, key: str, value: Any) -> None:
+    def rule(t: Translation, value: Any) -> Mapping[str, str]:
         if (name := name_of(value)) not in names:
             raise ConfigError(f"{name!r} is none of {', '.join(map(str, names))}")
-        t.choose(group, names[name], key)
+        return {f"/{group}": names[name]}
 
     return rule
 
 
 def leave(why: str) -> Rule:
     """Nothing is set."""
-    return lambda t, key, value: t.left.__setitem__(key, why)
+    return lambda t, value: why
+
+
+def derived(ours: Callable[[Any], Any]) -> Rule:
+    """Nothing is set: the value follows from others, and is compared with that of our configuration."""
+    return lambda t, value: ours
 
 
 def only(*values: Any, why: str) -> Rule:
     """There is but this; another value is refused."""
 
-    def rule(t: Translation, key: str, value: Any) -> None:
+    def rule(t: Translation, value: Any) -> str:
         if value not in values:
             raise ConfigError(f"{value!r} cannot be had here, only {' or '.join(map(repr, values))} ({why})")
-        t.left[key] = why
+        return why
 
     return rule
 
@@ -105,90 +58,105 @@ def only(*values: Any, why: str) -> Rule:
 def same_as(other: str, why: str) -> Rule:
     """The value must be that of another key of the original, which is translated."""
 
-    def rule(t: Translation, key: str, value: Any) -> None:
+    def rule(t: Translation, value: Any) -> str:
         if t.source.get(other) != value:
             raise ConfigError(f"{value!r} differs from {other}={t.source.get(other)!r} ({why})")
-        t.left[key] = why
+        return why
 
     return rule
 
 
-def when(kind: str, rule: Rule, otherwise: Rule) -> Rule:
-    """One rule for a kind of configuration, another one for the rest."""
-    return lambda t, key, value: (rule if t.kind == kind else otherwise)(t, key, value)
+def when(test: str | Callable[[Translation], bool], rule: Rule, otherwise: Rule) -> Rule:
+    """One rule for a kind of configuration, or where a test holds, another one for the rest."""
+    holds = test if callable(test) else lambda t: t.kind == test
+    return lambda t, value: (rule if holds(t) else otherwise)(t, value)
 
 
 def first_of(rule: Rule, *keys: str) -> dict[str, Rule]:
     """Several keys of the original mean the same, and the first of them that is given decides."""
 
-    def decided(t: Translation, key: str, value: Any) -> None:
-        deciding = next(other for other in keys if t.source.get(other) is not None or other == key)
-        (rule if key == deciding else leave(f"{deciding} decides, in the original too"))(t, key, value)
+    def behind(earlier: Sequence[str], t: Translation, value: Any) -> Any:
+        deciding = next((key for key in earlier if t.source.get(key) is not None), None)
+        return rule(t, value) if deciding is None else f"{deciding} decides, in the original too"
 
-    return dict.fromkeys(keys, decided)
-
-
-def chosen(t: Translation, key: str, value: Any) -> None:
-    """Together with other keys it chooses a file of a group: see :mod:`rae.formats.original_yaml`."""
+    return {key: partial(behind, keys[:number]) for number, key in enumerate(keys)}
 
 
-def _time(t: Translation, key: str, value: Any) -> None:
-    found = re.fullmatch(r"logit-normal_(-?[\d.]+)_([\d.]+)", str(value))
-    if found:
-        t.put("flow.time.mean", float(found[1]), key)
-        t.put("flow.time.std", float(found[2]), key)
-    elif value != "uniform":
-        raise ConfigError(f"{value!r} is neither uniform nor logit-normal_MEAN_STD")
-    t.choose("flow/time", "logit_normal" if found else "uniform", key)
+def _encoder(t: Translation, value: Any) -> Mapping[str, str]:
+    """The original's class, together with what the name of its weights holds."""
+    names = [f"stage_1.params.{name}" for name in ("encoder_params.dinov2_path", "encoder_params.model_name")]
+    name = next((str(t.source[at]) for at in (*names, "stage_1.params.encoder_config_path") if t.source.get(at)), "")
+    found = [choice for cls, pattern, choice in ENCODERS if cls == value and re.search(pattern, name, re.IGNORECASE)]
+    if not found:
+        known = ", ".join(f"{cls} ({choice})" for cls, _, choice in ENCODERS)
+        raise ConfigError(f"{value} with {name!r} is none of {known}")
+    return {"/encoder": found[0]}
 
 
-def _batch(t: Translation, key: str, value: Any) -> None:
+def _time(t: Translation, value: Any) -> Mapping[str, Any]:
+    if value == "uniform":
+        return {"/flow/time": "uniform"}
+    if found := re.fullmatch(r"logit-normal_(-?[\d.]+)_([\d.]+)", str(value)):
+        mean, std = map(float, found.groups())
+        return {"flow.time.mean": mean, "flow.time.std": std, "/flow/time": "logit_normal"}
+    raise ConfigError(f"{value!r} is neither uniform nor logit-normal_MEAN_STD")
+
+
+def _batch(t: Translation, value: Any) -> Mapping[str, int]:
     """The global batch is shared out to processes and micro-batches."""
-    parts = t.devices * int(t.source.get("training.grad_accum_steps", 1)) if key.endswith("global_batch_size") else 1
+    whole = t.source.get("training.global_batch_size") is not None
+    parts = t.devices * int(t.source.get("training.grad_accum_steps", 1)) if whole else 1
     if int(value) % parts:
         raise ConfigError(f"{value} is not divisible by devices={t.devices} × grad_accum_steps={parts // t.devices}")
-    t.put("data.batch_size", int(value) // parts, key)
+    return {"data.batch_size": int(value) // parts}
 
 
-def _interval(t: Translation, key: str, value: Any) -> None:
+def _interval(t: Translation, value: Any) -> Mapping[str, list[float]]:
     """Both ends become one value; the sampling files write them with a dash."""
-    ends = {name.replace("-", "_"): end for name, end in t.source.items() if name.startswith("guidance.t")}
-    low, high = ends.get("guidance.t_min", 0.0), ends.get("guidance.t_max", 1.0)
-    t.put("guidance.interval", [float(low), float(high)], key)
-
-
-def _evaluation(t: Translation, key: str, value: Any) -> None:
-    put(f"{_SCORED}.every_n_steps", int, off=f"{_SCORED}.every_n_epochs")(t, key, value)
-    t.choose("evaluation", "reconstruction" if t.kind == "stage1" else "generation", key)
-
-
-def _reference(t: Translation, key: str, value: Any) -> None:
-    t.put(f"{_SCORED}.metric.reference", value, key)
-    if t.kind == "stage1":  # packed images do not say what they are of
-        t.put(f"{_SCORED}.metric.assume_kind", "validation", key)
+    ends = {name.replace("-", "_"): float(end) for name, end in t.source.items() if name.startswith("guidance.t")}
+    return {"guidance.interval": [ends.get("guidance.t_min", 0.0), ends.get("guidance.t_max", 1.0)]}
 
 
 def _sizes(backbone: str, head: str) -> Rule:
     """A number for the backbone, or a list with that of the head."""
+    return lambda t, value: dict(zip((backbone, head), map(int, _listed(value)), strict=False))
 
-    def rule(t: Translation, key: str, value: Any) -> None:
-        for ours, number in zip((backbone, head), value if isinstance(value, list) else [value], strict=False):
-            t.put(ours, int(number), key)
 
-    return rule
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _patch(value: Any) -> int:
-    sizes = set(value) if isinstance(value, list) else {value}
-    if len(sizes) > 1:
+    if len(sizes := set(_listed(value))) > 1:
         raise ConfigError(f"{value} differ; backbone and head have one patch size")
     return int(sizes.pop())
 
 
+def _scored(by: str) -> Rule:
+    return put(f"{_SCORED}.every_n_steps", int, {f"{_SCORED}.every_n_epochs": None, "/evaluation": by})
+
+
+def _decoder_name(value: Any) -> str:
+    return str(value).removesuffix("/").removesuffix("/config.json").rpartition("/")[2]
+
+
 # --- the table ---------------------------------------------------------------------------------------------------
 
-DERIVED = "derived"
-"""Reason of keys that follow from others here; their values are compared in :mod:`rae.formats.original_yaml`."""
+ENCODERS = (
+    ("Dinov2withNorm", r"reg.*small", "dinov2_s"),
+    ("Dinov2withNorm", r"reg.*base", "dinov2"),
+    ("Dinov2withNorm", r"reg.*large", "dinov2_l"),
+    ("SigLIP2wNorm", r"base.*p(atch)?16", "siglip2"),
+    ("SigLIP2wNorm", r"large.*p(atch)?16", "siglip2_l"),
+    ("SigLIP2wNorm", r"so400m.*p(atch)?16", "siglip2_so400m"),
+    ("MAEwNorm", r"base", "mae"),
+)
+"""The original's class, what the name of its weights holds, our choice."""
+DENOISERS = {
+    **{"DiTwDDTHead": "dit_dh_{size}", "LightningDiT": "dit_{size}"},
+    **{"DiTwDDTHeadIG": "in_context_dit_dh_xl", "LightningDiTIG": "in_context_dit_xl"},  # RAEv2's
+}
+_WIDTHS = {384: "s", 768: "b", 1024: "l", 1152: "xl"}  # of the backbone, and the files in conf/denoiser that have them
 _SELDOM = leave("only training uses it")
 _ENCODER = leave("the choice of the encoder says it; encoder.checkpoint=FILE reads its weights from a file")
 _PICTURES = leave("pictures are made at every validation: trainer.val_check_interval=…")
@@ -201,6 +169,18 @@ _SAVED = "callbacks.checkpoint"
 _DECODERS = {"ViTB": "vit_b", "ViTL": "vit_l", "ViTXL": "vit_xl"}
 _RECIPES = {"S_8": "dino_s8", "S_16": "dino_s16", "B_16": "dino_b16"}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear"}
+_GUIDANCES = {"cfg": "cfg", "autoguidance": "autoguidance"}
+_SOLVERS = {name: name for name in ("euler", "midpoint", "rk4", "heun3", "dopri5")} | {"heun2": "heun"}
+_NOISY_SOLVERS = {"Euler": "sde_euler", "Heun": "sde_heun"}
+_NOISE = {
+    "diffusion_form": put(
+        "sampler.diffusion",
+        lambda value: str(value).lower().replace("inccreasing", "increasing"),  # as spelt there
+    ),
+    "diffusion_norm": put("sampler.norm", float),
+    "last_step": put("sampler.last_step", lambda value: str(value or "none").lower()),
+    "last_step_size": put("sampler.last_step_size", float),
+}
 _WEIGHTS = when("autoencoder", put("checkpoint"), put("decoder_checkpoint"))
 _NO_NOISE = leave("noise acts in the training of a decoder alone")
 _FRESH = leave("a training begins with fresh weights, or continues a run of its own")
@@ -208,12 +188,21 @@ _FRESH = leave("a training begins with fresh weights, or continues a run of its 
 
 def _denoiser(section: str, node: str) -> dict[str, Rule]:
     """The keys of a denoiser, the model's own or the guide's: the original's section, our config node."""
-    own = node == "denoiser"
+    own, target = node == "denoiser", f"{section}.target"
     dropout = when("stage2", put("training.label_dropout", float), _SELDOM)
     fixed, table = only(True, why="LightningDiT always has its position table"), put(f"{node}.position_table", bool)
+
+    def network(t: Translation, value: Any) -> Mapping[str, str]:
+        """The file of the nearest width."""
+        if (name := str(value).rpartition(".")[2]) not in DENOISERS:
+            raise ConfigError(f"{value} is none of {', '.join(DENOISERS)}")
+        width = int(_listed(t.source.get(f"{section}.params.hidden_size", max(_WIDTHS)))[0])
+        nearest = min(_WIDTHS, key=lambda known: abs(known - width))
+        return {"/denoiser" if own else "/denoiser@guide": DENOISERS[name].format(size=_WIDTHS[nearest])}
+
     rules = {
-        "input_size": leave(DERIVED),
-        "in_channels": leave(DERIVED),
+        "input_size": derived(lambda cfg: cfg[node]["grid"]),
+        "in_channels": derived(lambda cfg: cfg[node]["channels"]),
         "patch_size": put(f"{node}.patch", _patch),
         "hidden_size": _sizes(f"{node}.width", f"{node}.head_width"),
         "depth": _sizes(f"{node}.depth", f"{node}.head_depth"),
@@ -225,18 +214,12 @@ def _denoiser(section: str, node: str) -> dict[str, Rule]:
         "use_swiglu": put(f"{node}.mlp", lambda value: "swiglu" if value else "gelu"),
         "use_rmsnorm": put(f"{node}.norm", lambda value: "rms" if value else "layer"),
         "use_rope": put(f"{node}.rope", bool),
-        "use_pos_embed": lambda t, key, value: (
-            fixed if str(t.source.get(f"{section}.target")).endswith("LightningDiT") else table
-        )(t, key, value),
+        "use_pos_embed": when(lambda t: str(t.source.get(target)).endswith("LightningDiT"), fixed, table),
         "use_checkpoint": put(f"{node}.checkpointing", bool),
         "wo_shift": only(False, why="modulation always shifts; the original's switch raises"),
         "learn_sigma": only(False, why="the denoiser has as many output as input channels"),
     }
-    return {f"{section}.params.{name}": rule for name, rule in rules.items()} | {f"{section}.target": chosen}
-
-
-def _decoder_name(value: Any) -> str:
-    return str(value).removesuffix("/").removesuffix("/config.json").rpartition("/")[2]
+    return {f"{section}.params.{name}": rule for name, rule in rules.items()} | {target: network}
 
 
 TABLE: dict[str, Rule] = {
@@ -244,13 +227,13 @@ TABLE: dict[str, Rule] = {
     "stage_1.target": only("stage1.RAE", why="the autoencoder's class is rae.autoencoder.RAE"),
     **first_of(_WEIGHTS, "stage_1.ckpt", "stage_1.params.pretrained_decoder_path"),
     "stage_1.params.decoder_config_path": choose("decoder", _DECODERS, _decoder_name),
-    "stage_1.params.encoder_cls": chosen,
+    "stage_1.params.encoder_cls": _encoder,
     "stage_1.params.encoder_config_path": _ENCODER,
     "stage_1.params.encoder_params.dinov2_path": _ENCODER,
     "stage_1.params.encoder_params.model_name": _ENCODER,
     "stage_1.params.encoder_params.normalize": only(True, why="every encoder ends with a LayerNorm without weights"),
-    "stage_1.params.encoder_input_size": leave(DERIVED),
-    "stage_1.params.decoder_patch_size": leave(DERIVED),
+    "stage_1.params.encoder_input_size": derived(lambda cfg: cfg["encoder"]["input_size"]),
+    "stage_1.params.decoder_patch_size": derived(lambda cfg: cfg["decoder"]["patch"]),
     "stage_1.params.reshape_to_2d": only(True, why="latents are always B×C×H×W"),
     "stage_1.params.noise_tau": when("stage1", put("training.noise_tau", float), _NO_NOISE),
     "stage_1.params.normalization_stat_path": put("latent.stats"),
@@ -290,8 +273,8 @@ TABLE: dict[str, Rule] = {
     ),
     "training.log_interval": put("trainer.log_every_n_steps", int),
     "training.log_every": put("trainer.log_every_n_steps", int),
-    "training.checkpoint_interval": put(f"{_SAVED}.every_n_epochs", int, off=f"{_SAVED}.every_minutes"),
-    "training.ckpt_every": put(f"{_SAVED}.every_n_steps", int, off=f"{_SAVED}.every_minutes"),
+    "training.checkpoint_interval": put(f"{_SAVED}.every_n_epochs", int, {f"{_SAVED}.every_minutes": None}),
+    "training.ckpt_every": put(f"{_SAVED}.every_n_steps", int, {f"{_SAVED}.every_minutes": None}),
     "training.sample_every": _PICTURES,
     "training.sample_interval": _PICTURES,
     "training.global_seed": put("seed", int),
@@ -299,8 +282,8 @@ TABLE: dict[str, Rule] = {
     "training.optimizer.type": only("adamw", "AdamW", why="AdamW is the default; optimizer=… chooses another"),
     "training.optimizer.eps": put("optimizer.eps", float),
     "training.scheduler.warmup_from_zero": put("scheduler.warmup_from_zero", bool),
-    "training.scheduler.warmup_steps": put("scheduler.warmup_steps", int, off="scheduler.warmup_epochs"),
-    "training.scheduler.decay_end_steps": put("scheduler.decay_end_steps", int, off="scheduler.decay_end_epochs"),
+    "training.scheduler.warmup_steps": put("scheduler.warmup_steps", int, {"scheduler.warmup_epochs": None}),
+    "training.scheduler.decay_end_steps": put("scheduler.decay_end_steps", int, {"scheduler.decay_end_epochs": None}),
     **first_of(put("optimizer.lr", float), "training.scheduler.base_lr", "training.base_lr", "training.optimizer.lr"),
     **first_of(put("optimizer.betas", list), "training.optimizer.betas", "training.optimizer.beta", "training.beta"),
     **first_of(
@@ -310,17 +293,21 @@ TABLE: dict[str, Rule] = {
     **first_of(put("scheduler.warmup_epochs"), "training.scheduler.warmup_epochs", "training.decay_start_epoch"),
     **first_of(put("scheduler.decay_end_epochs"), "training.scheduler.decay_end_epoch", "training.decay_end_epoch"),
     **first_of(choose("scheduler", _SCHEDULES), "training.scheduler.type", "training.schedule_type"),
-    "eval.eval_interval": _evaluation,
+    "eval.eval_interval": when("stage1", _scored("reconstruction"), _scored("generation")),
     "eval.eval_model": put(f"{_SCORED}.live", bool),
     "eval.data_path": put("data.val_path"),
-    "eval.reference_npz_path": _reference,
+    "eval.reference_npz_path": when(
+        "stage1",  # whose packed images do not say what they are of
+        put(f"{_SCORED}.metric.reference", also={f"{_SCORED}.metric.assume_kind": "validation"}),
+        put(f"{_SCORED}.metric.reference"),
+    ),
     "eval.metrics": leave("all scores of the metric are taken"),
     # The denoiser and its samples.
     **_denoiser("stage_2", "denoiser"),
     **_denoiser("guidance.guidance_model", "guide"),
     "stage_2.ckpt": when("sample", put("checkpoint"), _FRESH),
     "guidance.guidance_model.ckpt": put("guide_checkpoint"),
-    "guidance.method": chosen,
+    "guidance.method": choose("guidance", _GUIDANCES),
     "guidance.scale": put("guidance.scale", float),
     **dict.fromkeys(("guidance.t_min", "guidance.t-min", "guidance.t_max", "guidance.t-max"), _interval),
     "transport.params.path_type": choose("flow", {"Linear": "linear", "GVP": "gvp", "VP": "vp"}),
@@ -330,12 +317,28 @@ TABLE: dict[str, Rule] = {
     "transport.params.time_dist_shift": leave("not read by the original either; the shift is derived"),
     "transport.params.train_eps": only(None, 0, why="times are bounded by flow.time.maximum"),
     "transport.params.sample_eps": only(None, 0, why="the sampler's grid says where it ends"),
-    "misc.latent_size": leave(DERIVED),
-    "misc.time_dist_shift_dim": leave(DERIVED),
+    "misc.latent_size": derived(lambda cfg: cfg["latent"]["shape"]),
+    "misc.time_dist_shift_dim": derived(lambda cfg: math.prod(cfg["latent"]["shape"])),
     "misc.time_dist_shift_base": put("flow.shift.base", int),
     "misc.num_classes": same_as("stage_2.params.num_classes", "data, denoiser and samples have the same classes"),
     "misc.null_label": same_as("stage_2.params.num_classes", "the null label is the number of classes"),
     "sampler.mode": only("ODE", "SDE", "ode", "sde", why="the choice of the sampler says it"),
     "sampler.params.num_steps": put("sampler.grid.points", int),
+    "sampler.params.sampling_method": when(
+        lambda t: t.noisy, choose("sampler", _NOISY_SOLVERS), choose("sampler", _SOLVERS)
+    ),
+    "sampler.params.reverse": only(False, why="samples go from noise to data; the original's switch is not finished"),
+    **{
+        f"sampler.params.{name}": when(
+            lambda t: t.source.get("sampler.params.sampling_method") == "dopri5",
+            put(f"sampler.{name}", float),
+            leave("the solver has fixed steps"),
+        )
+        for name in ("atol", "rtol")
+    },
+    **{
+        f"sampler.params.{name}": when(lambda t: t.noisy, rule, leave("it adds no noise"))
+        for name, rule in _NOISE.items()
+    },
 }
-"""Keys of all configurations; those of the two kinds of samplers are in :mod:`rae.formats.original_yaml`."""
+"""Keys of all configurations."""

@@ -21,6 +21,7 @@ from rae.formats.denoiser import denoiser_from_config
 from rae.formats.diffusers import read_weights
 from rae.io.describe import describe
 from rae.io.files import read_json
+from rae.io.names import join
 
 PIPELINE, TRANSFORMER = "RAEDiTPipeline", "RAEDiT2DModel"
 _PAIRS = ("hidden_size", "depth", "num_heads")
@@ -88,18 +89,15 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     """The weights in the original's naming."""
     state, out = read_weights(folder), {}
     for key, value in state.items():
-        if ".attn.to_q." in key:
-            parts = [state[key.replace(".to_q.", f".{name}.")] for name in ("to_q", "to_k", "to_v")]
-            out[key.replace(".to_q.", ".qkv.")] = torch.cat(parts)
-        elif ".mlp.net.0.proj." in key and _is_gated(key, state):
+        if ".mlp.net.0.proj." in key and _is_gated(key, state):
             out[key.replace(".net.0.proj.", ".w12.")] = torch.cat(value.chunk(2)[::-1])
-        elif ".attn.to_k." not in key and ".attn.to_v." not in key:
-            last = "w3" if ".mlp.net.2." in key and _is_gated(key, state) else "fc2"
-            names = {".attn.to_out.0.": ".attn.proj.", ".net.0.proj.": ".fc1.", ".net.2.": f".{last}."}
-            for theirs, ours in names.items():
-                key = key.replace(theirs, ours)
-            out[key] = value
-    return out
+            continue
+        last = "w3" if ".mlp.net.2." in key and _is_gated(key, state) else "fc2"
+        names = {".attn.to_out.0.": ".attn.proj.", ".net.0.proj.": ".fc1.", ".net.2.": f".{last}."}
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        out[key] = value
+    return join(out, {"attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v")})
 
 
 def _is_gated(key: str, state: Mapping[str, Tensor]) -> bool:

@@ -5,53 +5,51 @@ Decoders, latent statistics and training checkpoints have the layout of the firs
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rae.condition import Condition, LabelTokens, NavigationTokens, TextTokens
 from rae.denoiser import InContextDiT, InContextDiTDH
+from rae.io.names import Naming, is_table
 
 MARK = "ctx_embedder."
 """Begins some keys of every state dict in this naming, and of no other."""
-_NAMES = (
-    ("t_embedder.W", "time_embedding.frequencies"),
-    ("t_embedder.learnable_tokens", "time_tokens"),
-    ("t_embedder.mlp.0.", "time_embedding.fc1."),
-    ("t_embedder.mlp.2.", "time_embedding.fc2."),
-    ("ctx_embedder.learnable_tokens", "condition.learned"),
-    ("ctx_embedder.embedding_table.", "condition.table."),
-    ("ctx_embedder.norm.", "condition.norm."),
-    ("ctx_embedder.proj.", "condition.proj."),
-    ("ctx_embedder.context_patch_embed.", "condition.frame_embedding."),
-    ("ctx_embedder.action_proj.", "condition.action_embedding."),
-    ("ctx_embedder.action_tokens", "condition.action_learned"),
-    ("ctx_embedder.time_emb.W", "condition.elapsed_embedding.frequencies"),
-    ("ctx_embedder.time_emb.learnable_tokens", "condition.elapsed_learned"),
-    ("ctx_embedder.time_emb.mlp.0.", "condition.elapsed_embedding.fc1."),
-    ("ctx_embedder.time_emb.mlp.2.", "condition.elapsed_embedding.fc2."),
-)
-_TWO_WIDTHS = (
-    ("s_embedder.", "backbone_embedding."),
-    ("x_embedder.", "head_embedding."),
-    ("s_projector.", "projection."),
-    ("final_layer.adaln_modulation.1.", "final.modulation."),
-    ("final_layer.", "final."),
-    ("base_final_layer.adaln_modulation.1.", "base_final.modulation."),
-    ("base_final_layer.", "base_final."),
-)
-_ONE_WIDTH = (
-    ("x_embedder.", "backbone_embedding."),
-    ("final_layer.norm_final.", "final.norm."),
-    ("final_layer.", "final."),
-    ("base_final_layer.norm_final.", "base_final.norm."),
-    ("base_final_layer.", "base_final."),
-)
-_JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}
-"""Linear layers that we have in one piece."""
+_NAMES = {
+    "t_embedder.W": "time_embedding.frequencies",
+    "t_embedder.learnable_tokens": "time_tokens",
+    "t_embedder.mlp.0": "time_embedding.fc1",
+    "t_embedder.mlp.2": "time_embedding.fc2",
+    "ctx_embedder.learnable_tokens": "condition.learned",
+    "ctx_embedder.embedding_table": "condition.table",
+    "ctx_embedder.norm": "condition.norm",
+    "ctx_embedder.proj": "condition.proj",
+    "ctx_embedder.context_patch_embed": "condition.frame_embedding",
+    "ctx_embedder.action_proj": "condition.action_embedding",
+    "ctx_embedder.action_tokens": "condition.action_learned",
+    "ctx_embedder.time_emb.W": "condition.elapsed_embedding.frequencies",
+    "ctx_embedder.time_emb.learnable_tokens": "condition.elapsed_learned",
+    "ctx_embedder.time_emb.mlp.0": "condition.elapsed_embedding.fc1",
+    "ctx_embedder.time_emb.mlp.2": "condition.elapsed_embedding.fc2",
+}
+_TWO_WIDTHS = {
+    "s_embedder": "backbone_embedding",
+    "x_embedder": "head_embedding",
+    "s_projector": "projection",
+    "final_layer.adaln_modulation.1": "final.modulation",
+    "final_layer": "final",
+    "base_final_layer.adaln_modulation.1": "base_final.modulation",
+    "base_final_layer": "base_final",
+}
+_ONE_WIDTH = {
+    "x_embedder": "backbone_embedding",
+    "final_layer.norm_final": "final.norm",
+    "final_layer": "final",
+    "base_final_layer.norm_final": "base_final.norm",
+    "base_final_layer": "base_final",
+}
+_PIECES = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}
 
 
 def denoiser_from_config(config: Mapping[str, Any]) -> InContextDiT:
@@ -65,31 +63,38 @@ def denoiser_from_config(config: Mapping[str, Any]) -> InContextDiT:
     Raises:
         ValueError: An unknown condition, or backbone and head of different patches.
     """
+    sizes = sizes_of(config, "RAEv2")
+    common: dict[str, Any] = {
+        "channels": config["in_channels"],
+        "grid": config["input_size"],
+        "mlp_ratio": config.get("mlp_ratio", 4.0),
+        "time_tokens": config["arch"]["num_t_tokens"],
+        "base_depth": config["base_model_depth"],
+        "condition": _condition(config, sizes["patch"]),
+    }
+    return (InContextDiTDH if "head_width" in sizes else InContextDiT)(**sizes, **common)
+
+
+def sizes_of(config: Mapping[str, Any], project: str) -> dict[str, Any]:
+    """Width, depth, heads and patch of a denoiser, from arguments that are numbers, or pairs for a backbone and a head.
+
+    Args:
+        config: ``hidden_size``, ``depth``, ``num_heads`` and ``patch_size``.
+        project: Whose arguments they are, for messages.
+
+    Raises:
+        ValueError: Backbone and head have different patches.
+    """
     width, depth, heads = config["hidden_size"], config["depth"], config["num_heads"]
     patch = config.get("patch_size", 1)
     patches = {patch} if isinstance(patch, int) else set(patch)
     if len(patches) != 1:
-        raise ValueError(f"patch_size={patch} of RAEv2: backbone and head must have the same patch here")
-    common: dict[str, Any] = {
-        "channels": config["in_channels"],
-        "grid": config["input_size"],
-        "patch": patches.pop(),
-        "mlp_ratio": config.get("mlp_ratio", 4.0),
-        "time_tokens": config["arch"]["num_t_tokens"],
-        "base_depth": config["base_model_depth"],
-    }
-    common["condition"] = _condition(config, common["patch"])
+        raise ValueError(f"patch_size={patch} of {project}: backbone and head must have the same patch here")
     if isinstance(width, int):
-        return InContextDiT(width=width, depth=depth, heads=heads, **common)
-    return InContextDiTDH(
-        width=width[0],
-        depth=depth[0],
-        heads=heads[0],
-        head_width=width[1],
-        head_depth=depth[1],
-        head_heads=heads[1],
-        **common,
-    )
+        return {"width": width, "depth": depth, "heads": heads, "patch": patches.pop()}
+    heads = (heads, heads) if isinstance(heads, int) else heads
+    backbone = {"width": width[0], "depth": depth[0], "heads": heads[0], "patch": patches.pop()}
+    return backbone | {"head_width": width[1], "head_depth": depth[1], "head_heads": heads[1]}
 
 
 def _condition(config: Mapping[str, Any], patch: int) -> Condition:
@@ -126,65 +131,39 @@ def to_ours(state: Mapping[str, Tensor], model: InContextDiT) -> dict[str, Tenso
     Raises:
         ValueError: A rotary table differs from the one that the architecture implies: other token counts or another grid.
     """
-    tables, names = _tables(model), _table_of_names(model)
-    depth, out = len(model.backbone), {}
+    tables, kept = _tables(model), {}
     for key, value in state.items():
-        if "rope.freqs_" in key:
-            _check_table(key, value, tables)
-        elif block := re.match(r"blocks\.(\d+)\.(.*)", key):
-            number, rest = int(block[1]), block[2].replace("adaln_modulation.1.", "modulation.")
-            out[f"backbone.{number}.{rest}" if number < depth else f"head.{number - depth}.{rest}"] = value
-        else:
-            out[_renamed(key, names)] = value
-    for joined, parts in _JOINED.items():
-        for key in [key for key in out if f".{parts[0]}." in key]:
-            pieces = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
-            if all(piece in out for piece in pieces):
-                out[key.replace(f".{parts[0]}.", f".{joined}.")] = torch.cat([out.pop(piece) for piece in pieces])
-    return out
+        if "rope.freqs_" not in key:
+            kept[key] = value
+        elif key not in tables or not is_table(value, tables[key]):
+            raise ValueError(
+                f"{key} of the file has shape {tuple(value.shape)} and is not the rotary table of this denoiser "
+                f"({tuple(tables[key].shape) if key in tables else 'it has none'}): rows are image, time and condition tokens, "
+                "columns a head's width, so the grid, denoiser.time_tokens, the condition's tokens, or denoiser.width / "
+                "denoiser.heads differ"
+            )
+    return _naming(model).to_ours(kept)
 
 
 def from_ours(model: InContextDiT) -> dict[str, Tensor]:
     """The denoiser's weights under RAEv2's keys, rotary tables included."""
-    back = tuple((ours, theirs) for theirs, ours in _table_of_names(model))
-    out: dict[str, Tensor] = dict(_tables(model))
-    for key, value in model.state_dict().items():
-        block = re.match(r"(backbone|head)\.(\d+)\.(.*)\.(\w+)$", key)
-        if not block:
-            out[_renamed(key, back)] = value
-            continue
-        number = int(block[2]) + (len(model.backbone) if block[1] == "head" else 0)
-        layer = block[3].replace("modulation", "adaln_modulation.1")
-        parts = _JOINED.get(layer, (layer,))
-        for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
-            out[f"blocks.{number}.{part}.{block[4]}"] = piece.clone()
-    return out
+    return _tables(model) | _naming(model).from_ours(model.state_dict())
 
 
-def _table_of_names(model: InContextDiT) -> tuple[tuple[str, str], ...]:
-    return (*_NAMES, *(_TWO_WIDTHS if isinstance(model, InContextDiTDH) else _ONE_WIDTH))
-
-
-def _renamed(key: str, names: tuple[tuple[str, str], ...]) -> str:
-    for old, new in names:
-        if key.startswith(old):
-            return new + key[len(old) :]
-    return key
+def _naming(model: InContextDiT) -> Naming:
+    outer = _NAMES | (_TWO_WIDTHS if isinstance(model, InContextDiTDH) else _ONE_WIDTH)
+    stacks = {"backbone": 0} | ({"head": len(model.backbone)} if isinstance(model, InContextDiTDH) else {})
+    return Naming(outer, {"adaln_modulation.1": "modulation"}, stacks=stacks, pieces=_PIECES)
 
 
 def _tables(model: InContextDiT) -> dict[str, Tensor]:
     """RAEv2's rotary buffers, as ours have them."""
-    ropes = {"rope": model.backbone_rope}
     if isinstance(model, InContextDiTDH):
-        ropes = {"enc_rope": model.backbone_rope, "dec_rope": model.head_rope}
-    return {f"{name}.freqs_{part}": getattr(rope, part) for name, rope in ropes.items() for part in ("cos", "sin")}
+        return rotary_tables({"enc_rope": model.backbone_rope, "dec_rope": model.head_rope})
+    return rotary_tables({"rope": model.backbone_rope})
 
 
-def _check_table(key: str, value: Tensor, tables: Mapping[str, Tensor]) -> None:
-    own = tables.get(key)
-    if own is None or own.shape != value.shape or not torch.allclose(own.cpu(), value.to(own.dtype), atol=1e-4):
-        raise ValueError(
-            f"{key} of the file has shape {tuple(value.shape)} and is not the rotary table of this denoiser "
-            f"({'it has none' if own is None else tuple(own.shape)}): rows are image, time and condition tokens, columns a head's "
-            "width, so the grid, denoiser.time_tokens, the condition's tokens, or denoiser.width / denoiser.heads differ"
-        )
+def rotary_tables(ropes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tables of rotary embeddings, where there are any, by what the projects call them."""
+    present = {name: rope for name, rope in ropes.items() if rope is not None}
+    return {f"{name}.freqs_{part}": getattr(rope, part) for name, rope in present.items() for part in ("cos", "sin")}

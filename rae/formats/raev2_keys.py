@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rae.formats.original_keys import DERIVED, Rule, Translation, choose, leave, only, put
+from rae.formats.original_keys import Rule, choose, leave, only, put, when
+from rae.formats.translation import Translation
+from rae.io.errors import ConfigError
 
 _DINOV3 = {"s16": "s", "s16plus": "s_plus", "b16": "b", "l16": "l", "h16plus": "h_plus", "7b16": "7b"}
 ENCODERS = {
@@ -31,7 +33,6 @@ FUSIONS = {"dinov2mls": "mean", "dinov3mls": "mean_plus_pooled", "siglip2mls": "
 """Families that take several layers, and what becomes of them."""
 LAYERS = {"s16": "2.5.8.11", "b16": "2.5.8.11", "l16": "5.11.17.23", "h16plus": "8.16.24.31"}
 """Layers of DINOv3 where a name has none."""
-DENOISERS = {"DiTwDDTHeadIG": "in_context_dit_dh_xl", "LightningDiTIG": "in_context_dit_xl"}
 _NAME = re.compile(r"([a-z0-9]+)-[a-z0-9]+-(\w+?)(?:\[([^\]]*)\])?")
 
 
@@ -45,78 +46,57 @@ def encoder_key(source: Mapping[str, Any]) -> str | None:
     return None
 
 
-def choose_encoder(t: Translation, key: str) -> None:
+def _encoder(t: Translation, name: str) -> Mapping[str, Any]:
     """Encoder, layers and last norm, from the project's name (``dinov3mls-vit-l16[layers=1.2.3]``)."""
-    name = str(t.source[key])
     found = _NAME.fullmatch(name)
     assert found
-    t.put("decoder.output", "raw", key)
-    if t.trains:
-        t.put("data.flip", False, key)
     family, size, flags = found[1], found[2], [flag for flag in (found[3] or "").split(",") if flag]
     base = family.removesuffix("mls")
     if base in ("dinov2", "dinov3") and (base, size) not in ENCODERS and size.endswith("norm"):
         size, flags = size.removesuffix("norm"), [*flags, "norm"]
     if (base, size) not in ENCODERS:
         known = ", ".join(sorted(size for family, size in ENCODERS if family == base))
-        t.refused[key] = f"{name!r}: {base} has no size {size!r} here, only {known}"
-        return
-    t.choose("encoder", ENCODERS[base, size], key)
+        raise ConfigError(f"{name!r}: {base} has no size {size!r} here, only {known}")
+    ours = {"decoder.output": "raw", **({"data.flip": False} if t.trains else {}), "/encoder": ENCODERS[base, size]}
     layers = LAYERS.get(size) if family == "dinov3mls" else None
     for flag in flags:
         if flag == "norm":
-            t.put("encoder.final_norm", "affine", key)
+            ours["encoder.final_norm"] = "affine"
         elif flag.startswith("layers="):
             layers = flag.removeprefix("layers=")
         else:
-            t.refused[key] = f"{name!r}: {flag!r} cannot be had here, only norm and layers=…"
+            raise ConfigError(f"{name!r}: {flag!r} cannot be had here, only norm and layers=…")
     if family not in FUSIONS:
-        return
+        return ours
     if layers is None:
-        t.refused[key] = f"{name!r} does not say which layers: [layers=…] is needed"
-        return
+        raise ConfigError(f"{name!r} does not say which layers: [layers=…] is needed")
     blocks = [int(block) for block in layers.split(".")]
-    if (base, size) == ("dinov3", "l16") and len(blocks) in (
-        7,
-        23,
-    ):  # the published ones; the layers are compared below
-        t.choose("encoder", f"dinov3_l_k{len(blocks)}", key)
-    t.put("encoder.layers", sorted(blocks), key)
-    t.put("encoder.fusion", FUSIONS[family], key)
-    if family == "siglip2mls":
-        t.put("encoder.pooled_layer", blocks[-1], key)
+    if (base, size) == ("dinov3", "l16") and len(blocks) in (7, 23):  # the published ones; their layers are compared
+        ours["/encoder"] = f"dinov3_l_k{len(blocks)}"
+    pooled = {"encoder.pooled_layer": blocks[-1]} if family == "siglip2mls" else {}
+    return ours | {"encoder.layers": sorted(blocks), "encoder.fusion": FUSIONS[family], **pooled}
 
 
-def _scale(ours: str) -> Rule:
-    """A strength; those up to 1 are no guidance."""
-    return put(ours, lambda value: float(value) if float(value) > 1 else 1.0)
+def _strength(value: Any) -> float:
+    """Those up to 1 are no guidance."""
+    return max(1.0, float(value))
 
 
-def _null_scale(t: Translation, key: str, value: Any) -> None:
-    t.put("guidance.null_scale", None if value is None else float(value), key)
+def _floats(value: Any) -> list[float]:
+    return [float(end) for end in value]
 
 
-def _context_tokens(t: Translation, key: str, value: Any) -> None:
-    if t.source.get(_named(t, "condition_type")) == "nwm":
-        t.left[key] = DERIVED
-    else:
-        t.put("condition.tokens", int(value), key)
-
-
-def _named(t: Translation, name: str) -> str:
-    """The key whose last part is this name."""
-    return next((key for key in t.source if key.rpartition(".")[2] == name), "")
+def _navigates(t: Translation) -> bool:
+    return any(key.endswith(".condition_type") and value == "nwm" for key, value in t.source.items())
 
 
 _ALWAYS = only(True, None, why="this denoiser always has it")
 _CONDITIONS = {"label": "label", "class": "label", "text": "text", "nwm": "navigation"}
-_INTERVAL = put("guidance.interval", lambda value: [float(end) for end in value])
-_CFG_INTERVAL = put("guidance.cfg_interval", lambda value: [float(end) for end in value])
 RULES: dict[str, Rule] = {
     "resolution": put("image_size", int),
     "base_model_depth": put("denoiser.base_depth", int),
     "num_t_tokens": put("denoiser.time_tokens", int),
-    "num_c_tokens": _context_tokens,
+    "num_c_tokens": when(_navigates, leave("derived"), put("condition.tokens", int)),
     "n_action_tokens": put("condition.action_tokens", int),
     "condition_type": choose("condition", _CONDITIONS),
     "context_dim": put("condition.features", int),
@@ -133,21 +113,21 @@ RULES: dict[str, Rule] = {
     "cfg_dropout_prob": put("training.label_dropout", float),
     "num_steps": put("sampler.grid.steps", int),
     "sampling_method": choose("sampler", {"euler": "euler_full", "Euler": "euler_full"}),
-    "ig_scale": _scale("guidance.scale"),
-    "uncond_ig_scale": _null_scale,
-    "cfg_scale": _scale("guidance.cfg_scale"),
-    "ig_interval": _INTERVAL,
-    "cfg_interval": _CFG_INTERVAL,
+    "ig_scale": put("guidance.scale", _strength),
+    "uncond_ig_scale": put("guidance.null_scale", lambda value: None if value is None else float(value)),
+    "cfg_scale": put("guidance.cfg_scale", _strength),
+    "ig_interval": put("guidance.interval", _floats),
+    "cfg_interval": put("guidance.cfg_interval", _floats),
 }
 """What becomes of keys, by their last part; the others are as in the first project."""
 
 
 def rules(source: Mapping[str, Any], encoder: str) -> dict[str, Rule]:
     """The rules for the keys of a file that are others than the first project's; ``encoder`` is the key that names the encoder."""
-    known = {key: RULES[last] for key in source if (last := key.rpartition(".")[2]) in RULES}
-    return known | {
-        encoder: lambda t, key, value: choose_encoder(t, key),
+    return {key: RULES[last] for key in source if (last := key.rpartition(".")[2]) in RULES} | {
+        encoder: _encoder,
         "stage_1.target": leave("the autoencoder's class is rae.autoencoder.RAE"),
+        "guidance.method": leave("the scales say it"),
         "training.optimizer.type": choose("optimizer", {"gmuon": "muon", "muon": "muon", "adamw": "adamw"}),
     }
 
@@ -159,14 +139,9 @@ def choose_guidance(t: Translation) -> None:
     if internal > 1 or (cfg > 1 and null_scale not in (None, 1.0)):
         t.choices["guidance"] = "internal"
         return
-    for name in ("scale", "interval", "null_scale"):
-        _, origin = t.values.pop(f"guidance.{name}", (None, ""))
-        if origin:
-            t.left[origin] = "scales up to 1 are no guidance, in the original too"
+    t.leave_unguided(["guidance.scale", "guidance.interval", "guidance.null_scale"])
     t.choices["guidance"] = "cfg" if cfg > 1 else "none"
-    for name in ("scale", "interval"):
-        value, origin = t.values.pop(f"guidance.cfg_{name}", (None, ""))
-        if origin and cfg > 1:
-            t.put(f"guidance.{name}", value, origin)
-        elif origin:
-            t.left[origin] = "scales up to 1 are no guidance, in the original too"
+    for name in ("scale", "interval") if cfg > 1 else ():
+        if f"guidance.cfg_{name}" in t.values:
+            t.put(f"guidance.{name}", *t.values.pop(f"guidance.cfg_{name}"))
+    t.leave_unguided(["guidance.cfg_scale", "guidance.cfg_interval"])

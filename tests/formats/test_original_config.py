@@ -16,7 +16,8 @@ from rae.cli.compose import compose_plainly
 from rae.cli.config import plain
 from rae.cli.errors import compose
 from rae.commands.convert import compose_training, convert_config, read_original
-from rae.formats.original_yaml import commands, overrides, render, translate
+from rae.formats.original_yaml import translate
+from rae.formats.translation import commands, overrides, render
 from rae.io.errors import ConfigError
 from rae.io.files import flat
 from tests.helpers.original_yaml import (
