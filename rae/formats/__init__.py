@@ -1,8 +1,7 @@
 """Weights in and out: the original project's, diffusers', our own."""
 
 from rae.formats.bundle import Bundle, assemble
-from rae.formats.decoder import decoder_from_original
-from rae.formats.denoiser import denoiser_from_config, denoiser_from_original
+from rae.formats.denoiser import denoiser_from_config
 from rae.formats.diffusers import save_diffusers
 from rae.formats.onnx import save_onnx
 from rae.formats.open import read
@@ -13,9 +12,7 @@ from rae.formats.run import find_checkpoint, read_config, read_step, trained_wei
 __all__ = [
     "Bundle",
     "assemble",
-    "decoder_from_original",
     "denoiser_from_config",
-    "denoiser_from_original",
     "find_checkpoint",
     "read",
     "read_config",

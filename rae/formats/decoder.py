@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -46,45 +44,6 @@ POSITION = "decoder_pos_embed"
 def _naming(*projects: str) -> Naming:
     inner = {theirs: ours for project in projects for theirs, ours in _INNER[project].items()}
     return Naming(_OUTER, inner, "decoder_layers", pieces={"attn.qkv": ("attn.query", "attn.key", "attn.value")})
-
-
-def decoder_from_original(
-    config: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    mean: Sequence[float] = (0.0, 0.0, 0.0),
-    std: Sequence[float] = (1.0, 1.0, 1.0),
-    output: str = "encoder",
-) -> ViTDecoder:
-    """Builds a decoder from the original's arguments and weights (or diffusers').
-
-    Args:
-        config: ``latent_dim``, ``num_patches``, ``patch_size`` and the ``decoder_…`` sizes.
-        state: State dict of the decoder in the original's or diffusers' naming.
-        mean: The encoder's image mean.
-        std: The encoder's image deviation.
-        output: ``encoder``, or ``raw`` for a decoder of RAEv2; see :class:`~rae.decoder.ViTDecoder`.
-
-    Returns:
-        The decoder in evaluation mode.
-
-    Raises:
-        ValueError: Weights that do not fit; all keys are listed.
-    """
-    decoder = ViTDecoder(
-        channels=config["latent_dim"],
-        grid=math.isqrt(config["num_patches"]),
-        width=config["decoder_hidden_size"],
-        depth=config["decoder_num_hidden_layers"],
-        heads=config["decoder_num_attention_heads"],
-        mlp_width=config["decoder_intermediate_size"],
-        patch=config["patch_size"],
-        mean=mean,
-        std=std,
-        norm_eps=config.get("layer_norm_eps", 1e-12),
-        output=output,
-    )
-    load_decoder(decoder, state, "the original decoder")
-    return decoder.eval()
 
 
 def load_decoder(decoder: ViTDecoder, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:

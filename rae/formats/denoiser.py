@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rae.denoiser import Denoiser, DiT, DiTDH, InContextDiT, RiT
 from rae.formats import raev2
-from rae.formats.raev2 import rotary_tables, sizes_of
 from rae.io.names import Naming, is_table
 from rae.io.tensors import load_strict
 
@@ -38,27 +37,12 @@ _CLASSES = ("label_embedding.table.weight", "condition.table.weight")
 _FIXED = re.compile(r"^(pos_embed|(enc_|dec_)?feat_rope\.freqs_(cos|sin))$")
 
 
-def denoiser_from_original(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Denoiser:
-    """Builds a denoiser from the original's arguments and weights.
+def denoiser_from_config(config: Mapping[str, Any]) -> Denoiser:
+    """Builds a denoiser from the original's arguments, with fresh weights.
 
     Args:
         config: Arguments of the original class: ``hidden_size``, ``depth``, ``num_heads`` (pairs for DiT-DH, single numbers
             for LightningDiT), ``in_channels``, ``input_size``, ``num_classes`` and the options.
-        state: Its state dict.
-
-    Returns:
-        The denoiser in evaluation mode.
-
-    Raises:
-        ValueError: An option that the published models do not use, or weights that do not fit (all keys are listed).
-    """
-    model = denoiser_from_config(config)
-    load_denoiser(model, state, "the original state dict")
-    return model.eval()
-
-
-def denoiser_from_config(config: Mapping[str, Any]) -> Denoiser:
-    """Builds a denoiser from the original's arguments, with fresh weights.
 
     Raises:
         ValueError: An option that the published models do not use.
@@ -76,10 +60,31 @@ def denoiser_from_config(config: Mapping[str, Any]) -> Denoiser:
         "mlp": "swiglu" if config.get("use_swiglu", True) else "gelu",
         "rope": config.get("use_rope", True),
     }
-    sizes = sizes_of(config, "the original")
+    sizes = sizes_of(config)
     if "head_width" not in sizes:
         return DiT(**sizes, **common)
     return DiTDH(position_table=config.get("use_pos_embed", True), **sizes, **common)
+
+
+def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Width, depth, heads and patch of a denoiser, from arguments that are numbers, or pairs for a backbone and a head.
+
+    Args:
+        config: ``hidden_size``, ``depth``, ``num_heads`` and ``patch_size``.
+
+    Raises:
+        ValueError: Backbone and head have different patches.
+    """
+    width, depth, heads = config["hidden_size"], config["depth"], config["num_heads"]
+    patch = config.get("patch_size", 1)
+    patches = {patch} if isinstance(patch, int) else set(patch)
+    if len(patches) != 1:
+        raise ValueError(f"patch_size={patch} of the original: backbone and head must have the same patch here")
+    if isinstance(width, int):
+        return {"width": width, "depth": depth, "heads": heads, "patch": patches.pop()}
+    heads = (heads, heads) if isinstance(heads, int) else heads
+    backbone = {"width": width[0], "depth": depth[0], "heads": heads[0], "patch": patches.pop()}
+    return backbone | {"head_width": width[1], "head_depth": depth[1], "head_heads": heads[1]}
 
 
 def load_denoiser(denoiser: Denoiser, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
@@ -188,4 +193,4 @@ def _tables(model: Denoiser) -> dict[str, Tensor]:
     ropes = {"feat_rope": getattr(model, "rope", None)}
     if isinstance(model, DiTDH):
         ropes = {"enc_feat_rope": model.backbone_rope, "dec_feat_rope": model.head_rope}
-    return ({} if table is None else {"pos_embed": table}) | rotary_tables(ropes)
+    return ({} if table is None else {"pos_embed": table}) | raev2.rotary_tables(ropes)

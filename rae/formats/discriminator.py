@@ -38,20 +38,6 @@ def rename_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def load_original_heads(discriminator: DinoDiscriminator, state: Mapping[str, Tensor], source: str) -> None:
-    """Fills the heads from the original's state dict, strictly.
-
-    Args:
-        discriminator: The discriminator to fill.
-        state: State dict in the original's naming.
-        source: Where it comes from, for messages.
-
-    Raises:
-        ValueError: Weights that do not fit; all keys are listed.
-    """
-    load_strict(discriminator.heads, rename_heads(state), source)
-
-
 def begin_heads(discriminator: DinoDiscriminator, source: str) -> None:
     """Gives a discriminator's heads trained weights to begin with.
 
@@ -76,4 +62,4 @@ def begin_heads(discriminator: DinoDiscriminator, source: str) -> None:
             f"{name} holds no trained heads: give a run of stage 1 or a training checkpoint of the original; DINO's own weights "
             "(discs/dino_vit_small_patch8_224.pth of the published collection) are the backbone: discriminator.checkpoint=…"
         )
-    load_original_heads(discriminator, heads, name)
+    load_strict(discriminator.heads, rename_heads(heads), name)

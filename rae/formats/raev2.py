@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from rae.condition import Condition, LabelTokens, NavigationTokens, TextTokens
 from rae.denoiser import InContextDiT, InContextDiTDH
 from rae.io.names import Naming, is_table
 
@@ -50,75 +49,6 @@ _ONE_WIDTH = {
     "base_final_layer": "base_final",
 }
 _PIECES = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}
-
-
-def denoiser_from_config(config: Mapping[str, Any]) -> InContextDiT:
-    """Builds a denoiser from RAEv2's arguments, with fresh weights.
-
-    Args:
-        config: Arguments of their classes: ``hidden_size``, ``depth``, ``num_heads`` (pairs for DiT-DH, single numbers for the
-            variant of one width), ``in_channels``, ``input_size``, ``base_model_depth``, ``arch`` with ``num_t_tokens`` and
-            ``num_c_tokens``, ``condition_type`` (text, nwm; else labels).
-
-    Raises:
-        ValueError: An unknown condition, or backbone and head of different patches.
-    """
-    sizes = sizes_of(config, "RAEv2")
-    common: dict[str, Any] = {
-        "channels": config["in_channels"],
-        "grid": config["input_size"],
-        "mlp_ratio": config.get("mlp_ratio", 4.0),
-        "time_tokens": config["arch"]["num_t_tokens"],
-        "base_depth": config["base_model_depth"],
-        "condition": _condition(config, sizes["patch"]),
-    }
-    return (InContextDiTDH if "head_width" in sizes else InContextDiT)(**sizes, **common)
-
-
-def sizes_of(config: Mapping[str, Any], project: str) -> dict[str, Any]:
-    """Width, depth, heads and patch of a denoiser, from arguments that are numbers, or pairs for a backbone and a head.
-
-    Args:
-        config: ``hidden_size``, ``depth``, ``num_heads`` and ``patch_size``.
-        project: Whose arguments they are, for messages.
-
-    Raises:
-        ValueError: Backbone and head have different patches.
-    """
-    width, depth, heads = config["hidden_size"], config["depth"], config["num_heads"]
-    patch = config.get("patch_size", 1)
-    patches = {patch} if isinstance(patch, int) else set(patch)
-    if len(patches) != 1:
-        raise ValueError(f"patch_size={patch} of {project}: backbone and head must have the same patch here")
-    if isinstance(width, int):
-        return {"width": width, "depth": depth, "heads": heads, "patch": patches.pop()}
-    heads = (heads, heads) if isinstance(heads, int) else heads
-    backbone = {"width": width[0], "depth": depth[0], "heads": heads[0], "patch": patches.pop()}
-    return backbone | {"head_width": width[1], "head_depth": depth[1], "head_heads": heads[1]}
-
-
-def _condition(config: Mapping[str, Any], patch: int) -> Condition:
-    kind, arch = config.get("condition_type", "label"), config["arch"]
-    if kind == "text":
-        return TextTokens(config["context_dim"], arch["num_c_tokens"])
-    if kind == "nwm":
-        return NavigationTokens(
-            config["in_channels"], config["input_size"], config["frames"], patch, arch["n_action_tokens"]
-        )
-    if kind not in ("label", "class"):
-        raise ValueError(f"condition_type={kind!r} of RAEv2 is unknown; known are label, text and nwm")
-    return LabelTokens(config["num_classes"], arch["num_c_tokens"])
-
-
-def denoiser_from_raev2(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> InContextDiT:
-    """Builds a denoiser from RAEv2's arguments and state dict, in evaluation mode.
-
-    Raises:
-        ValueError: See :func:`denoiser_from_config`; or weights that do not fit (all keys are listed).
-    """
-    model = denoiser_from_config(config)
-    model.load_state_dict(to_ours(state, model))
-    return model.eval()
 
 
 def to_ours(state: Mapping[str, Tensor], model: InContextDiT) -> dict[str, Tensor]:

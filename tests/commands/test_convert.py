@@ -27,11 +27,12 @@ from rae.commands.reconstruct import reconstruct
 from rae.commands.sample import sample
 from rae.denoiser import DiTDH
 from rae.flow import ClassifierFreeGuidance, EulerSampler, PublishedGrid
-from rae.formats import denoiser_from_original, save_original
+from rae.formats import save_original
 from rae.generator import Generator
 from rae.io.errors import ConfigError
 from rae.io.hub import fetch_weights
 from rae.io.tensors import state_hash
+from tests.helpers.original_networks import original_denoiser
 from tests.helpers.small_models import make_autoencoder, make_diffusers, make_generator, randomise
 
 TINY = [
@@ -330,7 +331,7 @@ def test_convert_is_a_command(tmp_path: Path):
         "depth": [2, 1],
         "num_heads": [4, 4],
     }
-    assert state_hash(denoiser_from_original(config, state).state_dict()) == state_hash(model.denoiser.state_dict())
+    assert state_hash(original_denoiser(config, state).state_dict()) == state_hash(model.denoiser.state_dict())
     assert subprocess.run(command, check=False, capture_output=True).returncode == 1  # never over an earlier export
 
 

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from rae.decoder import ViTDecoder
 from rae.discriminator import DinoDiscriminator
-from rae.formats.decoder import decoder_from_original
-from rae.formats.discriminator import load_original_heads, rename_heads
+from rae.formats.discriminator import rename_heads
+from rae.io.tensors import load_strict
 from rae.layers import patchify, tokens_to_grid
 from rae.loss import adaptive_weight, discriminator_loss, generator_loss, gradient_at, last_layer_gradient
 from tests.golden_checks import Case
+from tests.helpers.original_networks import original_decoder
 
 
 def make_decoder(case: Case) -> ViTDecoder:
     source = case.other(case.config["weights_from"]) if "weights_from" in case.config else case
-    return decoder_from_original(source.config, source.part("weights/"))
+    return original_decoder(source.config, source.part("weights/"))
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def check_discriminator(case: Case) -> dict[str, Tensor]:
                 "mlp_ratio": recipe["mlp_ratio"],
             },
         )
-    load_original_heads(model, case.part("weights/heads/"), "golden heads")
+    load_strict(model.heads, rename_heads(case.part("weights/heads/")), "golden heads")
     image, tall = ((case.inputs[key] + 1) / 2 for key in ("image", "image_tall"))
     computed = {}
     for index, features in enumerate(model.features(image)):

@@ -10,9 +10,9 @@ from rae.condition import normalize_action
 from rae.denoiser import Denoiser
 from rae.encoder.text import hidden_states
 from rae.flow import AutoGuidance, ClassifierFreeGuidance, Guidance, InternalGuidance, NoGuidance
-from rae.formats.denoiser import denoiser_from_original
-from rae.formats.raev2 import denoiser_from_raev2, from_ours
+from rae.formats.raev2 import from_ours
 from tests.golden_checks import Case
+from tests.helpers.original_networks import original_denoiser, raev2_denoiser
 
 
 def models(case: Case) -> tuple[Denoiser, Denoiser | None]:
@@ -21,9 +21,9 @@ def models(case: Case) -> tuple[Denoiser, Denoiser | None]:
     weights = {key: value for key, value in case.tensors.items() if key.startswith("weights/")}
     guide = None
     if prefix:
-        guide = denoiser_from_original(case.config["guide"], case.part(prefix))
+        guide = original_denoiser(case.config["guide"], case.part(prefix))
         weights = {key: value for key, value in weights.items() if not key.startswith(prefix)}
-    model = denoiser_from_original(case.config, {k.removeprefix("weights/"): v for k, v in weights.items()})
+    model = original_denoiser(case.config, {k.removeprefix("weights/"): v for k, v in weights.items()})
     return model, guide
 
 
@@ -73,7 +73,7 @@ def told(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def check_in_context(case: Case) -> dict[str, Tensor]:
     config, inputs, conditions = case.config, case.inputs, told(case)
-    model = denoiser_from_raev2(config, case.part("weights/"))
+    model = raev2_denoiser(config, case.part("weights/"))
     x, t = inputs["x"], inputs["t"]
     null = model.condition.null(conditions)
     both = [model(x, t, base=True, **told) for told in (conditions, null)]

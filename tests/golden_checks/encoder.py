@@ -14,9 +14,9 @@ from rae.autoencoder import RAE
 from rae.decoder import ViTDecoder
 from rae.encoder import TimmEncoder
 from rae.encoder.fusion import fuse
-from rae.formats.decoder import decoder_from_original
 from rae.latent import LatentNormalizer, RunningMoments, add_noise
 from tests.golden_checks import Case
+from tests.helpers.original_networks import original_decoder
 
 
 def make_encoder(
@@ -179,7 +179,7 @@ def check_autoencoder(case: Case) -> dict[str, Tensor]:
         config["image_mean"],
         config["image_std"],
     )
-    decoder = decoder_from_original(
+    decoder = original_decoder(
         config["decoder"], case.part("weights/decoder."), mean=config["image_mean"], std=config["image_std"]
     )
     return outputs_of(case, encoder, decoder)
@@ -190,8 +190,8 @@ def check_autoencoder_v2(case: Case) -> dict[str, Tensor]:
     config = case.config
     source = case.other(config["encoder_weights_from"])
     encoder = make_dinov3(source, input_size=config["resolution"], layers=config["layers"], fusion="mean_plus_pooled")
-    decoder = decoder_from_original(
-        config["decoder"], case.part("weights/decoder."), encoder.mean, encoder.std, output="raw"
+    decoder = original_decoder(
+        config["decoder"], case.part("weights/decoder."), mean=encoder.mean, std=encoder.std, output="raw"
     )
     return outputs_of(case, encoder, decoder)
 

@@ -10,9 +10,10 @@ from rae import flow
 from rae.condition import drop
 from rae.denoiser import InContextDiTDH
 from rae.flow.time import TimeDistribution
-from rae.formats.raev2 import denoiser_from_raev2, from_ours
+from rae.formats.raev2 import from_ours
 from tests.golden_checks import Case
 from tests.golden_checks.denoiser import guidances, models
+from tests.helpers.original_networks import raev2_denoiser
 
 FORMS = {"SBDM": "sbdm", "inccreasing-decreasing": "increasing-decreasing"}
 ODE = {
@@ -229,7 +230,7 @@ def from_ours_gradients(model: InContextDiTDH) -> dict[str, Tensor]:
 
 
 def in_context_model(case: Case) -> InContextDiTDH:
-    model = denoiser_from_raev2(case.config, case.part("weights/"))
+    model = raev2_denoiser(case.config, case.part("weights/"))
     assert isinstance(model, InContextDiTDH)
     return model
 
