@@ -7,7 +7,6 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 from packaging.requirements import Requirement
@@ -18,7 +17,7 @@ from rae.cli.groups import conf_dir
 from rae.cli.models import open_model
 from rae.generator import Generator
 from rae.io.errors import ConfigError
-from rae.io.files import parse_json, write_json, write_text
+from rae.io.files import read_json, write_json, write_text
 
 SETTINGS = "space.json"
 MODEL = "model"
@@ -75,7 +74,7 @@ def write_space(cfg: DictConfig) -> Path:
 
 def read_space(folder: Path) -> DictConfig:
     """The configuration of the page in a folder that :func:`write_space` wrote, served to the Space's visitors."""
-    settings: dict[str, Any] = parse_json((folder / SETTINGS).read_bytes(), SETTINGS)
+    settings = read_json(folder / SETTINGS)
     cfg = compose("app", ["host=0.0.0.0", "names=[.hf.space]"])
     if settings["checkpoint"] == MODEL:
         settings["checkpoint"] = str(folder / MODEL)

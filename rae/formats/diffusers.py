@@ -26,7 +26,8 @@ from rae.formats.bundle import Bundle, States
 from rae.formats.decoder import POSITION, state_from_ours
 from rae.formats.original import refuse_existing
 from rae.io.describe import TARGET
-from rae.io.files import parse_json, write_atomically
+from rae.io.files import parse_json, read_json, write_text
+from rae.io.names import below, prefixed
 from rae.io.tensors import read_file, save_state
 
 CLASS = "AutoencoderRAE"
@@ -59,10 +60,15 @@ _KINDS = {
 
 def recognises(path: Path) -> bool:
     """Whether a folder holds diffusers' autoencoder."""
+    return class_name(path) == CLASS
+
+
+def class_name(path: Path) -> Any:
+    """The class of diffusers that a folder says it is of; None where it says none."""
     try:
-        return parse_json((path / CONFIG).read_bytes(), CONFIG).get("_class_name") == CLASS
-    except (OSError, ValueError, AttributeError):
-        return False
+        return read_json(path / CONFIG).get("_class_name")
+    except (OSError, ValueError):
+        return None
 
 
 def read(path: Path, averaged: bool = True) -> Bundle:
@@ -90,8 +96,8 @@ def read(path: Path, averaged: bool = True) -> Bundle:
         "latent": {TARGET: "rae.latent.LatentNormalizer", "shape": shape, "eps": _EPS, "form": "deviation"},
     }
     states: States = {
-        "encoder": lambda: _part(state, "encoder."),
-        "decoder": lambda: _part(state, "decoder."),
+        "encoder": lambda: below("encoder", state),
+        "decoder": lambda: below("decoder", state),
         "latent": lambda: _moments(state, shape),
     }
     return Bundle(str(path), described, states, ((str(path), {}),), mapped=True)
@@ -146,7 +152,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{str(folder)!r} is no folder of diffusers: it holds no {CONFIG}")
     if not recognises(folder):
         raise ValueError(f"{str(file)!r} does not describe diffusers' {CLASS}")
-    config: dict[str, Any] = json.loads(file.read_text())
+    config = read_json(file)
     fixed = {"num_channels": 3, "reshape_to_2d": True, "scaling_factor": 1.0}
     wrong = [f"{key}={config[key]!r}" for key, value in fixed.items() if config.get(key, value) != value]
     if config.get("encoder_type") not in _KINDS:
@@ -189,10 +195,6 @@ def _moments(state: Mapping[str, Tensor], shape: tuple[int, int, int]) -> dict[s
         value.expand(1, *shape)[0] if value.numel() == 1 else value.reshape(value.shape[-3:]) for value in (mean, std)
     ]
     return {"mean": full[0], "var": full[1].square()}
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -251,12 +253,9 @@ def save_diffusers(autoencoder: RAE, folder: str | Path, generation: int | None 
     named = from_timm(state, name, generation, final_norm=False)
     if name == "siglip2":
         named |= _unused_head(encoder.channels, "vision_model." if generation == 4 else "")
-    weights = {f"encoder.{key}": value for key, value in named.items()}
-    weights |= {
-        f"decoder.{key}": value
-        for key, value in state_from_ours(decoder, "diffusers").items()
-        if "pos_embed" not in key
-    }
+    ours = state_from_ours(decoder, "diffusers")
+    del ours[POSITION]  # diffusers builds it
+    weights = prefixed("encoder", named) | prefixed("decoder", ours)
     weights |= {
         "encoder_mean": encoder.image_mean,
         "encoder_std": encoder.image_std,
@@ -264,8 +263,7 @@ def save_diffusers(autoencoder: RAE, folder: str | Path, generation: int | None 
         "_latents_std": deviation,
     }
     save_state(weights, folder / WEIGHTS, {"format": "pt"})
-    write_atomically(folder / CONFIG, lambda file: file.write(json.dumps(config, indent=1).encode()))
-    return folder
+    return write_text(folder / CONFIG, json.dumps(config, indent=1)).parent
 
 
 def _unused_head(width: int, root: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -28,14 +28,18 @@ from rae.generator import Generator
 from rae.io.describe import TARGET, check, describe
 from rae.io.files import parse_json, write_text
 from rae.io.hub import fetch_all
+from rae.io.names import below, prefixed
 from rae.io.tensors import read_file, save_state, state_hash
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT, VERSION = "rae", 1
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _FILES = ["*.json", "*.safetensors"]
-_ENTRY = {"model": dict, "stored": bool, "sha256": str}
-"""What ``config.json`` says of the encoder."""
+_FIELDS: dict[str, dict[str, type]] = {
+    "encoder": {"model": dict, "stored": bool, "sha256": str},
+    "weights": {"file": str, "sha256": str},
+}
+"""What a description must say of a part."""
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -225,27 +229,25 @@ def read_description(folder: Path) -> dict[str, Any]:
     check(config, str(file))
     parts = ["encoder", "decoder", "latent", "weights"]
     parts += ["denoiser", "flow", "sampler", "guidance"] if config.get("kind") == "generator" else []
-    if absent := [name for name in parts if not isinstance(config.get(name), dict)]:
-        raise ValueError(f"{str(file)!r} says nothing of {', '.join(absent)}: export the model again")
-    wrong = [name for name, kind in _ENTRY.items() if not isinstance(config["encoder"].get(name), kind)]
-    if (
-        wrong
-        or not isinstance(config["weights"].get("sha256"), str)
-        or not isinstance(config["weights"].get("file"), str)
-    ):
-        raise ValueError(
-            f"{str(file)!r} is damaged: {', '.join(wrong) or 'weights'} says nothing; export the model again"
-        )
-    text = config.get("text_encoder")
-    if text is not None and not (
-        isinstance(text, dict) and isinstance(text.get("model"), dict) and isinstance(text.get("stored"), bool)
-    ):
-        raise ValueError(f"{str(file)!r} is damaged: text_encoder says nothing; export the model again")
+    if wrong := unusable(config, parts, "text_encoder"):
+        raise ValueError(f"{str(file)!r} says nothing usable of {', '.join(wrong)}: export the model again")
     if config["weights"]["file"] in (".", "..") or config["weights"]["file"] != Path(config["weights"]["file"]).name:
         raise ValueError(
             f"{str(file)!r} is refused: weights.file={config['weights']['file']!r} must be the name of a file in its own folder"
         )
     return config
+
+
+def unusable(config: Mapping[str, Any], parts: Iterable[str], text: str) -> list[str]:
+    """The parts of which a description says nothing usable; a text encoder, under the name ``text``, may be absent."""
+    told = [*parts, *([text] if config.get(text) is not None else [])]
+    fields = {**_FIELDS, text: {"model": dict, "stored": bool}}
+    return [
+        name
+        for name in told
+        if not isinstance(part := config.get(name), dict)
+        or not all(isinstance(part.get(key), kind) for key, kind in fields.get(name, {}).items())
+    ]
 
 
 def read_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -289,10 +291,6 @@ def read(path: Path, averaged: bool = True) -> Bundle:
     """
     config = read_description(path)
     state = cache(partial(read_state, path, config))
-
-    def part(name: str) -> dict[str, Tensor]:
-        return {key.removeprefix(f"{name}."): value for key, value in state().items() if key.startswith(f"{name}.")}
-
     described = {"encoder": config["encoder"]["model"], "decoder": config["decoder"]}
     described["latent"] = {TARGET: "rae.latent.LatentNormalizer", "shape": config["latent_shape"], **config["latent"]}
     described |= {name: config.get(name) for name in ("denoiser", "flow", "sampler", "guidance", "guide")}
@@ -305,10 +303,5 @@ def read(path: Path, averaged: bool = True) -> Bundle:
     if text:
         described["text_encoder"] = text.pop("model")
         networks += ["text_encoder"] if text.pop("stored") else []
-    states = {name: partial(part, name) for name in networks}
+    states = {name: lambda name=name: below(name, state()) for name in networks}
     return Bundle(str(path), described, states, ((str(path), record),), text or None)
-
-
-def prefixed(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights below a name."""
-    return {f"{name}.{key}": value for key, value in state.items()}

@@ -18,6 +18,7 @@ from rae.formats import raev2
 from rae.formats.bundle import Bundle
 from rae.formats.decoder import state_from_ours
 from rae.formats.denoiser import ours_to_original
+from rae.io.names import below
 from rae.io.tensors import read_file, save_state
 from rae.latent import LatentNormalizer
 
@@ -74,7 +75,7 @@ def read(path: Path, averaged: bool = True) -> Bundle:
         ValueError: The file holds no state dict.
     """
     state = read_original(path, averaged)
-    inside = {key.removeprefix("decoder."): value for key, value in state.items() if key.startswith("decoder.")}
+    inside = below("decoder", state)
     part = "denoiser" if any(key.startswith(_OF_DENOISERS) for key in state) else "decoder"
     return Bundle(str(path), states={part: lambda: inside or state})
 

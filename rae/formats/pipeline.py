@@ -18,13 +18,14 @@ from rae.autoencoder import RAE
 from rae.encoder.text import TextEncoder, TransformersTextEncoder
 from rae.formats import diffusers, pull_request_13231
 from rae.formats.bundle import KINDS, Bundle
-from rae.formats.diffusers import CONFIG, WEIGHTS, read_weights, save_diffusers
-from rae.formats.export import describe_encoder, describe_text_encoder, encoder_record, prefixed
+from rae.formats.diffusers import CONFIG, WEIGHTS, class_name, read_weights, save_diffusers
+from rae.formats.export import describe_encoder, describe_text_encoder, encoder_record, unusable
 from rae.formats.original import refuse_existing
 from rae.formats.single_file import single_file
 from rae.generator import Generator
 from rae.io.describe import TARGET, check, describe, targets_of
-from rae.io.files import parse_json, read_json, write_json, write_text
+from rae.io.files import read_json, write_json, write_text
+from rae.io.names import below, prefixed
 from rae.io.tensors import read_file, save_state
 from rae.latent import LatentNormalizer
 
@@ -170,13 +171,7 @@ def _save_code(folder: Path, component: str) -> str:
 
 def recognises(path: Path) -> bool:
     """Whether a folder holds a pipeline of diffusers, or a denoiser alone."""
-    if (path / INDEX).is_file():
-        return True
-    try:
-        name = parse_json((path / CONFIG).read_bytes(), CONFIG).get("_class_name")
-    except (OSError, ValueError, AttributeError):
-        return False
-    return name in (TRANSFORMER, pull_request_13231.TRANSFORMER)
+    return (path / INDEX).is_file() or class_name(path) in (TRANSFORMER, pull_request_13231.TRANSFORMER)
 
 
 def read(path: Path, averaged: bool = True) -> Bundle:
@@ -227,21 +222,12 @@ def _check_index(file: Path, index: Mapping[str, Any]) -> None:
     version = index.get("rae_format")
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(f"{str(file)!r} has rae_format {version!r}, this library reads up to {FORMAT}; upgrade it")
-    parts = ("flow", "sampler", "guidance", "latent", "encoder")
-    absent = [name for name in parts if not isinstance(index.get(name), dict)]
-    entry, names = index.get("encoder"), index.get("id2label")
-    wanted = {"model": dict, "stored": bool, "sha256": str}
-    if isinstance(entry, dict) and not all(isinstance(entry.get(key), kind) for key, kind in wanted.items()):
-        absent.append("encoder")
+    parts, names = ("flow", "sampler", "guidance", "latent", "encoder"), index.get("id2label")
+    wrong = unusable(index, parts, "text")
     if names is not None and not (isinstance(names, dict) and all(label.isdecimal() for label in names)):
-        absent.append("id2label")
-    text = index.get("text")
-    if text is not None and not (
-        isinstance(text, dict) and isinstance(text.get("model"), dict) and isinstance(text.get("stored"), bool)
-    ):
-        absent.append("text")
-    if absent:
-        raise ValueError(f"{str(file)!r} says nothing usable of {', '.join(absent)}: export the model again")
+        wrong.append("id2label")
+    if wrong:
+        raise ValueError(f"{str(file)!r} says nothing usable of {', '.join(wrong)}: export the model again")
     check({key: index.get(key) for key in (*parts, "text", "id2label", "negative_prompt")}, str(file), KINDS)
 
 
@@ -283,5 +269,4 @@ def _autoencoder(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 
 def _part(file: Path, name: str) -> dict[str, Tensor]:
-    state = read_weights(file.parent) if file.name == WEIGHTS else read_file(file, mapped=True)
-    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    return below(name, read_weights(file.parent) if file.name == WEIGHTS else read_file(file, mapped=True))

@@ -14,6 +14,7 @@ from torch import Tensor
 from rae.formats.bundle import KINDS, PARTS, Bundle
 from rae.formats.shares import REST, Shared, read_shares, share_files
 from rae.io.describe import Buildable, check, targets_of
+from rae.io.names import below
 from rae.io.tensors import check_file, map_file
 
 NETWORKS = {"decoder": "autoencoder.decoder", "denoiser": "denoiser"}
@@ -144,8 +145,7 @@ def trained_weights(path: str | Path, network: str, averaged: bool = True) -> di
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file)
     state = checkpoint.get("state_dict", {})
-    prefix = f"{network}."
-    weights = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    weights: dict[str, Any] = below(network, state)
     if not weights:
         parts = sorted({key.split(".")[0] for key in state})
         raise ValueError(

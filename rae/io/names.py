@@ -55,6 +55,16 @@ class Naming:
         return out
 
 
+def prefixed(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with a name before their keys."""
+    return {f"{name}.{key}": value for key, value in state.items()}
+
+
+def below(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whose keys begin with a name, without it."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
 def renamed(key: str, names: Mapping[str, str]) -> str:
     """A key with another beginning, whole parts of it only; one that no name fits is returned as it is."""
     for old, new in names.items():

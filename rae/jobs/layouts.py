@@ -19,7 +19,7 @@ from rae.jobs.wanted import Prompt
 def write_captions(folder: Path, prompts: Sequence[str]) -> Path:
     """Writes ``metadata.jsonl`` beside the PNG files of samples: a folder for ``data=folder data.captions=metadata.jsonl``."""
     lines = [caption_line(png_name(number, prompt), prompt) for number, prompt in enumerate(prompts)]
-    return _write(folder / CAPTIONS, "\n".join(lines) + "\n")
+    return write_text(folder / CAPTIONS, "\n".join(lines) + "\n")
 
 
 def write_geneval(folder: Path, parts: Parts, prompts: Sequence[Prompt], per_prompt: int) -> None:
@@ -35,7 +35,7 @@ def write_geneval(folder: Path, parts: Parts, prompts: Sequence[Prompt], per_pro
         place = folder / f"{number:05d}"
         for sample in range(per_prompt):
             save_png(pick(parts, [number * per_prompt + sample])[0], place / "samples" / f"{sample:05d}.png")
-        _write(place / CAPTIONS, json.dumps(dict(prompt.said or {}), ensure_ascii=False))
+        write_text(place / CAPTIONS, json.dumps(dict(prompt.said or {}), ensure_ascii=False))
 
 
 def write_dpg(folder: Path, parts: Parts, prompts: Sequence[Prompt], per_prompt: int) -> None:
@@ -51,10 +51,6 @@ def write_dpg(folder: Path, parts: Parts, prompts: Sequence[Prompt], per_prompt:
         images = pick(parts, range(number * per_prompt, (number + 1) * per_prompt))
         rows = [torch.cat(list(images[start : start + 2]), dim=2) for start in range(0, per_prompt, 2)]
         save_png(torch.cat(rows, dim=1), folder / f"{prompt.name}.png")
-
-
-def _write(path: Path, text: str) -> Path:
-    return write_text(path, text)
 
 
 WRITERS = {"geneval": write_geneval, "dpg": write_dpg}
