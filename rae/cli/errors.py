@@ -168,7 +168,7 @@ def _unknown_key(
             continue
         if key in RENAMED:
             return f"there is no key {key!r}: it is called {RENAMED[key]!r} now"
-        if (reason := _group_lacks(key, cfg, choices, groups)) is not None:
+        if (reason := _group_lacks(config, key, cfg, choices, groups)) is not None:
             return f"there is no key {key!r}: {reason}"
         parent = key.rpartition(".")[0]
         if parent and _exists(cfg, parent) and OmegaConf.select(cfg, parent) is None:
@@ -178,16 +178,19 @@ def _unknown_key(
     return None
 
 
-def _group_lacks(key: str, cfg: DictConfig, choices: Sequence[Override], groups: dict[str, list[str]]) -> str | None:
+def _group_lacks(
+    config: str, key: str, cfg: DictConfig, choices: Sequence[Override], groups: dict[str, list[str]]
+) -> str | None:
     """Why a group has no such key: it is not in use, or another of its choices has the key; None for other reasons."""
     head, _, rest = key.partition(".")
     if head not in groups or not rest:
         return None
-    if head not in cfg:
-        return f"this configuration has no {head!r}" + (
-            f"; did you mean {rest!r}?" if _exists(cfg, rest) else _elsewhere(head)
-        )
     others = _choices_with(head, rest)
+    if head not in cfg:
+        known = f"; did you mean {rest!r}?" if _exists(cfg, rest) else _elsewhere(head)
+        if others and {head: None} in OmegaConf.load(conf_dir() / f"{config}.yaml").defaults:
+            known = f"; choose {' or '.join(others)} with it"
+        return f"this configuration has no {head!r}{known}"
     if not others:
         return None
     chosen = next((f"{head}={_choices(one)[0]}" for one in choices if one.key_or_group == head), f"the {head} chosen")

@@ -7,9 +7,11 @@ from types import ModuleType
 from typing import Any
 
 from rae.denoiser import Denoiser
+from rae.flow import EulerSampler, NoGuidance, PublishedGrid
 from rae.formats import diffusers, export, original, pipeline, run
 from rae.formats.bundle import Bundle, assemble, make_part
 from rae.generator import Generator
+from rae.io.describe import describe
 from rae.io.errors import ConfigError
 
 FORMATS: tuple[ModuleType, ...] = (original, run, diffusers, pipeline, export)
@@ -59,7 +61,7 @@ def read(source: str | Path, averaged: bool = True, revision: str | None = None)
 
 
 def complete(bundle: Bundle, averaged: bool = True, given: str | None = None, keep_guide: bool = False) -> Bundle:
-    """With the decoder and the guide that a description names elsewhere.
+    """With the decoder and the guide that a description names elsewhere, and a sampler where it names none.
 
     Args:
         bundle: The model.
@@ -84,6 +86,8 @@ def complete(bundle: Bundle, averaged: bool = True, given: str | None = None, ke
         )
     if not generates:
         return bundle
+    unsaid = {"sampler": EulerSampler(PublishedGrid()), "guidance": NoGuidance()}  # published files hold weights alone
+    bundle = bundle.override({name: describe(part) for name, part in unsaid.items() if said.get(name) is None})
     if bundle.wants_guide:
         if said.get("guide_checkpoint") is not None:
             return bundle.with_guide(read(said["guide_checkpoint"]))

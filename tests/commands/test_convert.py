@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from rae.cli.build import make
 from rae.cli.checks import check_files
+from rae.cli.config import plain
 from rae.cli.errors import compose
 from rae.cli.groups import config_groups
 from rae.cli.models import open_autoencoder
@@ -26,12 +27,14 @@ from rae.commands.download import download, files_of
 from rae.commands.reconstruct import reconstruct
 from rae.commands.sample import sample
 from rae.denoiser import DiTDH
-from rae.flow import ClassifierFreeGuidance, EulerSampler, PublishedGrid
+from rae.flow import ClassifierFreeGuidance, EulerSampler, NoGuidance, PublishedGrid
 from rae.formats import save_original
 from rae.generator import Generator
+from rae.io.describe import describe
 from rae.io.errors import ConfigError
 from rae.io.hub import fetch_weights
 from rae.io.tensors import state_hash
+from tests.attacks.files import run_config, write_run
 from tests.helpers.original_networks import original_denoiser
 from tests.helpers.small_models import make_autoencoder, make_diffusers, make_generator, randomise
 
@@ -356,3 +359,34 @@ def test_a_refused_conversion_leaves_the_export_that_is_there(tmp_path: Path):
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
     convert(compose("convert", [*given, "force=true"]))
     assert {file.name for file in target.iterdir()} == before.keys()
+
+
+def test_sampler_and_guidance_are_the_models_own_unless_others_are_named(tmp_path: Path):
+    source = make_generator().save_pretrained(tmp_path / "model")
+    own = json.loads((source / "config.json").read_text())
+    assert own["sampler"]["_target_"].endswith("HeunSampler")
+    convert(compose("convert", [f"checkpoint={source}", f"output_dir={tmp_path}/same"]))
+    assert json.loads((tmp_path / "same" / "config.json").read_text()) == own  # the guide is there too
+    model, guidance = make_generator(), describe(ClassifierFreeGuidance(1.5))
+    said = run_config(model, tmp_path / "run" / "stage1.ckpt") | {"guidance": guidance}
+    run = write_run(model, tmp_path / "run", said)
+    convert(compose("convert", [f"checkpoint={run}", f"output_dir={tmp_path}/of_run"]))
+    of_run = json.loads((tmp_path / "of_run" / "config.json").read_text())
+    assert (of_run["sampler"], of_run["guidance"]) == (own["sampler"], guidance)
+    chosen = ["sampler=euler", "sampler.grid.points=7", "guidance=none"]
+    convert(compose("convert", [f"checkpoint={source}", *chosen, f"output_dir={tmp_path}/other"]))
+    other = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert other["sampler"] == describe(EulerSampler(PublishedGrid(7)))
+    assert (other["guidance"], other["guide"]) == (describe(NoGuidance()), None)
+    with pytest.raises(ConfigError, match=r"has no 'guidance'; choose guidance=apg or .* with it"):
+        compose("convert", [f"checkpoint={source}", "guidance.scale=2"])
+
+
+def test_published_files_name_no_sampler(tmp_path: Path):
+    _, model = write_collection(tmp_path / "models")
+    encoder = ["encoder.pretrained=false", "encoder.model=vit_tiny_patch16_224"]
+    arguments = "encoder.model_args={patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}"
+    convert(compose("convert", [*model, *encoder, arguments, f"output_dir={tmp_path}/export"]))
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert (config["sampler"], config["guidance"]) == (describe(EulerSampler(PublishedGrid())), describe(NoGuidance()))
+    assert config["sampler"] == plain(compose("sample", []).sampler)
