@@ -30,13 +30,14 @@ def sample(cfg: DictConfig) -> None:
         ConfigError: The model has no denoiser, the labels or prompts are not right, or the folder holds other samples.
     """
     check_interpolations(cfg)
-    check_layout(cfg)
+    prompts = prompt_list(cfg)
+    check_layout(cfg, prompts)
     folder = Path(cfg.output_dir)
     fabric = start(cfg)
     generator, run = open_generator(cfg, fabric.device)
     if cfg.compile:
         generator.compile(mode=None if cfg.compile is True else str(cfg.compile))
-    labels = wanted(cfg, generator)
+    labels = wanted(cfg, generator, prompts)
     plan = plan_of(cfg, generator, labels)
     description = folder / "samples.json"
     asked = {
@@ -70,7 +71,7 @@ def sample(cfg: DictConfig) -> None:
         if png is not None and generator.text_encoder is not None:
             write_captions(png, [str(told) for told in labels])
         if cfg.layout is not None:
-            WRITERS[cfg.layout](folder / cfg.layout, parts, prompt_list(cfg), cfg.samples_per_prompt)
+            WRITERS[cfg.layout](folder / cfg.layout, parts, prompts, cfg.samples_per_prompt)
         write_sheets(cfg, parts, labels, folder)
         if cfg.interpolations:
             write_interpolations(cfg, generator, labels, folder)

@@ -26,7 +26,7 @@ from rae.io.files import changes
 from rae.io.parts import Parts, share, stretch
 from rae.jobs.images import count_images, describe_samples, open_images, open_pairs
 from rae.jobs.samples import Wanted, draw, latent_parts, plan_of, read_parts
-from rae.jobs.wanted import how_sampled, wanted
+from rae.jobs.wanted import how_sampled, prompt_list, wanted
 from rae.metric.several import update_arguments
 from rae.training.scores import reconstructions
 
@@ -83,7 +83,7 @@ def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callab
         ConfigError: The model has no denoiser, or the labels are not right.
     """
     generator, run = open_generator(cfg, fabric.device)
-    labels = wanted(cfg, generator)
+    labels = wanted(cfg, generator, prompt_list(cfg))
     classes = None if generator.text_encoder is not None else labels
     prepare(generator.autoencoder.image_size, len(labels), classes)
     plan = plan_of(cfg, generator, labels)

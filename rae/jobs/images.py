@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rae.data.captions import CAPTIONS, read_captions
-from rae.data.shards import TEXT, read_index
+from rae.data.shards import TEXT, Entry, read_index
 from rae.data.storage import read_ranges
 from rae.io.errors import ConfigError
 from rae.io.files import parse_json
@@ -24,26 +24,35 @@ Batch = tuple[Tensor, Any, Tensor]
 """Images uint8 B×3×H×W, their labels B or a list of prompts where there are any, and their numbers B."""
 
 
-def iterate_shards(path: Path, batch_size: int) -> Iterator[ImageBatch]:
-    """Batches of the images of a folder of tar shards, in the order of names and keys; all must be of one size.
+Images = Sequence[tuple[str, Entry]]
+"""Shards, and where in each an image and its prompt are."""
+
+
+def shard_images(path: Path) -> Images:
+    """The images of a folder of tar shards, in the order of names and keys."""
+    return [(str(shard), entry) for shard in sorted(path.glob("*.tar")) for entry in sorted(read_index(shard, TEXT))]
+
+
+def iterate_shards(found: Images, path: Path, batch_size: int) -> Iterator[ImageBatch]:
+    """Batches of the images of a folder of tar shards; all must be of one size.
 
     Raises:
         ValueError: There is no image, they are of several sizes, or one is damaged.
     """
-    entries = [(str(shard), *entry[:4]) for shard in sorted(path.glob("*.tar")) for entry in sorted(read_index(shard))]
-    if not entries:
+    if not found:
         raise ValueError(f"the shards of {str(path)!r} hold no image")
-    labelled = all(entry[-1] >= 0 for entry in entries)
+    labelled = all(entry.label >= 0 for _, entry in found)
     shape = None
-    for start in range(0, len(entries), batch_size):
-        chunk = entries[start : start + batch_size]
-        contents = read_ranges([(shard, first, size) for shard, _, first, size, _ in chunk])
+    for start in range(0, len(found), batch_size):
+        chunk = found[start : start + batch_size]
+        contents = read_ranges([(shard, entry.first, entry.size) for shard, entry in chunk])
         images = []
-        for content, (shard, key, *_) in zip(contents, chunk, strict=True):
-            images.append(decode_image(io.BytesIO(content), f"{shard}:{key}"))
+        for content, (shard, entry) in zip(contents, chunk, strict=True):
+            images.append(decode_image(io.BytesIO(content), f"{shard}:{entry.key}"))
             shape = shape or images[0].shape
-            same_size(images[-1], shape, f"{shard}:{key}", str(path))
-        yield ImageBatch(torch.stack(images), torch.tensor([entry[-1] for entry in chunk]) if labelled else None)
+            same_size(images[-1], shape, f"{shard}:{entry.key}", str(path))
+        labels = torch.tensor([entry.label for _, entry in chunk]) if labelled else None
+        yield ImageBatch(torch.stack(images), labels)
 
 
 def checked_path(key: str, given: str) -> Path:
@@ -71,14 +80,15 @@ def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size
         ConfigError: It is a trained run.
         ValueError: Images of several sizes, of another type, or damaged files.
     """
-    path = checked_path(key, given)
+    path, shards = checked_path(key, given), None
     if path.is_file():
         batches = iterate_npz(path, batch_size)
     elif any(path.glob("*.tar")):
-        batches = iterate_shards(path, batch_size)
+        shards = shard_images(path)
+        batches = iterate_shards(shards, path, batch_size)
     else:
         batches = iterate_folder(path, batch_size)
-    prompts, done = prompts_of(path), 0
+    prompts, done = prompts_of(path, shards), 0
     for number, (images, labels) in enumerate(batches):
         if number % world_size == rank:
             told: Any = labels if prompts is None else prompts[done : done + len(images)]
@@ -95,14 +105,14 @@ def count_images(given: str, batch_size: int, rank: int = 0, world_size: int = 1
     path = Path(given).expanduser()
     if path.is_file():
         total = npz_shape(path).images
-    elif shards := sorted(path.glob("*.tar")):
-        total = sum(len(read_index(shard)) for shard in shards)
+    elif any(path.glob("*.tar")):
+        total = len(shard_images(path))
     else:
         total = len(folder_files(path))
     return sum(min(batch_size, total - start) for start in range(rank * batch_size, total, world_size * batch_size))
 
 
-def prompts_of(path: Path) -> list[str] | None:
+def prompts_of(path: Path, shards: Images | None) -> list[str] | None:
     """The prompts of samples that ``rae-sample`` wrote, in the order in which they are read; None where there are none.
 
     Raises:
@@ -115,11 +125,10 @@ def prompts_of(path: Path) -> list[str] | None:
         with np.load(path, allow_pickle=False) as arrays:
             texts: list[str] = arrays["prompts"].tolist()
             return texts
-    if shards := sorted(path.glob("*.tar")):
-        entries = [(str(shard), entry) for shard in shards for entry in sorted(read_index(shard, TEXT))]
-        if any(entry.text_size < 0 for _, entry in entries):
+    if shards is not None:
+        if any(entry.text_size < 0 for _, entry in shards):
             return None
-        places = [(shard, entry.text_first, entry.text_size) for shard, entry in entries]
+        places = [(shard, entry.text_first, entry.text_size) for shard, entry in shards]
         return [content.decode() for content in read_ranges(places)]
     if not (path / CAPTIONS).is_file():
         return None

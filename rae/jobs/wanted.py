@@ -35,19 +35,19 @@ class Prompt(NamedTuple):
     said: Mapping[str, Any] | None = None
 
 
-def wanted(cfg: DictConfig, generator: Generator) -> list[int] | list[str]:
+def wanted(cfg: DictConfig, generator: Generator, prompts: Sequence[Prompt]) -> list[int] | list[str]:
     """The class or the prompt of every sample, which depends on the configuration alone.
 
     Args:
         cfg: Configuration with the keys of :func:`label_list` and :func:`prompt_list`.
         generator: Says what it is told.
+        prompts: From :func:`prompt_list`.
 
     Raises:
         ConfigError: Prompts for a model that is told classes, classes for one that is told texts, or none at all.
     """
-    given = prompt_list(cfg)
     if generator.text_encoder is None:
-        if given or cfg.negative_prompt is not None:
+        if prompts or cfg.negative_prompt is not None:
             raise ConfigError(
                 f"prompt and prompts are for models that are told a text; this one is told {_told(generator)}: classes=[…]"
             )
@@ -57,9 +57,9 @@ def wanted(cfg: DictConfig, generator: Generator) -> list[int] | list[str]:
             f"classes={cfg.classes} and labels={cfg.labels} are for models that are told a class; this one is told a text: "
             'prompt="…" or prompts=FILE'
         )
-    if not given:
+    if not prompts:
         raise ConfigError('this model is told a text: prompt="…", or prompts=FILE (a prompt a line, or JSON lines)')
-    return [prompt.text for prompt in given for _ in range(cfg.samples_per_prompt)]
+    return [prompt.text for prompt in prompts for _ in range(cfg.samples_per_prompt)]
 
 
 def _told(generator: Generator) -> str:
@@ -92,7 +92,7 @@ def prompt_list(cfg: DictConfig) -> list[Prompt]:
     return found
 
 
-def check_layout(cfg: DictConfig) -> None:
+def check_layout(cfg: DictConfig, prompts: Sequence[Prompt]) -> None:
     """Refuses prompts that a benchmark's layout cannot hold.
 
     Raises:
@@ -102,12 +102,11 @@ def check_layout(cfg: DictConfig) -> None:
         return
     if cfg.layout not in LAYOUTS:
         raise ConfigError(f"layout={cfg.layout} is unknown; choose {' or '.join(LAYOUTS)}, or null")
-    found = prompt_list(cfg)
-    if cfg.layout == "geneval" and not (found and all(prompt.said and "tag" in prompt.said for prompt in found)):
+    if cfg.layout == "geneval" and not (prompts and all(prompt.said and "tag" in prompt.said for prompt in prompts)):
         raise ConfigError(
             "layout=geneval needs prompts=evaluation_metadata.jsonl of GenEval, whose lines hold prompt and tag"
         )
-    if cfg.layout == "dpg" and (cfg.samples_per_prompt != DPG_PICTURES or not found):
+    if cfg.layout == "dpg" and (cfg.samples_per_prompt != DPG_PICTURES or not prompts):
         raise ConfigError(
             f"layout=dpg needs prompts=FOLDER (dpg_bench/prompts) and samples_per_prompt={DPG_PICTURES}, which make one picture"
         )

@@ -24,7 +24,7 @@ from rae.demo.picture_scores import PictureScores
 from rae.flow import AutoGuidance, ClassifierFreeGuidance
 from rae.generator import Generator
 from rae.io.errors import ConfigError
-from rae.jobs.wanted import wanted
+from rae.jobs.wanted import prompt_list, wanted
 from rae.metric import ClipScore
 from tests.helpers.small_models import make_generator, randomise
 from tests.helpers.text_runs import SMALL, make_text_generator, text_weights, train_small
@@ -219,7 +219,7 @@ def test_a_model_of_classes_refuses_a_prompt():
     with pytest.raises(
         ConfigError, match=r"for models that are told a text; this one is told one of 10 classes: classes="
     ):
-        wanted(cfg, make_generator())
+        wanted(cfg, make_generator(), prompt_list(cfg))
 
 
 def test_files_of_prompts_that_cannot_be_read(run: Path, tmp_path: Path):
