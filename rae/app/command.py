@@ -18,6 +18,7 @@ from rae.app.page import Limits, build_page, look
 from rae.app.space import read_space, write_space
 from rae.app.viewer import Viewer
 from rae.autoencoder import RAE
+from rae.cli.config import remove_empty
 from rae.cli.models import open_model
 from rae.io.errors import ConfigError
 from rae.io.hub import cached_file
@@ -35,6 +36,7 @@ def app(cfg: DictConfig) -> None:
     """
     if cfg.space_dir is not None:
         print(f"written: {write_space(cfg)}")
+        remove_empty(cfg)
         return
     viewer, about = open_viewer(cfg)
     start = limits_of(cfg)

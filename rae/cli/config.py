@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,11 @@ def save_config(cfg: DictConfig, folder: str | Path) -> Path:
     """Writes ``config.yaml``, resolved, into a run's folder; atomically."""
     text = OmegaConf.to_yaml(cfg, resolve=True)
     return write_text(Path(folder) / "config.yaml", text)
+
+
+def remove_empty(cfg: DictConfig) -> None:
+    """Removes the folder that Hydra made for a command's results, and that of all results, where nothing is in them."""
+    with contextlib.suppress(OSError):  # they are not empty
+        Path(cfg.output_dir).rmdir()
+        if Path(cfg.paths.outputs).resolve() == Path(cfg.output_dir).parent:
+            Path(cfg.paths.outputs).rmdir()

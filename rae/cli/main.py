@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from rae.cli.checks import check_files
 from rae.cli.compose import register_resolvers
-from rae.cli.config import absolute_paths, check_complete
+from rae.cli.config import absolute_paths, check_complete, remove_empty
 from rae.cli.errors import blame, describe, explain, is_expected
 from rae.cli.groups import OWN, VERSION_BASE, conf_dir, normalise
 from rae.cli.help import list_experiments
@@ -136,10 +136,7 @@ def _run(cfg: DictConfig, config: str, target: str, program: str, complete: bool
         if _wants_trace() or not is_expected(error):
             traceback.print_exc()
         print(f"{program}: error: {blame(describe(error), job.overrides.task)}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # they are not empty
-            Path(cfg.output_dir).rmdir()
-            if Path(cfg.paths.outputs).resolve() == Path(cfg.output_dir).parent:
-                Path(cfg.paths.outputs).rmdir()
+        remove_empty(cfg)
         return error
     finally:
         sys.argv = arguments

@@ -25,7 +25,8 @@ def written(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("spaces")
     model = generator().save_pretrained(folder / "model")
     given = ["guidance=cfg", "guidance.scale=2", "sampler=heun", "sampler.grid.points=5", "count=3", "seed=4"]
-    app(configuration(model, *given, f"space_dir={folder}/space"))
+    (folder / "log").mkdir()  # as Hydra does
+    app(configuration(model, *given, f"space_dir={folder}/space", f"output_dir={folder}/log"))
     assert sorted(path.name for path in folder.iterdir()) == ["model", "space"]
     return folder / "space"
 
