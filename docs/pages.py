@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from rae.cli.errors import compose  # noqa: E402
 from rae.cli.groups import conf_dir, config_groups  # noqa: E402
 from rae.cli.help import experiments  # noqa: E402
+from rae.commands.download import licence_of_files  # noqa: E402
 from tests.benchmarks.table import markdown, rows_of  # noqa: E402
 
 HEAD = ("what, against", "ours", "peer", "ratio", "peak memory, ours / peer")
@@ -78,9 +79,8 @@ def models(page: Path = DOCS / "models.md") -> str:
         cfg = compose("download", [f"model={name}"])
         file = Path(cfg.checkpoint).relative_to(cfg.collection).as_posix()
         hub = f"[{cfg.repository}](https://huggingface.co/{cfg.repository}) at `{cfg.revision[:8]}`"
-        rows.append(
-            (f"`{name}`", lines[1][2:].rstrip("."), f"`{file}`", hub, said["Published"].rstrip("."), cfg.licence)
-        )
+        published, licence = said["Published"].rstrip("."), licence_of_files(cfg)
+        rows.append((f"`{name}`", lines[1][2:].rstrip("."), f"`{file}`", hub, published, licence))
         commands.append(said["Command"])
     table = markdown(("`model=`", "what", "file", "hub, revision", "published", "licence"), rows)
     block = "\n".join(["```bash", "# needs a download, and data", *commands, "```"])

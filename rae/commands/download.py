@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rae.cli.groups import config_groups
+from rae.formats.card import licence_of
 from rae.io.errors import ConfigError
 from rae.io.hub import check_hash, fetch, fetch_all, fetch_weights, published_hashes
 
@@ -49,7 +50,7 @@ def download(cfg: DictConfig) -> None:
     """
     folder, own = Path(cfg.collection).expanduser(), str(cfg.repository).rpartition("/")[2]
     names = None if cfg.everything else files_of(cfg)
-    log.info("licence of the files of %s: %s", cfg.repository, cfg.licence)
+    log.info("licence of the files of %s: %s", cfg.repository, licence_of_files(cfg))
     if names is not None and all(name.partition("/")[0] == own for name in names):
         folder /= own
         names = None if own in names else [name.partition("/")[2] for name in names]
@@ -61,6 +62,12 @@ def download(cfg: DictConfig) -> None:
     encoder: Any = cfg.get("encoder") or {}
     if cfg.encoder_weights and encoder.get("checkpoint") is None and encoder.get("hub_id") is not None:
         log.info("%s", fetch_weights(encoder["hub_id"], encoder["revision"], "encoder.checkpoint"))
+
+
+def licence_of_files(cfg: DictConfig) -> str:
+    """The licence of a model's files, and that of its encoder where there is one."""
+    encoder = licence_of(cfg.encoder) if "encoder" in cfg else None
+    return f"files: {cfg.licence}; encoder: {encoder}" if encoder else str(cfg.licence)
 
 
 def _verify(cfg: DictConfig, folder: Path, names: list[str] | None) -> None:

@@ -23,7 +23,7 @@ _LICENCES = {  # the first whose name occurs counts: some architectures are name
     "dinov2": "Apache-2.0",
     "clip": "MIT (OpenAI's repository)",
 }
-"""Licences of encoders' weights, as docs/models.md lists them."""
+"""Licences of encoders' weights."""
 _NAMED = 10  # classes that a card names
 
 
@@ -118,13 +118,17 @@ def _kind(description: Mapping[str, Any]) -> str:
     return str(description[TARGET]).rpartition(".")[2]
 
 
+def licence_of(encoder: Mapping[str, Any]) -> str | None:
+    """The licence of an encoder's weights, by the names in its description; None where it is not known."""
+    names = re.sub(r"[_./-]", " ", f"{encoder.get('hub_id')} {encoder.get('model')}".lower())
+    return next((text for name, text in _LICENCES.items() if re.search(name, names)), None)
+
+
 def _encoder_licence(entry: Mapping[str, Any]) -> str:
     """What is to be known of the encoder's weights."""
-    model = entry["model"]
-    names = re.sub(r"[_./-]", " ", f"{model.get('hub_id')} {model.get('model')}".lower())
-    found = next((text for name, text in _LICENCES.items() if re.search(name, names)), None)
+    found = licence_of(entry["model"])
     stored = "are stored here" if entry["stored"] else "come from the hub"
-    if found is None or (entry["stored"] and not model.get("hub_id")):
+    if found is None or (entry["stored"] and not entry["model"].get("hub_id")):
         return f"The encoder's weights {stored}; whether they have a licence of their own is not known here."
     return f"The encoder's weights {stored}, under their own licence: {found}."
 
