@@ -7,8 +7,9 @@ needs, word for word and in the order of the imports. Nothing is imported to wri
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,26 +24,27 @@ from __future__ import annotations
 '''
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class _Statement:
+    """A class, function or constant at the top of a module."""
+
+    text: str
+    meaning: str
+    """Without comments."""
+    uses: frozenset[str]
+    """All names in it."""
+
+
+@dataclass(frozen=True)
 class _Module:
     """The names that a module binds at its top, and where they come from."""
 
-    name: str
-    lines: list[str]
-    own: dict[str, int] = field(default_factory=dict)
-    """Number of the statement that defines a name."""
+    own: dict[str, _Statement] = field(default_factory=dict)
+    """In their order."""
     ours: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Module below ``rae`` and name there, of an imported name."""
     others: dict[str, str] = field(default_factory=dict)
     """Import statement of a name from elsewhere."""
-    spans: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """First and last line of a statement."""
-    uses: dict[int, set[str]] = field(default_factory=dict)
-    """All names in a statement."""
-    meanings: dict[int, str] = field(default_factory=dict)
-    """A statement without comments."""
-    imports: list[str] = field(default_factory=list)
-    """Modules below ``rae`` that it imports, in their order."""
 
 
 def single_file(module: str, title: str) -> str:
@@ -55,85 +57,76 @@ def single_file(module: str, title: str) -> str:
     Raises:
         ValueError: Two things of one name, or a statement that cannot be moved.
     """
-    found: dict[str, _Module] = {}
-    wanted: dict[str, set[int]] = {}
-    imports: dict[str, str] = {}
+    wanted: set[_Statement] = set()
+    imports: set[str] = set()
     meant: dict[str, str] = {}  # what each name of the file stands for
-
-    def known(name: str) -> _Module:
-        if name not in found:
-            found[name] = _read(name)
-        return found[name]
 
     def bind(name: str, meaning: str, place: str) -> None:
         if meant.setdefault(name, meaning) != meaning:
             raise ValueError(f"{name!r} of {place} is something else elsewhere: give one of the two another name")
 
-    todo = [(module, name) for name in known(module).own]
+    todo = [(module, name) for name in _read(module).own]
     while todo:
         place, name = todo.pop()
-        here = known(place)
+        here = _read(place)
         if name in here.ours:
             todo.append(here.ours[name])
         elif name in here.others:
             bind(name, here.others[name], place)
-            imports[name] = here.others[name]
+            imports.add(here.others[name])
         elif name in here.own:
-            number = here.own[name]
-            bind(name, here.meanings[number], place)
-            if number not in wanted.setdefault(place, set()):
-                wanted[place].add(number)
-                todo += [(place, used) for used in sorted(here.uses[number])]
+            statement = here.own[name]
+            bind(name, statement.meaning, place)
+            if statement not in wanted:
+                wanted.add(statement)
+                todo += [(place, used) for used in sorted(statement.uses)]
 
     parts: list[str] = []
     written: set[str] = set()
-    for place in _ordered(module, known):
-        here = known(place)
-        own = [number for number in sorted(wanted.get(place, ())) if here.meanings[number] not in written]
-        written |= {here.meanings[number] for number in own}
-        texts = [_text(here, number) for number in own]
-        if texts:
-            parts.append("\n\n\n".join([f"# --- {place} ---", *texts]))
+    for place in _ordered(module):
+        own = [one for one in dict.fromkeys(_read(place).own.values()) if one in wanted and one.meaning not in written]
+        written |= {one.meaning for one in own}
+        if own:
+            parts.append("\n\n\n".join([f"# --- {place} ---", *(one.text for one in own)]))
     head = _HEADER.format(title=title, version=metadata.version(ROOT))
-    text = "\n".join([head, *_sorted_imports(imports), "", "", "\n\n\n".join(parts), ""])
+    ordered = sorted(imports, key=lambda text: (text.startswith("from "), text))
+    text = "\n".join([head, *ordered, "", "", "\n\n\n".join(parts), ""])
     compile(text, module, "exec")
     return text
 
 
+@cache
 def _read(name: str) -> _Module:
     spec = find_spec(name)
     assert spec is not None
     assert spec.origin is not None
     text = Path(spec.origin).read_text(encoding="utf-8")
-    module = _Module(name, text.splitlines())
-    body = ast.parse(text).body
-    for number, node in enumerate(body):
+    module, lines, body = _Module(), text.splitlines(), ast.parse(text).body
+    for node, following in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            _note_import(module, node)
+            _note_import(module, name, node)
         elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign | ast.AnnAssign):
             first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", ()))])
-            last = node.end_lineno or first
-            if number + 1 < len(body) and _is_text(body[number + 1]) and not isinstance(node, ast.ClassDef):
-                last = body[number + 1].end_lineno or last  # what is said below a constant
-            module.spans[number] = (first, last)
-            module.meanings[number] = ast.unparse(node)
-            module.uses[number] = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
-            module.own.update(dict.fromkeys(_defined(node), number))
+            last: ast.stmt = node
+            if following is not None and _is_text(following) and not isinstance(node, ast.ClassDef):
+                last = following  # what is said below a constant
+            uses = frozenset(one.id for one in ast.walk(node) if isinstance(one, ast.Name))
+            statement = _Statement("\n".join(lines[first - 1 : last.end_lineno]), ast.unparse(node), uses)
+            module.own.update(dict.fromkeys(_defined(node), statement))
         elif not _is_text(node):
             raise ValueError(f"{name}, line {node.lineno}: only imports, classes, functions and constants can be moved")
     return module
 
 
-def _note_import(module: _Module, node: ast.Import | ast.ImportFrom) -> None:
+def _note_import(module: _Module, name: str, node: ast.Import | ast.ImportFrom) -> None:
     for alias in node.names:
         bound, renamed = alias.asname or alias.name, "" if alias.asname is None else f" as {alias.asname}"
         if isinstance(node, ast.Import):
             module.others[bound.split(".")[0] if not renamed else bound] = f"import {alias.name}{renamed}"
         elif str(node.module).split(".")[0] == ROOT:
             if renamed:
-                raise ValueError(f"{module.name}, line {node.lineno}: a name of our own is imported under another one")
+                raise ValueError(f"{name}, line {node.lineno}: a name of our own is imported under another one")
             module.ours[bound] = (str(node.module), alias.name)
-            module.imports.append(str(node.module))
         elif node.module != "__future__":
             module.others[bound] = f"from {node.module} import {alias.name}{renamed}"
 
@@ -150,27 +143,10 @@ def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _text(module: _Module, number: int) -> str:
-    first, last = module.spans[number]
-    return "\n".join(module.lines[first - 1 : last])
-
-
-def _ordered(module: str, known: Callable[[str], _Module]) -> list[str]:
+@cache
+def _ordered(module: str) -> list[str]:
     """Modules in an order in which each stands behind those that it imports."""
     order: dict[str, None] = {}
-
-    def visit(name: str) -> None:
-        if name not in seen:
-            seen.add(name)
-            for other in known(name).imports:
-                visit(other)
-            order[name] = None
-
-    seen: set[str] = set()
-    visit(module)
-    return list(order)
-
-
-def _sorted_imports(imports: dict[str, str]) -> list[str]:
-    plain = sorted({text for text in imports.values() if text.startswith("import ")})
-    return [*plain, *sorted({text for text in imports.values() if text.startswith("from ")})]
+    for other in dict.fromkeys(place for place, _ in _read(module).ours.values()):
+        order |= dict.fromkeys(_ordered(other))
+    return [*order, module]
