@@ -304,8 +304,7 @@ def _check(encoder: TimmEncoder, decoder: ViTDecoder, name: str, state: Mapping[
     block = network.blocks[0]
     depth, width = len(network.blocks), encoder.channels
     side = math.isqrt(state["pos_embed"].shape[1] - (1 if name == "mae" else 0)) if "pos_embed" in state else 0
-    exact = nn.GELU if kind.act == "gelu" else None
-    has_exact = type(block.mlp.act) is nn.GELU and block.mlp.act.approximate == "none"
+    exact = type(block.mlp.act) is nn.GELU and block.mlp.act.approximate == "none"
     facts = {
         "encoder.layers": (encoder.layers or [depth - 1], [depth - 1]),
         "encoder.fusion": (encoder.fusion, "last"),
@@ -314,7 +313,7 @@ def _check(encoder: TimmEncoder, decoder: ViTDecoder, name: str, state: Mapping[
         "encoder.resize_first": (encoder.resize_first, True),
         "encoder.interpolation": (encoder.interpolation, "bicubic"),
         "encoder.norm_eps": (block.norm1.eps, kind.norm_eps),
-        "encoder.act is the exact GELU": (has_exact, exact is not None),
+        "encoder.act is the exact GELU": (exact, kind.act == "gelu"),
         "encoder.pos_antialias": (encoder.pos_antialias, kind.pos_antialias),
         "side of the published position table": (side, kind.table // encoder.stride),
         "width of an attention head": (width // block.attn.num_heads, _HEAD),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rae.io.files import changes, write_json
+from rae.io.files import changes, read_json, write_json
 
 PLAN = "plan.json"
 
@@ -86,7 +86,7 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> None:
     if not file.is_file():
         write_json(file, plan)
         return
-    if said := changes(json.loads(file.read_text()), plan):
+    if said := changes(read_json(file), plan):
         raise ValueError(
             f"{str(folder)!r} holds work of another plan: {said}; go on as it was begun, choose another output_dir, "
             "or remove the folder"

@@ -24,7 +24,7 @@ from rae.autoencoder import RAE
 from rae.generator import Generator
 from rae.io.describe import describe
 from rae.io.errors import ConfigError
-from rae.io.files import changes, parse_json, write_atomically, write_json
+from rae.io.files import changes, read_json, write_atomically, write_json
 from rae.io.parts import Parts
 from rae.io.tensors import state_hash
 from rae.jobs.processes import begin
@@ -210,7 +210,7 @@ def latent_parts(folder: str | Path) -> tuple[Parts, dict[str, Any]]:
         raise FileNotFoundError(
             f"latents={folder} holds no {LATENTS}: give the folder latents/ that rae-sample keep_latents=true wrote"
         )
-    known = parse_json((root / LATENTS).read_bytes(), str(root / LATENTS))
+    known = read_json(root / LATENTS)
     parts = Parts(root, known["samples"], len(known["labels"]), known["part_size"], ".npy")
     if missing := parts.missing():
         raise FileNotFoundError(f"latents={folder} lacks {parts.path(missing[0]).name}; draw them again")
@@ -272,7 +272,7 @@ def finished(description: Path, plan: dict[str, Any]) -> bool:
     """
     if not description.is_file():
         return False
-    before = json.loads(description.read_text())
+    before = read_json(description)
     now = json.loads(json.dumps(plan, default=str))
     if said := changes({key: before.get(key) for key in now}, now):
         raise ConfigError(
