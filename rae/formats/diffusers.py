@@ -26,7 +26,7 @@ from rae.formats.bundle import Bundle, States
 from rae.formats.decoder import POSITION, state_from_ours
 from rae.formats.original import refuse_existing
 from rae.io.describe import TARGET
-from rae.io.files import parse_json, read_json, write_text
+from rae.io.files import read_json, write_text
 from rae.io.names import below, prefixed
 from rae.io.tensors import read_file, save_state
 
@@ -171,7 +171,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not index.is_file():
         return read_file(folder / WEIGHTS, mapped=True)
     try:
-        names = sorted(set(parse_json(index.read_bytes(), str(index))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{str(index)!r} has no weight_map of names; download the folder again") from error
