@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rae.io.names import join, renamed, split
+from rae.io.names import Naming, renamed, split
 
 
 @dataclass(frozen=True)
@@ -131,26 +131,29 @@ _DINOV3_IGNORED = ("mask_token", "local_cls_norm.", "projectors.")
 _WRAPPERS = ("vision_model.", "vit.", "model.", "encoder_model.")
 _IGNORED = ("decoder.", "text_model.", "logit_scale", "logit_bias", "pooler.")
 """Keys of whole models that the image encoder is no part of: MAE's decoder, SigLIP's text tower and temperature."""
-_BLOCK = re.compile(r"^(?:encoder\.)?layers?\.(\d+)\.(.+)$")
+_BLOCKS = r"(?:encoder\.)?layers?"
 _TIMM_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
-_CLIP_INNER = {
-    "norm1": "ln_1",
-    "norm2": "ln_2",
-    "attn.qkv.weight": "attn.in_proj_weight",
-    "attn.qkv.bias": "attn.in_proj_bias",
-    "attn.proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-_CLIP_OUTER = {
-    "cls_token": "class_embedding",
-    "pos_embed": "positional_embedding",
-    "patch_embed.proj": "conv1",
-    "norm_pre": "ln_pre",
-    "norm": "ln_post",
-    "head": "proj",
-}
+_CLIP = Naming(
+    outer={
+        "class_embedding": "cls_token",
+        "positional_embedding": "pos_embed",
+        "conv1": "patch_embed.proj",
+        "ln_pre": "norm_pre",
+        "ln_post": "norm",
+        "proj": "head",
+    },
+    inner={
+        "ln_1": "norm1",
+        "ln_2": "norm2",
+        "attn.in_proj_weight": "attn.qkv.weight",
+        "attn.in_proj_bias": "attn.qkv.bias",
+        "attn.out_proj": "attn.proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    },
+    blocks="transformer.resblocks",
+)
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -166,12 +169,7 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(state)
     outer = {theirs: ours for ours, theirs in family.outer.items()}
     inner = {theirs: ours for ours, names in family.inner.items() for theirs in names}
-    out: dict[str, Tensor] = {}
-    for key, value in bare.items():
-        match = _BLOCK.match(key)
-        name = f"blocks.{match[1]}.{renamed(match[2], inner)}" if match else renamed(key, outer)
-        out[name] = value
-    return _join(out, family)
+    return _settled(Naming(outer, inner, _BLOCKS, pieces=_PIECES).to_ours(bare), family)
 
 
 def _from_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -246,13 +244,7 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
     if "patch_embed.proj.weight" not in state:
         return dict(state)
-    out: dict[str, Tensor] = {}
-    for key, value in state.items():
-        match = _TIMM_BLOCK.match(key)
-        if match:
-            out[f"transformer.resblocks.{match[1]}.{renamed(match[2], _CLIP_INNER)}"] = value
-        else:
-            out[renamed(key, _CLIP_OUTER)] = value
+    out = _CLIP.from_ours(state)
     if "class_embedding" in out:
         out["class_embedding"] = out["class_embedding"].flatten()
     if "positional_embedding" in out:
@@ -267,9 +259,8 @@ def _unwrap(key: str) -> str:
     return key
 
 
-def _join(state: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """Joins query, key and value where all three are there, and gives class token and positions timm's form."""
-    state = join(state, _PIECES)
+def _settled(state: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Gives class token, positions and what has several parts timm's form."""
     if family is _DINOV3_THERE:  # keys have no bias, and a gated feed-forward layer has two first parts
         names = {"attn.query.bias": "attn.q_bias", "attn.value.bias": "attn.v_bias"}
         if any(".mlp.fc1_g." in key for key in state):
