@@ -26,7 +26,7 @@ from rae.jobs.samples import write_npz
 from rae.metric.protocol import differences, in_words, protocol_of
 from rae.report.neighbours import write_sheet
 from rae.report.progress import report_runs
-from rae.report.table import markdown, table, versions, write_csv, write_scores
+from rae.report.table import by_source, markdown, table, versions, write_csv, write_scores
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,9 @@ def evaluate(cfg: DictConfig) -> None:
             write_scores(folder, scores, identity)
             if source.parts is not None:
                 _keep_or_remove(cfg, source, folder)
-            print(table(scores))
+            print(table({name: value for name, value in scores.items() if "/" not in name}))
+            if source.alone:
+                print(by_source(scores, source.alone))
             print(in_words(identity["protocol"]))
             for line in differences(identity["protocol"]):
                 print(f"differs from the protocol: {line}")

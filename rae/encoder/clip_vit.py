@@ -69,6 +69,7 @@ class ClipEncoder(TransformerEncoder):
         if model not in open_clip.list_models():
             raise ValueError(f"encoder.model={model!r} is unknown to open_clip; see open_clip.list_models()")
         self.model_name = model
+        self.hub_id = hub_id
         self.pos_antialias = pos_antialias
         device = torch.get_default_device()  # open_clip would move it to the CPU, from the meta device too
         network = open_clip.create_model(model, pretrained=None, force_image_size=input_size, device=device).visual

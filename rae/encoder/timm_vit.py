@@ -115,10 +115,10 @@ class TimmEncoder(TransformerEncoder):
                     f"encoder.rope_bfloat16=true needs DINOv3's rotary positions, which {model} has not; set it to false"
                 )
             self._round_periods()
+        self.hub_id = hub_id or self.network.pretrained_cfg.get("hf_hub_id")
         check_layers(self.layers, len(self.network.blocks))
         if pretrained:
-            source = hub_id or self.network.pretrained_cfg.get("hf_hub_id")
-            self.load_published(read_weights(checkpoint, source, revision), str(checkpoint or source))
+            self.load_published(read_weights(checkpoint, self.hub_id, revision), str(checkpoint or self.hub_id))
         self.freeze()
 
     def _build(self, model: str, act: str | None, norm_eps: float | None, arguments: dict[str, Any]) -> Any:

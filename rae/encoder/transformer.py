@@ -16,6 +16,8 @@ class TransformerEncoder(Encoder):
 
     network: Any
     model_name: str
+    hub_id: str | None
+    """Where its weights are on the hub, which exports say."""
     final_norm: str
     """What the tokens of each layer go through, see :func:`rae.encoder.fusion.make_final_norm`."""
     final_norm_eps: float | None
