@@ -13,7 +13,6 @@ from lightning import Fabric
 from omegaconf import DictConfig
 
 from rae.cli.build import check_images, keep_still, make
-from rae.cli.checks import check_paths
 from rae.cli.config import save_config
 from rae.commands.stats import describe_data
 from rae.data import ImageDataModule
@@ -162,7 +161,6 @@ def cache_latents(cfg: DictConfig) -> None:
     """
     check(cfg)
     fabric = start(cfg)
-    check_paths(cfg.data)
     encoder = make(cfg.encoder).to(fabric.device)
     if cfg.stacked and len(encoder.layers or ()) < 2:
         raise ConfigError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rae.autoencoder import RAE
 from rae.cli.build import build_autoencoder, check_images, make
-from rae.cli.checks import check_paths, refuse_existing
+from rae.cli.checks import refuse_existing
 from rae.cli.config import plain, save_config
 from rae.data import ImageDataModule
 from rae.decoder import ViTDecoder
@@ -126,7 +126,6 @@ def stats(cfg: DictConfig) -> None:
     refuse_existing(cfg, target)
     check_images(cfg, "statistics")
     fabric = start(cfg)
-    check_paths(cfg.data)
     autoencoder = lifted(cfg)
     encoder = (make(cfg.encoder) if autoencoder is None else autoencoder.encoder).to(fabric.device)
     decoder = None if autoencoder is None else autoencoder.decoder.to(fabric.device)
