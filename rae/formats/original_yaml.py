@@ -17,8 +17,10 @@ Compose = Callable[[Sequence[str]], Mapping[str, Any]]
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "stage_1": {
-        **{"params.encoder_cls": "Dinov2withNorm", "params.encoder_input_size": 224},
-        **{"params.decoder_patch_size": 16, "params.noise_tau": 0.8},
+        "params.encoder_cls": "Dinov2withNorm",
+        "params.encoder_input_size": 224,
+        "params.decoder_patch_size": 16,
+        "params.noise_tau": 0.8,
     },
     "stage_2": {"params.class_dropout_prob": 0.1, "params.num_classes": 1000},
     "transport": {"params.path_type": "Linear", "params.prediction": "velocity", "params.time_dist_type": "uniform"},
@@ -30,9 +32,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What the original takes where a section does not have a key, as far as our defaults are others."""
 NOISY_DEFAULTS = {
-    **{"params.sampling_method": "Euler", "params.num_steps": 250},
-    **{"params.diffusion_form": "SBDM", "params.diffusion_norm": 1.0},
-    **{"params.last_step": "Mean", "params.last_step_size": 0.04},
+    "params.sampling_method": "Euler",
+    "params.num_steps": 250,
+    "params.diffusion_form": "SBDM",
+    "params.diffusion_norm": 1.0,
+    "params.last_step": "Mean",
+    "params.last_step_size": 0.04,
 }
 """The same for the sampler of the mode SDE."""
 ELSEWHERE = {
