@@ -88,6 +88,7 @@ def test_choices_on_the_page_exist():
             assert choice in groups[group], f"{group}={choice}"
 
 
+@pytest.mark.slow
 def test_the_table_of_weights_is_that_of_the_models():
     page = (ROOT / "docs/models.md").read_text()
     for model in config_groups()["model"]:

@@ -184,6 +184,7 @@ def test_autoencoder(cuda):
             assert to_float(to_uint8(images(), rule)).device.type == "cuda"
 
 
+@pytest.mark.slow
 def test_losses_and_detectors(cuda):
     """Forward: PyTorch's backward pass asks for a real device, where there are fake ones alone."""
     lpips, inception = PerceptualLoss(pretrained=False), InceptionDetector(pretrained=False)
@@ -294,6 +295,7 @@ def test_a_step_that_uses_the_cpu_is_found(monkeypatch):
         train_on_meta(2, 1)
 
 
+@pytest.mark.slow
 def test_clip_encoder(cuda):
     node = compose("train", ["stage=2", "latent.stats=none", "encoder=clip_l14", "encoder.pretrained=false"]).encoder
     with torch.device("meta"):
@@ -316,6 +318,7 @@ def test_states_of_metrics(cuda):
     assert {value.device.type for value in (moments.total, moments.outer, moments.count)} == {"cuda"}
 
 
+@pytest.mark.slow
 def test_previews(cuda, monkeypatch):
     monkeypatch.setattr(torch, "as_tensor", known(torch.as_tensor))  # the host knows the labels
     model = make_generator()

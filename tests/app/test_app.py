@@ -184,6 +184,7 @@ def configuration(checkpoint: Path, *overrides: str):
     return cfg
 
 
+@pytest.mark.slow
 def test_lpips_only_where_its_weights_are(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     assert open_perceptual(None) is None

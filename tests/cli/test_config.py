@@ -62,7 +62,7 @@ def applies(setting: tuple[str, ...], group: str, choice: str) -> bool:
     return group in groups_of(*setting)
 
 
-_FAST_ROWS = 4
+_FAST_ROWS = 2
 _ENCODERS = ("clip_l14", "digits", "dinov2", "dinov3_l_k7")
 """Encoders that are composed in every setting; the others have the same keys, and are composed once."""
 
@@ -97,7 +97,12 @@ def together() -> list:
         if settings:
             mixed.setdefault((settings[0], group), []).append(f"{group}={choice}")
     found = [
-        pytest.param(setting, (choice,), id=f"{'-'.join(setting)}-{choice}")
+        pytest.param(
+            setting,
+            (choice,),
+            id=f"{'-'.join(setting)}-{choice}",
+            marks=[pytest.mark.slow] if "imagenet" in choice else [],
+        )
         for (setting, group), choices in mixed.items()
         if group in alone
         for choice in choices

@@ -210,6 +210,7 @@ def test_a_repository_of_its_own_has_a_folder_of_its_own(tmp_path: Path, monkeyp
         check_files(compose("reconstruct", ["model=dinov2_l_256", f"collection={tmp_path}"]), "reconstruct")
 
 
+@pytest.mark.slow
 def test_a_published_model_is_opened_from_diffusers_folder(tmp_path: Path):
     make_diffusers("mae").save_pretrained(tmp_path / "RAE-dinov2-wReg-small-ViTXL-n08")
     cfg = compose("reconstruct", ["model=dinov2_s_256", f"collection={tmp_path}"])
@@ -347,6 +348,7 @@ def test_sampler_of_an_export_is_kept_for_python(tmp_path: Path):
     assert again.sampler.grid.points == 3
 
 
+@pytest.mark.slow
 def test_a_refused_conversion_leaves_the_export_that_is_there(tmp_path: Path):
     source, target = make_generator().save_pretrained(tmp_path / "model"), tmp_path / "target"
     given = [f"checkpoint={source}", f"output_dir={target}"]

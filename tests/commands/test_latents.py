@@ -120,6 +120,7 @@ def test_stage_2_from_cached_latents_is_stage_2_from_images(folder, cached, tmp_
     assert apart < 1e-2 * moved  # what is left is rounding: the latents were encoded in other batches
 
 
+@pytest.mark.slow
 def test_latents_of_another_encoder_or_normalisation_are_refused(folder, cached, tmp_path):
     data = [
         "data=latents",

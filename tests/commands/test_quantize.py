@@ -68,6 +68,7 @@ def test_samples_are_floored_and_their_folder_says_so(exported, tmp_path):
         run("sample", *given, "quantize=round", f"output_dir={tmp_path / 'floor'}")
 
 
+@pytest.mark.slow
 def test_scores_tell_by_which_rule_they_were_made(exported, tmp_path):
     images = tmp_path / "images"
     images.mkdir()

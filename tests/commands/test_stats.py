@@ -88,6 +88,7 @@ def test_per_channel_statistics_are_those_over_all_positions():
         torch.testing.assert_close(found[key].double(), expected[:, None, None].expand(3, 4, 5), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_random_crops_are_refused_unless_they_are_asked_for(folder, tmp_path):
     for wrong, message in {
         "data=imagenet_crops": "makes other images in every epoch; statistics are of center_crop .*add random_crops=true",

@@ -222,6 +222,7 @@ def test_a_model_of_classes_refuses_a_prompt():
         wanted(cfg, make_generator(), prompt_list(cfg))
 
 
+@pytest.mark.slow
 def test_files_of_prompts_that_cannot_be_read(run: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"prompts='.*no.txt' does not exist"):
         drawn(run, tmp_path / "out", f"prompts={tmp_path}/no.txt")

@@ -20,6 +20,7 @@ def _empty(scores: DigitsScores) -> None:
     scores._labels.clear()
 
 
+@pytest.mark.slow
 def test_held_out_digits_are_perfect_samples(scores: DigitsScores):
     real = DigitsDataset("held_out", 32)
     for start in (0, 100):  # in two batches

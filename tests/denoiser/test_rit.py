@@ -385,6 +385,7 @@ def test_encoders_without_class_token_say_so(tmp_path):
         run("stats", folder, tmp_path, "+encoder.model_args.class_token=false", "class_token=true")
 
 
+@pytest.mark.slow
 def test_its_statistics_are_its_own(tmp_path):
     folder = write_images(tmp_path / "images")
     run("stats", folder, tmp_path / "with", "class_token=true")

@@ -172,6 +172,7 @@ def test_a_random_encoder_is_the_same_whenever_its_run_is_opened(random_run):
         assert float(torch.cat(ratios).mean()) == pytest.approx(reported, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_export_holds_the_runs_random_encoder(random_run, tmp_path: Path):
     folder, parts, _ = random_run
     again = RAE.from_pretrained(rae.load(folder).save_pretrained(tmp_path / "out"))

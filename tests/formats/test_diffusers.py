@@ -21,7 +21,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["dinov2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "dinov2")]
+)
 def test_diffusers_autoencoder_and_ours_agree(kind: str, tmp_path: Path):
     from diffusers import AutoencoderRAE
 

@@ -139,7 +139,11 @@ def export(model: Generator | RAE, folder: Path) -> dict:
     return json.loads((model.save_pretrained(folder) / "config.json").read_text())
 
 
-@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [internal, *(pytest.param(one, marks=pytest.mark.slow) for one in MODELS if one is not internal)],
+    ids=lambda make: make.__name__,
+)
 def test_diffusers_draws_the_same_images_and_the_folder_comes_back_to_the_last_bit(make, tmp_path, load):
     model = make()
     folder = save_pipeline(model, tmp_path / "out")

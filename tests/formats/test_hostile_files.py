@@ -155,6 +155,7 @@ def test_endless_nesting_is_refused(canary):
     assert "holds a Tensor" in say(lambda: check({"a": torch.zeros(1)}, "a.ckpt"), canary)
 
 
+@pytest.mark.slow
 def test_guides_and_decoders_of_strangers_build_nothing_else(model, canary, tmp_path):
     good = write_run(model, tmp_path / "good")
     own = run_config(model, tmp_path / "good" / "stage1.ckpt")

@@ -195,6 +195,7 @@ def test_encoders_of_raev2_that_cannot_be_had_are_refused(name, message, tmp_pat
 # --- what is other than the recipes ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_line_says_the_same_as_the_file(tmp_path):
     content = stage2_training("S")
     content["training"] |= {"grad_accum_steps": 4, "ema_decay": 0.999, "ckpt_every": 500}
@@ -272,6 +273,7 @@ def test_a_transformer_without_head(tmp_path):
     assert cfg.denoiser == compose("train", ["stage=2", "denoiser=dit_b"]).denoiser
 
 
+@pytest.mark.slow
 def test_shapes_of_another_image_size_are_pointed_out(tmp_path):
     content = stage2_training()
     content["stage_1"]["params"]["encoder_input_size"] = 448  # the published file for 512 px keeps the shapes of 256 px

@@ -140,6 +140,7 @@ def subset_latents(one, what: str, p: float, told) -> tuple[Tensor, Tensor]:
     return torch.stack(found), torch.stack(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["data", "velocity"])
 def test_the_denoiser_sees_a_subset_and_learns_the_whole(prediction):
     p, told = 0.7, batch()

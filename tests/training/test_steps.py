@@ -84,6 +84,7 @@ def test_adaptive_weights_are_averaged_unless_asked_otherwise():
         Stage1Loss(adaptive="both")
 
 
+@pytest.mark.slow
 def test_frozen_networks_and_norms_are_float32_under_autocast():
     torch.manual_seed(0)
     images, target = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)

@@ -28,6 +28,7 @@ def run_script(*arguments: object) -> dict[str, Tensor]:
     return torch.load(arguments[5], weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_same_run_twice_is_bitwise_the_same(stage: int, tmp_path: Path):
     first, second = (weights(train(stage, tmp_path)[1]) for _ in range(2))
