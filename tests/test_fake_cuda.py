@@ -198,6 +198,7 @@ def test_losses_and_detectors(cuda):
         assert discriminator(augmented).device.type == "cuda"
 
 
+@pytest.mark.slow
 def test_losses_of_stage_2_and_averages(cuda):
     module = make_module(2)
     objectives = [flow.FlowMatching(), flow.MeanFlow(), flow.ImprovedMeanFlow(), flow.ConsistencyMidTraining(points=3)]

@@ -94,6 +94,7 @@ def test_commands_that_read_no_weights_ask_for_none(given, tmp_path, monkeypatch
     check_files(compose(command, overrides), command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

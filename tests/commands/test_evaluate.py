@@ -186,6 +186,7 @@ def test_interpolation_begins_and_ends_with_the_samples(exported):
 # --- scores ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_images_wherever_they_lie(exported, samples, reference, tmp_path, monkeypatch):
     bars = []
 
@@ -281,6 +282,7 @@ def test_several_metrics_in_one_pass(samples, reference, tmp_path):
     assert scores_of(tmp_path / "alone")["fd_other"] == scores_of(tmp_path)["fd_other"]
 
 
+@pytest.mark.slow
 def test_reconstructions_in_files_and_by_the_model_score_alike(exported, samples, tmp_path):
     pairs = {"_target_": "rae.metric.ReconstructionMetrics", "detector": DETECTOR}
     images = f"images={samples}/images"

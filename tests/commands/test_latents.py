@@ -44,6 +44,7 @@ def cached(folder, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_cached_latents_are_the_encoders(folder, cached):
     latents, labels, encoder, images = direct(folder, flip=False)
     data = CachedLatents(cached / "train", flip=False)
@@ -79,6 +80,7 @@ def module_of(cached, **options):
     return LatentsDataModule(f"{cached}/train", f"{cached}/val", **common)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_the_images(folder, cached, workers, flip):

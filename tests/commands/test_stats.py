@@ -57,6 +57,7 @@ def test_parts_cover_everything_once_for_any_number_of_processes(tmp_path):
 # --- statistics --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [7, 8, 32])
 def test_statistics_are_those_of_all_latents_for_every_batch_size(folder, tmp_path, batch):
     cfg = run("stats", folder, tmp_path, f"data.batch_size={batch}")

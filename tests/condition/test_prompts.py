@@ -195,6 +195,7 @@ def test_layouts_of_benchmarks(run: Path, tmp_path: Path):
         drawn(run, tmp_path / "no", f"prompts={folder}", "layout=geneval")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

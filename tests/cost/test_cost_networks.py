@@ -136,6 +136,7 @@ def test_lpips_against_closed_form():
     assert work.forward == 2 * vgg + lins
 
 
+@pytest.mark.slow
 def test_discriminator_against_closed_form():
     backbone = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     with torch.device("meta"):

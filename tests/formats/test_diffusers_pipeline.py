@@ -415,6 +415,7 @@ def as_pull_request(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"mlp": "gelu", "norm": "layer"}], ids=["swiglu", "gelu"])
 def test_folders_of_pull_request_13231_are_read(options, tmp_path):
     folder = tmp_path / "theirs"

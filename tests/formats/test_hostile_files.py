@@ -109,6 +109,7 @@ def test_targets_elsewhere_in_a_configuration_are_never_built(model, canary, ope
         assert not canary.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", ["digits_stage1", *(f"digits_stage2 flow={flow}" for flow in ("linear", "vp", "gvp"))]
 )

@@ -125,6 +125,7 @@ def test_the_discriminator_starts_with_the_gan_loss_where_the_file_does_not_say_
     assert (cfg.loss.discriminator_start, cfg.loss.gan_start) == (3, 3)
 
 
+@pytest.mark.slow
 def test_training_of_raev2_is_the_recipe(tmp_path):
     cfg, t = translated(tmp_path, raev2_training(), "train")
     recipe = compose("train", ["experiment=imagenet256_raev2_k7"])

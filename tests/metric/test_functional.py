@@ -70,6 +70,7 @@ def test_kernel_distance_equals_torch_fidelity(monkeypatch):
     assert kernel_distance(torch.from_numpy(x), torch.from_numpy(y)).item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_mind_of_shifted_gaussians_is_three_times_the_squared_shift():
     x, y = points(4000, 3, 8), points(3000, 4, 8, shift=0.5)
     assert mind(x, y, 300).item() == pytest.approx(3 * 8 * 0.5**2, rel=0.1)

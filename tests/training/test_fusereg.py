@@ -186,6 +186,7 @@ def test_the_decoder_draws_images_of_subsets_in_both_turns(tmp_path: Path):
     assert torch.equal(one._pending[0]["latent"], latents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_without_dropout_a_run_is_the_plain_one_and_with_it_another(stage: int, tmp_path: Path):
     made = [train(stage, tmp_path, steps=2, module=module(stage, p))[1] for p in (0.0, 0.0, 0.6, 0.6)]

@@ -195,6 +195,7 @@ def test_a_non_finite_gradient_stops_before_the_weights_are_touched(stage: int, 
     assert len(finite) >= len(before) - 1  # all but the one that was spoilt from outside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [4, 9])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_norm_that_is_read_late_stops_before_anything_is_saved(stage: int, last: int, tmp_path: Path):
