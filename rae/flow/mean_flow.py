@@ -270,7 +270,7 @@ class JumpSampler(ODESampler):
         return x - (t - t_next) * velocity(x, t, t_next)
 
     def times(self, shift: float, reverse: bool) -> Tensor:
-        """Uniform times, whatever the shift; raises ValueError where ``reverse`` is asked for."""
+        """Uniform times, on which ``shift`` has no effect; raises ValueError where ``reverse`` is asked for."""
         if reverse:
             raise ValueError("a JumpSampler goes from noise to data alone; choose a sampler of velocities, e.g. euler")
         return super().times(1.0, reverse)

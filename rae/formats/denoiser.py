@@ -164,9 +164,8 @@ def original_to_ours(state: Mapping[str, Tensor], model: Denoiser) -> dict[str, 
     for key, value in state.items():
         if not _FIXED.match(key):
             kept[key] = value[0] if key == "in_context_posemb" and value.ndim == 3 else value
-        elif key in tables and not is_table(
-            value, tables[key]
-        ):  # one that the original stores and does not use may differ
+        # One that the original stores and does not use may differ.
+        elif key in tables and not is_table(value, tables[key]):
             raise ValueError(
                 f"{key} of the file (shape {tuple(value.shape)}) is not the fixed table of this architecture "
                 f"(shape {tuple(tables[key].shape)}): another grid or head size"

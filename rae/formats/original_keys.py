@@ -19,7 +19,7 @@ nothing is set, or a function that gives the value in our configuration. A value
 
 
 def put(ours: str, convert: Callable[[Any], Any] = lambda value: value, also: Mapping[str, Any] | None = None) -> Rule:
-    """The value, converted, goes to a key of ours; ``also`` are further keys, set whatever the value is."""
+    """The value, converted, goes to a key of ours; ``also`` holds further keys with their fixed values."""
     return lambda t, value: {ours: convert(value), **(also or {})}
 
 

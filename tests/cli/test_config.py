@@ -110,9 +110,8 @@ def together() -> list:
     for setting in dict.fromkeys(setting for setting, _ in mixed):
         columns = [choices for (one, group), choices in mixed.items() if one == setting and group not in alone]
         rows = [tuple(filter(None, row)) for row in zip_longest(*columns)]
-        for number, row in enumerate(
-            rows
-        ):  # the last rows hold encoders alone, which tests/encoder/test_encoders.py composes too
+        # The last rows hold encoders alone, which tests/encoder/test_encoders.py composes too.
+        for number, row in enumerate(rows):
             marks = [pytest.mark.slow] if number >= _FAST_ROWS else []
             found.append(pytest.param(setting, row, id=f"{'-'.join(setting)}-{number}", marks=marks))
     return found
