@@ -66,7 +66,7 @@ coverage: $(READY)  ## the fast and the slow tests; prints the files of which th
 BENCHMARKS := loader stage1_step stage2_step sampling raev2 autoencoder onnx_cpu fid scaling
 BENCH := outputs/bench
 
-bench: $(READY)  ## ours against its peers, side by side: JSON files and a table; half an hour on two cores
+bench: $(READY)  ## ours against its peers, side by side: JSON files and a table; 40 minutes on two cores
 	@mkdir -p $(BENCH)
 	@for name in $(BENCHMARKS); do \
 		echo "$$name"; $(BIN)/python tests/benchmarks/$$name.py --json $(BENCH)/$$name.json || exit 1; \
