@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rae import flow
+from rae.cli.errors import compose
+from rae.cli.groups import config_groups
 from rae.cli.models import load
 from rae.denoiser import DiT, DiTDH, InContextDiT
 from rae.flow.mean_flow import same_value
@@ -249,6 +251,14 @@ def test_same_value_keeps_the_value_and_scales_the_gradient():
     found = same_value(loss, torch.tensor([0.5, 4.0]))
     assert torch.equal(found, loss)
     assert torch.autograd.grad(found.sum(), loss)[0].tolist() == [0.5, 4.0]
+
+
+@pytest.mark.parametrize("objective", config_groups()["flow"])
+def test_the_shift_follows_from_the_latents_that_are_learned(objective):
+    """Those of FuseLift have the decoder's width, not the encoder's channels."""
+    for space, channels in (("encoder", 768), ("decoder_input", 1152)):
+        shift = compose("train", ["stage=2", f"flow={objective}", f"latent.space={space}"]).flow.shift
+        assert (shift.channels, shift.height, shift.width, shift.base) == (channels, 16, 16, 4096)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
