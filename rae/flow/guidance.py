@@ -91,8 +91,8 @@ class Guidance(Described, ABC):
         """What it asks for: any of the following.
 
         ``null``: the null condition; ``base``: the denoiser's base head; ``guide``: a weaker denoiser; ``linear_path``: it
-        estimates the data as x − t·v, as is right there; ``single_stage``: a sampler with one evaluation a step, since its
-        velocity depends on the evaluations before.
+        estimates the data as x − t·v, as is right there; ``instant``: velocities at one time, no average ones;
+        ``single_stage``: a sampler with one evaluation a step, since its velocity depends on the evaluations before.
         """
         return frozenset()
 
@@ -183,7 +183,7 @@ class NoGuidance(Guidance):
 
 
 class ClassifierFreeGuidance(Guidance):
-    """g = u + w·(c − u), with u the prediction for the null condition; one doubled batch inside the interval (Ho & Salimans)."""
+    """Guides by u + w·(c − u), u the prediction for the null condition; one doubled batch inside the interval (Ho & Salimans)."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -209,7 +209,7 @@ class ClassifierFreeGuidance(Guidance):
 
 
 class AutoGuidance(Guidance):
-    """g = weak + w·(strong − weak), with weak the prediction of a smaller, less trained model for the same class (Karras 2024)."""
+    """Guides by weak + w·(strong − weak), weak of a smaller, less trained model for the same class (Karras 2024)."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -227,7 +227,7 @@ class AutoGuidance(Guidance):
 
 
 class InternalGuidance(Guidance):
-    """g = base + w·(full − base), with base the denoiser's own earlier output: one forward, no second model (RAEv2 §4).
+    """Guides by base + w·(full − base), base the denoiser's own earlier output: one forward, no second model (RAEv2 §4).
 
     Classifier-free guidance may be added: then both branches are guided internally first. The paper writes full + w'·(full − base),
     so w = 1 + w'.

@@ -26,7 +26,7 @@ def check_guidance(guidance: Guidance, flow: FlowMatching, sampler: Sampler, den
             f"adaptive projected guidance needs the linear path, but flow.path is a {type(flow.path).__name__}: "
             "choose guidance=cfg or none"
         )
-    if sampler.second_time and ("linear_path" in guidance.needs or guidance.stands_still(1.0)):
+    if sampler.second_time and guidance.needs & {"linear_path", "instant"}:
         raise ValueError(
             f"{guidance!r} reads predictions as velocities at one time, and {type(sampler).__name__} asks for average ones: "
             "choose guidance=none or cfg, or sampler=euler"

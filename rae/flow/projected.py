@@ -17,7 +17,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def coefficient(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ / ‖b‖² of every sample, B: how much of b lies in a; 0 where b is 0."""
+    """How much of b lies in a, ⟨a, b⟩ / ‖b‖² of every sample, B; 0 where b is 0."""
     squared = inner(b, b)
     return inner(a, b) / squared.clamp(min=torch.finfo(squared.dtype).tiny)
 
@@ -116,6 +116,12 @@ class ClassifierFreeZeroStarGuidance(ClassifierFreeGuidance):
         if zero_from is not None and not 0 < zero_from <= 1:
             raise ValueError(f"guidance.zero_from={zero_from} must lie in (0, 1]; null for never")
         self.zero_from = zero_from
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The null condition; where its velocity is 0 at some time, velocities at one time."""
+        stops = self.scale != 1 and self.zero_from is not None and self.zero_from <= self.interval[1]
+        return super().needs | ({"instant"} if stops else set())
 
     def stands_still(self, t: float) -> bool:
         """Whether the velocity is 0 at time t, so that no network runs."""

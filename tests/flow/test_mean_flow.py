@@ -310,9 +310,18 @@ def test_what_does_not_go_together_is_refused_in_words(tmp_path):
     with pytest.raises(ValueError, match="JumpSampler needs a denoiser that knows a second time"):
         Generator(drawing.autoencoder, drawing.denoiser, drawing.flow, flow.JumpSampler())
     drawing.denoiser.second_time = True
-    for guidance in (flow.AdaptiveProjectedGuidance(2.0, momentum=0.0), flow.ClassifierFreeZeroStarGuidance(2.0)):
+    for guidance in (
+        flow.AdaptiveProjectedGuidance(2.0, momentum=0.0),
+        flow.ClassifierFreeZeroStarGuidance(2.0),
+        flow.ClassifierFreeZeroStarGuidance(2.0, (0.0, 0.9), zero_from=0.5),  # not at the first time, but later
+    ):
         with pytest.raises(ValueError, match="asks for average ones"):
             Generator(drawing.autoencoder, drawing.denoiser, drawing.flow, flow.JumpSampler(), guidance)
+    for guidance in (
+        flow.ClassifierFreeZeroStarGuidance(2.0, zero_from=None),
+        flow.ClassifierFreeZeroStarGuidance(2.0, (0.0, 0.4), zero_from=0.5),
+    ):
+        Generator(drawing.autoencoder, drawing.denoiser, drawing.flow, flow.JumpSampler(), guidance)
     with pytest.raises(ValueError, match="makes no average velocity"):
         flow.MeanFlow(prediction="noise")
     with pytest.raises(ValueError, match="need the linear path"):
