@@ -18,7 +18,7 @@ SPACES = ("encoder", "decoder_input")
 
 
 class LatentNormalizer(Described, nn.Module):
-    """z ← (z − mean) / √(var + eps) with mean and variance of every position; the identity without statistics.
+    """Latents z become (z − mean) / √(var + eps) with mean and variance of every position; the identity without statistics.
 
     Args:
         shape: Channels, height and width of a latent.

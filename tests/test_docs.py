@@ -14,6 +14,7 @@ from docs.pages import pages
 from rae.cli.errors import compose
 from rae.cli.groups import config_groups
 from tests.helpers.guides import commands
+from tests.test_imports import PARTS, imported
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rae"
@@ -42,6 +43,16 @@ def test_readmes_name_every_file_of_their_folder(folder):
     text = (folder / "README.md").read_text()
     for file in folder.glob("[!_]*.py"):
         assert f"`{file.name}`" in text, f"{name(folder)}/README.md says nothing of {file.name}"
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if (PACKAGE / part).is_dir()])
+def test_readmes_say_what_their_folder_imports(part):
+    """Of this library, where they name anything of it."""
+    folder = PACKAGE / part
+    sentence = re.search(r"\bimports? (?:[^.]|\.\w)*\.", (folder / "README.md").read_text())
+    said = set(re.findall(r"`rae\.(\w+)", sentence[0])) if sentence else set()
+    names = (name.split(".") for path in folder.rglob("*.py") for name in imported(path))
+    assert not said or said == {name[1] for name in names if name[0] == "rae"} - {part}
 
 
 def test_the_readme_is_two_screens_and_links_every_page():

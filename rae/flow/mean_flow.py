@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rae.flow.objective import FlowMatching, Model
+from rae.flow.objective import FlowMatching, Model, heads_of
 from rae.flow.ode import ODESampler
 from rae.flow.path import LinearPath, Path, like
 from rae.flow.sampler import Velocity
@@ -62,11 +62,7 @@ class AverageVelocity(FlowMatching):
 
     def heads(self, model: Model, x: Tensor, t: Tensor, r: Tensor, **conditions: Any) -> tuple[Tensor, ...]:
         """Average velocity at x B×… from t to r, both B, and that of a base head where there is one; at least float32."""
-        output = self.velocity_model(model)(x, t, r=r, **conditions)
-        outputs = output if isinstance(output, tuple) else (output,)
-        if outputs[0].shape != x.shape:
-            raise ValueError(f"the model returned shape {tuple(outputs[0].shape)}, required is {tuple(x.shape)}")
-        return tuple(at_least_float(one) for one in outputs)
+        return heads_of(self.velocity_model(model)(x, t, r=r, **conditions), x)
 
 
 class MeanFlow(AverageVelocity):
@@ -133,7 +129,7 @@ class MeanFlow(AverageVelocity):
 
     @torch.no_grad()
     def derivative(self, model: Model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, **conditions: Any) -> Tensor:
-        """du/dt along (v, 1) by central differences, to the order of delta²; t ± delta may lie outside [r, 1]."""
+        """The derivative du/dt along (v, 1) by central differences, to the order of delta²; t ± delta may lie outside [r, 1]."""
         told = without_base(conditions)
         with trusted():
             later, earlier = (

@@ -123,8 +123,7 @@ class FlowMatching(Described):
                     f"prediction={self.prediction} with time_floor={self.time_floor}"
                 )
             data = target
-        output = model(point.x_t, t, **conditions)
-        full, *base = output if isinstance(output, tuple) else (output,)
+        full, *base = heads_of(model(point.x_t, t, **conditions), data)
         loss = self._loss(full, data, noise, t, point, value_weight)
         return loss + self.base_weight * self._loss(base[0], data, noise, t, point, value_weight) if base else loss
 
@@ -132,9 +131,6 @@ class FlowMatching(Described):
         self, output: Tensor, data: Tensor, noise: Tensor, t: Tensor, point: PathSample, value_weight: Tensor | None
     ) -> Tensor:
         """Loss B of one output."""
-        if output.shape != data.shape:
-            raise ValueError(f"the model returned shape {tuple(output.shape)}, required is {tuple(data.shape)}")
-        output = at_least_float(output)
         if self.prediction == "velocity":
             floored = self.time_floor is not None
             error = output - (self._data_velocity(data, point.x_t, t) if floored else point.velocity)
@@ -154,7 +150,7 @@ class FlowMatching(Described):
         return (factor / sigma) ** 2 if self.weighting == "velocity" else factor / sigma**2
 
     def _data_velocity(self, data: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """(x_t − data) / max(t, floor), the velocity of the linear path."""
+        """The linear path's velocity, (x_t − data) / max(t, floor)."""
         return (x - data) / like(t.clamp(min=self.time_floor or DATA_TIME_FLOOR), x)
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -181,6 +177,19 @@ class FlowMatching(Described):
             return self.velocity(output, x, t)
 
         return velocity
+
+
+def heads_of(output: Tensor | tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """What a model returned for x B×…, the full prediction first, then that of a base head where there is one; at least float32.
+
+    Raises:
+        ValueError: A prediction of another shape than x.
+    """
+    heads = output if isinstance(output, tuple) else (output,)
+    for head in heads:
+        if head.shape != x.shape:
+            raise ValueError(f"the model returned shape {tuple(head.shape)}, required is {tuple(x.shape)}")
+    return tuple(at_least_float(head) for head in heads)
 
 
 def _mean_square(error: Tensor, weight: Tensor | None) -> Tensor:

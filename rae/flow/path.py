@@ -39,7 +39,7 @@ def like(values: Tensor, x: Tensor) -> Tensor:
 
 
 class Path(Described, ABC):
-    """x_t = alpha(t)·data + sigma(t)·noise."""
+    """Points x_t = alpha(t)·data + sigma(t)·noise between data and noise."""
 
     name: str
 
@@ -126,7 +126,7 @@ class Path(Described, ABC):
 
 
 class LinearPath(Path):
-    """alpha = 1 − t, sigma = t (rectified flow)."""
+    """The straight path of rectified flow: alpha = 1 − t, sigma = t."""
 
     name = "linear"
 
@@ -136,12 +136,12 @@ class LinearPath(Path):
         return Coefficients(1 - t, -one, t, one)
 
     def log_slope(self, t: Tensor) -> Tensor:
-        """−1 / (1 − t)."""
+        """See :meth:`Path.log_slope`: −1 / (1 − t)."""
         return -1 / (1 - t)
 
 
 class GVPPath(Path):
-    """alpha = cos(πt/2), sigma = sin(πt/2) (generalised variance preserving)."""
+    """The generalised variance-preserving path: alpha = cos(πt/2), sigma = sin(πt/2)."""
 
     name = "gvp"
 
@@ -152,7 +152,7 @@ class GVPPath(Path):
         return Coefficients(cos, -half * sin, sin, half * cos)
 
     def log_slope(self, t: Tensor) -> Tensor:
-        """−π/2·tan(πt/2)."""
+        """See :meth:`Path.log_slope`: −π/2·tan(πt/2)."""
         return -math.pi / 2 * torch.tan(math.pi / 2 * t)
 
 
@@ -187,9 +187,9 @@ class VPPath(Path):
         return Coefficients(alpha, -sigma * d_sigma / alpha, sigma, d_sigma)
 
     def log_slope(self, t: Tensor) -> Tensor:
-        """β/2 at 1 − t, as the published code has it; not alpha'/alpha."""
+        """See :meth:`Path.log_slope`; β/2 at 1 − t, as the published code has it, which is not alpha'/alpha."""
         return self.score_factor(t)
 
     def score_factor(self, t: Tensor) -> Tensor:
-        """β/2 at 1 − t, as the published code has it."""
+        """See :meth:`Path.score_factor`; β/2 at 1 − t, as the published code has it."""
         return 0.5 * (self.beta_min + (1 - t) * (self.beta_max - self.beta_min))

@@ -103,7 +103,7 @@ class SDESampler(Sampler):
             yield 0.0, self._last(velocity, x)
 
     def drift(self, velocity: Velocity, x: Tensor, t: float) -> Tensor:
-        """V − D·score at a state x B×… of time t, above 0."""
+        """The drift v − D·score at a state x B×… of time t, above 0."""
         v = velocity(x, t)
         return v - self._diffusion(t) * self._score(v, x, t)
 
@@ -126,12 +126,12 @@ class SDESampler(Sampler):
         return float(self.path.diffusion(torch.tensor(t), self.diffusion, self.norm))
 
     def _kick(self, t: float, t_next: float, noise: Tensor) -> Tensor:
-        """√(2·D(t)·dt)·noise."""
+        """The random part of a step, √(2·D(t)·dt)·noise."""
         return math.sqrt(2 * self._diffusion(t)) * math.sqrt(t - t_next) * noise
 
 
 class EulerMaruyamaSampler(SDESampler):
-    """x − drift·dt + √(2·D·dt)·noise."""
+    """Takes steps x − drift·dt + √(2·D·dt)·noise."""
 
     stages = 1
 

@@ -35,7 +35,7 @@ def check_shift(shift: float) -> float:
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """T ← s·t / (1 + (s − 1)·t): times in [0, 1] moved towards the noise by a shift s of at least 1; 0 and 1 stay."""
+    """Times s·t / (1 + (s − 1)·t): those in [0, 1] moved towards the noise by a shift s of at least 1; 0 and 1 stay."""
     return shift * t / (1 + (shift - 1) * t)
 
 

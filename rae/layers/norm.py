@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, with the statistics in float32 where the input's type is lower; ``eps`` is added to the mean square."""
+    """Divides by the root mean square, x / rms(x) · weight; ``eps`` is added to the mean square.
+
+    The statistics are in float32 where the input's type is lower.
+    """
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ LOSSES = ("hinge", "vanilla")
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "hinge", reduction: str = "mean") -> Tensor:
-    """½·(loss of real + loss of fake) of logits of any shape, their ``mean`` or ``sum``.
+    """The discriminator's loss, ½·(loss of real + loss of fake), of logits of any shape, their ``mean`` or ``sum``.
 
     ``hinge`` is relu(1 − real) and relu(1 + fake); ``vanilla`` is softplus(−real) and softplus(fake).
 
@@ -38,6 +38,6 @@ def _reduce(values: Tensor, reduction: str) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, gan: Tensor, maximum: float = 1e4, eps: float = 1e-6) -> Tensor:
-    """W = ‖∇ reconstruction‖ / (‖∇ GAN‖ + eps), clamped to [0, maximum], of both losses' gradients at the last layer's weight."""
+    """Weight ‖∇ reconstruction‖ / (‖∇ GAN‖ + eps), clamped to [0, maximum], from both gradients at the last layer's weight."""
     with torch.no_grad():
         return (reconstruction.norm() / (gan.norm() + eps)).clamp(0, maximum)

@@ -1,4 +1,4 @@
-"""The decoder's loss: what is summed, when each part starts, and its gradients in one backward pass (paper appendix)."""
+"""The decoder's loss: what is summed, when each part starts, and gradients at the image and at the last layer (paper appendix)."""
 
 from __future__ import annotations
 

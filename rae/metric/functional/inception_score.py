@@ -21,7 +21,7 @@ def check_probabilities(probabilities: Tensor) -> Tensor:
 
 
 def negative_entropy(probabilities: Tensor) -> Tensor:
-    """Σ p log p of every row, with 0 log 0 = 0."""
+    """Negative entropy Σ p log p of every row, with 0 log 0 = 0."""
     return torch.special.xlogy(probabilities, probabilities).sum(-1)
 
 

@@ -15,7 +15,7 @@ DEGREE = 3
 
 @exact_float32()
 def polynomial_kernel(first: Tensor, second: Tensor) -> Tensor:
-    """k(x, y) = (xᵀy / D + 1)³ of points N×D and M×D, N×M."""
+    """Kernel k(x, y) = (xᵀy / D + 1)³ of points N×D and M×D, N×M."""
     return (first @ second.T / first.shape[1] + 1) ** DEGREE
 
 

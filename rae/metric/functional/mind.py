@@ -13,7 +13,7 @@ DIRECTIONS, SEED = 1000, 2020
 
 
 def mind(samples: Tensor, reference: Tensor, directions: int = DIRECTIONS, seed: int = SEED) -> Tensor:
-    """3·D times the mean squared difference of sorted projections over random unit directions, float32 [].
+    """MIND, float32 []: 3·D times the mean squared difference of sorted projections over random unit directions.
 
     For two Gaussians that differ by a shift Δ it tends to 3·‖Δ‖². One CPU generator draws, in this order: which rows of the larger
     set are used, then the directions. The features are N×D and M×D.
@@ -42,7 +42,7 @@ def mind(samples: Tensor, reference: Tensor, directions: int = DIRECTIONS, seed:
 
 @exact_float32()
 def sliced_distance(first: Tensor, second: Tensor, units: Tensor) -> Tensor:
-    """3·D times the mean squared difference of sorted projections of N×D and N×D on unit vectors K×D, float32 []."""
+    """The same of N×D and N×D on given unit vectors K×D, float32 []."""
     units = units.to(first.device)
     total = torch.zeros((), device=first.device)
     for part in units.split(100):  # 50,000 samples on 100 directions take 20 MB
