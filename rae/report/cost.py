@@ -81,7 +81,7 @@ def _block(*rows: Sequence[str]) -> str:
 
 
 def row(figures: dict[str, Any]) -> dict[str, str]:
-    """One row of a Markdown table; GFLOP are those of a training step with all phases on."""
+    """One row of a Markdown table; its GFLOP are an image's in a training step, in stage 1 one with all losses on."""
     training, all_in = figures["training"], figures["training"]["card_hours_all_in"]
     trained, frozen = (sum(one[kind] for one in figures["parameters"].values()) for kind in ("trained", "frozen"))
     return {
@@ -122,7 +122,7 @@ def _training(training: dict[str, Any], cards: int) -> str:
         ("operations", f"{training['flops']:.3e} FLOP"),
         ("card-hours as configured", hours(training["card_hours"])),
         (f"hours on {cards} card(s)", hours(training["hours"])),
-        *((f"card-hours, were all in {kind}", hours(value)) for kind, value in training["card_hours_all_in"].items()),
+        *((f"card-hours if all were in {kind}", hours(value)) for kind, value in training["card_hours_all_in"].items()),
     )
 
 

@@ -52,15 +52,16 @@ class Nearest:
                 self.images[query, rank] = known[place] if place < count else images[place - count].cpu()
 
 
-def feature_function(metric: Any, device: torch.device) -> tuple[Any, str]:
+def feature_function(metric: Any) -> tuple[Any, str]:
     """A function of images uint8 B×3×H×W to features B×D, in which neighbours are sought, and the features' name.
 
-    They are those of the metric's detector, which runs on the device, else the pixels.
+    They are those of the metric's detector, or of the first of several metrics, on its device; else the pixels.
     """
     if isinstance(metric, MetricSet):
         metric = next(iter(metric.metrics.values()))
     detector = getattr(metric, "detector", None)
     if isinstance(detector, Detector):
+        device = getattr(metric, "device", torch.device("cpu"))
         detector = detector.to(device)
         return (lambda images: detector(images.to(device)).pool), f"{detector.name} features"
     return (lambda images: images.flatten(1).float()), "pixels"
@@ -72,8 +73,7 @@ def write_sheet(many: Iterable[Tensor], metric: Any, samples: Tensor, path: Path
     Samples are uint8 n×3×H×W, the many training images batches uint8 B×3×H×W. The features of the metric's detector are compared;
     returns their name.
     """
-    device = getattr(metric, "device", torch.device("cpu"))
-    features, name = feature_function(metric, device)
+    features, name = feature_function(metric)
     nearest = Nearest(features, samples)
     for images in tqdm(many, desc="neighbours", unit=" batch"):
         nearest.update(images)

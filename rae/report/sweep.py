@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from rae.io.files import write_atomically
 from rae.report.job import Job
-from rae.report.table import markdown, read_scores, write_csv
+from rae.report.table import markdown, names_of, read_scores, write_csv
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,10 @@ def summarise(jobs: Sequence[Job]) -> None:
     settings = swept(jobs)
     rows = []
     for job, setting in zip(jobs, settings, strict=True):
-        if job.failed or not (job.folder / "scores.json").is_file():
+        if job.failed:
             log.warning("left out of the table, since it failed: %s", job.folder)
+        elif not (job.folder / "scores.json").is_file():  # of decoders or reports, which have tables of their own
+            log.warning("left out of the table, since it holds no scores.json: %s", job.folder)
         else:
             rows.append({**setting, **read_scores(job.folder)[0]})
     if not rows:
@@ -68,9 +70,9 @@ def plot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> 
 
     ``rows`` are settings and scores of every job, ``keys`` the names of the settings.
     """
-    names = [name for name in rows[0] if name not in keys and not name.endswith("_std")]
+    names = [name for name in names_of(rows) if name not in keys and not name.endswith("_std")]
     # What is the same everywhere (the number of samples, scores of real images) makes no curve.
-    scores = [name for name in names if len({row[name] for row in rows}) > 1] or names
+    scores = [name for name in names if len({row.get(name) for row in rows}) > 1] or names
     numeric = [key for key in keys if all(isinstance(row[key], float) for row in rows)]
     axis = max(numeric, key=lambda key: len({row[key] for row in rows})) if numeric else keys[0]
     lines: dict[str, list[Mapping[str, Any]]] = {}
@@ -84,7 +86,8 @@ def plot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> 
     for number, score in enumerate(scores):
         panel = figure.add_subplot(height, columns, number + 1)
         for name, members in lines.items():
-            ordered = sorted(members, key=lambda row: row[axis]) if axis in numeric else members
+            held = [row for row in members if score in row]  # jobs may have been given other metrics
+            ordered = sorted(held, key=lambda row: row[axis]) if axis in numeric else held
             panel.plot([row[axis] for row in ordered], [row[score] for row in ordered], "o-", label=name)
         panel.set_title(score)
         panel.set_xlabel(axis)

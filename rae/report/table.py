@@ -47,7 +47,7 @@ def _cell(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else json.dumps(value)
 
 
-def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def names_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The names that any of the rows has."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
@@ -55,7 +55,7 @@ def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Writes rows under the names that any of them has."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, _names(rows), lineterminator="\n")
+    writer = csv.DictWriter(text, names_of(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return write_text(path, text.getvalue())
@@ -63,7 +63,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a table in Markdown under the names that any of them has, numbers with five digits."""
-    names = _names(rows)
+    names = names_of(rows)
     lines = [names, ["---"] * len(names)]
     for row in rows:
         values = [row.get(name, "") for name in names]
@@ -82,9 +82,16 @@ def columns(rows: Iterable[Sequence[Any]], right: bool = False) -> str:
     return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
+_COUNTS = ("images", "samples")
+"""What is beside the scores: how many images they are of."""
+
+
 def table(scores: Mapping[str, Any]) -> str:
-    """Scores as lines of text, numbers with four digits."""
-    return columns((name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in scores.items())
+    """Scores as lines of text, numbers with four digits; how many images they are of, as a whole number."""
+    return columns(
+        (name, f"{value:.{0 if name in _COUNTS else 4}f}" if isinstance(value, float) else value)
+        for name, value in scores.items()
+    )
 
 
 def by_source(scores: Mapping[str, Any], sources: Iterable[str]) -> str:
@@ -94,7 +101,7 @@ def by_source(scores: Mapping[str, Any], sources: Iterable[str]) -> str:
         score, _, source = name.rpartition("/")
         if source in found and score:
             found[source][score] = f"{float(value):.4f}"
-    if not (names := _names(list(found.values()))):
+    if not (names := names_of(list(found.values()))):
         return ""
     return columns([["", *names], *([one, *(row.get(name, "") for name in names)] for one, row in found.items())])
 

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from rae.image import make_grid
-from rae.report.neighbours import Nearest
+from rae.metric import CallableDetector, GenerationMetrics, MetricSet, ReferenceBuilder
+from rae.report.neighbours import Nearest, feature_function
 from rae.report.sweep import Job, list_jobs, plot, summarise, swept
-from rae.report.table import markdown
+from rae.report.table import markdown, table
 
 
 def test_the_end_of_a_sweep(tmp_path):
@@ -75,3 +76,52 @@ def test_captions_stand_under_their_images():
     assert strip[:, 44:84].min() == 255  # an empty caption
     with pytest.raises(ValueError, match="5 images, 1 captions"):
         make_grid(images, 3, captions=["1"])
+
+
+def test_a_sweep_over_metrics_has_a_panel_for_every_score(tmp_path, capsys):
+    """Jobs with other metrics have other scores: none is left out, and none is missed."""
+    jobs = []
+    for metric, scores in {"psnr": {"psnr": 20.0, "ssim": 0.9}, "fd_clip": {"fd_clip": 3.0, "samples": 8.0}}.items():
+        (tmp_path / metric).mkdir()
+        (tmp_path / metric / "scores.json").write_text(json.dumps({"scores": scores, "identity": {}}))
+        jobs.append(Job([f"metric={metric}"], tmp_path / metric, failed=False))
+    summarise(jobs)
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "| metric | psnr | ssim | fd_clip | samples |"
+    assert rows[2:] == ["| psnr | 20 | 0.9 |  |  |", "| fd_clip |  |  | 3 | 8 |"]
+    assert (tmp_path / "sweep.png").is_file()
+
+
+def test_a_job_without_scores_is_named_for_what_it_is(tmp_path, caplog):
+    jobs = [Job([f"seed={seed}"], tmp_path / seed, failed=seed == "1") for seed in ("1", "2")]
+    summarise(jobs)
+    assert [record.message for record in caplog.records] == [
+        f"left out of the table, since it failed: {tmp_path}/1",
+        f"left out of the table, since it holds no scores.json: {tmp_path}/2",
+    ]
+
+
+def test_neighbours_are_sought_where_the_metric_is():
+    """A set of metrics has no device of its own; that of its first metric holds the detector."""
+    places = []
+
+    class Watched(CallableDetector):
+        def to(self, device):
+            places.append(torch.device(device))
+            return super().to(device)
+
+    detector = Watched(lambda images: images.mean((2, 3)), 3, name="colours")
+    reference = ReferenceBuilder(detector, "training", kept=0)
+    reference.update(torch.randint(0, 256, (9, 3, 4, 4), dtype=torch.uint8))
+    together = MetricSet(one=GenerationMetrics(detector, reference.compute(), ["fid"])).to("meta")
+    places.clear()
+    _, name = feature_function(together)
+    assert (places, name) == ([torch.device("meta")], "colours features")
+
+
+def test_numbers_of_images_are_whole():
+    assert table({"psnr": 20.0, "images": 360.0, "kind": "x"}).splitlines() == [
+        "psnr    20.0000",
+        "images  360",
+        "kind    x",
+    ]
