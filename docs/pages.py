@@ -1,4 +1,4 @@
-"""Writes the generated pages: ``recipes.md`` of conf/experiment, ``results.md`` of results/, the table of ``models.md``.
+"""Writes the generated pages: ``recipes.md`` of conf/experiment, ``results.md`` of results/, the tables of ``models.md``.
 
 Notebooks get a badge for Colab once pyproject states the project's ``Repository``.
 
@@ -18,9 +18,10 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
 from rae.cli.errors import compose  # noqa: E402
-from rae.cli.groups import conf_dir, config_groups  # noqa: E402
+from rae.cli.groups import conf_dir, config_groups, read_choice  # noqa: E402
 from rae.cli.help import experiments  # noqa: E402
 from rae.commands.download import licence_of_files  # noqa: E402
+from rae.formats.card import licence_of  # noqa: E402
 from tests.benchmarks.table import markdown, rows_of  # noqa: E402
 
 HEAD = ("what, against", "ours", "peer", "ratio", "peak memory, ours / peer")
@@ -69,9 +70,17 @@ def results(folder: Path = DOCS / "results") -> str:
 
 
 def models(page: Path = DOCS / "models.md") -> str:
-    """The page of published models: between its two marks, what the files in conf/model say; the rest as it stands."""
-    before, start, rest = page.read_text().partition("<!-- from conf/model -->\n")
-    _, end, after = rest.partition("<!-- end -->\n")
+    """The page of published models: between its marks, what conf/model says and the licences of encoders; the rest as it stands."""
+    text = page.read_text()
+    for mark, block in (("conf/model", published()), ("conf/encoder", licences())):
+        before, start, rest = text.partition(f"<!-- from {mark} -->\n")
+        _, end, after = rest.partition("<!-- end -->\n")
+        text = f"{before}{start}\n{block}\n\n{end}{after}"
+    return text
+
+
+def published() -> str:
+    """The table of published models, and a command for each."""
     rows, commands = [], []
     for name in config_groups()["model"]:
         lines = (conf_dir() / "model" / f"{name}.yaml").read_text().splitlines()
@@ -79,12 +88,22 @@ def models(page: Path = DOCS / "models.md") -> str:
         cfg = compose("download", [f"model={name}"])
         file = Path(cfg.checkpoint).relative_to(cfg.collection).as_posix()
         hub = f"[{cfg.repository}](https://huggingface.co/{cfg.repository}) at `{cfg.revision[:8]}`"
-        published, licence = said["Published"].rstrip("."), licence_of_files(cfg)
-        rows.append((f"`{name}`", lines[1][2:].rstrip("."), f"`{file}`", hub, published, licence))
+        scores, licence = said["Published"].rstrip("."), licence_of_files(cfg)
+        rows.append((f"`{name}`", lines[1][2:].rstrip("."), f"`{file}`", hub, scores, licence))
         commands.append(said["Command"])
     table = markdown(("`model=`", "what", "file", "hub, revision", "published", "licence"), rows)
-    block = "\n".join(["```bash", "# needs a download, and data", *commands, "```"])
-    return f"{before}{start}\n{table}\n\n{block}\n\n{end}{after}"
+    return "\n".join([table, "", "```bash", "# needs a download, and data", *commands, "```"])
+
+
+def licences() -> str:
+    """The table of the licences of encoders' weights; where a file names no repository, its own name tells."""
+    found: dict[str, list[str]] = {}
+    for choice in config_groups()["encoder"]:
+        said = read_choice("encoder", choice)
+        licence = licence_of({"hub_id": said.get("hub_id") or choice, "model": said.get("model")})
+        if licence is not None:
+            found.setdefault(licence, []).append(f"`{choice}`")
+    return markdown(("licence", "`encoder=`"), [(licence, ", ".join(names)) for licence, names in found.items()])
 
 
 def repository() -> str | None:

@@ -113,14 +113,7 @@ def test_the_table_of_weights_is_that_of_the_models():
         for score in re.findall(r"(?:FID-50k|dB|PSNR) (\d+\.\d+)", header):
             assert score in row
         shown = set(re.findall(r"`(\w+)`", page[page.index("## Licences") :]))
-    assert set(config_groups()["encoder"]) - shown == {
-        "digits",
-        "digits_small",
-        "pictures",
-        "timm",
-        "dinov2",
-        "dinov2_layers",
-    }  # dinov2 stands as encoder=dinov2
+    assert set(config_groups()["encoder"]) - shown == {"digits", "digits_small", "pictures", "timm"}
 
 
 def test_citation_names_the_version_and_the_paper():
