@@ -39,7 +39,7 @@ class GenerationMetrics(MetricGroup):
         detector: The detector; :class:`rae.metric.CallableDetector` makes one of any function.
         reference: What to compare with: a file, a published name (:data:`rae.io.references.PUBLISHED`) or statistics; None where
             only the Inception Score is wanted. A mapping of several by name, ``{adm: …, jit: …}``, gives ``fid_adm`` and
-            ``fid_jit`` in one pass; what needs more than moments is against the first.
+            ``fid_jit`` in one pass; what needs more than moments is against the first. None in it leaves one out.
         metrics: Which of fid, sfid, inception_score, precision, recall, density, coverage, kid and mind.
         reference_kind: Kind that the reference must be of: ``training`` for gFID, ``validation`` for held-out images.
         assume_kind: Kind of a reference file that does not say it.
@@ -95,10 +95,9 @@ class GenerationMetrics(MetricGroup):
         if split_rule not in SPLIT_RULES:
             raise ValueError(f"split_rule={split_rule!r} is unknown; choose {' or '.join(SPLIT_RULES)}")
         self.check_reference(metrics, reference)
-        given = reference if isinstance(reference, Mapping) else {"": reference}
-        opened = {name: open_reference(one, reference_kind, assume_kind) for name, one in given.items()}
-        super().__init__(detector, next(iter(opened.values())))
-        self.references = {name: one for name, one in opened.items() if one is not None}
+        opened = {name: open_reference(one, reference_kind, assume_kind) for name, one in _by_name(reference).items()}
+        super().__init__(detector, next(iter(opened.values()), None))
+        self.references = opened
         self.names = list(metrics)
         self.split_rule = split_rule
         self.split_size = split_size
@@ -106,6 +105,7 @@ class GenerationMetrics(MetricGroup):
         self.balanced = balanced
         self.samples = samples
         self.neighbours = neighbours
+        self.density_neighbours = density_neighbours
         self.distance_precision = distance_precision
         self._resolved: dict[str, Statistics] | None = None
         # Moments are taken in any case: they count the samples and show features that are not finite.
@@ -128,7 +128,7 @@ class GenerationMetrics(MetricGroup):
     def check_reference(cls, metrics: Sequence[str], reference: object) -> None:
         """Raises ValueError where metrics are asked for that need a reference and there is none."""
         needing = [name for name in metrics if name in NEEDS]
-        if not reference and needing:
+        if needing and not _by_name(reference):
             raise ValueError(
                 f"{', '.join(needing)} need a reference: give metric.reference=/path/to/reference.npz (for ImageNet ADM's "
                 "VIRTUAL_imagenet256_labeled.npz), or ask for inception_score alone"
@@ -249,7 +249,14 @@ class GenerationMetrics(MetricGroup):
             **({"split_size": self.split_size} if self.split_rule == "ordered" else {}),
             "distance_precision": self.distance_precision,
             "neighbours": self.neighbours,
+            **({"density_neighbours": self.density_neighbours} if {"density", "coverage"} & {*self.names} else {}),
         }
+
+
+def _by_name(reference: object) -> dict[str, Any]:
+    """The references that are given, by name; the name is empty where there is but one."""
+    given = reference if isinstance(reference, Mapping) else {"": reference}
+    return {str(name): one for name, one in given.items() if one}
 
 
 def _check_names(names: Sequence[str], detector: Detector) -> None:

@@ -240,10 +240,8 @@ def write_reference(path: str | Path, reference: Reference, images: np.ndarray |
     return write_atomically(path, lambda file: save(file, **arrays))
 
 
-def open_reference(reference: Reference | str | Path | None, wanted: str, assumed: str | None) -> Reference | None:
+def open_reference(reference: Reference | str | Path, wanted: str, assumed: str | None) -> Reference:
     """A reference, read where it is a file or a published name; raises ValueError unless it is of the wanted kind."""
-    if reference is None:
-        return None
     opened = reference if isinstance(reference, Reference) else read_reference(reference, assumed)
     opened.check_kind(wanted)
     return opened

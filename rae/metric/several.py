@@ -90,8 +90,8 @@ NORMALISERS = {
 class FDr6(MetricSet):
     """Fréchet distances in six feature spaces, each beside its ratio to that of real images, and the ratios' mean (RAEv2).
 
-    ``fdr6`` is given where all six spaces are; the ratio of a space is ``fdr_<space>``. Of samples beside 50,000 of ImageNet at 256
-    pixels the ratios are no published numbers.
+    ``fdr6`` is given where all six spaces are; the ratio of a space is ``fdr_<space>``, of the distance to its first reference
+    where it has several. Of samples beside 50,000 of ImageNet at 256 pixels the ratios are no published numbers.
 
     Args:
         metrics: By space (inception, convnext, dinov2_cls, mae_cls, siglip_cls, clip_cls), each with ``fid`` among its metrics.
@@ -114,7 +114,10 @@ class FDr6(MetricSet):
     def compute(self) -> dict[str, float]:
         """Raw distances and all other scores, then the ratios and, of all six, their mean."""
         scores = super().compute()
-        return scores | fdr({space: scores[metric.score_name("fid")] for space, metric in self.metrics.items()})
+        named = {
+            space: metric.score_name("fid", next(iter(metric.references))) for space, metric in self.metrics.items()
+        }
+        return scores | fdr({space: scores[name] for space, name in named.items()})
 
 
 def fdr(distances: Mapping[str, float], normalisers: Mapping[str, float] = NORMALISERS) -> dict[str, float]:

@@ -69,7 +69,7 @@ def test_all_scores_in_one_pass(real, fake):
     a, b = detector(real), detector(fake)
     assert scores["samples"] == 200
     assert scores["fd_toy"] > 0
-    assert scores["precision_toy"], scores["recall_toy"] == precision_recall(b.pool, a.pool, 3)
+    assert (scores["precision_toy"], scores["recall_toy"]) == pytest.approx(precision_recall(b.pool, a.pool, 3))
     assert scores["kid_toy"] == pytest.approx(kernel_distance(b.pool, a.pool).item(), rel=1e-6)
     assert scores["inception_score_toy"] == pytest.approx(inception_score(b.probabilities)[0].item(), rel=1e-6)
     assert (scores["density_toy"], scores["coverage_toy"]) == pytest.approx(density_coverage(b.pool, a.pool, 5))
@@ -173,8 +173,9 @@ def test_bad_options_are_named(real):
     with pytest.raises(ValueError, match=r"is of kind 'validation' .* needs kind 'training'"):
         GenerationMetrics(detector, reference)
     assert GenerationMetrics(detector, reference, reference_kind="validation").reference is reference
-    with pytest.raises(ValueError, match=r"fid, sfid, precision, recall need a reference"):
-        GenerationMetrics(detector)
+    for nothing in (None, {}, {"adm": None}):
+        with pytest.raises(ValueError, match=r"fid, sfid, precision, recall need a reference"):
+            GenerationMetrics(detector, nothing)
     with pytest.raises(ValueError, match=r"one or more of fid, sfid"):
         GenerationMetrics(detector, reference, ["fidd"])
     plain = CallableDetector(lambda x: x.mean((2, 3)), 3)

@@ -51,6 +51,9 @@ def test_two_references_in_one_pass_give_the_scores_of_two_passes(real, fake):
         "inception_score_std_toy": alone[0]["inception_score_std_toy"],
         "samples": 120.0,
     }
+    left = scored(GenerationMetrics(detector, {"adm": None, "jit": second}, names), fake)  # as ~ leaves one out
+    assert left["fd_toy_jit"] == alone[1]["fd_toy"]
+    assert left["precision_toy_jit"] == alone[1]["precision_toy"]
 
 
 def test_a_published_reference_is_known_by_its_name_and_hash(tmp_path, monkeypatch):
@@ -92,6 +95,10 @@ def test_ratios_stand_beside_the_distances_they_are_of(real, fake):
     assert scores["fdr_mae_cls"] == pytest.approx(distance / 0.04)
     assert scores["fdr6"] == pytest.approx(np.mean([distance / value for value in NORMALISERS.values()]))
     assert "fdr6" not in fdr({"inception": 2.0})
+    first, second = (reference_of(images, spaces["mae_cls"]) for images in (real, images_of(90, seed=5)))
+    several = FDr6(mae_cls=GenerationMetrics(spaces["mae_cls"], {"a": first, "b": second}, ["fid"]))
+    found = scored(several, fake)
+    assert found["fdr_mae_cls"] == pytest.approx(found["fd_mae_cls_a"] / 0.04)  # the first reference counts
     with pytest.raises(ValueError, match=r"FDr6 has no space 'toy'"):
         FDr6(toy=metrics["mae_cls"])
     with pytest.raises(ValueError, match=r"metric.clip_cls has detector 'mae_cls'"):
@@ -191,6 +198,9 @@ def test_differences_from_the_protocol_are_named(real):
     ]
     of_a_set = protocol_of({"samples": samples, "metric": {"one": metric.identity}})
     assert "one: labels: random where raev2 has balanced" in differences(of_a_set)
+    known = GenerationMetrics(detector, reference_of(real, detector), ["density"], density_neighbours=4).identity
+    assert known["density_neighbours"] == 4  # which moves the score
+    assert "density_neighbours" not in metric.identity
     with pytest.raises(ValueError, match=r"protocol='jit' is unknown; choose one of adm, raev2, ours"):
         GenerationMetrics(detector, metrics=["inception_score"], protocol="jit")
 
