@@ -13,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from rae.image import IMAGE_ENDINGS
+from rae.image import FORMATS, IMAGE_ENDINGS
 
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 """Pillow's modes of 8 bits or fewer; others (16-bit, float, CMYK) would be changed by a conversion to RGB."""
@@ -145,7 +145,7 @@ def folder_files(path: str | Path) -> list[Path]:
 def decode_image(file: Path | IO[bytes], name: str) -> Tensor:
     """An image file as uint8 3×H×W; ValueError tells its name where it is damaged or holds more than 8 bits per channel."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.mode not in MODES:
                 raise ValueError(f"{name!r} has mode {image.mode}: images must be 8-bit RGB or grey; convert it first")
             pixels = np.array(image.convert("RGB"))

@@ -86,7 +86,7 @@ class ReconstructionMetrics(MetricGroup):
             raise ValueError(
                 "a reference is for rFID, which needs a detector: give metric.detector or leave the reference out"
             )
-        super().__init__(detector, open_reference(reference, "validation", assume_kind))
+        super().__init__(detector, None if reference is None else open_reference(reference, "validation", assume_kind))
         self.perceptual: Perceptual | None
         object.__setattr__(self, "perceptual", perceptual)  # no submodule, like the detector
         self.structural = structural
@@ -169,9 +169,15 @@ class ReconstructionMetrics(MetricGroup):
 
 
 def _to_bytes(images: Tensor, name: str, checked: bool = False) -> Tensor:
-    """Images as bytes; float ones by the rule of all published scores, the lower grey level, and ``checked`` for their range."""
+    """Images as bytes; float ones by the rule of all published scores, the lower grey level, and ``checked`` for their range.
+
+    Raises:
+        ValueError: Images that are not finite or, where ``checked``, outside [0, 1]; or see :func:`check_images`.
+    """
     if not images.is_floating_point():
         return check_images(images, name)
+    if not images.isfinite().all():
+        raise ValueError(f"float {name} hold NaN or infinite values, which are no grey levels; check the model")
     low, high = (images.min().item(), images.max().item()) if checked and images.numel() else (0.0, 1.0)
     if low < 0 or high > 1:
         raise ValueError(

@@ -204,6 +204,13 @@ def test_bad_images_are_named():
 
 def test_broken_scores_are_refused():
     images, originals = pair(2)
+    for broken in (torch.nan, torch.inf):  # of a model whose numbers overflowed: no black image stands for them
+        drawn = images / 255
+        drawn[1, 0, 3, 3] = broken
+        with pytest.raises(ValueError, match="float images hold NaN or infinite values"):
+            ReconstructionMetrics().update(drawn, originals)
+        with pytest.raises(ValueError, match="float originals hold NaN or infinite values"):
+            ReconstructionMetrics().update(images, drawn)
     metric = ReconstructionMetrics(perceptual=lambda x, y: x.mean((1, 2, 3)) * torch.nan)
     metric.update(images, originals)
     with pytest.raises(ValueError, match="NaN or infinite"):

@@ -281,3 +281,6 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     with pytest.raises(ValueError, match=r"b.png.* is no readable image"):
         list(iterate_folder(tmp_path))
+    Image.new("RGB", (6, 6)).save(tmp_path / "b.png", format="EPS")  # for which Pillow would start a program
+    with pytest.raises(ValueError, match=r"b.png.* is no readable image: cannot identify"):
+        list(iterate_folder(tmp_path))
