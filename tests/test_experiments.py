@@ -1,4 +1,4 @@
-"""The recipes of the paper as the experiments resolve them: every number of SPEC's training sections."""
+"""The recipes of the paper as the experiments resolve them: every number of its training sections."""
 
 from __future__ import annotations
 

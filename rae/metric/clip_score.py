@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rae.io.hub import read_weights
 from rae.io.tensors import load_strict, state_hash
-from rae.metric.features import check_images, exact_float32
+from rae.metric.features import check_images
 from rae.metric.frechet import SummedMetric
+from rae.metric.functional.exact import exact_float32
 
 
 class ClipScore(SummedMetric):

@@ -60,7 +60,11 @@ class FeatureMoments(SummedMetric):
 
 
 class FrechetDistance(FeatureMoments):
-    """Fréchet distance of features to those of a reference with the given moments."""
+    """Fréchet distance of features to those of a reference with the given moments.
+
+    (torchmetrics' ``FrechetInceptionDistance`` sums the same moments, but takes images for its reference and no stored
+    statistics, has no spatial features, and needs a device with float64.)
+    """
 
     higher_is_better = False
 

@@ -92,7 +92,8 @@ class InceptionDetector(Detector):
         self.network = InceptionV3()
         self._published = False
         if pretrained:
-            remedy = f"metric.detector.checkpoint=/path/to/{INCEPTION_URL.rpartition('/')[2]}"
+            name = INCEPTION_URL.rpartition("/")[2]
+            remedy = f"metric.detector.checkpoint=/path/to/{name} (rae-reference: detector.checkpoint=…)"
             file = find_file(checkpoint, INCEPTION_URL, "the Inception-v3 weights", remedy)
             load_strict(self.network, read_file(file), f"Inception weight file {str(file)!r}")
             self._published = file_hash(file).startswith(HASH_PREFIX)

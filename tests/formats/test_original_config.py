@@ -1,4 +1,4 @@
-"""Configurations of the original project, translated: every published kind, with the values that SPEC says they stand for."""
+"""Configurations of the original project, translated: every published kind, with the values that they stand for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations of the original project as its YAML files hold them, from what SPEC says of them."""
+"""Configurations of the original project as its YAML files hold them, from what their repository says of them."""
 
 from __future__ import annotations
 

@@ -67,7 +67,10 @@ def test_missing_inception_weights_are_explained(tmp_path, monkeypatch):
         raise URLError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(FileNotFoundError, match=r"neither in .*no network.*metric.detector.checkpoint="):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"neither in .*no network.*metric.detector.checkpoint=.*rae-reference: detector.checkpoint=",
+    ):
         InceptionDetector()
     with pytest.raises(FileNotFoundError, match="does not exist"):
         InceptionDetector(str(tmp_path / "none.pth"))
