@@ -45,6 +45,11 @@ def test_readmes_name_every_file_of_their_folder(folder):
         assert f"`{file.name}`" in text, f"{name(folder)}/README.md says nothing of {file.name}"
 
 
+def test_every_group_is_on_the_page_of_conf():
+    named = set(re.findall(r"`([\w/]+)`", (ROOT / "conf/README.md").read_text()))
+    assert set(config_groups()) <= named
+
+
 @pytest.mark.parametrize("part", [part for part in PARTS if (PACKAGE / part).is_dir()])
 def test_readmes_say_what_their_folder_imports(part):
     """Of this library, where they name anything of it."""
