@@ -10,6 +10,7 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from scipy.io import loadmat, savemat
 
 from rae.data import ImageFolder, ImageTransform, TarShards
 from rae.data.packing.origin import find_sources
@@ -194,7 +195,7 @@ def test_imagenets_training_tar_is_read_in_place(images, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_validation_images_with_a_list_of_synsets(tmp_path, kind):
+def test_validation_images_with_a_list_of_synsets(tmp_path, kind, monkeypatch):
     files = {}
     for number in range(6):
         file = io.BytesIO()
@@ -215,14 +216,18 @@ def test_validation_images_with_a_list_of_synsets(tmp_path, kind):
     assert {s.name: classes[s.label] for s in sources} == dict(zip(sorted(files), names, strict=True))
     assert {s.name: s.read() for s in sources} == files
     # The devkit numbers its classes otherwise, and says how in meta.mat.
-    from scipy.io import savemat
-
     devkit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
     devkit.mkdir(parents=True)
     rows = np.array([(1, "n03"), (2, "n01"), (3, "n02")], dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O")])
     savemat(devkit / "meta.mat", {"synsets": rows})
     (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("3\n2\n3\n1\n2\n3\n")
+    reads = []
+    monkeypatch.setattr("rae.data.packing.origin.loadmat", lambda *a, **options: reads.append(a) or loadmat(*a, **options))
     assert find_sources(flat, devkit.parent) == (sources, classes)
+    assert len(reads) == 1  # a twentieth of a second: not for each of 50,000 images
+    (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("3\n2\n3\n1\n2\n4\n")
+    with pytest.raises(ValueError, match=r"lists class number 4, of which the devkit's meta\.mat knows no name"):
+        find_sources(flat, devkit.parent)
     unlabelled, none = find_sources(flat)
     assert none == []
     assert {source.label for source in unlabelled} == {-1}

@@ -147,7 +147,10 @@ def _labelled(sources: Sequence[Source], synsets: Path) -> Named:
     if len(names) != len(sources):
         raise ValueError(f"{str(file)!r} lists {len(names)} labels, but there are {len(sources)} images")
     if all(name.isdigit() for name in names):
-        names = [_devkit_names(file)[int(name)] for name in names]
+        known = _devkit_names(file)
+        if unknown := next((name for name in names if int(name) not in known), None):
+            raise ValueError(f"{str(file)!r} lists class number {unknown}, of which the devkit's meta.mat knows no name")
+        names = [known[int(name)] for name in names]
     in_order = sorted(sources, key=lambda source: source.name)
     return list(zip(names, in_order, strict=True))
 
@@ -159,6 +162,5 @@ def _devkit_names(file: Path) -> dict[int, str]:
         raise FileNotFoundError(
             f"{str(file)!r} holds class numbers; the devkit's meta.mat, which says their names, must stand beside it"
         )
-
     rows = loadmat(str(meta), squeeze_me=True)["synsets"]
     return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
