@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rae.io.files import parse_json
+from rae.io.files import parse_json_lines
 
 CAPTIONS = "metadata.jsonl"
 """The usual name of the file."""
@@ -36,9 +36,17 @@ def read_captions(path: Path, column: str = "text") -> dict[str, list[str]]:
             f"data.captions: {str(path)!r} does not exist; give the name of a .jsonl or .csv file in the images' folder, with the "
             f"columns {NAME} and {column}"
         )
-    rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8")))) if path.suffix == ".csv" else _lines(path)
+    try:
+        text = path.read_text("utf-8-sig")  # spreadsheets begin a .csv with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no text in UTF-8 ({error}); save it anew") from error
+    rows: dict[int, Any]
+    if path.suffix == ".csv":
+        rows = dict(enumerate(csv.DictReader(io.StringIO(text)), 1))
+    else:
+        rows = parse_json_lines(text, str(path))
     found: dict[str, list[str]] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in rows.items():
         name, texts = (row.get(key) if isinstance(row, dict) else None for key in (NAME, column))
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(name, str) or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -50,16 +58,10 @@ def read_captions(path: Path, column: str = "text") -> dict[str, list[str]]:
     return found
 
 
-def _lines(path: Path) -> list[Any]:
-    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    return [parse_json(line.encode(), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-
-
 def captions_of(names: Sequence[str], path: Path, column: str = "text") -> list[list[str]]:
-    """The captions of each image in such a file; raises ValueError, too, where one has none but blank ones."""
-    texts = read_captions(path, column)
-    bare = [name for name in names if not any(text.strip() for text in texts.get(name, ()))]
-    if bare:
+    """The captions of each image in such a file, without blank ones; raises ValueError, too, where an image has none left."""
+    texts = {name: [text for text in found if text.strip()] for name, found in read_captions(path, column).items()}
+    if bare := [name for name in names if not texts.get(name)]:
         raise ValueError(
             f"{len(bare)} of {len(names)} images have no caption in {str(path)!r}, {bare[0]!r} for one; add them, or take the "
             "images away"

@@ -32,6 +32,15 @@ def parse_json(content: bytes, name: str) -> Any:
         raise ValueError(f"{name!r} is no usable JSON: {error}") from error
 
 
+def parse_json_lines(text: str, name: str) -> dict[int, Any]:
+    """What JSON says on every line that is not blank, by the line's number; raises as :func:`parse_json`.
+
+    A line ends with a line feed alone: texts in JSON may hold other separators, such as U+2028.
+    """
+    lines = enumerate(text.split("\n"), 1)
+    return {number: parse_json(line.encode(), f"{name}, line {number}") for number, line in lines if line.strip()}
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """Values by name, in a JSON file of a downloaded folder.
 

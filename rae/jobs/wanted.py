@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rae.flow import evaluations
 from rae.generator import Generator
 from rae.io.errors import ConfigError
-from rae.io.files import parse_json
+from rae.io.files import parse_json_lines
 from rae.rng import sample_seed
 
 LAYOUTS = ("geneval", "dpg")
@@ -117,17 +117,14 @@ def _read_prompts(path: Path) -> list[Prompt]:
         files = sorted(path.glob("*.txt"))
         found = [Prompt(_text(file).strip(), file.stem) for file in files]
     elif path.suffix == ".jsonl":
-        lines = [line for line in _text(path).splitlines() if line.strip()]
-        values = [parse_json(line.encode(), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-        texts = [value.get("prompt", value.get("text")) if isinstance(value, dict) else None for value in values]
-        if wrong := [number for number, text in enumerate(texts, 1) if not isinstance(text, str)]:
-            raise ConfigError(f'prompts={path}: line {wrong[0]} holds no prompt; every line needs {{"prompt": "…"}}')
-        found = [
-            Prompt(text, str(number), value)
-            for number, (text, value) in enumerate(zip(map(str, texts), values, strict=True))
-        ]
+        found = []
+        for number, value in parse_json_lines(_text(path), str(path)).items():
+            text = value.get("prompt", value.get("text")) if isinstance(value, dict) else None
+            if not isinstance(text, str):
+                raise ConfigError(f'prompts={path}: line {number} holds no prompt; every line needs {{"prompt": "…"}}')
+            found.append(Prompt(text, str(len(found)), value))
     else:
-        lines = [line.strip() for line in _text(path).splitlines()]
+        lines = [line.strip() for line in _text(path).split("\n")]
         found = [Prompt(line, str(number)) for number, line in enumerate(filter(None, lines))]
     if not found:
         raise ConfigError(f"prompts={path} holds no prompt")
@@ -140,7 +137,7 @@ def _text(path: Path) -> str:
             f"prompts={str(path)!r} does not exist: give a text file, a .jsonl file, or a folder of text files"
         )
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")  # without the mark that some editors put first
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts={str(path)!r} is no text file: {error}") from error
 

@@ -223,6 +223,18 @@ def test_a_model_of_classes_refuses_a_prompt():
         wanted(cfg, make_generator(), prompt_list(cfg))
 
 
+def test_prompts_of_files_end_with_their_lines(tmp_path: Path):
+    """Neither a mark at the beginning nor a character that some take for the end of a line changes a prompt."""
+    (tmp_path / "plain.txt").write_text("an owl\x0ca cat\n\na fox\u2028", "utf-8-sig")
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "an owl\u2028"}\n\n{"text": "a fox"}', "utf-8")
+    for file, texts in {"plain.txt": ["an owl\x0ca cat", "a fox"], "lines.jsonl": ["an owl\u2028", "a fox"]}.items():
+        found = prompt_list(compose("sample", ["checkpoint=unused", f"prompts={tmp_path}/{file}"]))
+        assert [(prompt.text, prompt.name) for prompt in found] == [(text, str(n)) for n, text in enumerate(texts)]
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "an owl"}\n\n{"says": "a fox"}')
+    with pytest.raises(ConfigError, match="line 3 holds no prompt"):
+        prompt_list(compose("sample", ["checkpoint=unused", f"prompts={tmp_path}/lines.jsonl"]))
+
+
 @pytest.mark.slow
 def test_files_of_prompts_that_cannot_be_read(run: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"prompts='.*no.txt' does not exist"):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from rae.data import ImageFolderDataModule, PicturesDataModule, ShardsDataModule
-from rae.data.captions import read_captions
+from rae.data.captions import caption_line, read_captions
 from rae.data.loader import BrokenFilesError
 from rae.data.packing import ShardPlan, pack
 from rae.data.pictures import BACKGROUNDS, Scene, draw_scene, read_caption, things
@@ -75,6 +75,30 @@ def test_a_csv_file_says_the_same(folder: Path):
         rows.writerows([name, text] for name, texts in TEXTS.items() for text in texts)
     assert read_captions(folder / "captions.csv", "says") == TEXTS
     assert pairs(module(folder, captions="captions.csv", caption_key="says")) == pairs(module(folder))
+
+
+def test_captions_may_hold_what_some_take_for_the_end_of_a_line(tmp_path: Path):
+    texts = {"a.png": ["one\u2028two\x85three"], "b.png": ["four\nfive"]}
+    lines = [caption_line(name, text) for name, (text,) in texts.items()]  # as rae-sample writes them
+    (tmp_path / "lines.jsonl").write_text("\n\n".join(lines), "utf-8")
+    assert read_captions(tmp_path / "lines.jsonl") == texts
+    (tmp_path / "lines.jsonl").write_text("\n\n".join([*lines, "{"]), "utf-8")
+    with pytest.raises(ValueError, match=r"lines\.jsonl, line 5' is no usable JSON"):
+        read_captions(tmp_path / "lines.jsonl")
+    (tmp_path / "sheet.csv").write_text("file_name,text\na.png,für\n", "utf-8-sig")  # as spreadsheets save it
+    assert read_captions(tmp_path / "sheet.csv") == {"a.png": ["für"]}
+    (tmp_path / "sheet.csv").write_text("file_name,text\na.png,für\n", "latin-1")
+    with pytest.raises(ValueError, match=r"sheet\.csv' is no text in UTF-8"):
+        read_captions(tmp_path / "sheet.csv")
+
+
+def test_of_several_captions_blank_ones_are_left_out(folder: Path, tmp_path: Path):
+    lines = [json.dumps({"file_name": name, "text": [" ", texts[0], ""]}) for name, texts in TEXTS.items()]
+    (folder / "blank.jsonl").write_text("\n".join(lines))
+    found = pairs(module(folder, captions="blank.jsonl"))
+    assert sorted(found) == [(number, f"picture {number}") for number in range(12)]
+    plan = ShardPlan.of(folder, captions=folder / "blank.jsonl")
+    assert plan.captions == "txt"
 
 
 def test_shards_from_the_shell_hold_the_captions(folder: Path, tmp_path: Path):

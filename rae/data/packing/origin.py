@@ -37,11 +37,9 @@ class Source:
 
 
 def with_captions(sources: Sequence[Source], file: str | Path, column: str = "text") -> list[Source]:
-    """The images with those captions of a file that are not blank; raises as :func:`~rae.data.captions.captions_of`."""
+    """The images with the captions of a file, see :func:`~rae.data.captions.captions_of`."""
     found = captions_of([source.name for source in sources], Path(file).expanduser(), column)
-    return [
-        replace(source, captions=tuple(filter(str.strip, texts))) for source, texts in zip(sources, found, strict=True)
-    ]
+    return [replace(source, captions=tuple(texts)) for source, texts in zip(sources, found, strict=True)]
 
 
 def find_sources(path: str | Path, synsets: str | Path | None = None) -> tuple[list[Source], list[str]]:
