@@ -204,6 +204,7 @@ def latent_parts(folder: str | Path) -> tuple[Parts, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: There are no such latents, or files are missing.
+        ValueError: They are not of samples.
     """
     root = Path(folder).expanduser()
     if not (root / LATENTS).is_file():
@@ -211,6 +212,11 @@ def latent_parts(folder: str | Path) -> tuple[Parts, dict[str, Any]]:
             f"latents={folder} holds no {LATENTS}: give the folder latents/ that rae-sample keep_latents=true wrote"
         )
     known = read_json(root / LATENTS)
+    if not {"samples", "labels", "part_size", "model"} <= known.keys():
+        raise ValueError(
+            f"latents={folder} are not of samples, as {LATENTS} there says: give the folder latents/ that rae-sample "
+            "keep_latents=true wrote"
+        )
     parts = Parts(root, known["samples"], len(known["labels"]), known["part_size"], ".npy")
     if missing := parts.missing():
         raise FileNotFoundError(f"latents={folder} lacks {parts.path(missing[0]).name}; draw them again")

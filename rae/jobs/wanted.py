@@ -44,8 +44,11 @@ def wanted(cfg: DictConfig, generator: Generator, prompts: Sequence[Prompt]) -> 
         prompts: From :func:`prompt_list`.
 
     Raises:
-        ConfigError: Prompts for a model that is told classes, classes for one that is told texts, or none at all.
+        ConfigError: A number below 1; prompts for a model that is told classes, classes for one that is told texts, or none at all.
     """
+    for key in ("batch_size", "part_size"):
+        if cfg[key] < 1:
+            raise ConfigError(f"{key}={cfg[key]} must be at least 1")
     if generator.text_encoder is None:
         if prompts or cfg.negative_prompt is not None:
             raise ConfigError(
@@ -165,15 +168,14 @@ def label_list(cfg: DictConfig, num_classes: int) -> list[int]:
     each from the seed and the sample's number; a file lists them (text, .npy, or an .npz with ``arr_1``).
 
     Raises:
-        ConfigError: A number below 1, or a label outside the range.
+        ConfigError: A number below 1, or a label outside the range or no whole number.
         FileNotFoundError: There is no such file.
     """
     classes = class_list(
         OmegaConf.to_container(cfg.classes) if OmegaConf.is_list(cfg.classes) else cfg.classes, num_classes
     )
-    for key in ("samples_per_class", "batch_size", "part_size"):
-        if cfg[key] < 1:
-            raise ConfigError(f"{key}={cfg[key]} must be at least 1")
+    if cfg.samples_per_class < 1:
+        raise ConfigError(f"samples_per_class={cfg.samples_per_class} must be at least 1")
     if cfg.labels == "equal":
         return [label for label in classes for _ in range(cfg.samples_per_class)]
     if cfg.labels == "random":
@@ -193,9 +195,13 @@ def _listed_labels(path: Path, num_classes: int) -> list[int]:
             values = np.load(path)["arr_1"]
         else:
             values = np.array([int(word) for word in path.read_text().split()])
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        with np.errstate(invalid="ignore"):
+            whole = values.astype(np.int64)
+        if not np.array_equal(whole, values):
+            raise ValueError("they are no whole numbers")
+    except (ValueError, KeyError, OSError, OverflowError, zipfile.BadZipFile) as error:
         raise ConfigError(f"labels={str(path)!r} holds no list of labels: {error}") from error
-    labels = [int(value) for value in np.ravel(values)]
+    labels: list[int] = whole.ravel().tolist()
     wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong or not labels:
         raise ConfigError(f"labels={str(path)!r} must hold labels in 0 … {num_classes - 1}, got {wrong[:8] or 'none'}")

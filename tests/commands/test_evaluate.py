@@ -20,6 +20,7 @@ from rae.flow import EulerSampler, FlowMatching, PublishedGrid
 from rae.generator import Generator
 from rae.io.errors import ConfigError
 from rae.jobs.images import open_images, open_pairs
+from rae.jobs.samples import latent_parts
 from rae.jobs.wanted import label_list
 from rae.metric import read_reference
 from tests.helpers.digits_runs import run
@@ -168,6 +169,10 @@ def test_labels_may_be_random_or_listed(tmp_path):
         assert label_list(cfg, 4) == [3, 1, 2]
         with pytest.raises(ConfigError, match=r"must hold labels in 0 … 2, got \[3\]"):
             label_list(cfg, 3)
+    for bad in ([1.5, 2], [float("inf")], ["one"]):
+        np.save(tmp_path / "bad.npy", bad)
+        with pytest.raises(ConfigError, match=r"bad\.npy' holds no list of labels: "):
+            label_list(compose("sample", ["checkpoint=unused", f"labels={tmp_path}/bad.npy"]), 10)
     with pytest.raises(ConfigError, match="labels=random needs count="):
         label_list(compose("sample", ["checkpoint=unused", "labels=random"]), 10)
 
@@ -269,6 +274,12 @@ def test_kept_latents_go_through_several_decoders(exported, samples, reference, 
         run("evaluate", f"latents={tmp_path}", options[1], f"output_dir={tmp_path / 'x'}", replaced={"metric": node})
     with pytest.raises(ConfigError, match="go together"):
         run("evaluate", options[0], f"output_dir={tmp_path / 'x'}", replaced={"metric": node})
+
+
+def test_latents_of_rae_cache_latents_are_no_samples(tmp_path):
+    (tmp_path / "latents.json").write_text('{"latents": 70, "part": 20}')
+    with pytest.raises(ValueError, match=r"are not of samples, as latents\.json there says: give the folder latents/"):
+        latent_parts(tmp_path)
 
 
 def test_several_metrics_in_one_pass(samples, reference, tmp_path):

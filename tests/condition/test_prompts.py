@@ -223,6 +223,13 @@ def test_a_model_of_classes_refuses_a_prompt():
         wanted(cfg, make_generator(), prompt_list(cfg))
 
 
+@pytest.mark.parametrize("key", ["batch_size", "part_size"])
+def test_prompts_are_not_drawn_in_batches_of_none(key: str):
+    cfg = compose("sample", ["checkpoint=unused", "prompt=owl", f"{key}=0"])
+    with pytest.raises(ConfigError, match=f"{key}=0 must be at least 1"):
+        wanted(cfg, make_text_generator(), prompt_list(cfg))
+
+
 def test_prompts_of_files_end_with_their_lines(tmp_path: Path):
     """Neither a mark at the beginning nor a character that some take for the end of a line changes a prompt."""
     (tmp_path / "plain.txt").write_text("an owl\x0ca cat\n\na fox\u2028", "utf-8-sig")
