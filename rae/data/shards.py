@@ -197,14 +197,15 @@ def _indexed(shards: list[str], cache: Path | None, captions: str | None) -> lis
     beside = [_index_beside(shard, captions) for shard in shards]
     if all(entries is not None for entries in beside):
         return [entries for entries in beside if entries is not None]
-    files = [[shard.rsplit("/", 1)[-1], size_of(shard)] for shard in shards]
+    made_of = {"files": [[shard.rsplit("/", 1)[-1], size_of(shard)] for shard in shards], "captions": captions}
     if cache is not None and cache.is_file():
         kept = read_json(str(cache))
-        if isinstance(kept, dict) and kept.get("files") == files and kept.get("captions") == captions:
+        fits = isinstance(kept, dict) and all(kept.get(key) == value for key, value in made_of.items())
+        if fits and isinstance(kept.get("index"), list):
             return [_entries(entries, str(cache)) for entries in kept["index"]]
     index = [read_index(shard, captions) for shard in shards]
     if cache is not None:
-        write_json(cache, {"files": files, "captions": captions, "index": index})
+        write_json(cache, {**made_of, "index": index})
     return index
 
 

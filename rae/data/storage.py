@@ -169,6 +169,7 @@ def find_tars(path: str, index: str) -> list[str]:
 
     Raises:
         FileNotFoundError: There are none, or one of those named is missing.
+        ValueError: An index on the network lists none.
     """
     if is_remote(path):
         if path.endswith(".tar") or "{" in path:
@@ -179,7 +180,10 @@ def find_tars(path: str, index: str) -> list[str]:
             raise FileNotFoundError(
                 f"no {index} at {path!r}, by which rae-shard lists the shards; name them: '{path}/name-{{0000..0146}}.tar'"
             )
-        return [f"{path}/{shard['file']}" for shard in content["shards"]]
+        listed = content.get("shards") if isinstance(content, dict) else None
+        if not isinstance(listed, list) or not all(isinstance(shard, dict) and "file" in shard for shard in listed):
+            raise ValueError(f"'{path}/{index}' lists no shards as rae-shard does; name them: '{path}/name-{{0000..0146}}.tar'")
+        return [f"{path}/{shard['file']}" for shard in listed]
     if Path(path).expanduser().is_dir():
         found = [str(file) for file in sorted(Path(path).expanduser().glob("*.tar"))]
     else:

@@ -176,6 +176,16 @@ def test_verify_names_every_damaged_shard(images, tmp_path):
     pack(plan, out)
     assert content(out) == before
     verify(out)
+    (out / "index.json").write_text('{"shards": 4}')
+    with pytest.raises(ValueError, match=r"index\.json' is no index of shards; remove it and pack again"):
+        verify(out)
+    for damaged in ("{}", '{"broken": 3}'):
+        (out / "shard-000002.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"shard-000002\.json' is no index of a shard; remove it"):
+            pack(plan, out)
+    (out / "shard-000002.json").unlink()
+    pack(plan, out)
+    assert content(out) == before
 
 
 # --- where images come from --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,6 +60,10 @@ def test_index_is_kept_until_the_shards_change(data):
     written = index.stat().st_mtime_ns
     assert (TarShards(str(data / "shards"), TRANSFORM, index_path=index).places == first.places).all()
     assert index.stat().st_mtime_ns == written
+    whole = index.read_bytes()
+    index.write_text(json.dumps({**json.loads(whole), "index": None}))  # damaged
+    assert len(TarShards(str(data / "shards"), TRANSFORM, index_path=index)) == 9
+    assert index.read_bytes() == whole
     (data / "shards" / "train-0002.tar").unlink()
     assert len(TarShards(str(data / "shards"), TRANSFORM, index_path=index)) == 8
 
@@ -204,6 +209,10 @@ def test_servers_without_ranges_or_lists_are_named(data, server):
         shards[2]
     with pytest.raises(FileNotFoundError, match=r"no index\.json at .*/shards', by which rae-shard lists"):
         TarShards(f"{address}/shards", TRANSFORM)
+    for other in ("[]", "{}", '{"shards": [3]}'):
+        (data / "shards" / "index.json").write_text(other)
+        with pytest.raises(ValueError, match=r"/shards/index\.json' lists no shards as rae-shard does; name them"):
+            TarShards(f"{address}/shards", TRANSFORM)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from rae.data.packing.origin import Source, find_sources, with_captions
 from rae.data.shards import INDEX, TEXT, index_name, read_index
 from rae.data.transforms import resize_shorter
 from rae.image import open_rgb
-from rae.io.files import file_hash, parse_json, write_atomically, write_json
+from rae.io.files import file_hash, read_json, write_atomically, write_json
 from rae.io.parts import PLAN, claim
 from rae.rng import sample_seed
 
@@ -214,7 +214,11 @@ def verify(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{str(folder)!r} holds no {INDEX}: there are no shards, or packing was not finished: the same command goes on"
         )
-    index: dict[str, Any] = parse_json((folder / INDEX).read_bytes(), str(folder / INDEX))
+    index = read_json(folder / INDEX)
+    if "bytes" not in index or not isinstance(index.get("shards"), list):
+        raise ValueError(
+            f"{str(folder / INDEX)!r} is no index of shards; remove it and pack again with the same command, which writes it anew"
+        )
     faults = []
     with tqdm(total=index["bytes"], desc="verifying", unit="B", unit_scale=True) as bar:
         for shard in index["shards"]:
@@ -321,8 +325,9 @@ def _kept(folder: Path, name: str) -> Packed | None:
     file = folder / index_name(name)
     if not file.is_file() or not (folder / name).is_file():
         return None
-    content = parse_json(file.read_bytes(), str(file))
-    content.pop("entries")
-    content.pop("captions", None)
-    packed = Packed(**{**content, "broken": [tuple(entry) for entry in content["broken"]]})
+    content = {key: value for key, value in read_json(file).items() if key not in ("entries", "captions")}
+    try:
+        packed = Packed(**{**content, "broken": [tuple(entry) for entry in content["broken"]]})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{str(file)!r} is no index of a shard; remove it, and the shard is written anew") from error
     return packed if (folder / name).stat().st_size == packed.bytes else None
