@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -44,7 +45,7 @@ class Tables:
 
     def __init__(self, files: Sequence[str]) -> None:
         self.files = list(files)
-        self._open: dict[str, Any] = {}
+        self._open: OrderedDict[str, Any] = OrderedDict()
         self._process = os.getpid()
         self._held: tuple[int, Sequence[str], pa.Table] | None = None
         self._footers: dict[str, Any] = {}
@@ -61,7 +62,7 @@ class Tables:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_held": None}  # open files stay with the process that opened them
+        return {**self.__dict__, "_open": OrderedDict(), "_held": None}  # open files stay with the process that opened them
 
     @property
     def facts(self) -> list[tuple[str, int]]:
@@ -151,12 +152,15 @@ class Tables:
 
     def _opened(self, file: str) -> Any:
         if self._process != os.getpid():  # what a forked process inherits is not its own
-            self._open, self._held, self._process = {}, None, os.getpid()
-        if file not in self._open:
-            while len(self._open) >= _OPEN:
-                self._open.pop(next(iter(self._open)))
-            self._open[file] = self._read(file)
-        return self._open[file]
+            self._open, self._held, self._process = OrderedDict(), None, os.getpid()
+        opened = self._open.get(file)
+        if opened is None:
+            opened = self._open[file] = self._read(file)
+            # Other threads may do the same at this moment: what is returned need not be in the table any more.
+            while len(self._open) > _OPEN:
+                with suppress(KeyError):
+                    self._open.popitem(last=False)
+        return opened
 
     def _read(self, file: str) -> Any:
         """A Parquet file, or the record batches of an Arrow file, which may be a stream (as of ``datasets``) or a file."""

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -138,6 +139,20 @@ def test_parquet_files_have_several_groups(sets):
         tables = Tables(find_tables(str(sets[kind]), "train", None, None, False))
         assert [count for _, count in tables.facts] == [6, 6]
         assert len(tables._ends) == 6
+
+
+def test_a_file_may_be_closed_by_another_thread_while_it_is_opened(sets):
+    """Threads read several files on the network at once, of which a process keeps no more than some open."""
+
+    class Emptied(OrderedDict):
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            self.clear()
+
+    tables = Tables(find_tables(str(sets["parquet"]), "train", None, None, False))
+    expected = tables.rows(range(12), ["label"])
+    tables._open = Emptied()
+    assert tables.rows(range(12), ["label"]) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])
