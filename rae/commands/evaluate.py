@@ -35,9 +35,11 @@ def check_given(cfg: DictConfig) -> None:
     """Refuses what can be refused before networks are built and their weights looked for.
 
     Raises:
-        ConfigError: Neither samples nor a model are given, or both; or a metric lacks its reference or the originals.
+        ConfigError: Neither samples nor a model are given, or both; a metric lacks its reference or the originals; or an empty batch.
         FileNotFoundError: The samples, the originals or the reference do not exist.
     """
+    if cfg.batch_size < 1:
+        raise ConfigError(f"batch_size={cfg.batch_size} must be at least 1")
     pairs = check_metric(cfg.metric)
     if (cfg.latents is None) != (not cfg.decoders):
         raise ConfigError(f"latents={cfg.latents} and decoders={cfg.decoders} go together: give both or neither")
@@ -145,7 +147,8 @@ def training_images(cfg: DictConfig, run: DictConfig) -> Iterator[Tensor]:
         ConfigError: Nothing is named and the model does not say what it was trained on.
     """
     if cfg.neighbours_of is not None:
-        yield from (images for images, _, _ in open_images("neighbours_of", cfg.neighbours_of, cfg.batch_size))
+        _, batches = open_images("neighbours_of", cfg.neighbours_of, cfg.batch_size)
+        yield from (images for images, _, _ in batches)
         return
     node = OmegaConf.select(run, "data")
     if OmegaConf.select(run, "data._target_") is None or str(node["_target_"]).endswith(".LatentsDataModule"):

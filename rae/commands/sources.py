@@ -24,7 +24,7 @@ from rae.image import to_uint8
 from rae.io.errors import ConfigError
 from rae.io.files import changes
 from rae.io.parts import Parts, share, stretch
-from rae.jobs.images import count_images, describe_samples, open_images, open_pairs
+from rae.jobs.images import describe_samples, open_images, open_pairs
 from rae.jobs.samples import Wanted, draw, latent_parts, plan_of, read_parts
 from rae.jobs.wanted import how_sampled, prompt_list, wanted
 from rae.metric.several import update_arguments
@@ -65,13 +65,12 @@ def from_files(cfg: DictConfig, fabric: Fabric, metric: Any, pairs: bool) -> Sou
     share_of = (cfg.batch_size, fabric.global_rank, fabric.world_size)
     identity = {"samples": describe_samples(cfg.samples)}
     described = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_MODELS])
-    batches: Iterator[Batch]
     if pairs:
         identity["originals"] = {"path": cfg.originals}
-        batches = ((pair, {}) for pair in open_pairs(cfg.samples, cfg.originals, *share_of))
-    else:
-        batches = (update_arguments(metric, *batch) for batch in open_images("samples", cfg.samples, *share_of))
-    return Source(batches, count_images(cfg.samples, *share_of), identity, described)
+        count, found = open_pairs(cfg.samples, cfg.originals, *share_of)
+        return Source(((pair, {}) for pair in found), count, identity, described)
+    count, images = open_images("samples", cfg.samples, *share_of)
+    return Source((update_arguments(metric, *batch) for batch in images), count, identity, described)
 
 
 def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callable[..., None]) -> Source:

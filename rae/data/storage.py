@@ -182,7 +182,9 @@ def find_tars(path: str, index: str) -> list[str]:
             )
         listed = content.get("shards") if isinstance(content, dict) else None
         if not isinstance(listed, list) or not all(isinstance(shard, dict) and "file" in shard for shard in listed):
-            raise ValueError(f"'{path}/{index}' lists no shards as rae-shard does; name them: '{path}/name-{{0000..0146}}.tar'")
+            raise ValueError(
+                f"'{path}/{index}' lists no shards as rae-shard does; name them: '{path}/name-{{0000..0146}}.tar'"
+            )
         return [f"{path}/{shard['file']}" for shard in listed]
     if Path(path).expanduser().is_dir():
         found = [str(file) for file in sorted(Path(path).expanduser().glob("*.tar"))]

@@ -62,7 +62,11 @@ class Tables:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_held": None}  # open files stay with the process that opened them
+        return {
+            **self.__dict__,
+            "_open": OrderedDict(),
+            "_held": None,
+        }  # open files stay with the process that opened them
 
     @property
     def facts(self) -> list[tuple[str, int]]:

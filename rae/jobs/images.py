@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,42 +15,14 @@ from rae.data.shards import TEXT, Entry, read_index
 from rae.data.storage import read_ranges
 from rae.io.errors import ConfigError
 from rae.io.files import parse_json
-from rae.metric import ImageBatch, iterate_folder, iterate_npz
-from rae.metric.images import decode_image, folder_files, npz_shape, open_npz, same_size
+from rae.metric import ImageBatch, iterate_npz
+from rae.metric.images import folder_files, iterate_files, npz_shape, open_npz, read_array
 
 Batch = tuple[Tensor, Any, Tensor]
 """Images uint8 B×3×H×W, their labels B or a list of prompts where there are any, and their numbers B."""
 
-
-Images = Sequence[tuple[str, Entry]]
-"""Shards, and where in each an image and its prompt are."""
-
-
-def shard_images(path: Path) -> Images:
-    """The images of a folder of tar shards, in the order of names and keys."""
-    return [(str(shard), entry) for shard in sorted(path.glob("*.tar")) for entry in sorted(read_index(shard, TEXT))]
-
-
-def iterate_shards(found: Images, path: Path, batch_size: int) -> Iterator[ImageBatch]:
-    """Batches of the images of a folder of tar shards; all must be of one size.
-
-    Raises:
-        ValueError: There is no image, they are of several sizes, or one is damaged.
-    """
-    if not found:
-        raise ValueError(f"the shards of {str(path)!r} hold no image")
-    labelled = all(entry.label >= 0 for _, entry in found)
-    shape = None
-    for start in range(0, len(found), batch_size):
-        chunk = found[start : start + batch_size]
-        contents = read_ranges([(shard, entry.first, entry.size) for shard, entry in chunk])
-        images = []
-        for content, (shard, entry) in zip(contents, chunk, strict=True):
-            images.append(decode_image(io.BytesIO(content), f"{shard}:{entry.key}"))
-            shape = shape or images[0].shape
-            same_size(images[-1], shape, f"{shard}:{entry.key}", str(path))
-        labels = torch.tensor([entry.label for _, entry in chunk]) if labelled else None
-        yield ImageBatch(torch.stack(images), labels)
+Found = tuple[int, Iterator[ImageBatch], list[str] | None]
+"""Number of images, their batches, and their prompts in the same order where there are any."""
 
 
 def checked_path(key: str, given: str) -> Path:
@@ -70,98 +40,99 @@ def checked_path(key: str, given: str) -> Path:
     return path
 
 
-def open_images(key: str, given: str, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """Batches of the images that a key of the configuration names, each process its share of the batches.
+def open_images(
+    key: str, given: str, batch_size: int, rank: int = 0, world_size: int = 1
+) -> tuple[int, Iterator[Batch]]:
+    """How many of the images that a key of the configuration names fall to a process, and its share of their batches.
 
     The value may be an .npz, a folder of images, or a folder of tar shards.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
+        FileNotFoundError: There is nothing of that name, or a folder without images.
         ConfigError: It is a trained run.
-        ValueError: Images of several sizes, of another type, or damaged files.
+        ValueError: Another number of prompts than of images; with the batches, images of several sizes, of another type, or
+            damaged files.
     """
-    path, shards = checked_path(key, given), None
+    path = checked_path(key, given)
     if path.is_file():
-        batches = iterate_npz(path, batch_size)
+        total, batches, prompts = _npz(path, batch_size)
     elif any(path.glob("*.tar")):
-        shards = shard_images(path)
-        batches = iterate_shards(shards, path, batch_size)
+        total, batches, prompts = _shards(path, batch_size)
     else:
-        batches = iterate_folder(path, batch_size)
-    prompts, done = prompts_of(path, shards), 0
-    for number, (images, labels) in enumerate(batches):
-        if number % world_size == rank:
-            told: Any = labels if prompts is None else prompts[done : done + len(images)]
-            if prompts is not None and len(told) != len(images):
-                raise ValueError(
-                    f"{key}={given} holds {len(prompts)} prompts for more images: they must be one for each"
-                )
-            yield images, told, torch.arange(done, done + len(images))
-        done += len(images)
+        total, batches, prompts = _folder(path, batch_size)
+    if prompts is not None and len(prompts) != total:
+        word = "more" if len(prompts) < total else "fewer"
+        raise ValueError(f"{key}={given} holds {len(prompts)} prompts for {word} images: they must be one for each")
+
+    def mine() -> Iterator[Batch]:
+        done = 0
+        for number, (images, labels) in enumerate(batches):
+            if number % world_size == rank:
+                told: Any = labels if prompts is None else prompts[done : done + len(images)]
+                yield images, told, torch.arange(done, done + len(images))
+            done += len(images)
+
+    starts = range(rank * batch_size, total, world_size * batch_size)
+    return sum(min(batch_size, total - start) for start in starts), mine()
 
 
-def count_images(given: str, batch_size: int, rank: int = 0, world_size: int = 1) -> int:
-    """How many images :func:`open_images` gives to a process."""
-    path = Path(given).expanduser()
-    if path.is_file():
-        total = npz_shape(path).images
-    elif any(path.glob("*.tar")):
-        total = len(shard_images(path))
-    else:
-        total = len(folder_files(path))
-    return sum(min(batch_size, total - start) for start in range(rank * batch_size, total, world_size * batch_size))
+def _npz(path: Path, batch_size: int) -> Found:
+    with open_npz(path) as archive:
+        prompts = read_array(archive, path, "prompts")
+    return npz_shape(path).images, iterate_npz(path, batch_size), None if prompts is None else prompts.tolist()
 
 
-def prompts_of(path: Path, shards: Images | None) -> list[str] | None:
-    """The prompts of samples that ``rae-sample`` wrote, in the order in which they are read; None where there are none.
+def _shards(path: Path, batch_size: int) -> Found:
+    """Images of a folder of tar shards, in the order of names and keys; raises ValueError where there are none."""
+    entries = [(str(shard), entry) for shard in sorted(path.glob("*.tar")) for entry in sorted(read_index(shard, TEXT))]
+    if not entries:
+        raise ValueError(f"the shards of {str(path)!r} hold no image")
+    labels, prompts = None, None
+    if all(entry.label >= 0 for _, entry in entries):
+        labels = torch.tensor([entry.label for _, entry in entries])
+    if all(entry.text_size >= 0 for _, entry in entries):
+        texts = read_ranges([(shard, entry.text_first, entry.text_size) for shard, entry in entries])
+        prompts = [text.decode() for text in texts]
+    files = ((f"{shard}:{entry.key}", _content(shard, entry)) for shard, entry in entries)
+    return len(entries), iterate_files(files, batch_size, labels), prompts
 
-    Raises:
-        ValueError: They are not one for each sample.
-    """
-    if path.is_file():
-        with open_npz(path) as archive:
-            if "prompts.npy" not in archive.namelist():
-                return None
-        with np.load(path, allow_pickle=False) as arrays:
-            texts: list[str] = arrays["prompts"].tolist()
-            return texts
-    if shards is not None:
-        if any(entry.text_size < 0 for _, entry in shards):
-            return None
-        places = [(shard, entry.text_first, entry.text_size) for shard, entry in shards]
-        return [content.decode() for content in read_ranges(places)]
-    if not (path / CAPTIONS).is_file():
-        return None
-    known = read_captions(path / CAPTIONS)
-    names = [str(file.relative_to(path)) for file in folder_files(path)]
-    if bare := [name for name in names if not known.get(name)]:
-        raise ValueError(f"{str(path / CAPTIONS)!r} says no prompt of {bare[0]}")
-    return [known[name][0] for name in names]
+
+def _content(shard: str, entry: Entry) -> io.BytesIO:
+    return io.BytesIO(read_ranges([(shard, entry.first, entry.size)])[0])
+
+
+def _folder(path: Path, batch_size: int) -> Found:
+    """Images of a folder, with the prompts that ``rae-sample`` wrote beside them; raises ValueError where one has none."""
+    files, prompts = folder_files(path), None
+    if (path / CAPTIONS).is_file():
+        known = read_captions(path / CAPTIONS)
+        names = [str(file.relative_to(path)) for file in files]
+        if bare := [name for name in names if not known.get(name)]:
+            raise ValueError(f"{str(path / CAPTIONS)!r} says no prompt of {bare[0]}")
+        prompts = [known[name][0] for name in names]
+    return len(files), iterate_files(((str(file), file) for file in files), batch_size), prompts
 
 
 def open_pairs(
     samples: str, originals: str, batch_size: int, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reconstructions uint8 B×3×H×W with their originals, paired in the order in which both are read; see :func:`open_images`.
+) -> tuple[int, Iterator[tuple[Tensor, Tensor]]]:
+    """How many pairs fall to a process, and reconstructions uint8 B×3×H×W with their originals, paired in order.
+
+    See :func:`open_images`.
 
     Raises:
         ValueError: One holds more images than the other.
     """
-    first, second = (
+    (count, first), (other, second) = (
         open_images(key, given, batch_size, rank, world_size)
         for key, given in (("samples", samples), ("originals", originals))
     )
-    # A batch that is missing or shorter on one side shows which one ends first.
-    for mine, other in zip_longest(first, second):
-        held = [0 if batch is None else len(batch[0]) for batch in (mine, other)]
-        if held[0] != held[1]:
-            word = "fewer" if held[1] < held[0] else "more"
-            raise ValueError(
-                f"originals={originals} holds {word} images than samples={samples}; they are paired one by one, in order"
-            )
-        assert mine is not None
-        assert other is not None
-        yield mine[0], other[0]
+    if other != count:
+        word = "fewer" if other < count else "more"
+        raise ValueError(
+            f"originals={originals} holds {word} images than samples={samples}; they are paired one by one, in order"
+        )
+    return count, ((made[0], original[0]) for made, original in zip(first, second, strict=True))
 
 
 def describe_samples(given: str) -> dict[str, Any]:

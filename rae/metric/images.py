@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -117,14 +119,21 @@ def iterate_npz(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
                 yield ImageBatch(pixels.permute(0, 3, 1, 2).contiguous(), part)
 
 
-def _read_labels(archive: zipfile.ZipFile, path: Path) -> Tensor | None:
-    if "arr_1.npy" not in archive.namelist():
+def read_array(archive: zipfile.ZipFile, path: Path, name: str) -> NDArray[Any] | None:
+    """An array of an archive by its name; None where there is none; raises ValueError where it is damaged."""
+    if f"{name}.npy" not in archive.namelist():
         return None
     try:
-        with archive.open("arr_1.npy") as file:
-            labels = np.lib.format.read_array(file, allow_pickle=False)
+        with archive.open(f"{name}.npy") as file:
+            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
     except BROKEN as error:
-        raise ValueError(f"arr_1 of {str(path)!r} cannot be read: {error}") from error
+        raise ValueError(f"{name} of {str(path)!r} cannot be read: {error}") from error
+
+
+def _read_labels(archive: zipfile.ZipFile, path: Path) -> Tensor | None:
+    labels = read_array(archive, path, "arr_1")
+    if labels is None:
+        return None
     if labels.dtype.kind not in "iu":
         raise ValueError(f"arr_1 of {str(path)!r} must hold integer labels, got {labels.dtype}")
     return torch.from_numpy(labels.astype(np.int64))
@@ -154,26 +163,28 @@ def decode_image(file: Path | IO[bytes], name: str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def same_size(image: Tensor, shape: torch.Size, name: str, first: str) -> None:
-    """Raises ValueError if an image 3×H×W is of another shape than the first one."""
-    if image.shape != shape:
-        raise ValueError(
-            f"images must be of one size: {name!r} is {tuple(image.shape[1:])}, {first!r} is {tuple(shape[1:])}; "
-            "crop or resize them first"
-        )
+def iterate_files(
+    files: Iterable[tuple[str, Path | IO[bytes]]], batch_size: int, labels: Tensor | None = None
+) -> Iterator[ImageBatch]:
+    """Batches of image files, given with their names, and their labels N; raises ValueError unless all are of one size."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    first, shape, done = "", torch.Size(), 0
+    remaining = iter(files)
+    while chunk := list(islice(remaining, batch_size)):
+        images = [decode_image(file, name) for name, file in chunk]
+        if not done:
+            first, shape = chunk[0][0], images[0].shape
+        for image, (name, _) in zip(images, chunk, strict=True):
+            if image.shape != shape:
+                raise ValueError(
+                    f"images must be of one size: {name!r} is {tuple(image.shape[1:])}, {first!r} is {tuple(shape[1:])}; "
+                    "crop or resize them first"
+                )
+        yield ImageBatch(torch.stack(images), None if labels is None else labels[done : done + len(chunk)])
+        done += len(chunk)
 
 
 def iterate_folder(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
     """Batches of the images of a folder, in the order of their names; raises ValueError unless all are of one size."""
-    files = folder_files(path)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    shape = None
-    for start in range(0, len(files), batch_size):
-        batch = []
-        for file in files[start : start + batch_size]:
-            image = decode_image(file, str(file))
-            shape = image.shape if shape is None else shape
-            same_size(image, shape, str(file), str(files[0]))
-            batch.append(image)
-        yield ImageBatch(torch.stack(batch), None)
+    yield from iterate_files(((str(file), file) for file in folder_files(path)), batch_size)

@@ -97,7 +97,11 @@ def test_samples_in_every_form_are_the_same_images(samples):
     assert images.shape == (64, 3, 32, 32)
     assert len(images.flatten(1).unique(dim=0)) == 64
     for given in ("samples.npz", "images", "shards"):
-        read = list(open_images("samples", str(samples / given), 10))
+        counts = [open_images("samples", str(samples / given), 10, rank, 3)[0] for rank in range(3)]
+        assert counts == [10 + 10 + 4, 20, 20]  # of seven batches, the first three times
+        count, batches = open_images("samples", str(samples / given), 10)
+        read = list(batches)
+        assert count == 64
         assert torch.equal(torch.cat([batch for batch, _, _ in read]), images)
         assert torch.cat([numbers for _, _, numbers in read]).tolist() == list(range(64))
     labels = np.load(samples / "samples.npz")["arr_1"]

@@ -232,7 +232,9 @@ def test_validation_images_with_a_list_of_synsets(tmp_path, kind, monkeypatch):
     savemat(devkit / "meta.mat", {"synsets": rows})
     (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("3\n2\n3\n1\n2\n3\n")
     reads = []
-    monkeypatch.setattr("rae.data.packing.origin.loadmat", lambda *a, **options: reads.append(a) or loadmat(*a, **options))
+    monkeypatch.setattr(
+        "rae.data.packing.origin.loadmat", lambda *a, **options: reads.append(a) or loadmat(*a, **options)
+    )
     assert find_sources(flat, devkit.parent) == (sources, classes)
     assert len(reads) == 1  # a twentieth of a second: not for each of 50,000 images
     (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("3\n2\n3\n1\n2\n4\n")

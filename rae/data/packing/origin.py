@@ -147,7 +147,9 @@ def _labelled(sources: Sequence[Source], synsets: Path) -> Named:
     if all(name.isdigit() for name in names):
         known = _devkit_names(file)
         if unknown := next((name for name in names if int(name) not in known), None):
-            raise ValueError(f"{str(file)!r} lists class number {unknown}, of which the devkit's meta.mat knows no name")
+            raise ValueError(
+                f"{str(file)!r} lists class number {unknown}, of which the devkit's meta.mat knows no name"
+            )
         names = [known[int(name)] for name in names]
     in_order = sorted(sources, key=lambda source: source.name)
     return list(zip(names, in_order, strict=True))
