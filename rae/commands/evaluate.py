@@ -35,7 +35,7 @@ def check_given(cfg: DictConfig) -> None:
     """Refuses what can be refused before networks are built and their weights looked for.
 
     Raises:
-        ConfigError: Neither samples nor a model are given, or both; a metric lacks its reference or the originals; or an empty batch.
+        ConfigError: Neither samples nor a model are given, or both; a metric lacks its reference or originals; or an empty batch.
         FileNotFoundError: The samples, the originals or the reference do not exist.
     """
     if cfg.batch_size < 1:

@@ -22,7 +22,17 @@ from rae.commands.cache_latents import required_bytes
 from rae.data import CachedLatents, LatentsDataModule
 from rae.image import to_float
 from rae.io.errors import ConfigError
-from tests.helpers.small_images import COUNT, ENCODER, PARTS, STAGE2, direct, overrides, run, write_images
+from tests.helpers.small_images import (
+    COUNT,
+    ENCODER,
+    PARTS,
+    STAGE2,
+    cached_latents,
+    direct,
+    overrides,
+    run,
+    write_images,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +49,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cached(folder, tmp_path_factory):
     """Latents in float32 with their mirrored copies."""
-    output = tmp_path_factory.mktemp("latents")
-    run("cache_latents", folder, output, "dtype=float32")
-    return output
+    return cached_latents(folder, tmp_path_factory, "dtype=float32")
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from rae.data.packing.origin import find_sources
 from rae.data.packing.pack import ShardPlan, pack
 from rae.data.shards import ShardsDataModule, TarShards, read_index
 from rae.data.transforms import ImageTransform, open_for
-from tests.helpers.small_images import COUNT, overrides, run, tar_of, write_images
+from tests.helpers.small_images import COUNT, cached_latents, overrides, tar_of, write_images
 
 TRANSFORM = ImageTransform(16, "center_crop")
 IN_PYTHONS_WORDS = (
@@ -48,9 +48,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cached(images, tmp_path_factory):
     """Latents of 70 images in four files, with their mirrored copies."""
-    output = tmp_path_factory.mktemp("latents")
-    run("cache_latents", images, output, "splits=[train]")
-    return output / "train"
+    return cached_latents(images, tmp_path_factory, "splits=[train]") / "train"
 
 
 @pytest.fixture

@@ -64,6 +64,13 @@ def run(command, folder, output, *more):
     return cfg
 
 
+def cached_latents(folder, tmp_path_factory, *more):
+    """A new folder with the latents of these images: ``train`` and, unless ``more`` says otherwise, ``val``."""
+    output = tmp_path_factory.mktemp("latents")
+    run("cache_latents", folder, output, *more)
+    return output
+
+
 def direct(folder, flip=True):
     """Latents of all training images, encoded one by one, with the flips of epoch 0."""
     cfg = compose("stats", overrides(folder, "unused", f"data.flip={str(flip).lower()}"))

@@ -30,11 +30,12 @@ from rae.loss import Stage1Loss
 from rae.rng import normal, sample_seeds, uniform
 from rae.training.stage1 import Stage1Module
 from rae.training.stage2 import Stage2Module
-from tests.helpers.small_images import DATA, STAGE2, run, write_images
+from tests.helpers.small_images import DATA, STAGE2, cached_latents, run, write_images
 from tests.helpers.small_runs import train, weights
 
 K = 4
 LAYERS = ["encoder.layers=[0,1,2,3]", "encoder.fusion=mean_plus_pooled"]
+STACKED = [*LAYERS, "stacked=true", "flips=none"]
 
 
 def encoder(layers=(0, 1, 2, 3), fusion="mean_plus_pooled", **options) -> TimmEncoder:
@@ -253,9 +254,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stacked(folder, tmp_path_factory):
-    output = tmp_path_factory.mktemp("stacked")
-    cfg = run("cache_latents", folder, output, *LAYERS, "stacked=true", "flips=none")
-    return output, cfg
+    return cached_latents(folder, tmp_path_factory, *STACKED)
 
 
 def stage2(folder, output, p, *more):
@@ -274,8 +273,7 @@ def fitted(parts):
 @pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_stage_2_from_cached_layers_is_stage_2_from_images(folder, stacked, tmp_path, p):
-    cached = stacked[0]
-    paths = [f"data.train_path={cached}/train", f"data.val_path={cached}/val"]
+    paths = [f"data.train_path={stacked}/train", f"data.val_path={stacked}/val"]
     start, from_layers, loss = fitted(stage2(folder, tmp_path / "a", p, "data=latents", *paths))
     paths = [f"data.train_path={folder}/train", f"data.val_path={folder}/val"]
     _, from_images, other = fitted(stage2(folder, tmp_path / "b", p, "data=imagenet", *paths))
@@ -287,15 +285,14 @@ def test_stage_2_from_cached_layers_is_stage_2_from_images(folder, stacked, tmp_
 
 
 def test_cached_layers_say_what_they_are_and_how_large(folder, stacked, caplog):
-    output, cfg = stacked
-    data = CachedLatents(output / "train", flip=False)
+    data = CachedLatents(stacked / "train", flip=False)
     assert data.index["stacked"] is True
     assert data.index["shape"] == [K, 64, 4, 4]
     assert data[0]["latent"].dtype == torch.bfloat16
+    with caplog.at_level("INFO"):
+        cfg = run("cache_latents", folder, stacked, *STACKED)
     stored = sum(file["bytes"] for file in data.index["files"])
     assert required_bytes(cfg, (K, 64, 4, 4), 70) == 70 * K * 64 * 16 * 2 < stored < 1.1 * 70 * K * 64 * 16 * 2
-    with caplog.at_level("INFO"):
-        run("cache_latents", folder, output, *LAYERS, "stacked=true", "flips=none")
     assert "70 latents of 4×64×4×4 in bfloat16" in caplog.text
 
 
