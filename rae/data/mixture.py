@@ -15,7 +15,6 @@ from rae.data.latents import LatentsDataModule
 from rae.data.loader import Sample, SeededDataset
 from rae.data.mixture_sampler import InTurn, MixtureBatchSampler
 from rae.data.module import ImageDataModule
-from rae.data.sampler import ShardedBatchSampler
 
 log = logging.getLogger(__name__)
 
@@ -154,12 +153,11 @@ class MixtureDataModule(ImageDataModule):
 
     def _batches(self, dataset: SeededDataset, shuffle: bool, drop_last: bool) -> Any:
         assert isinstance(dataset, MixtureDataset)
+        if not drop_last:
+            alone = super()._batches
+            return InTurn([alone(part, shuffle, drop_last) for part in dataset.parts])
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
         lengths = [len(part) for part in dataset.parts]
-        if not drop_last:
-            return InTurn(
-                [ShardedBatchSampler(n, self.batch_size, self.seed, shuffle, world, rank, drop_last) for n in lengths]
-            )
         if self.mix == "sample":
             self._check_captions(dataset)
         weights = [self.weights[name] for name in dataset.names]

@@ -14,7 +14,7 @@ from webdataset.tariterators import base_plus_ext
 
 from rae.data.folder import ImageFolderDataModule
 from rae.data.loader import ImageFiles, Names, Sample, check_share, log
-from rae.data.storage import check_tar_end, find_tars, is_remote, open_file, read_json, read_ranges, size_of
+from rae.data.storage import find_tars, is_remote, open_file, read_json, read_ranges, size_of, whole_tar
 from rae.data.transforms import ImageTransform
 from rae.image import IMAGE_ENDINGS
 from rae.io.files import parse_json, write_json
@@ -61,7 +61,7 @@ def read_index(shard: str | Path, captions: str | None = None) -> list[Entry]:
     texts: dict[str, tuple[int, int]] = {}
     wanted = None if captions is None else TEXT if captions == TEXT else "json"
     try:
-        with open_file(str(shard)) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+        with open_file(str(shard)) as opened, whole_tar(opened) as tar:
             for member in tar:
                 key, extension = base_plus_ext(member.name)
                 if not member.isfile() or key is None:
@@ -77,7 +77,6 @@ def read_index(shard: str | Path, captions: str | None = None) -> list[Entry]:
                     label = value.get("label") if isinstance(value, dict) else value
                     if label is not None:
                         labels[key] = _label(label, member.name)
-            check_tar_end(opened, tar.offset)
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(
             f"shard {str(shard)!r} cannot be indexed: {error}; it must be a whole, uncompressed tar: repair or remove it"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import glob
 import io
+import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -199,17 +201,25 @@ def find_tars(path: str, index: str) -> list[str]:
     return found
 
 
-def check_tar_end(file: IO[bytes], offset: int) -> None:
-    """Raises ValueError for a tar file without its mark of an end, an empty block, where the reader found no further header.
+@contextmanager
+def whole_tar(file: IO[bytes]) -> Iterator[tarfile.TarFile]:
+    """An uncompressed tar file, whose members must all be gone through.
 
     Python's reader takes damage for the end, and does not look behind it.
+
+    Raises:
+        ValueError: The mark of an end, an empty block, is missing where no further header was found, or something follows it.
     """
-    file.seek(offset)
-    mark = file.read(_BLOCK)
-    if len(mark) < _BLOCK:
-        raise ValueError(f"it is cut short: it ends at byte {offset + len(mark)} without the mark of an end")
-    if any(mark):
-        raise ValueError(f"its header at byte {offset} is damaged")
-    while rest := file.read(2**20):
-        if any(rest):
-            raise ValueError(f"it goes on behind its end at byte {offset}: files that were joined must be packed anew")
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        yield tar
+        file.seek(tar.offset)
+        mark = file.read(_BLOCK)
+        if len(mark) < _BLOCK:
+            raise ValueError(f"it is cut short: it ends at byte {tar.offset + len(mark)} without the mark of an end")
+        if any(mark):
+            raise ValueError(f"its header at byte {tar.offset} is damaged")
+        while rest := file.read(2**20):
+            if any(rest):
+                raise ValueError(
+                    f"it goes on behind its end at byte {tar.offset}: files that were joined must be packed anew"
+                )

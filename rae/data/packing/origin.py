@@ -12,7 +12,7 @@ from scipy.io import loadmat
 
 from rae.data.captions import captions_of
 from rae.data.folder import files_by_class
-from rae.data.storage import check_tar_end
+from rae.data.storage import whole_tar
 from rae.image import IMAGE_ENDINGS
 
 _LISTS = ("ILSVRC2012_validation_ground_truth.txt", "imagenet_2012_validation_synset_labels.txt")
@@ -91,7 +91,7 @@ def _in_tar(path: Path) -> Named:
     """Images of a tar file, and of the tar files in it, whose names are those of their classes."""
     found: Named = []
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
+        with open(path, "rb") as file, whole_tar(file) as outer:
             for member in outer:
                 if not member.isfile():
                     continue
@@ -100,13 +100,11 @@ def _in_tar(path: Path) -> Named:
                     continue
                 inner = outer.extractfile(member)
                 assert inner is not None
-                with tarfile.open(fileobj=inner, mode="r:") as tar:
+                with whole_tar(inner) as tar:
                     sources = list(_images(tar, path, member.offset_data))
-                    check_tar_end(inner, tar.offset)
                 if not sources:
                     raise ValueError(f"{member.name} within {str(path)!r} holds no image")
                 found += [(Path(member.name).stem, source) for source in sources]
-            check_tar_end(file, outer.offset)
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(
             f"{str(path)!r} cannot be read: {error}; it must be an uncompressed tar file, complete"

@@ -26,7 +26,7 @@ from rae.data.shards import INDEX, TEXT, index_name, read_index
 from rae.data.transforms import resize_shorter
 from rae.image import open_rgb
 from rae.io.files import file_hash, read_json, write_atomically, write_json
-from rae.io.parts import PLAN, claim
+from rae.io.parts import PLAN, Parts
 from rae.rng import sample_seed
 
 log = logging.getLogger(__name__)
@@ -83,15 +83,6 @@ class ShardPlan:
             generator = torch.Generator().manual_seed(sample_seed(seed, "shards"))
             sources = [sources[position] for position in torch.randperm(len(sources), generator=generator).tolist()]
         return cls(sources, classes, seed=seed if shuffle else None, **options)
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-len(self.sources) // self.images_per_shard)
-
-    def part(self, shard: int) -> Sequence[Source]:
-        """The images of a shard."""
-        return self.sources[shard * self.images_per_shard : (shard + 1) * self.images_per_shard]
 
     @property
     def captions(self) -> str | None:
@@ -151,14 +142,14 @@ def pack(
     if not (folder / PLAN).is_file() and any(folder.glob("*.tar")):
         raise ValueError(f"{str(folder)!r} holds tar files that rae-shard did not write; give another output_dir")
     facts = {**plan.facts, "prefix": prefix}
-    claim(folder, facts)
-    for stale in folder.glob(f".{prefix}-*.tmp"):
-        stale.unlink()  # of a run that was killed
-    names = [f"{prefix}-{shard:06d}.tar" for shard in range(plan.shards)]
-    packed = {name: kept for name in names if (kept := _kept(folder, name)) is not None}
+    parts = Parts(folder, facts, len(plan.sources), plan.images_per_shard, ".tar", prefix)
+    parts.plan = facts  # which has words of its own for these two numbers
+    parts.claim()
+    paths = [parts.path(part) for part in range(len(parts))]
+    packed = {path.name: kept for path in paths if (kept := _kept(path)) is not None}
     if packed:
-        log.info("%d of %d shards are there already", len(packed), len(names))
-    writer = _Writer(plan, folder, [(shard, name) for shard, name in enumerate(names) if name not in packed])
+        log.info("%d of %d shards are there already", len(packed), len(parts))
+    writer = _Writer(plan, parts, [part for part, path in enumerate(paths) if path.name not in packed])
     done = sum(shard.images + len(shard.broken) for shard in packed.values())
     # A DataLoader is a pool of processes that report errors and end with their parent.
     pool = DataLoader(writer, batch_size=None, num_workers=num_workers, in_order=False)
@@ -172,7 +163,7 @@ def pack(
             bar.update(result.images + len(result.broken))
             _check_share(packed, len(plan.sources), max_bad_share)
     _check_share(packed, len(plan.sources), max_bad_share)  # also where nothing was left to write
-    index = _index([packed[name] for name in names], plan.classes, facts)
+    index = _index([packed[path.name] for path in paths], plan.classes, facts)
     write_json(folder / INDEX, index)
     if index["broken"]:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in index["broken"][:_LISTED])
@@ -243,30 +234,31 @@ def verify(folder: str | Path) -> dict[str, Any]:
 class _Writer(Dataset["Packed | str"]):
     """Writes a shard when it is asked for; gives what became of it, or the reason why it could not be written."""
 
-    def __init__(self, plan: ShardPlan, folder: Path, shards: list[tuple[int, str]]) -> None:
+    def __init__(self, plan: ShardPlan, parts: Parts, missing: Sequence[int]) -> None:
         self.plan = plan
-        self.folder = folder
-        self.shards = shards
+        self.parts = parts
+        self.missing = missing
         self.captions = plan.captions
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self.missing)
 
     def __getitem__(self, position: int) -> Packed | str:
-        shard, name = self.shards[position]
+        part = self.missing[position]
+        path = self.parts.path(part)
         try:
-            return self._write(shard, self.folder / name)
+            return self._write(self.parts.items(part), path)
         except OSError as error:  # the disk is full, say
-            return f"shard {name} cannot be written: {error}"
+            return f"shard {path.name} cannot be written: {error}"
 
-    def _write(self, shard: int, path: Path) -> Packed:
+    def _write(self, numbers: range, path: Path) -> Packed:
         broken: list[tuple[str, str]] = []
         names: dict[str, str] = {}
-        first = shard * self.plan.images_per_shard
 
         def write(file: IO[bytes]) -> None:
             with TarWriter(file, mtime=0, encoder=False) as tar:
-                for number, source in enumerate(self.plan.part(shard), first):
+                for number in numbers:
+                    source = self.plan.sources[number]
                     try:
                         extension, content = self._content(source)
                     except Exception as error:  # decoders raise whatever they like on spoiled bytes
@@ -320,14 +312,14 @@ def _encoded(image: Image.Image, extension: str, quality: int) -> tuple[str, byt
     return extension, file.getvalue()
 
 
-def _kept(folder: Path, name: str) -> Packed | None:
+def _kept(path: Path) -> Packed | None:
     """What is known of a shard that is there and whole."""
-    file = folder / index_name(name)
-    if not file.is_file() or not (folder / name).is_file():
+    file = path.with_name(index_name(path.name))
+    if not file.is_file() or not path.is_file():
         return None
     content = {key: value for key, value in read_json(file).items() if key not in ("entries", "captions")}
     try:
         packed = Packed(**{**content, "broken": [tuple(entry) for entry in content["broken"]]})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} is no index of a shard; remove it, and the shard is written anew") from error
-    return packed if (folder / name).stat().st_size == packed.bytes else None
+    return packed if path.stat().st_size == packed.bytes else None
