@@ -90,7 +90,7 @@ class Guard:
         try:
             ipaddress.ip_address(name)
         except ValueError:
-            return name in self.names or any(known[0] == "." and name.endswith(known) for known in self.names)
+            return name in self.names or any(known.startswith(".") and name.endswith(known) for known in self.names)
         return True
 
 

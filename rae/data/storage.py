@@ -46,8 +46,8 @@ def _patiently(what: str, call: Any) -> Any:
     for attempt in range(_ATTEMPTS):
         try:
             return call()
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:  # whose message is the address alone
+            raise FileNotFoundError(f"{what} cannot be found: check the address") from error
         except Exception as error:  # every protocol has its own
             if attempt == _ATTEMPTS - 1:
                 raise UnreachableError(

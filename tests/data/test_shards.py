@@ -209,6 +209,8 @@ def test_servers_without_ranges_or_lists_are_named(data, server):
         shards[2]
     with pytest.raises(FileNotFoundError, match=r"no index\.json at .*/shards', by which rae-shard lists"):
         TarShards(f"{address}/shards", TRANSFORM)
+    with pytest.raises(FileNotFoundError, match=r"/train-0009\.tar cannot be found: check the address"):
+        TarShards(f"{address}/shards/train-0009.tar", TRANSFORM)
     for other in ("[]", "{}", '{"shards": [3]}'):
         (data / "shards" / "index.json").write_text(other)
         with pytest.raises(ValueError, match=r"/shards/index\.json' lists no shards as rae-shard does; name them"):

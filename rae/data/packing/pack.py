@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from webdataset import TarWriter
@@ -294,22 +293,17 @@ class _Writer(Dataset["Packed | str"]):
         if not plan.check and plan.resize is None and suffix in _KEPT:
             return _KEPT[suffix], content
         image = open_rgb(io.BytesIO(content))
-        smaller = plan.resize is not None and min(image.size) > plan.resize
-        if suffix in _KEPT and not smaller:
+        side = min(image.size) if plan.resize is None else min(*image.size, plan.resize)
+        if suffix in _KEPT and side == min(image.size):
             return _KEPT[suffix], content
-        if smaller:
-            assert plan.resize is not None
-            image = resize_shorter(image, plan.resize)
-        return _encoded(image, "jpg" if _KEPT.get(suffix) == "jpg" else "png", plan.quality)
-
-
-def _encoded(image: Image.Image, extension: str, quality: int) -> tuple[str, bytes]:
-    file = io.BytesIO()
-    if extension == "jpg":
-        image.save(file, format="JPEG", quality=quality, subsampling=0)
-    else:
-        image.save(file, format="PNG")
-    return extension, file.getvalue()
+        if side < min(image.size):
+            image = resize_shorter(image, side)
+        stored = io.BytesIO()
+        if _KEPT.get(suffix) == "jpg":
+            image.save(stored, format="JPEG", quality=plan.quality, subsampling=0)
+            return "jpg", stored.getvalue()
+        image.save(stored, format="PNG")
+        return "png", stored.getvalue()
 
 
 def _kept(path: Path) -> Packed | None:
