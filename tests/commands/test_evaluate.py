@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rae.autoencoder import RAE
+from rae.data.shards import read_index
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH
 from rae.encoder import tiny_encoder
@@ -375,6 +376,14 @@ def test_a_gfid_reference_is_refused_for_reconstructions(exported, samples, refe
             replaced={"metric": metric(reference, assume_kind="validation")})  # fmt: skip
 
 
+def test_shards_are_indexed_once(samples, tmp_path, monkeypatch):
+    searched = []
+    monkeypatch.setattr("rae.jobs.images.read_index", lambda *a: searched.append(a[0].name) or read_index(*a))
+    node = metric(samples / "samples.npz", assume_kind="training")
+    run("evaluate", f"samples={samples}/shards", f"output_dir={tmp_path}", replaced={"metric": node})
+    assert searched == sorted(shard.name for shard in (samples / "shards").glob("*.tar"))
+
+
 def test_what_is_scored_must_be_said_once(exported, samples, tmp_path):
     node = {"metric": metric(samples / "samples.npz", assume_kind="training")}
     for given in ([], [f"samples={samples}/samples.npz", f"checkpoint={exported}"]):
@@ -383,6 +392,8 @@ def test_what_is_scored_must_be_said_once(exported, samples, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigError, match="is a trained run: give it as checkpoint="):
         run("evaluate", f"samples={tmp_path}/run", f"output_dir={tmp_path}/scores", replaced=node)
+    with pytest.raises(ConfigError, match="batch_size=0 must be at least 1"):
+        run("evaluate", f"samples={samples}/shards", "batch_size=0", f"output_dir={tmp_path}/scores", replaced=node)
 
 
 def test_pairs_must_be_as_many(samples, bad):
