@@ -97,7 +97,10 @@ def _below(root: Path, split: str, config: str | None) -> list[str]:
     names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in ENDINGS]
     card = root / "README.md"
     head = re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.DOTALL) if card.is_file() else None
-    described = yaml.safe_load(head[1]) if head else None
+    try:
+        described = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"the head of {str(card)!r} is no YAML ({error}); correct it, or remove the file") from error
     card_data = described if isinstance(described, dict) else {}
     return [str(root / name) for name in files_of(names, card_data, split, config, str(root))]
 
@@ -105,8 +108,11 @@ def _below(root: Path, split: str, config: str | None) -> list[str]:
 def _saved(file: Path, key: str) -> dict[str, Any]:
     """A file of ``save_to_disk``; raises ValueError where it does not list what it should."""
     content = parse_json(file.read_bytes(), str(file))
-    listed = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(listed, list) or (key == "_data_files" and not all("filename" in one for one in listed)):
+    found = content.get(key) if isinstance(content, dict) else None
+    listed = found if isinstance(found, list) else []
+    if key == "_data_files":
+        listed = [one for one in listed if isinstance(one, dict) and "filename" in one]
+    if not listed or listed != found:
         raise ValueError(f"{str(file)!r} is not what save_to_disk writes: it lists no {key}; save the data set anew")
     return dict(content)
 

@@ -305,6 +305,15 @@ def test_faults_are_named(sets, images, tmp_path):
         HubDataModule()
     with pytest.raises(FileNotFoundError, match=r"has no split 'validation'; it has train"):
         module(sets["saved"], val_split="validation").setup("fit")
+    for listed in ("[]", "[3]", '{"a": 1}'):
+        (tmp_path / "state.json").write_text(f'{{"_data_files": {listed}}}')
+        with pytest.raises(ValueError, match=r"state\.json' is not what save_to_disk writes: it lists no _data_files"):
+            module(tmp_path).setup("fit")
+    (tmp_path / "state.json").unlink()
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(ValueError, match=r"the head of .*README\.md' is no YAML"):
+        module(tmp_path).setup("fit")
+    (tmp_path / "README.md").unlink()
     (tmp_path / "train.parquet").write_bytes(b"PAR1 no parquet")
     with pytest.raises(ValueError, match=r"train.parquet' is no whole Parquet or Arrow file .*get it anew"):
         module(tmp_path).setup("fit")
