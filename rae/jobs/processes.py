@@ -103,6 +103,7 @@ def start(cfg: DictConfig) -> Fabric:
         num_nodes=num_nodes,
         strategy="ddp" if several else "auto",
     )
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # every process would say its rank, twice
     fabric.launch()
     seed_everything(int(cfg.seed), workers=True, verbose=False)
     if not fabric.is_global_zero:
