@@ -17,7 +17,6 @@ from rae.layers import (
     check_time,
     grid_to_tokens,
     may_look,
-    sincos_table,
 )
 
 
@@ -199,8 +198,3 @@ def make_blocks(
 ) -> nn.ModuleList:
     """``depth`` adaptive blocks, see :class:`~rae.layers.AdaptiveBlock`, of feed-forward layers ``mlp_ratio`` times as wide."""
     return nn.ModuleList(AdaptiveBlock(width, heads, int(width * mlp_ratio), qk_norm, norm, mlp) for _ in range(depth))
-
-
-def position_buffer(module: nn.Module, width: int, grid: int) -> None:
-    """Registers the fixed table ``position`` 1×N×width."""
-    module.register_buffer("position", sincos_table(width, grid)[None], persistent=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.denoiser.base import LabelDenoiser, PatchEmbedding, make_blocks, position_buffer
-from rae.layers import FinalLayer, RotaryEmbedding2D, unpatchify
+from rae.denoiser.base import LabelDenoiser, PatchEmbedding, make_blocks
+from rae.layers import FinalLayer, RotaryEmbedding2D, sincos_table, unpatchify
 
 
 class DiTDH(LabelDenoiser):
@@ -51,7 +51,7 @@ class DiTDH(LabelDenoiser):
         self.backbone_embedding = PatchEmbedding(channels, width, patch)
         self.head_embedding = PatchEmbedding(channels, head_width, patch)
         if position_table:
-            position_buffer(self, width, side)
+            self.register_buffer("position", sincos_table(width, side)[None], persistent=False)
         self.position_table = position_table
         self.backbone = make_blocks(depth, width, heads, mlp_ratio, qk_norm, norm, mlp)
         self.projection = nn.Linear(width, head_width) if width != head_width else nn.Identity()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.denoiser.base import LabelDenoiser, PatchEmbedding, make_blocks, position_buffer
-from rae.layers import FinalLayer, RotaryEmbedding2D, unpatchify
+from rae.denoiser.base import LabelDenoiser, PatchEmbedding, make_blocks
+from rae.layers import FinalLayer, RotaryEmbedding2D, sincos_table, unpatchify
 
 
 class DiT(LabelDenoiser):
@@ -53,7 +53,7 @@ class DiT(LabelDenoiser):
     ) -> None:
         super().__init__(channels, grid, patch, num_classes, width, checkpointing, second_time)
         self.patch_embedding = PatchEmbedding(channels, width, patch)
-        position_buffer(self, width, grid // patch)
+        self.register_buffer("position", sincos_table(width, grid // patch)[None], persistent=False)
         self.blocks = make_blocks(depth, width, heads, mlp_ratio, qk_norm, norm, mlp)
         self.rope = RotaryEmbedding2D(width // heads, grid // patch) if rope else None
         self.final = FinalLayer(width, patch * patch * channels, norm)
