@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rae.decoder import ViTDecoder
 from rae.encoder import Encoder
-from rae.image import center_crop, open_rgb, to_float, to_pil, to_tensor, to_uint8
+from rae.image import as_rgb, center_crop, open_rgb, to_float, to_pil, to_tensor, to_uint8
 from rae.io.export import Exportable
 from rae.io.files import changes
 from rae.latent import LatentNormalizer
@@ -42,7 +42,11 @@ class RAE(Exportable, nn.Module):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        shape = (decoder.channels, decoder.grid, decoder.grid) if encoder is None else encoder.latent_shape
+        shape: tuple[int, ...] = (decoder.channels, decoder.grid, decoder.grid)
+        if encoder is not None:
+            shape = encoder.latent_shape
+        elif latent is not None and latent.space == "encoder":
+            shape = latent.shape  # perhaps of another grid than the decoder's, which resizes
         self.latent = latent if latent is not None else LatentNormalizer(shape)
         if decoder.channels != shape[0]:
             raise ValueError(
@@ -155,7 +159,7 @@ class RAE(Exportable, nn.Module):
             OSError: The file is no image.
             RuntimeError: The model has no encoder.
         """
-        opened = image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
+        opened = as_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
         pixels = to_tensor(center_crop(opened, self.image_size))[None]
         with torch.no_grad():
             drawn = self(to_float(pixels.to(self.latent.mean.device)))

@@ -168,7 +168,15 @@ def open_rgb(file: str | Path | IO[bytes], least: int | None = None, most: int |
             opened.draft(None, (least, least))
         opened.load()
         ImageOps.exif_transpose(opened, in_place=True)
-        image: Image.Image = opened
+    return _to_rgb(opened)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """What :func:`open_rgb` makes of an image that is open already, which stays as it is; raises ValueError as there."""
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _BIG_GREY:
         image = _reduce_to_bytes(image)
     elif image.mode == "F":

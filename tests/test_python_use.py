@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -80,6 +81,23 @@ def test_a_photograph_is_reconstructed_in_one_line(tmp_path):
     )
     with pytest.raises(OSError, match="no image of a known format"):
         model.reconstruct(tmp_path / "export" / "config.json")
+
+
+def test_an_open_picture_is_reconstructed_as_its_file_is(tmp_path):
+    """Turned as its EXIF orientation says, transparency on white, 16-bit grey as 8 bits."""
+    model = make_generator().autoencoder
+    photograph = Image.fromarray(load_sample_image("china.jpg"))
+    turned = photograph.getexif()
+    turned[0x0112] = 6
+    photograph.save(tmp_path / "turned.jpg", exif=turned)
+    clear = photograph.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16).save(tmp_path / "grey.png")
+    for name in ("turned.jpg", "clear.png", "grey.png"):
+        with Image.open(tmp_path / name) as opened:
+            drawn = to_tensor(model.reconstruct(opened))
+        assert torch.equal(drawn, to_tensor(model.reconstruct(tmp_path / name))), name
 
 
 def test_classes_have_names(tmp_path):

@@ -130,6 +130,17 @@ def test_an_exported_generator_is_the_same_with_or_without_its_encoder(tmp_path:
     assert state_hash(load_file(second / "model.safetensors")) == config["weights"]["sha256"]
 
 
+def test_a_decoder_of_another_grid_decodes_without_the_encoder_too(tmp_path: Path):
+    model = make_autoencoder()
+    finer = ViTDecoder(32, 8, 48, 2, 4, 96, patch=4, mean=model.encoder.mean, std=model.encoder.std)
+    randomise(finer)
+    model = RAE(model.encoder, finer, model.latent).eval()
+    again = RAE.from_pretrained(model.save_pretrained(tmp_path / "out"), encoder=False)
+    latents = torch.randn(1, 32, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(again.decode(latents), model.decode(latents))
+    assert again.encoded_shape == model.encoded_shape == (32, 4, 4)
+
+
 def test_an_encoder_of_the_hub_is_named_and_checked(tmp_path: Path, monkeypatch):
     weights = tiny_encoder(seed=1).network.state_dict()
     monkeypatch.setattr(timm_vit, "read_weights", lambda checkpoint, hub_id, revision: weights)
