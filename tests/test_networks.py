@@ -227,6 +227,8 @@ def test_arguments_that_timm_does_not_take_are_refused():
         DinoDiscriminator(
             "vit_tiny_patch16_224", 32, [0], 3, pretrained=False, model_args={**TINY, "global_pool": "a=b"}
         )
+    with pytest.raises(ValueError, match=r"encoder\.model_args=.*num_heads': 5.*do not suit timm's .*: dim should be"):
+        encoder(model_args={**TINY, "num_heads": 5})
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,7 @@ def differences(described: Mapping[str, Any], found: Mapping[str, Any], but: Seq
     """What tells the fingerprints of the encoder that was described and of the one found apart, in words.
 
     The same weights in another precision have another hash, so that hashes are compared within one precision only. Entries
-    ``but``, and those that the description lacks, may differ. Empty where nothing differs.
+    ``but``, and those that the description lacks, may differ; the weights it must name. Empty where nothing differs.
     """
     described, found = renewed(described), renewed(found)
     first, second = described.get("weights"), found.get("weights")

@@ -142,7 +142,7 @@ class TimmEncoder(TransformerEncoder):
         arguments |= {"num_classes": 0, "global_pool": "", "img_size": self.input_size}
         try:
             network: Any = timm.create_model(model, pretrained=False, **arguments)
-        except (TypeError, ZeroDivisionError, RuntimeError) as error:
+        except (TypeError, ZeroDivisionError, RuntimeError, AssertionError) as error:
             given = {
                 name: value for name, value in arguments.items() if isinstance(value, str | int | float | list | dict)
             }
