@@ -9,9 +9,11 @@ strict loading lists it together with all others.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -236,6 +238,21 @@ def from_timm(
         prefix = names.layers[which].format(match[1]) if match else ""
         out[f"{names.roots[which]}{prefix}{name}"] = value
     return out
+
+
+def installed_generation(family: str) -> int:
+    """The ``generation`` of names that the installed transformers gives a family; 4, the published one, without it."""
+    if find_spec("transformers") is None:
+        return 4
+    transformers = importlib.import_module("transformers")  # slow; only exports need it, and do without
+    kinds = {"dinov2": "Dinov2WithRegisters", "siglip2": "SiglipVision", "mae": "ViTMAE"}
+    settings = getattr(transformers, f"{kinds[family]}Config")(
+        hidden_size=64, num_attention_heads=1, num_hidden_layers=1
+    )
+    with torch.device("meta"):
+        keys = getattr(transformers, f"{kinds[family]}Model")(settings).state_dict()
+    old = ("vision_model.", "attention.attention.query")
+    return 4 if any(part in key for key in keys for part in old) else 5
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,12 +6,10 @@ their networks follow from a few numbers, and an export is refused where ours di
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from rae.autoencoder import RAE
 from rae.decoder import ViTDecoder
 from rae.encoder import TimmEncoder
-from rae.encoder.convert import from_timm
+from rae.encoder.convert import from_timm, installed_generation
 from rae.formats.bundle import Bundle, States
 from rae.formats.decoder import POSITION, state_from_ours
 from rae.formats.original import refuse_existing
@@ -35,6 +33,19 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _HEAD = 64  # width of an attention head in all encoders that diffusers builds
 _BASE_GRID = 16  # grid on which diffusers' position table has neighbours one apart, as the original has on all
 _EPS = 1e-5
+_SIZES = {
+    "encoder_hidden_size": 768,
+    "encoder_patch_size": 14,
+    "encoder_num_hidden_layers": 12,
+    "encoder_input_size": 224,
+    "decoder_hidden_size": 512,
+    "decoder_num_hidden_layers": 8,
+    "decoder_num_attention_heads": 16,
+    "decoder_intermediate_size": 2048,
+    "patch_size": 16,
+}
+"""Sizes in a configuration, and what diffusers takes for those that it does not say."""
+_COLOURS = {"encoder_norm_mean": [0.485, 0.456, 0.406], "encoder_norm_std": [0.229, 0.224, 0.225]}
 _KEYS = ("encoder.", "decoder.", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
 
 
@@ -89,7 +100,8 @@ def read(path: Path, averaged: bool = True) -> Bundle:
     grid = config["encoder_input_size"] // config["encoder_patch_size"]
     shape = (config["encoder_hidden_size"], grid, grid)
     # A stored table is the one that the weights were trained with; diffusers itself builds another on grids other than 16×16.
-    scale = 1.0 if f"decoder.{POSITION}" in state else _BASE_GRID / grid
+    spread = _BASE_GRID * config["encoder_patch_size"] / config["encoder_input_size"]
+    scale = 1.0 if f"decoder.{POSITION}" in state else spread
     described = {
         "encoder": _encoder(config),
         "decoder": _decoder(config, scale),
@@ -104,7 +116,6 @@ def read(path: Path, averaged: bool = True) -> Bundle:
 
 
 def _decoder(config: Mapping[str, Any], position_scale: float) -> dict[str, Any]:
-    mean, std = _colours(config)
     return {
         TARGET: "rae.decoder.ViTDecoder",
         "channels": config["encoder_hidden_size"],
@@ -114,8 +125,8 @@ def _decoder(config: Mapping[str, Any], position_scale: float) -> dict[str, Any]
         "heads": config["decoder_num_attention_heads"],
         "mlp_width": config["decoder_intermediate_size"],
         "patch": config["patch_size"],
-        "mean": mean,
-        "std": std,
+        "mean": config["encoder_norm_mean"],
+        "std": config["encoder_norm_std"],
         "position_scale": position_scale,
     }
 
@@ -123,15 +134,14 @@ def _decoder(config: Mapping[str, Any], position_scale: float) -> dict[str, Any]
 def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = _KINDS[config["encoder_type"]]
     width = config["encoder_hidden_size"]
-    mean, std = _colours(config)
     return {
         TARGET: "rae.encoder.TimmEncoder",
         "model": kind.model,
         "channels": width,
         "stride": config["encoder_patch_size"],
         "input_size": config["encoder_input_size"],
-        "mean": mean,
-        "std": std,
+        "mean": config["encoder_norm_mean"],
+        "std": config["encoder_norm_std"],
         "pretrained": False,
         "act": kind.act,
         "norm_eps": kind.norm_eps,
@@ -152,24 +162,27 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{str(folder)!r} is no folder of diffusers: it holds no {CONFIG}")
     if not recognises(folder):
         raise ValueError(f"{str(file)!r} does not describe diffusers' {CLASS}")
-    config = read_json(file)
+    config = {"encoder_type": "dinov2", **_SIZES, **read_json(file)}
+    for key, usual in _COLOURS.items():
+        config[key] = config.get(key) or usual
     fixed = {"num_channels": 3, "reshape_to_2d": True, "scaling_factor": 1.0}
     wrong = [f"{key}={config[key]!r}" for key, value in fixed.items() if config.get(key, value) != value]
-    if config.get("encoder_type") not in _KINDS:
-        wrong.append(f"encoder_type={config.get('encoder_type')!r}")
+    if str(config["encoder_type"]) not in _KINDS:
+        wrong.append(f"encoder_type={config['encoder_type']!r}")
+    wrong += [f"{key}={config[key]!r}" for key in _SIZES if type(config[key]) is not int or config[key] < 1]
     if wrong:
         raise ValueError(
-            f"{str(file)!r}: {', '.join(wrong)} is not supported; needed are encoder_type {', '.join(_KINDS)} and "
-            + ", ".join(f"{key}={value}" for key, value in fixed.items())
+            f"{str(file)!r}: {', '.join(wrong)} is not supported; needed are encoder_type {', '.join(_KINDS)}, "
+            "sizes of at least 1 and " + ", ".join(f"{key}={value}" for key, value in fixed.items())
         )
     return config
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a model of diffusers, mapped from one file or several."""
+    """The weights of a model of diffusers, in one file or several."""
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
-        return read_file(folder / WEIGHTS, mapped=True)
+        return read_file(folder / WEIGHTS)
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
@@ -177,12 +190,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{str(index)!r} has no weight_map of names; download the folder again") from error
     if outside:
         raise ValueError(f"{str(index)!r} is refused: {outside[0]!r} must be the name of a file in its own folder")
-    return {key: value for name in names for key, value in read_file(folder / name, mapped=True).items()}
-
-
-def _colours(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    mean = config.get("encoder_norm_mean") or [0.485, 0.456, 0.406]
-    return mean, config.get("encoder_norm_std") or [0.229, 0.224, 0.225]
+    return {key: value for name in names for key, value in read_file(folder / name).items()}
 
 
 def _moments(state: Mapping[str, Tensor], shape: tuple[int, int, int]) -> dict[str, Tensor]:
@@ -249,7 +257,7 @@ def save_diffusers(autoencoder: RAE, folder: str | Path, generation: int | None 
         "reshape_to_2d": True,
         "scaling_factor": 1.0,
     }
-    generation = _installed_generation(name) if generation is None else generation
+    generation = installed_generation(name) if generation is None else generation
     named = from_timm(state, name, generation, final_norm=False)
     if name == "siglip2":
         named |= _unused_head(encoder.channels, "vision_model." if generation == 4 else "")
@@ -331,16 +339,3 @@ def _check(encoder: TimmEncoder, decoder: ViTDecoder, name: str, state: Mapping[
 
 def _rounded(values: Tensor) -> list[float]:
     return [round(value, 6) for value in values.flatten().tolist()]
-
-
-def _installed_generation(name: str) -> int:
-    """The generation of names that the installed transformers gives this kind of encoder; 4, the published one, without it."""
-    if find_spec("transformers") is None:
-        return 4
-    transformers = importlib.import_module("transformers")  # slow; only exports need it, and do without
-    kinds = {"dinov2": "Dinov2WithRegisters", "siglip2": "SiglipVision", "mae": "ViTMAE"}
-    settings = getattr(transformers, f"{kinds[name]}Config")(hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
-    with torch.device("meta"):
-        keys = getattr(transformers, f"{kinds[name]}Model")(settings).state_dict()
-    old = ("vision_model.", "attention.attention.query")
-    return 4 if any(part in key for key in keys for part in old) else 5

@@ -11,7 +11,7 @@ from torch import Tensor
 from rae.discriminator import DinoDiscriminator
 from rae.formats import original, run
 from rae.io.errors import ConfigError
-from rae.io.tensors import load_strict, read_file
+from rae.io.tensors import is_state, load_strict, read_file
 
 _BACKBONE = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
@@ -55,9 +55,11 @@ def begin_heads(discriminator: DinoDiscriminator, source: str) -> None:
         load_strict(discriminator.heads, run.trained_weights(path, "discriminator.heads"), name)
         return
     content = read_file(path)
-    content = content.get("disc") or content
-    heads = {key: value for key, value in content.items() if key.startswith("heads.")} or content
-    if not all(isinstance(value, Tensor) for value in heads.values()) or any(k.startswith(_BACKBONE) for k in heads):
+    if isinstance(content, dict):
+        content = content.get("disc") or content
+    state = content if is_state(content) else {}
+    heads = {key: value for key, value in state.items() if key.startswith("heads.")} or state
+    if not heads or any(key.startswith(_BACKBONE) for key in heads):
         raise ConfigError(
             f"{name} holds no trained heads: give a run of stage 1 or a training checkpoint of the original; DINO's own weights "
             "(discs/dino_vit_small_patch8_224.pth of the published collection) are the backbone: discriminator.checkpoint=…"

@@ -26,7 +26,7 @@ from rae.formats.card import CARD, model_card
 from rae.formats.original import refuse_existing
 from rae.generator import Generator
 from rae.io.describe import TARGET, check, describe
-from rae.io.files import parse_json, write_text
+from rae.io.files import read_json, write_text
 from rae.io.hub import fetch_all
 from rae.io.names import below, prefixed
 from rae.io.tensors import read_file, save_state, state_hash
@@ -220,8 +220,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{str(folder)!r} is no exported model: it holds no {CONFIG}")
-    config = parse_json(file.read_bytes(), str(file))
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_json(file)
+    if config.get("format") != FORMAT:
         raise ValueError(f"{str(file)!r} does not describe a model of this library (format {FORMAT!r})")
     version = config.get("format_version", 0)
     if not isinstance(version, int) or version > VERSION:
@@ -276,7 +276,7 @@ def read_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
 def recognises(path: Path) -> bool:
     """Whether a folder is an export."""
     config = path / CONFIG
-    return config.is_file() and "format" in parse_json(config.read_bytes(), str(config))
+    return config.is_file() and "format" in read_json(config)
 
 
 def read(path: Path, averaged: bool = True) -> Bundle:

@@ -19,7 +19,7 @@ from rae.formats.bundle import Bundle
 from rae.formats.decoder import state_from_ours
 from rae.formats.denoiser import ours_to_original
 from rae.io.names import below
-from rae.io.tensors import read_file, save_state
+from rae.io.tensors import is_state, read_file, save_state
 from rae.latent import LatentNormalizer
 
 LAYOUTS = {
@@ -48,7 +48,7 @@ def read_original(path: str | Path, averaged: bool = True) -> dict[str, Tensor]:
         averages = ("ema", "model_ema1")  # the second is RiT's
         order = (*averages, "model", "state_dict") if averaged else ("model", "state_dict", *averages)
         content = next((content[name] for name in order if isinstance(content.get(name), Mapping)), content)
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not is_state(content):
         raise ValueError(f"{str(path)!r} holds no state dict: named tensors are needed, plain or below ema or model")
     state = {}
     for key, value in content.items():

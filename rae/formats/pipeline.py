@@ -21,6 +21,7 @@ from rae.formats.bundle import KINDS, Bundle
 from rae.formats.diffusers import CONFIG, WEIGHTS, class_name, read_weights, save_diffusers
 from rae.formats.export import describe_encoder, describe_text_encoder, encoder_record, unusable
 from rae.formats.original import refuse_existing
+from rae.formats.pull_request_13231 import class_names
 from rae.formats.single_file import single_file
 from rae.generator import Generator
 from rae.io.describe import TARGET, check, describe, targets_of
@@ -202,8 +203,7 @@ def read(path: Path, averaged: bool = True) -> Bundle:
     _check_index(path / INDEX, index)
     described = {key: index[key] for key in ("flow", "sampler", "guidance")}
     described["denoiser"], denoiser = _denoiser(path / "transformer")
-    names = index.get("id2label") or {}
-    described["class_names"] = [names[label] for label in sorted(names, key=int)]  # diffusers sorts them as texts
+    described["class_names"] = class_names(index)
     states: dict[str, Any] = {"denoiser": denoiser}
     described["guide"] = None
     if (path / "guide").is_dir():
@@ -222,9 +222,9 @@ def _check_index(file: Path, index: Mapping[str, Any]) -> None:
     version = index.get("rae_format")
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(f"{str(file)!r} has rae_format {version!r}, this library reads up to {FORMAT}; upgrade it")
-    parts, names = ("flow", "sampler", "guidance", "latent", "encoder"), index.get("id2label")
+    parts = ("flow", "sampler", "guidance", "latent", "encoder")
     wrong = unusable(index, parts, "text")
-    if names is not None and not (isinstance(names, dict) and all(label.isdecimal() for label in names)):
+    if class_names(index) is None:
         wrong.append("id2label")
     if wrong:
         raise ValueError(f"{str(file)!r} says nothing usable of {', '.join(wrong)}: export the model again")
@@ -246,7 +246,7 @@ def _denoiser(folder: Path) -> tuple[dict[str, Any], Any]:
 def _autoencoder(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Descriptions and weights of encoder, decoder and latent statistics, and the record of the encoder."""
     entry, extra = index["encoder"], folder / _EXTRA
-    kept = set(read_file(extra, mapped=True)) if extra.is_file() else set()
+    kept = set(read_file(extra)) if extra.is_file() else set()
     latent = {TARGET: "rae.latent.LatentNormalizer", **index["latent"]}
     if diffusers.recognises(folder):
         bundle = diffusers.read(folder)
@@ -269,4 +269,4 @@ def _autoencoder(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 
 def _part(file: Path, name: str) -> dict[str, Tensor]:
-    return below(name, read_weights(file.parent) if file.name == WEIGHTS else read_file(file, mapped=True))
+    return below(name, read_weights(file.parent) if file.name == WEIGHTS else read_file(file))

@@ -41,7 +41,8 @@ def read(path: Path, index: Mapping[str, Any], autoencoder: Bundle) -> Bundle:
         ValueError: An option that cannot be followed.
     """
     described, state = denoiser(path / "transformer", read_json(path / "transformer" / "config.json"))
-    names = index.get("id2label") or {}
+    if (names := class_names(index)) is None:
+        raise ValueError(f"{str(path / 'model_index.json')!r} says nothing usable of id2label: export the model again")
     described = {
         **autoencoder.description,
         "denoiser": described,
@@ -49,10 +50,18 @@ def read(path: Path, index: Mapping[str, Any], autoencoder: Bundle) -> Bundle:
         "sampler": describe(EulerSampler(FullGrid(_STEPS))),
         "guidance": describe(NoGuidance()),
         "guide": None,
-        "class_names": [str(names[label]) for label in sorted(names, key=int)],
+        "class_names": names,
     }
     states = {**autoencoder.states, "denoiser": state}
     return replace(autoencoder, source=str(path), description=described, states=states)
+
+
+def class_names(index: Mapping[str, Any]) -> list[str] | None:
+    """Names of the classes 0, 1, … in a ``model_index.json``, where diffusers sorts them as texts; None if they are unusable."""
+    names = index.get("id2label") or {}
+    if not (isinstance(names, dict) and all(label.isdecimal() for label in names)):
+        return None
+    return [str(names[label]) for label in sorted(names, key=int)]
 
 
 def denoiser(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]:
@@ -108,13 +117,14 @@ def _is_gated(key: str, state: Mapping[str, Tensor]) -> bool:
 
 def _shift(file: Path) -> float:
     """The shift of the times that the scheduler says."""
-    config = read_json(file)
-    odd = [key for key, value in config.items() if key.startswith("use_") and value] + [
-        key for key in ("shift_terminal", "invert_sigmas", "stochastic_sampling") if config.get(key)
-    ]
+    config = {"shift": 1.0, **read_json(file)}
+    unread = ("shift_terminal", "invert_sigmas", "stochastic_sampling")
+    odd = [key for key, value in config.items() if (key.startswith("use_") or key in unread) and value]
+    if not isinstance(config["shift"], int | float):
+        odd.append(f"shift={config['shift']!r}")
     if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler" or odd:
         raise ValueError(
             f"{str(file)!r}: {config.get('_class_name')} with {', '.join(odd) or 'its own times'} has no counterpart; a "
             "FlowMatchEulerDiscreteScheduler with a shift alone is read"
         )
-    return float(config.get("shift", 1.0))
+    return float(config["shift"])

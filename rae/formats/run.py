@@ -15,7 +15,7 @@ from rae.formats.bundle import KINDS, PARTS, Bundle
 from rae.formats.shares import REST, Shared, read_shares, share_files
 from rae.io.describe import Buildable, check, targets_of
 from rae.io.names import below
-from rae.io.tensors import check_file, map_file
+from rae.io.tensors import check_file, is_state, map_file
 
 NETWORKS = {"decoder": "autoencoder.decoder", "denoiser": "denoiser"}
 """Names of trained parts inside the training modules."""
@@ -122,8 +122,7 @@ def read_encoder(path: str | Path) -> dict[str, Any] | None:
     record = read_checkpoint(file).get("encoder")
     parts = record if isinstance(record, dict) else {}
     weights = parts.get("weights", {})
-    whole = isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())
-    if record is not None and not (whole and isinstance(parts.get("fingerprint"), dict)):
+    if record is not None and not (is_state(weights) and isinstance(parts.get("fingerprint"), dict)):
         raise ValueError(f"{str(file)!r} is no checkpoint of a training run: its 'encoder' says nothing of an encoder")
     if weights:
         check_file(_files(file)[0], weights.values())

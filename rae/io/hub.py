@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from torch import Tensor
 
 from rae.io.files import file_hash
-from rae.io.tensors import read_file
+from rae.io.tensors import is_state, read_file
 
 HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 
@@ -88,9 +88,9 @@ def read_weights(
     else:
         state = read_file(fetch_weights(hub_id, revision, option, names))
     for wrapper in ("state_dict", "model", "teacher"):
-        if isinstance(state.get(wrapper), dict):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not all(isinstance(value, Tensor) for value in state.values()):
+    if not is_state(state):
         raise ValueError(f"{checkpoint or hub_id} holds no state dict: {option} needs a file of named tensors")
     return state
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from rae.io.files import write_atomically
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LISTED = 12  # keys of a mismatch that an error spells out
 _FORMER = {
     "attn.q_norm.bias": "qk_norm=true with norm=rms used to be LayerNorm on queries and keys and is RMSNorm now, as in the "
@@ -28,11 +25,11 @@ _FORMER = {
 """What keys that a network no longer has say of their file, by the keys' ending."""
 
 
-def read_file(path: str | Path, mapped: bool = False) -> Any:
+def read_file(path: str | Path) -> Any:
     """Reads a ``.safetensors`` file or a file written by ``torch.save``, to the CPU, never executing code from it.
 
-    The former holds a dict of tensors, which are read where they are used if it is ``mapped``, each through a mapping that
-    ends with it; the latter holds any tensors and plain containers.
+    The former holds a dict of tensors, which are mapped and read where they are used; changes of them stay out of the file. The
+    latter holds any tensors and plain containers.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -43,7 +40,7 @@ def read_file(path: str | Path, mapped: bool = False) -> Any:
         raise FileNotFoundError(f"weight file {str(path)!r} does not exist; give the path of an existing file")
     try:
         if path.suffix == ".safetensors":
-            return _map(path) if mapped else load_file(path)
+            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -96,21 +93,11 @@ def check_file(path: str | Path, tensors: Iterable[Tensor] | None = None) -> Non
         raise ValueError(f"{str(path)!r} is damaged: its content does not fit its checksums; take another copy of it")
 
 
-def _map(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, each of its own copy-on-write mapping of its bytes alone."""
-    state: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:  # also checks the file
-        with path.open("rb") as header:
-            size = int.from_bytes(header.read(8), "little")
-            places = json.loads(header.read(size))
-        for key in file.keys():  # noqa: SIM118 (no mapping)
-            dtype, (begin, end) = _DTYPES.get(places[key]["dtype"]), places[key]["data_offsets"]
-            if dtype is None or begin == end:
-                state[key] = file.get_tensor(key)
-                continue
-            raw = np.memmap(path, np.uint8, "c", 8 + size + begin, (end - begin,))
-            state[key] = torch.from_numpy(raw).view(dtype).view(places[key]["shape"])
-    return state
+def is_state(content: Any) -> bool:
+    """Whether what a file holds is a state dict: tensors by name."""
+    return isinstance(content, Mapping) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    )
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:

@@ -183,6 +183,9 @@ def test_bad_exports_are_refused(tmp_path: Path):
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no trained model"):
         RAE.from_pretrained(folder)
+    (folder / "config.json").write_text("5")
+    with pytest.raises(ValueError, match=r"config.json.* holds no values by name"):
+        RAE.from_pretrained(folder)
 
 
 def test_an_upload_holds_what_an_export_holds(tmp_path: Path, monkeypatch):

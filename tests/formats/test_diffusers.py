@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from rae.autoencoder import RAE
 from rae.decoder import ViTDecoder
 from rae.encoder import TimmEncoder
-from rae.formats import save_diffusers
+from rae.formats import read, save_diffusers
+from rae.formats.diffusers import _SIZES
 from rae.latent import LatentNormalizer
 from tests.helpers.small_models import KINDS, make_autoencoder, make_diffusers
 
@@ -98,3 +100,29 @@ def test_what_diffusers_cannot_build_is_refused(tmp_path: Path):
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | {"decoder_num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"12 missing: blocks.2"):
         RAE.from_pretrained(tmp_path / "theirs")
+
+
+def test_sizes_that_a_folder_does_not_say_are_those_of_diffusers(tmp_path: Path):
+    from diffusers import AutoencoderRAE
+
+    make_diffusers("dinov2").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    said = json.loads(file.read_text())
+    defaults = {name: one.default for name, one in inspect.signature(AutoencoderRAE).parameters.items() if name in said}
+    usual = ("encoder_type", "encoder_patch_size", "encoder_input_size", "patch_size")
+    assert all(said[name] == defaults[name] for name in usual)
+    expected = read(tmp_path).description
+    file.write_text(json.dumps({name: value for name, value in said.items() if name not in usual}))
+    assert read(tmp_path).description == expected
+    assert {name: value for name, value in defaults.items() if name in _SIZES} == _SIZES
+
+
+@pytest.mark.parametrize("value", [None, "text", [], {}, 0, -1, 1.5, True])
+def test_sizes_that_are_none_are_refused(value, tmp_path: Path):
+    make_diffusers("mae").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    said = json.loads(file.read_text())
+    for name in (*_SIZES, "encoder_type"):
+        file.write_text(json.dumps(said | {name: value}))
+        with pytest.raises(ValueError, match=rf"{name}=.* is not supported; needed are encoder_type .*at least 1"):
+            read(tmp_path)

@@ -457,3 +457,10 @@ def test_folders_of_pull_request_13231_are_read(options, tmp_path):
     change(folder / "scheduler" / "scheduler_config.json", use_karras_sigmas=True)
     with pytest.raises(ValueError, match="with use_karras_sigmas has no counterpart"):
         Generator.from_pretrained(folder)
+    change(folder / "scheduler" / "scheduler_config.json", use_karras_sigmas=False, shift="two")
+    with pytest.raises(ValueError, match="with shift='two' has no counterpart"):
+        Generator.from_pretrained(folder)
+    for names in (["ant"], {"a": "ant"}):
+        change(folder / "model_index.json", id2label=names)
+        with pytest.raises(ValueError, match=r"model_index.json.* says nothing usable of id2label"):
+            Generator.from_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from rae.formats.original import read_original
+from rae.io.files import write_text
+from rae.io.hub import read_weights
 from rae.io.tensors import load_strict, read_file
 
 
@@ -28,7 +32,7 @@ def test_mapped_tensors_are_the_files(tmp_path: Path, dtype):
     path = tmp_path / "w.safetensors"
     expected = write(path, dtype) | others
     save_file(expected, path)
-    read = read_file(path, mapped=True)
+    read = read_file(path)
     assert read.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(read[key], value)
@@ -40,18 +44,23 @@ def test_a_truncated_file_is_refused_before_it_is_mapped(tmp_path: Path):
     write(path)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match="it may be truncated"):
-        read_file(path, mapped=True)
+        read_file(path)
 
 
-def test_each_mapping_is_of_its_own_bytes(tmp_path: Path):
+def test_many_tensors_take_neither_memory_nor_open_files(tmp_path: Path):
+    """1,200 tensors in one mapping: a process may have 1,024 files open by default, and a published pipeline has more tensors."""
     path = tmp_path / "w.safetensors"
-    # 16 MiB; 64 mappings of the whole file would be 1 GiB.
-    save_file({str(number): torch.zeros(2**16) for number in range(64)}, path)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    kept = read_file(path, mapped=True)
-    more = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() - used
-    assert len(kept) == 64
-    assert more < 2**28
+    save_file({str(number): torch.zeros(2**12) for number in range(1200)}, path)
+    before, files = address_space(), len(os.listdir("/proc/self/fd"))
+    kept = read_file(path)
+    assert len(kept) == 1200
+    assert address_space() - before < 2**26  # the file has 19 MiB
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def address_space() -> int:
+    """Bytes of memory and mappings of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def test_a_module_adopts_tensors_of_its_type_and_converts_others(tmp_path: Path):
@@ -76,8 +85,32 @@ def test_a_module_adopts_tensors_of_its_type_and_converts_others(tmp_path: Path)
 def test_changes_of_adopted_weights_stay_out_of_the_file(tmp_path: Path):
     expected = write(tmp_path / "w.safetensors")
     layer = nn.Linear(2, 3)
-    load_strict(layer, read_file(tmp_path / "w.safetensors", mapped=True), "a file", adopt=True)
+    load_strict(layer, read_file(tmp_path / "w.safetensors"), "a file", adopt=True)
     with torch.no_grad():
         layer.weight.add_(1)
         layer.bias.add_(1)
     assert all(torch.equal(value, expected[key]) for key, value in read_file(tmp_path / "w.safetensors").items())
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], torch.zeros(2), {0: torch.zeros(2)}, {"model": {"a": 1}}, 7])
+def test_a_file_of_something_else_holds_no_state_dict(tmp_path: Path, content):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(
+        ValueError, match=r"w\.pt holds no state dict: encoder\.checkpoint needs a file of named tensors"
+    ):
+        read_weights(str(tmp_path / "w.pt"), None, None)
+    with pytest.raises(ValueError, match=r"w\.pt' holds no state dict: named tensors are needed"):
+        read_original(tmp_path / "w.pt")
+
+
+def test_files_are_made_with_the_permissions_that_the_user_gives_all(tmp_path: Path, monkeypatch):
+    """The umask is never set, not even for a moment: other threads would make files that anybody may change."""
+    before = os.umask(0o027)
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+    try:
+        file = write_text(tmp_path / "a.txt", "text")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -142,8 +142,10 @@ def test_heads_come_from_runs_and_from_the_originals_checkpoints(tmp_path: Path)
     begun = make_module(1).discriminator
     begin_heads(begun, str(tmp_path / "stage1.pt"))
     assert all(torch.equal(value, heads.state_dict()[key]) for key, value in begun.heads.state_dict().items())
-    with pytest.raises(ConfigError, match=r"dino\.pth holds no trained heads.*discriminator\.checkpoint=…"):
-        begin_heads(begun, str(tmp_path / "dino.pth"))
+    torch.save([torch.ones(1)], tmp_path / "list.pth")
+    for name in ("dino", "list"):
+        with pytest.raises(ConfigError, match=rf"{name}\.pth holds no trained heads.*discriminator\.checkpoint=…"):
+            begin_heads(begun, str(tmp_path / f"{name}.pth"))
     with pytest.raises(FileNotFoundError, match=r"nothing.* does not exist"):
         begin_heads(begun, str(tmp_path / "nothing"))
 
