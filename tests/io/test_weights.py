@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from rae.formats import diffusers
 from rae.formats.original import read_original
 from rae.io.files import write_text
 from rae.io.hub import read_weights
@@ -49,10 +50,10 @@ def test_a_truncated_file_is_refused_before_it_is_mapped(tmp_path: Path):
 
 def test_many_tensors_take_neither_memory_nor_open_files(tmp_path: Path):
     """1,200 tensors in one mapping: a process may have 1,024 files open by default, and a published pipeline has more tensors."""
-    path = tmp_path / "w.safetensors"
+    path = tmp_path / diffusers.WEIGHTS
     save_file({str(number): torch.zeros(2**12) for number in range(1200)}, path)
     before, files = address_space(), len(os.listdir("/proc/self/fd"))
-    kept = read_file(path)
+    kept = diffusers.read_weights(tmp_path)
     assert len(kept) == 1200
     assert address_space() - before < 2**26  # the file has 19 MiB
     assert len(os.listdir("/proc/self/fd")) == files
