@@ -50,6 +50,7 @@ ELSEWHERE = {
 }
 """Sections that a kind of configuration has no use for, and why."""
 _ALWAYS = ("image_size", "data.num_classes")  # what a model has to say although training has a default for it
+_SIDE, _PATCH = "stage_1.params.encoder_input_size", "stage_1.params.decoder_patch_size"
 
 
 def add_defaults(t: Translation) -> None:
@@ -105,16 +106,30 @@ def translate(content: Mapping[str, Any], compose: Compose, devices: int = 8) ->
                 t.take(key, table[key](t, value))
             except ConfigError as error:
                 t.refused[key] = str(error)
-            except (TypeError, ValueError, IndexError):
+            except (TypeError, ValueError, LookupError, ArithmeticError):
                 t.refused[key] = f"{value!r} is not what is expected here"
-    if "decoder" not in t.choices:
-        t.refused.setdefault("stage_1.params.decoder_config_path", "must be given")
+    _check_needed(t)
     _add_unsaid(t)
     if t.kind == "sample":
         (_choose_guidance if named is None else raev2_keys.choose_guidance)(t)
     _refuse(t)
     _compare(t, compose)
     return t
+
+
+def _check_needed(t: Translation) -> None:
+    """Refuses a file without decoder, a guide of no kind, and sides that no image size can be made of."""
+    if "decoder" not in t.choices:
+        t.refused.setdefault("stage_1.params.decoder_config_path", "must be given")
+    if "denoiser@guide" not in t.choices and any(key.startswith("guidance.guidance_model.") for key in t.derived):
+        t.refused.setdefault("guidance.guidance_model.target", "must be given")
+    for key in (_SIDE, _PATCH):
+        try:
+            usable = int(t.source.get(key, 1)) > 0
+        except (TypeError, ValueError):
+            usable = False
+        if not usable:
+            t.refused[key] = f"{t.source[key]!r} is not what is expected here"
 
 
 def _refuse(t: Translation) -> None:
@@ -150,14 +165,14 @@ def _compare(t: Translation, compose: Compose) -> None:
     stage = {"autoencoder": "1", "sample": "2"}.get(t.kind, t.kind[-1])
     groups = [f"stage={stage}", *(choice(*item) for item in t.choices.items() if item[0] != "stage")]
     base = compose(groups)
-    key, stride = "stage_1.params.encoder_input_size", base["encoder"]["stride"]
-    if "image_size" not in t.values and key in t.source:
-        grid, rest = divmod(int(t.source[key]), stride)
+    stride = base["encoder"]["stride"]
+    if "image_size" not in t.values and _SIDE in t.source:
+        grid, rest = divmod(int(t.source[_SIDE]), stride)
         if rest:
-            t.refused[key] = f"{t.source[key]} is not divisible by the encoder's patch of {stride}"
+            t.refused[_SIDE] = f"{t.source[_SIDE]} is not divisible by the encoder's patch of {stride}"
             _refuse(t)
         values, t.values = t.values, {}
-        t.put("image_size", grid * int(t.source.get("stage_1.params.decoder_patch_size", 16)), key)
+        t.put("image_size", grid * int(t.source.get(_PATCH, 16)), _SIDE)
         t.values |= values
     known = flat(base)
     for key, (value, _) in list(t.values.items()):

@@ -319,6 +319,9 @@ def test_no_key_is_dropped_in_silence(tmp_path):
         ("training.global_batch_size", 1001, r"1001 is not divisible by devices=8 × grad_accum_steps=1"),
         ("training.scheduler.type", "step", r"training.scheduler.type: 'step' is none of cosine, linear"),
         ("training.epochs", "many", r"training.epochs: 'many' is not what is expected"),
+        ("training.grad_accum_steps", 0, r"training.global_batch_size: 1024 is not what is expected"),
+        ("stage_1.params.encoder_input_size", "224 px", r"encoder_input_size: '224 px' is not what is expected"),
+        ("stage_1.params.decoder_patch_size", [16], r"decoder_patch_size: \[16\] is not what is expected"),
         ("misc.null_label", 0, r"misc.null_label: 0 differs from stage_2.params.num_classes=1000"),
         (
             "stage_2.target",
@@ -347,6 +350,13 @@ def test_a_discriminator_of_its_own_schedule_is_refused(tmp_path):
         ConfigError, match=r"gan.disc.optimizer.lr: 0.0001 differs from training.*; training.clip_grad: 1.0 cannot"
     ):
         translated(tmp_path, content, "train")
+
+
+def test_a_guide_of_no_kind_is_refused(tmp_path):
+    content = deepcopy(sampling())
+    del content["guidance"]["guidance_model"]["target"]
+    with pytest.raises(ConfigError, match=r"guidance\.guidance_model\.target: must be given"):
+        translated(tmp_path, content, "sample")
 
 
 def test_other_files_are_refused(tmp_path):
