@@ -55,6 +55,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     checkpoint = read_shares(file) if file.is_dir() else map_file(file)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{str(file)!r} is no checkpoint of a training run: it holds a {type(checkpoint).__name__}")
+    state = checkpoint.get("state_dict", {})
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{str(file)!r} is no checkpoint of a training run: its 'state_dict' holds no weights by name")
     return checkpoint
 
 
@@ -154,6 +157,8 @@ def trained_weights(path: str | Path, network: str, averaged: bool = True) -> di
     average = checkpoint.get("callbacks", {}).get("EMA", {})
     if averaged and average.get("network") == network:
         weights.update(average["averages"])
+    if not all(isinstance(value, Tensor | Shared) for value in weights.values()):
+        raise ValueError(f"{str(file)!r} is no checkpoint of a training run: its {network!r} holds more than tensors")
     shared = [value for value in weights.values() if isinstance(value, Shared)]
     check_file(_files(file)[0], [value for value in weights.values() if not isinstance(value, Shared)])
     for part, pieces in zip(share_files(file), zip(*(value.pieces for value in shared), strict=True), strict=False):

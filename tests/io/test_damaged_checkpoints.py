@@ -88,3 +88,12 @@ def test_a_file_without_checksums_is_read(tmp_path):
 def test_the_hash_tells_contents(tmp_path):
     first, same, other = write(tmp_path / "a.ckpt"), write(tmp_path / "b.ckpt"), write(tmp_path / "c.ckpt", value=1.0)
     assert content_hash(first) == content_hash(same) != content_hash(other)
+
+
+@pytest.mark.parametrize("state", [None, [torch.zeros(1)], {0: torch.zeros(1)}, {"network.weight": 3}])
+def test_what_holds_no_weights_is_no_checkpoint(tmp_path, state):
+    torch.save({"state_dict": state, "global_step": 1, "config": {}}, tmp_path / "a.ckpt")
+    with pytest.raises(
+        ValueError, match=r"a\.ckpt' is no checkpoint of a training run: its '(state_dict|network)' holds"
+    ):
+        trained_weights(tmp_path / "a.ckpt", "network")
