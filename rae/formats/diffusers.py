@@ -231,7 +231,12 @@ def save_diffusers(autoencoder: RAE, folder: str | Path, generation: int | None 
         raise ValueError(f"diffusers has no latents of latent.space={latent.space}; export the model in our own format")
     if not isinstance(encoder, TimmEncoder):
         raise ValueError(f"diffusers has no encoder like {type(encoder).__name__}; it has {', '.join(_KINDS)}")
-    name = _kind_of(encoder)
+    prefix = encoder.network.num_prefix_tokens
+    name = next((name for name, kind in _KINDS.items() if kind.prefix == prefix), None)
+    if name is None:
+        raise ValueError(
+            f"diffusers has no encoder with {prefix} class and register tokens; it has {', '.join(_KINDS)}"
+        )
     state = encoder.published_state()
     _check(encoder, decoder, name, state)
     deviation = latent.var.sqrt() if latent.form == "deviation" and latent.eps == _EPS else latent.scale - _EPS
@@ -291,15 +296,6 @@ def _unused_head(width: int, root: str) -> dict[str, Tensor]:
         "mlp.fc2.bias": (width,),
     }
     return {f"{root}head.{key}": torch.zeros(shape) for key, shape in shapes.items()}
-
-
-def _kind_of(encoder: TimmEncoder) -> str:
-    """The kind of encoder, told from its tokens."""
-    prefix = encoder.network.num_prefix_tokens
-    for name, kind in _KINDS.items():
-        if kind.prefix == prefix:
-            return name
-    raise ValueError(f"diffusers has no encoder with {prefix} class and register tokens; it has {', '.join(_KINDS)}")
 
 
 def _check(encoder: TimmEncoder, decoder: ViTDecoder, name: str, state: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
-from functools import cache, partial
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -250,29 +250,6 @@ def unusable(config: Mapping[str, Any], parts: Iterable[str], text: str) -> list
     ]
 
 
-def read_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The stored weights, whose hash must be the one that ``config.json`` gives.
-
-    Args:
-        folder: The export.
-        config: Its description, from :func:`read_description`.
-
-    Raises:
-        FileNotFoundError: There is no weight file.
-        ValueError: The file is truncated, or is not the one that was exported.
-    """
-    file = folder / config["weights"]["file"]
-    state: dict[str, Tensor] = read_file(file)
-    found = state_hash(state)
-    if found != config["weights"]["sha256"]:
-        wanted = config["weights"]["sha256"]
-        raise ValueError(
-            f"{str(file)!r} is not the file that was exported: its hash is {found[:16]}…, not {wanted[:16]}…; "
-            "export or download it again"
-        )
-    return state
-
-
 def recognises(path: Path) -> bool:
     """Whether a folder is an export."""
     config = path / CONFIG
@@ -287,10 +264,22 @@ def read(path: Path, averaged: bool = True) -> Bundle:
         averaged: Not used: an export holds one set of weights.
 
     Raises:
-        ValueError: The description is damaged, or asks for what is no part of a model.
+        ValueError: The description is damaged, or asks for what is no part of a model; or, when weights are read, the file is
+            truncated or not the one that was exported.
     """
     config = read_description(path)
-    state = cache(partial(read_state, path, config))
+    file, wanted = path / config["weights"]["file"], config["weights"]["sha256"]
+
+    @cache
+    def state() -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = read_file(file)
+        if (found := state_hash(weights)) != wanted:
+            raise ValueError(
+                f"{str(file)!r} is not the file that was exported: its hash is {found[:16]}…, not {wanted[:16]}…; "
+                "export or download it again"
+            )
+        return weights
+
     described = {"encoder": config["encoder"]["model"], "decoder": config["decoder"]}
     described["latent"] = {TARGET: "rae.latent.LatentNormalizer", "shape": config["latent_shape"], **config["latent"]}
     described |= {name: config.get(name) for name in ("denoiser", "flow", "sampler", "guidance", "guide")}
