@@ -32,6 +32,13 @@ def to_uint8(images: Tensor, quantize: str = "floor") -> Tensor:
     return (levels.round() if quantize == "round" else levels).to(torch.uint8)
 
 
+def check_finite(values: Tensor, what: str) -> None:
+    """Raises ValueError where one of ``what``, B×…, holds NaN or infinity: as bytes it would be black or white without a word."""
+    bad = int((~values.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise ValueError(f"{bad} of {len(values)} {what} hold NaN or infinity; try precision=32-true, then check the weights")
+
+
 def to_float(images: Tensor) -> Tensor:
     """Bytes to float32 in [0, 1]; floating-point images, which are in [0, 1] already, pass unchanged."""
     if images.is_floating_point():

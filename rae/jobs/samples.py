@@ -22,6 +22,7 @@ from webdataset import TarWriter
 
 from rae.autoencoder import RAE
 from rae.generator import Generator
+from rae.image import check_finite
 from rae.io.describe import describe
 from rae.io.errors import ConfigError
 from rae.io.files import changes, read_json, write_atomically, write_json
@@ -95,6 +96,9 @@ def draw(
         png: Folder for one PNG a sample; None for none.
         shards: Folder for tar shards of PNGs with labels or prompts, one a part; None for none.
         latents: Folder for the latents, one file a part, see :func:`latent_parts`; None for none.
+
+    Raises:
+        ValueError: A sample holds NaN or infinity, or ``folder`` holds other work.
     """
     asked = {"png": png is not None, "shards": shards is not None} | ({"latents": True} if latents is not None else {})
     parts = Parts(folder, {**plan, **asked}, len(labels), cfg.part_size, ".npy")
@@ -110,15 +114,15 @@ def draw(
             batches = []
             kept: list[torch.Tensor] = []
 
-            def keep(drawn: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
-                kept.append(drawn.cpu())
+            def on_latents(drawn: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
+                check_finite(drawn, "samples")
+                if latents is not None:
+                    kept.append(drawn.cpu())
 
             for start in range(items.start, items.stop, cfg.batch_size):
                 numbers = range(start, min(start + cfg.batch_size, items.stop))
                 told: Any = [labels[number] for number in numbers]
-                images = generator.draw(
-                    told, cfg.seed, numbers, cfg.precision, cfg.quantize, keep if latents is not None else None
-                )
+                images = generator.draw(told, cfg.seed, numbers, cfg.precision, cfg.quantize, on_latents)
                 batches.append(_to_host(images))
                 bar.update(len(numbers))
             if latents is not None:

@@ -14,7 +14,7 @@ from rae.autoencoder import RAE
 from rae.flow import Guidance, NoGuidance, Sampler, evaluations
 from rae.formats.open import load_denoiser, read
 from rae.generator import computing
-from rae.image import to_float, to_uint8
+from rae.image import check_finite, to_float, to_uint8
 from rae.io.describe import describe
 from rae.io.parts import stretch
 from rae.metric.several import update_arguments
@@ -34,11 +34,15 @@ def reconstructions(
     """Reconstructions uint8 B×3×H×W and their originals as the batches hold them, batch by batch, without gradients.
 
     The networks compute in ``precision``, ``32-true`` or ``bf16-mixed``; ``quantize`` is that of :func:`rae.image.to_uint8`.
+
+    Raises:
+        ValueError: A reconstruction holds NaN or infinity.
     """
     for batch in batches:
         images = batch["image"].to(device)
         with torch.no_grad(), computing(precision, device):
             drawn = autoencoder(to_float(images))
+        check_finite(drawn, "reconstructions")
         yield to_uint8(drawn.float(), quantize), images
 
 
