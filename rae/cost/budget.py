@@ -14,6 +14,7 @@ from rae.cost.meter import parameters
 from rae.cost.steps import ALL, Step
 from rae.layers import denoiser_blocks
 from rae.loss import Phases, Stage1Loss
+from rae.training.muon import takes_names
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def optimizer_ratio(factory: Callable[[Any], torch.optim.Optimizer]) -> float:
     """Bytes of an optimiser's state for a byte of weights, found by one step on a small matrix: 2 with AdamW."""
     weight = nn.Parameter(torch.zeros(64, 64))
     weight.grad = torch.ones_like(weight)
-    optimizer = factory([weight])
+    optimizer = factory([("weight", weight)] if takes_names(factory) else [weight])
     optimizer.step()
     state = optimizer.state[weight].values()
     held = sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor) and value.ndim)

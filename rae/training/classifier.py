@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.image import to_float
-from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, TrainingModule
+from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 
 
 class ClassifierModule(TrainingModule):
@@ -35,9 +35,10 @@ class ClassifierModule(TrainingModule):
         model_args: dict[str, Any] | None = None,
         label_smoothing: float = 0.1,
         seed: int = 42,
+        on_nonfinite: OnNonfinite = "stop",
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, seed, config=config)
+        super().__init__(optimizer, scheduler, seed, on_nonfinite, config)
         self.network = timm.create_model(model, pretrained=False, num_classes=num_classes, **(model_args or {}))
         self.label_smoothing = label_smoothing
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -56,7 +57,7 @@ class ClassifierModule(TrainingModule):
         logits = self(to_float(batch["image"]))
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return self.share_of_step(loss, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Share of held-out images that are classified correctly."""

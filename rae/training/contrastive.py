@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rae.encoder.text import TextEncoder
 from rae.image import to_float
-from rae.training.module import Batch, OptimizerFactory, SchedulerFactory, TrainingModule
+from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
 
 
 class ContrastiveModule(TrainingModule):
@@ -35,6 +35,7 @@ class ContrastiveModule(TrainingModule):
         width: Width of what is compared.
         temperature: What the cosines are divided by at first; it is learned.
         seed: Seed of every draw.
+        on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
 
     Raises:
@@ -58,9 +59,10 @@ class ContrastiveModule(TrainingModule):
         width: int = 128,
         temperature: float = 0.07,
         seed: int = 42,
+        on_nonfinite: OnNonfinite = "stop",
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, seed, config=config)
+        super().__init__(optimizer, scheduler, seed, on_nonfinite, config)
         if temperature <= 0:
             raise ValueError(f"training.temperature={temperature} must be above 0")
         self.network = timm.create_model(model, pretrained=False, num_classes=0, **(model_args or {}))
@@ -91,7 +93,7 @@ class ContrastiveModule(TrainingModule):
         own = torch.arange(len(similar), device=similar.device)
         loss = (F.cross_entropy(similar, own) + F.cross_entropy(similar[:, : len(own)].T, own)) / 2
         self.log("train/loss", loss, prog_bar=True, batch_size=len(similar))
-        return loss
+        return self.share_of_step(loss, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Share of held-out pictures that find their caption in their batch, wrong ones among it."""

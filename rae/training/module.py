@@ -18,14 +18,17 @@ from rae.data.module import ImageDataModule
 from rae.encoder import Encoder
 from rae.io.tensors import mismatches
 from rae.training.late import Late
+from rae.training.muon import takes_names
 from rae.training.precision import XLAMixedPrecision, check_precision
 from rae.training.resume import check_epochs, configure, configured
+from rae.training.strategy import whole
 
 OptimizerFactory = Callable[[Any], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
 Batch = dict[str, Tensor]
-Keys = tuple[Tensor, Tensor]
 OnNonfinite = Literal["stop", "skip"]
+_KEYS = ("epoch", "index")
+"""What tells the samples of a batch, int64 B each."""
 
 
 class NonFiniteError(RuntimeError):
@@ -76,8 +79,8 @@ class TrainingModule(L.LightningModule):
         self.seed = seed
         self.on_nonfinite = on_nonfinite
         self.config = config
-        self._keys: Keys | None = None
-        self._norms: list[tuple[Late, int, Keys | None]] = []
+        self._keys: Batch = {}
+        self._norms: list[tuple[Late, int, Batch]] = []
         self._asked: dict[str, list[Any]] = {}
         self._continued, self._steps_before = False, None
 
@@ -168,7 +171,7 @@ class TrainingModule(L.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Leaves the keys of the samples, from which draws are made, on the CPU: reading them back would wait for the device."""
-        keys = {name: batch[name] for name in ("epoch", "index") if name in batch}
+        keys = {name: batch[name] for name in _KEYS if name in batch}
         unread = () if self.takes_captions else ("caption", "wrong_caption")
         rest = {name: value for name, value in batch.items() if name not in keys and name not in unread}
         return {**super().transfer_batch_to_device(rest, device, dataloader_idx), **keys}
@@ -183,6 +186,10 @@ class TrainingModule(L.LightningModule):
         """Optimiser steps in an epoch; None where data do not end."""
         batches = self.trainer.num_training_batches
         return max(1, -(-int(batches) // self.micro_batches)) if math.isfinite(batches) else None
+
+    def share_of_step(self, loss: Tensor, batch_idx: int) -> Tensor:
+        """A batch's mean loss as Lightning is to sum it over a step; it divides by ``accumulate_grad_batches`` in any case."""
+        return loss * (self.micro_batches / self.group_size(batch_idx))
 
     def group_size(self, batch_idx: int) -> int:
         """Batches of the step that a batch belongs to: ``micro_batches``, or what the end of the epoch leaves of them."""
@@ -203,7 +210,7 @@ class TrainingModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """An optimiser over each of the networks, with a schedule that is stepped after its every step."""
-        by_name = getattr(getattr(self.optimizer, "func", self.optimizer), "by_name", False)
+        by_name = takes_names(self.optimizer)
         optimizers = []
         for network in self.networks():
             weights = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
@@ -218,9 +225,24 @@ class TrainingModule(L.LightningModule):
         schedulers = [self.scheduler(optimizer, steps_per_epoch=steps) for optimizer in optimizers]
         return optimizers, [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
 
-    def remember(self, batch: Batch) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Keeps the batch's keys for error messages."""
-        self._keys = (batch["epoch"], batch["index"])
+        self._keys = {name: batch[name] for name in _KEYS if name in batch}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the total norm (paper: 1.0), logs the norm before clipping and refuses a non-finite one."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
+        limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
+        parameters = [weight for network in self.networks() for weight in network.parameters() if weight.requires_grad]
+        norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
+        if self.check_finite(norm, parameters):
+            self.log("train/grad_norm", norm)
 
     def check_finite(self, norm: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether a step is to be taken, by its averaged gradient's norm; where it is not, all gradients are removed.
@@ -273,10 +295,10 @@ class TrainingModule(L.LightningModule):
                 data.gather_broken(split)
 
 
-def _told(norm: float, step: int, keys: Keys | None) -> str:
+def _told(norm: float, step: int, keys: Batch) -> str:
     """What is said of a norm: its step, and the samples in it."""
     where = "unknown"
-    if keys is not None:
-        epochs, indices = (key.tolist() for key in keys)
+    if len(keys) == len(_KEYS):
+        epochs, indices = (keys[name].tolist() for name in _KEYS)
         where = f"epoch {epochs[0]}, samples {indices[:16]}{' …' if len(indices) > 16 else ''}"
     return f"gradient norm is {norm} at step {step} (batch: {where})"

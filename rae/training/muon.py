@@ -62,17 +62,17 @@ class PolarExpressMuon(Muon):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-                update = _whole(orthogonalize, gradient + group["momentum"] * momentum, group)
+                update = _orthogonalized(gradient + group["momentum"] * momentum, group)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
 
-def _whole(function: Callable[..., Tensor], update: Tensor, group: dict[str, Any]) -> Tensor:
+def _orthogonalized(update: Tensor, group: dict[str, Any]) -> Tensor:
     """Orthogonalises a whole matrix; of one that processes share out (FSDP2), each gathers it and keeps its share."""
-    options = (group["eps"], DTYPES[group["dtype"]])
+    matrix = update.full_tensor() if isinstance(update, DTensor) else update
+    whole = orthogonalize(matrix, group["eps"], DTYPES[group["dtype"]]).to(update.dtype)
     if not isinstance(update, DTensor):
-        return function(update, *options).to(update.dtype)
-    whole = function(update.full_tensor(), *options).to(update.dtype)
+        return whole
     everywhere = [Replicate()] * update.device_mesh.ndim
     return DTensor.from_local(whole, update.device_mesh, everywhere, run_check=False).redistribute(
         update.device_mesh, update.placements
@@ -100,7 +100,7 @@ class MuonAdamW(Optimizer):
     """
 
     by_name = True
-    """Whether the training module gives it names."""
+    """Whether it is given names, see :func:`takes_names`."""
 
     def __init__(
         self,
@@ -155,3 +155,8 @@ class MuonAdamW(Optimizer):
             inner.param_groups, inner.state = [group], self.state
             inner.step()
         return loss
+
+
+def takes_names(factory: Any) -> bool:
+    """Whether what makes an optimiser, a class or a partial of one, is given pairs of name and weight."""
+    return bool(getattr(getattr(factory, "func", factory), "by_name", False))

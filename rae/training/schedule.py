@@ -34,8 +34,8 @@ class WarmupDecay(LambdaLR):
     """The schedule of :func:`rate_factor` for an optimiser whose groups share one base rate.
 
     Warm-up and end of the decay are given in steps or in epochs, of ``int(epochs * steps_per_epoch)`` steps. After the decay
-    the rate is ``final_lr``. ValueError for an unknown ``kind``, a missing or double length, or a decay that ends before the
-    warm-up.
+    the rate is ``final_lr``. ValueError for an unknown ``kind``, a missing or double length, a decay that ends before the
+    warm-up, or a base rate that is not above 0.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class WarmupDecay(LambdaLR):
         elif end < warmup:
             raise ValueError(f"scheduler: the decay ends at step {end}, before the warm-up does at step {warmup}")
         base = optimizer.param_groups[0]["lr"]
+        if base <= 0:
+            raise ValueError(f"optimizer.lr={base} must be above 0: the schedule multiplies it")
         self.warmup_steps = warmup
         self.decay_end_steps = end
         super().__init__(

@@ -119,7 +119,6 @@ class Stage1Module(TrainingModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Gradients of one micro-batch; after ``accumulate`` of them, the decoder's and the discriminator's update."""
-        self.remember(batch)
         steps_per_epoch = self.steps_per_epoch or sys.maxsize  # where data do not end, nor does the first epoch
         phases = self.loss.phases(self.trainer.global_step, steps_per_epoch)
         with self._no_sync():
@@ -220,9 +219,8 @@ class Stage1Module(TrainingModule):
         norm = nn.utils.get_total_norm(gradients)
         if self.check_finite(norm, parameters):
             self.log(norm_name, norm)
-        optimizers: Any = self.optimizers(
-            use_pl_optimizer=number == 0
-        )  # Lightning counts the steps of its own: the decoder's
+        # Lightning counts the steps of its own optimiser: the decoder's.
+        optimizers: Any = self.optimizers(use_pl_optimizer=number == 0)
         optimizer = optimizers[number] if isinstance(optimizers, list) else optimizers
         optimizer.step()  # with all gradients removed (a skipped step) it counts and changes nothing
         optimizer.zero_grad(set_to_none=True)

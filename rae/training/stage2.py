@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from rae.autoencoder import RAE
 from rae.condition import drop
@@ -22,7 +21,7 @@ from rae.prompts import check_text_encoder
 from rae.rng import normal, sample_seeds, to_device, uniform
 from rae.training.alignment import Alignment
 from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerFactory, TrainingModule
-from rae.training.strategy import shard, whole
+from rae.training.strategy import shard
 from rae.training.subsets import check_subsets, draw_subsets
 from rae.training.teacher import Teacher
 
@@ -201,21 +200,6 @@ class Stage2Module(TrainingModule):
                 shard(self.alignment.projector, mesh["data_parallel"])
             self._sharded = True
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips by the total norm (paper: 1.0), logs the norm before clipping and refuses a non-finite one."""
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
-        limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
-        parameters = [weight for network in self.networks() for weight in network.parameters() if weight.requires_grad]
-        norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
-        if self.check_finite(norm, parameters):
-            self.log("train/grad_norm", norm)
-
     def encode(self, batch: Batch) -> Tensor:
         """What the denoiser learns, of a batch of images or of cached latents (of stacked layers, too).
 
@@ -304,11 +288,10 @@ class Stage2Module(TrainingModule):
         return self._target(to_float(batch["image"]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch, as Lightning is to sum it over the micro-batches of a step."""
-        self.remember(batch)
+        """Mean loss of the batch."""
         loss = self.losses(batch, "train", self.label_dropout, subsets=self.layer_dropout > 0).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["epoch"]))
-        return loss * (self.micro_batches / self.group_size(batch_idx))  # Lightning divides by accumulate_grad_batches
+        return self.share_of_step(loss, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss on held-out images, with the same noise and times at every validation."""

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -34,6 +35,7 @@ from rae.flow import (
 from rae.io.errors import ConfigError
 from rae.loss import Phases, Stage1Loss
 from rae.report.cost import row, text
+from rae.training.muon import MuonAdamW
 from tests.helpers.small_runs import denoiser_step, train
 
 # --- the steps that training takes -------------------------------------------------------------------------------
@@ -218,6 +220,8 @@ def test_state_of_optimisers():
     assert optimizer_ratio(torch.optim.AdamW) == 2
     assert optimizer_ratio(lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9)) == 1
     assert optimizer_ratio(lambda weights: torch.optim.SGD(weights, lr=0.1)) == 0
+    assert optimizer_ratio(MuonAdamW) == 1
+    assert optimizer_ratio(partial(MuonAdamW, exclude=["weight"])) == 2
 
 
 @pytest.mark.parametrize(

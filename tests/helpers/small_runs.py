@@ -38,6 +38,7 @@ from rae.metric import CallableDetector
 from rae.training.alignment import Alignment
 from rae.training.averaging import average_gradients
 from rae.training.checkpoint import RunCheckpoint
+from rae.training.classifier import ClassifierModule
 from rae.training.ema import EMA
 from rae.training.preview import SamplePreview
 from rae.training.schedule import WarmupDecay
@@ -58,7 +59,7 @@ def script(*arguments: object) -> None:
 
 
 def make_module(stage: int, accumulate: int = 1, lr: float = 0.05, compile_network: bool = False) -> L.LightningModule:
-    """A stage-1 module with the discriminator and all phases on from the third step, or a stage-2 module."""
+    """A classifier, a stage-1 module with the discriminator and all phases on from the third step, or a stage-2 module."""
     torch.manual_seed(0)
     encoder = tiny_encoder(input_size=16, channels=16, stride=8, depth=2)
     decoder = ViTDecoder(channels=16, grid=2, width=16, depth=1, heads=2, mlp_width=32, patch=8)
@@ -66,6 +67,9 @@ def make_module(stage: int, accumulate: int = 1, lr: float = 0.05, compile_netwo
     # Plain SGD: Adam would turn rounding errors of tiny gradients into whole steps.
     optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9)
     scheduler = partial(WarmupDecay, kind="cosine", warmup_steps=2, decay_end_steps=20, final_lr=lr / 10)
+    if stage == 0:
+        small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+        return ClassifierModule("vit_tiny_patch16_224", 4, encoder.mean, encoder.std, optimizer, scheduler, small)
     if stage == 1:
         backbone = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
         discriminator = DinoDiscriminator(

@@ -8,9 +8,11 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rae.discriminator import DinoDiscriminator
+from rae.image import to_float
 from rae.loss import PerceptualLoss, Stage1Loss
 from rae.training.checkpoint import RunCheckpoint
 from rae.training.precision import check_precision
@@ -130,7 +132,7 @@ def test_modules_refuse_such_a_precision_themselves(stage: int, tmp_path: Path):
         train(stage, tmp_path, steps=1, precision="bf16-true")
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_the_last_incomplete_group_of_an_epoch_counts_as_many_as_it_has(stage: int, tmp_path: Path):
     """Of 10 batches the last two make up the third step of four: with their mean gradient, as one batch of their size."""
     norms = []
@@ -150,7 +152,10 @@ def test_the_last_incomplete_group_of_an_epoch_counts_as_many_as_it_has(stage: i
     last = {
         name: torch.cat([batch[name] for batch in record.batches[8:]]) for name in ("image", "label", "index", "epoch")
     }
-    if stage == 2:
+    if stage == 0:
+        network = module.network
+        loss = F.cross_entropy(module(to_float(last["image"])), last["label"], label_smoothing=0.1)
+    elif stage == 2:
         network = module.denoiser
         loss = module.losses(last, "train", module.label_dropout).mean()
     else:

@@ -177,13 +177,12 @@ def test_averages_follow_their_formula():
         WeightAverage(network, 1.5)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_non_finite_gradient_stops_before_the_weights_are_touched(stage: int, tmp_path: Path):
     class Spoil(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 3:
-                network = pl_module.decoder if stage == 1 else pl_module.denoiser
-                next(network.parameters()).data.fill_(float("nan"))
+                next(pl_module.networks()[0].parameters()).data.fill_(float("nan"))
 
     with pytest.raises(NonFiniteError, match=r"step 3 \(batch: epoch 0, samples \[.*on_nonfinite=skip"):
         train(stage, tmp_path, callbacks=(Spoil(),))
@@ -197,7 +196,7 @@ def test_a_non_finite_gradient_stops_before_the_weights_are_touched(stage: int, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [4, 9])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_norm_that_is_read_late_stops_before_anything_is_saved(stage: int, last: int, tmp_path: Path):
     """As on a GPU, which nobody waits for."""
 
@@ -205,7 +204,7 @@ def test_a_norm_that_is_read_late_stops_before_anything_is_saved(stage: int, las
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             steps.append(trainer.global_step)
             if trainer.global_step == 3:
-                next((pl_module.decoder if stage == 1 else pl_module.denoiser).parameters()).data.fill_(float("nan"))
+                next(pl_module.networks()[0].parameters()).data.fill_(float("nan"))
 
     for every_n_steps, expected in ((None, [0, 1, 2, 3, 4][:last]), (1, [0, 1, 2, 3])):
         module, steps = make_module(stage), []
@@ -247,6 +246,12 @@ def test_wrong_schedules_are_refused(options: dict, words: str):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ValueError, match=words):
         WarmupDecay(optimizer, **options)
+
+
+def test_a_schedule_needs_a_rate():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0)
+    with pytest.raises(ValueError, match=r"optimizer\.lr=0\.0 must be above 0"):
+        WarmupDecay(optimizer, decay_end_steps=5)
 
 
 @pytest.mark.parametrize("label", [-1, 4])
