@@ -30,7 +30,7 @@ _ELSEWHERE_RUN = ("cost", "convert_config")
 """Commands that speak of other machines."""
 _BUILD_NOTHING = ("download", "convert_config")
 """Commands for which the classes that a configuration names are words alone."""
-_FROM_ZERO = ("seed", "stage", "num_workers", "kept", "grid_rows", "grid_columns", "grid_pairs")
+_FROM_ZERO = ("seed", "stage", "num_workers", "kept")
 """Integers among them that may be 0."""
 _SETS = ("callbacks", "logger")
 """Groups of objects by name."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from rae.formats.original_yaml import translate
 from rae.formats.translation import commands, render
 from rae.generator import Generator
 from rae.io.errors import ConfigError
-from rae.io.files import write_text
+from rae.io.files import remove, write_text
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +66,11 @@ def convert(cfg: DictConfig) -> None:
         made = Path(scratch) / "model"
         _save(cfg, model, made)
         for file in written:
-            if file.is_dir():
-                shutil.rmtree(file)
-            if (made / file.name).exists():
-                (made / file.name).replace(file)
-            else:
-                file.unlink(missing_ok=True)
+            new = made / file.name
+            if file.is_dir() or not new.exists():
+                remove(file)
+            if new.exists():
+                new.replace(file)
         card = made / export.CARD
         if card.exists() and (cfg.force or not (folder / card.name).exists()):
             card.replace(folder / card.name)

@@ -14,11 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rae.autoencoder import RAE
-from rae.cli.build import make
 from rae.cli.checks import check_metric, refuse_existing
 from rae.cli.config import save_config
 from rae.cli.models import open_autoencoder
-from rae.commands.reconstruct import checked_count, model_identity, open_data
+from rae.commands.reconstruct import checked_count, model_identity, open_data, open_metric
 from rae.generator import computing
 from rae.image import to_float, to_uint8
 from rae.io.errors import ConfigError
@@ -52,12 +51,13 @@ def probe(cfg: DictConfig) -> None:
     if fabric.world_size > 1:
         raise ConfigError(f"rae-probe runs on one device; leave out devices={cfg.devices}")
     autoencoder, run = open_autoencoder(cfg, fabric.device)
-    metric = make(run.metric).to(fabric.device)
+    metric = open_metric(cfg, run, fabric)
     data = open_data(run, autoencoder.image_size)
     count = checked_count(data, min(MOST, data.samples("val")) if cfg.count is None else cfg.count)
     if count < 2:
         raise ConfigError(f"count={count}: latents of at least 2 images are needed")
-    metric.prepare(autoencoder.image_size, count)
+    if hasattr(metric, "prepare"):
+        metric.prepare(autoencoder.image_size, count)
     classes = 0 if cfg.images is not None else int(OmegaConf.select(run, "data.num_classes") or 0)
     spectrum = LatentSpectrum(autoencoder.latent_shape, classes if classes > 1 else 0).to(fabric.device)
     kept, originals = [], []
@@ -93,7 +93,6 @@ class Curve:
 
     The cycle error is ‖E(D(z)) − z‖² / ‖z‖² in normalised latents: how far the drawn image's own latent is from the one it
     was drawn from.
-
     """
 
     cfg: DictConfig

@@ -67,6 +67,20 @@ def checked_count(data: ImageDataModule, count: int | None) -> int:
     return total if count is None else count
 
 
+def open_metric(cfg: DictConfig, run: DictConfig, fabric: Fabric) -> Any:
+    """The metric that ``run`` names, on this process's device where it can be moved.
+
+    Raises:
+        ConfigError: It cannot, and there are several processes.
+    """
+    metric = make(run.metric)
+    if hasattr(metric, "to"):
+        return metric.to(fabric.device)
+    if fabric.world_size > 1:
+        raise ConfigError(f"metric {type(metric).__name__} runs on one process; leave out devices={cfg.devices}")
+    return metric
+
+
 def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[str, Any]:
     """What tells the reconstructions of this model and of the images that ``run`` names from others."""
     images = str(run.images) if run.images is not None else plain(run)["data"]
@@ -97,9 +111,13 @@ def reconstruct(cfg: DictConfig) -> None:
     refuse_existing(cfg, folder / "scores.json")
     fabric = start(cfg)
     autoencoder, run = open_autoencoder(cfg, fabric.device)
-    metric = make(run.metric).to(fabric.device)  # before the images: what does not fit is to be said at once
+    metric = open_metric(cfg, run, fabric)  # before the images: what does not fit is to be said at once
     data = open_data(run, autoencoder.image_size)
     count = checked_count(data, cfg.count)
+    if cfg.interpolations and min(count, cfg.grid_pairs) < 2:
+        raise ConfigError(
+            f"interpolations={cfg.interpolations} are between two images; raise grid_pairs={cfg.grid_pairs} or count"
+        )
     if hasattr(metric, "prepare"):
         metric.prepare(autoencoder.image_size, count)
     identity = model_identity(cfg, run, autoencoder)
@@ -113,6 +131,9 @@ def reconstruct(cfg: DictConfig) -> None:
         if not is_first:
             return
         save_config(run, folder)
+        for file in sorted((folder / "images").glob("*.png")) if cfg.png else ():
+            if file.stem.isdigit() and int(file.stem) >= count:  # of results that are replaced
+                file.unlink()
         if cfg.npz:
             write_npz(folder / "reconstructions.npz", parts, labels)
         write_grid(originals, parts, labels, folder)
@@ -148,7 +169,7 @@ def score_parts(
     """Gives this process's stretch of the pairs (originals of ``data``, reconstructions in ``parts``) to the metric.
 
     Returns:
-        The originals of the grid, uint8 n×3×H×W, on the first process, and the labels of all images.
+        The originals of the grid, uint8 n×3×H×W, on the first process (another may have none), and the labels of all images.
     """
     mine = stretch(parts.count, fabric.global_rank, fabric.world_size)
     shown: list[Tensor] = []
@@ -162,7 +183,7 @@ def score_parts(
         shares: list[Any] = [None] * fabric.world_size
         distributed.all_gather_object(shares, labels)
         labels = [label for share in shares for label in share]
-    return torch.cat(shown)[: cfg.grid_pairs], labels
+    return torch.cat(shown)[: cfg.grid_pairs] if shown else torch.empty(0), labels
 
 
 def write_grid(originals: Tensor, parts: Parts, labels: list[int] | None, folder: Path) -> None:
@@ -184,14 +205,9 @@ def write_interpolations(
 ) -> None:
     """``interpolations.png``: rows from one image to the next, decoded from points on the line between their latents.
 
-    Each row is between two of the originals, uint8 n×3×H×W; both ends are counted.
-
-    Raises:
-        ConfigError: There are fewer than two images.
+    Each row is between two of the originals, uint8 n×3×H×W, n ≥ 2; both ends are counted.
     """
     count = cfg.interpolations
-    if len(originals) < 2:
-        raise ConfigError(f"interpolations={count} are between two images; raise grid_pairs={cfg.grid_pairs} or count")
     with torch.no_grad():
         latents = autoencoder.encode(to_float(originals.to(device)))
         steps = torch.linspace(0, 1, count, device=device).reshape(-1, 1, 1, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -13,7 +12,7 @@ from rae.cli.config import plain, save_config
 from rae.cli.models import open_generator
 from rae.generator import Generator
 from rae.image import grid_scale, label_rows, make_grid, save_png, to_uint8
-from rae.io.files import write_json
+from rae.io.files import remove, write_json
 from rae.io.parts import Parts
 from rae.jobs.layouts import WRITERS, write_captions
 from rae.jobs.processes import first, start
@@ -47,13 +46,18 @@ def sample(cfg: DictConfig) -> None:
         "sheets": cfg.sheets,
         "latents": cfg.keep_latents,
         str(cfg.layout): cfg.layout is not None,
+        "interpolations.png": cfg.interpolations is not None,
     }
     with first(fabric) as is_first:
         if is_first and cfg.force:
             for name in ("samples.json", *asked, "parts"):
-                _remove(folder / name)
+                remove(folder / name)
     there = fabric.broadcast(finished(description, plan) if fabric.is_global_zero else None)
-    if there and all((folder / name).exists() for name, one in asked.items() if one):
+    missing = [name for name, one in asked.items() if one and not (folder / name).exists()]
+    if there and missing in ([], ["interpolations.png"]):
+        with first(fabric) as is_first:
+            if is_first and missing:
+                write_interpolations(cfg, generator, labels, folder)
         log.info("these %d samples are in %s already", len(labels), folder)
         return
 
@@ -77,7 +81,7 @@ def sample(cfg: DictConfig) -> None:
             write_interpolations(cfg, generator, labels, folder)
         write_json(description, {**plan, **how_sampled(cfg.labels, generator)})
         parts.remove()
-        made = {"grid.png": True, **asked, "interpolations.png": bool(cfg.interpolations)}
+        made = {"grid.png": True, **asked}
         log.info("%d images: %s are in %s", len(labels), ", ".join(name for name, one in made.items() if one), folder)
 
 
@@ -112,10 +116,3 @@ def write_interpolations(cfg: DictConfig, generator: Generator, labels: Wanted, 
     save_png(
         label_rows(rows, [str(label) for label in classes], cfg.interpolations, scale), folder / "interpolations.png"
     )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -93,6 +93,14 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     return path
 
 
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Says in words which values, as JSON holds them, differ between two plans, the first six; empty where none does."""
     found = [f"{key} was {_short(old)} and is now {_short(new)}" for key, old, new in differing(before, now)]

@@ -6,7 +6,6 @@ import copy
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from rae.io.files import remove
 from rae.training.checkpoint_io import StreamedCheckpointIO
 from rae.training.evaluation import Evaluation
 from rae.training.late import Late
@@ -238,7 +238,7 @@ class RunCheckpoint(PerStep, Checkpoint):
             self._point("best.ckpt", best[0])
         others = [old for old in sorted(self.folder.glob("step_*.ckpt")) if old not in {path, *best}]
         for old in others[: max(0, len(others) - self.keep + 1)]:
-            _remove(old)
+            remove(old)
         if first:
             files = path.rglob("*") if path.is_dir() else [path]
             size = sum(file.stat().st_size for file in files)
@@ -262,14 +262,9 @@ class RunCheckpoint(PerStep, Checkpoint):
         """
         for pattern in (".step_*.ckpt.*.tmp", ".last.ckpt.*", ".best.ckpt.*"):
             for file in self.folder.glob(pattern):
-                _remove(file)
+                remove(file)
         for file in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"):
-            _remove(file)
-
-
-def _remove(path: Path) -> None:
-    """Removes a file, a link or a folder."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove(file)
 
 
 def _writer(trainer: L.Trainer) -> StreamedCheckpointIO:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from rae.formats.run import find_checkpoint, read_checkpoint
 from rae.formats.shares import Shared, changed, write_rest, write_share
+from rae.io.files import remove
 from rae.layers import denoiser_blocks
 
 
@@ -100,9 +101,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         if not self.reduce_boolean_decision(failure is None, all=True):
             raise failure or OSError(f"{str(path)!r} is not written: another process could not write its share")
         if self.is_global_zero:
-            if path.is_dir():
-                shutil.rmtree(path)
-            path.unlink(missing_ok=True)
+            remove(path)
             begun.rename(path)
 
     # --- reading -----------------------------------------------------------------------------------------------

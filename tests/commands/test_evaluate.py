@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from rae.encoder import tiny_encoder
 from rae.flow import EulerSampler, FlowMatching, PublishedGrid
 from rae.generator import Generator
 from rae.io.errors import ConfigError
+from rae.io.parts import Parts
 from rae.jobs.images import open_images, open_pairs
 from rae.jobs.samples import latent_parts
 from rae.jobs.wanted import label_list
@@ -143,12 +146,55 @@ def test_rows_without_a_middle_are_refused_at_once(command, exported, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Counted:
+    """A metric with what docs/config.md asks for and no more; it counts pairs."""
+
+    takes_originals = True
+    identity: ClassVar = {"name": "counted"}
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.pairs = 0
+
+    def update(self, images: torch.Tensor, originals: torch.Tensor) -> None:
+        assert images.shape == originals.shape
+        self.pairs += len(images)
+
+    def compute(self) -> dict[str, float]:
+        return {"pairs": float(self.pairs)}
+
+
+@pytest.mark.parametrize(("command", "file"), [("reconstruct", "scores.json"), ("probe", "probe.json")])
+def test_pairs_are_scored_by_any_class_with_the_methods_of_a_metric(command, file, exported, samples, tmp_path):
+    given = [f"checkpoint={exported}", f"images={samples}/images", "count=3", "device=cpu", f"output_dir={tmp_path}"]
+    run(command, *given, replaced={"metric": {"_target_": f"{__name__}.Counted"}})
+    found = json.loads((tmp_path / file).read_text())
+    assert (found["scores"] if command == "reconstruct" else found["noise"][0])["pairs"] == 3
+
+
+def test_a_process_may_have_no_pairs(tmp_path, monkeypatch):
+    """Of one image, the second of two processes has none."""
+
+    def gather(shares: list, own: list) -> None:
+        shares[:] = [[7], own]
+
+    monkeypatch.setattr("rae.commands.reconstruct.distributed.all_gather_object", gather)
+    second = SimpleNamespace(world_size=2, global_rank=1)
+    data = SimpleNamespace(range_dataloader=lambda split, ranges: iter(()))
+    parts = Parts(tmp_path, {}, 1, 4, ".npy")
+    _, labels = score_parts(SimpleNamespace(grid_pairs=8), second, Counted(), data, parts)
+    assert labels == [7]
+
+
 def test_samples_that_are_there_are_kept_and_others_refused(exported, samples, tmp_path):
     small = ["classes=[1]", "png=false"]
     run("sample", *options_of(exported, tmp_path, *small))
     written = (tmp_path / "samples.npz").stat().st_mtime_ns
-    run("sample", *options_of(exported, tmp_path, *small, "batch_size=5"))
+    run("sample", *options_of(exported, tmp_path, *small, "batch_size=5", "interpolations=3"))
     assert (tmp_path / "samples.npz").stat().st_mtime_ns == written
+    assert Image.open(tmp_path / "interpolations.png").width > 3 * 32  # which was not asked for before
     with pytest.raises(ConfigError, match=r"holds other samples \(seed was 0 and is now 3\): force=true replaces"):
         run("sample", *options_of(exported, tmp_path, *small, "seed=3"))
     run("sample", *options_of(exported, tmp_path, *small, "seed=3", "force=true"))
