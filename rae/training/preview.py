@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rae.denoiser import Denoiser
 from rae.flow import Guidance, Sampler
 from rae.generator import Generator
 from rae.image import make_grid, save_png, to_float, to_pil, to_uint8
+from rae.training.per_step import at_least_one
 
 
 def generator_of(
@@ -23,6 +25,13 @@ def generator_of(
     """What draws with the networks of a stage-2 module."""
     parts = (module.autoencoder, module.denoiser, module.flow)
     return Generator(*parts, sampler, guidance, guide, text_encoder=module.text_encoder)
+
+
+def check_classes(classes: Sequence[int], module: Any, key: str) -> None:
+    """Raises ValueError for classes that the denoiser of a stage-2 module does not know; ``key`` names their key."""
+    total = int(module.denoiser.num_classes)
+    if wrong := [label for label in classes if not 0 <= label < total]:
+        raise ValueError(f"{key}: classes must lie in [0, {total - 1}] (denoiser.num_classes={total}), got {wrong[:8]}")
 
 
 class PicturePreview(L.Callback):
@@ -38,6 +47,7 @@ class PicturePreview(L.Callback):
 
     def __init__(self, folder: str | None = None, scale: int = 1, live: bool = False) -> None:
         super().__init__()
+        at_least_one("callbacks.preview", scale=scale)
         self.folder = folder
         self.scale = scale
         self.live = live
@@ -139,8 +149,10 @@ class SamplePreview(PicturePreview):
         self.seed = seed
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Raises ValueError where sampler or guidance do not go with the denoiser, before it is trained."""
+        """Raises ValueError where sampler, guidance or classes do not go with the denoiser, before it is trained."""
         generator_of(pl_module, self.sampler, self.guidance)
+        if pl_module.text_encoder is None and not isinstance(self.classes, int):
+            check_classes(self.classes, pl_module, "callbacks.preview")
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
         """One row a class."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -42,7 +43,7 @@ class StepProgress(ProgressBar):
     def total_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int | None:
         """Steps of the whole run; None where it has no end."""
         limits = [trainer.max_steps] if trainer.max_steps > 0 else []
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
             accumulate = int(getattr(pl_module, "accumulate", trainer.accumulate_grad_batches))
             limits.append(trainer.max_epochs * -(-int(trainer.num_training_batches) // accumulate))
         return min(limits, default=None)

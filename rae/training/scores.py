@@ -20,7 +20,7 @@ from rae.io.parts import stretch
 from rae.metric.several import update_arguments
 from rae.training.evaluation import Evaluation, Scores
 from rae.training.per_step import at_least_one
-from rae.training.preview import generator_of
+from rae.training.preview import check_classes, generator_of
 from rae.training.strategy import FullyShardedStrategy
 
 
@@ -154,13 +154,18 @@ class ScoreSamples(Evaluation):
         }
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuses numbers of steps that would differ: processes that share weights out would wait for each other for ever."""
+        """Refuses what cannot be drawn, before anything is trained.
+
+        Numbers of steps that differ do not go with shared weights: the processes would wait for each other for ever.
+        """
         if isinstance(trainer.strategy, FullyShardedStrategy) and getattr(self.sampler, "evaluations", 0) is None:
             raise ValueError(
                 f"callbacks.evaluation.sampler={type(self.sampler).__name__} takes as many steps as the samples call for, which "
                 "does not go with trainer=fsdp: choose a sampler with a fixed number, e.g. sampler=euler, or trainer=ddp"
             )
         generator_of(pl_module, self.sampler, self.guidance, self.guide)  # refuses what does not go together
+        if pl_module.text_encoder is None:
+            check_classes(self.classes or (), pl_module, "callbacks.evaluation")
         if getattr(self.sampler, "evaluations", None) is not None:
             self._evaluations = evaluations(self.sampler, self.guidance or NoGuidance(), pl_module.flow.shift)
         self._rule = "prompts" if pl_module.text_encoder is not None else "balanced"

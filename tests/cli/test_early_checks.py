@@ -16,6 +16,7 @@ from rae.io.errors import ConfigError
 from rae.metric import CallableDetector, MetricSet, ReferenceBuilder, write_reference
 from rae.metric import GenerationMetrics as GenerationScores
 from rae.metric import ReconstructionMetrics as ReconstructionScores
+from rae.training.preview import SamplePreview
 from rae.training.scores import ScoreReconstructions, ScoreSamples
 from tests.helpers.digits_runs import run
 from tests.helpers.small_models import make_generator
@@ -134,6 +135,8 @@ def test_reconstructions_are_not_made_for_a_metric_that_refuses_them(exported, t
     for command in ("evaluate", "reconstruct"):
         with pytest.raises(ValueError, match=r"images are 32×32, but reference .* is of images of 24×24"):
             run(command, *given, replaced={"metric": node})
+    with pytest.raises(ConfigError, match=r"interpolations=5 are between two images; raise grid_pairs=32 or count"):
+        run("reconstruct", *given, "interpolations=5")
 
 
 def test_training_does_not_begin_with_an_evaluation_that_must_fail(tmp_path):
@@ -146,6 +149,13 @@ def test_training_does_not_begin_with_an_evaluation_that_must_fail(tmp_path):
     for scores, message in cases:
         callback = ScoreSamples(scores, EulerSampler(FullGrid(3)), samples_per_class=2, every_n_steps=1)
         with pytest.raises(ValueError, match=message):
+            train(2, tmp_path, steps=1, callbacks=(ema_of(2), callback))
+    scores = GenerationScores(pooled(), reference_of(tmp_path / "fitting.npz", side=16), ["fid"])
+    for callback in (
+        ScoreSamples(scores, EulerSampler(FullGrid(3)), classes=[3, 4]),
+        SamplePreview(EulerSampler(FullGrid(3)), classes=[3, 4]),
+    ):
+        with pytest.raises(ValueError, match=r"classes must lie in \[0, 3\] \(denoiser\.num_classes=4\), got \[4\]"):
             train(2, tmp_path, steps=1, callbacks=(ema_of(2), callback))
     validation = reference_of(tmp_path / "validation.npz", kind="validation", side=24)
     for scores, count, message in (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -66,6 +68,13 @@ def test_lengths_in_epochs_keep_their_steps(stage, tmp_path):
             train(stage, tmp_path, batch=8, steps=12, module=module, checkpoint=last)
     trainer, _ = train(stage, tmp_path, batch=8, steps=12, checkpoint=last)  # all lengths are in steps
     assert trainer.global_step == 12
+
+
+def test_the_bar_of_data_that_do_not_end_ends_with_the_steps():
+    trainer = SimpleNamespace(max_steps=5, max_epochs=3, num_training_batches=math.inf, accumulate_grad_batches=1)
+    assert StepProgress().total_steps(trainer, make_module(2)) == 5
+    trainer.max_steps = -1
+    assert StepProgress().total_steps(trainer, make_module(2)) is None
 
 
 def test_what_a_module_says_comes_above_the_bar(capsys):
