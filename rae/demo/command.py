@@ -45,7 +45,8 @@ def main() -> None:
     folder: Path = arguments.output or Path(demo.FOLDER)
     print(demo.NOTE)
     start = time.perf_counter()
-    for title, command in demo.commands(folder, arguments.guidance or demo.GUIDANCE).items():
+    guidance = demo.GUIDANCE if arguments.guidance is None else arguments.guidance
+    for title, command in demo.commands(folder, guidance).items():
         seconds = run(title, command)
         print(f"  ({seconds:.0f} s)", flush=True)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -39,9 +39,8 @@ class DigitsScores:
         train, held_out = (DigitsDataset(split, image_size) for split in ("train", "held_out"))
         self.train_pixels, self.train_labels = _grey(train.images), np.asarray(train.labels)
         self.held_pixels, self.held_labels = _grey(held_out.images), np.asarray(held_out.labels)
-        classifier = importlib.import_module(
-            "sklearn.neural_network"
-        ).MLPClassifier  # an extra: digits refuse without it
+        # An extra: digits refuse without it.
+        classifier = importlib.import_module("sklearn.neural_network").MLPClassifier
         self.judge = classifier((hidden,), alpha=1e-2, max_iter=400, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the iteration limit is deliberate
@@ -57,15 +56,18 @@ class DigitsScores:
         """Adds samples uint8 B×3×H×W, H = W = ``image_size``, with the digits that they should show, B; in any order.
 
         Raises:
-            ValueError: Images that are no bytes or of another size, or samples without labels.
+            ValueError: Images that are no bytes or of another size, samples without labels, or labels that are no digits.
         """
         if labels is None:
             raise ValueError("samples without labels cannot be judged: give an .npz with arr_1, or a run")
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, self.image_size, self.image_size):
             side = self.image_size
             raise ValueError(f"images must be uint8 B×3×{side}×{side}, got {images.dtype} {tuple(images.shape)}")
+        digits = np.asarray(labels)
+        if wrong := np.setdiff1d(digits, range(10)).tolist():
+            raise ValueError(f"labels must be digits, 0 to 9, got {wrong[:8]}")
         self._images.append(_grey(images))
-        self._labels.append(np.asarray(labels))
+        self._labels.append(digits)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
         """Hidden activations N×hidden of the judge for grey values N×64 in [0, 16]."""
@@ -77,8 +79,9 @@ class DigitsScores:
         Returns:
             ``judge_accuracy`` (of the judge on held-out digits), ``accuracy`` of the samples and of the worst class,
             ``frechet`` to the held-out digits and its yardstick ``frechet_real`` (as many real training digits of the same
-            classes), median nearest-neighbour distances to the training digits (samples, held-out digits, and the share of
-            samples closer than any held-out digit), and the mean distance within a class (samples, real digits).
+            classes, or all where there are fewer), median nearest-neighbour distances to the training digits (samples, held-out
+            digits, and the share of samples closer than any held-out digit), and the mean distance within a class (samples, real
+            digits).
 
         Raises:
             ValueError: Nothing was added.
@@ -88,12 +91,10 @@ class DigitsScores:
         samples, labels = np.concatenate(self._images), np.concatenate(self._labels)
         right = self.judge.predict(samples / _PEAK) == labels
         rng = np.random.default_rng(self.seed)
-        chosen = np.concatenate(
-            [
-                rng.choice(np.flatnonzero(self.train_labels == digit), count, replace=False)
-                for digit, count in zip(*np.unique(labels, return_counts=True), strict=True)
-            ]
-        )
+        chosen = []
+        for digit, count in zip(*np.unique(labels, return_counts=True), strict=True):
+            real = np.flatnonzero(self.train_labels == digit)
+            chosen.append(rng.choice(real, min(count, len(real)), replace=False))
         held = self.features(self.held_pixels)
         nearest_sample = _nearest(samples, self.train_pixels)
         nearest_held = _nearest(self.held_pixels, self.train_pixels)
@@ -102,7 +103,7 @@ class DigitsScores:
             "accuracy": float(right.mean()),
             "accuracy_worst_class": float(min(right[labels == digit].mean() for digit in np.unique(labels))),
             "frechet": _frechet(self.features(samples), held),
-            "frechet_real": _frechet(self.features(self.train_pixels[chosen]), held),
+            "frechet_real": _frechet(self.features(self.train_pixels[np.concatenate(chosen)]), held),
             "nearest_train_samples": float(np.median(nearest_sample)),
             "nearest_train_held_out": float(np.median(nearest_held)),
             "share_nearer_than_any_held_out": float((nearest_sample < nearest_held.min()).mean()),

@@ -62,3 +62,11 @@ def test_bad_input_is_refused_in_words(scores: DigitsScores):
         scores.update(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), None)
     with pytest.raises(ValueError, match=r"B×3×32×32.*\(1, 3, 28, 28\)"):
         scores.update(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"labels must be digits, 0 to 9, got \[10, 11\]"):
+        scores.update(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.tensor([11, 3, 10]))
+
+
+def test_there_may_be_more_samples_of_a_digit_than_real_ones(scores: DigitsScores):
+    noise = torch.randint(0, 256, (400, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    scores.update(noise, torch.arange(400) % 2)
+    assert 0 < scores.compute()["frechet_real"] < float("inf")
