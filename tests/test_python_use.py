@@ -33,9 +33,10 @@ def test_an_export_is_loaded_with_what_it_was_exported_with_unless_told(tmp_path
     assert isinstance(again.sampler, HeunSampler)
     assert again.guidance.scale == 2.0
     assert torch.equal(again([0], seed=1), generator([0], seed=1))
-    other = rae.load(str(tmp_path / "export"), ["guidance=none"], encode=False)
-    assert isinstance(other.guidance, NoGuidance)
-    assert isinstance(other.sampler, HeunSampler)
+    for overrides in (["guidance=none"], "guidance=none"):
+        other = rae.load(str(tmp_path / "export"), overrides, encode=False)
+        assert isinstance(other.guidance, NoGuidance)
+        assert isinstance(other.sampler, HeunSampler)
 
 
 def test_loading_says_what_is_wrong(tmp_path):

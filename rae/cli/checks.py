@@ -10,6 +10,7 @@ from pathlib import Path
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from rae.cli.compose import walk
 from rae.io.describe import targets_of
 from rae.io.errors import ConfigError, no_train_path
 from rae.io.references import reference_file
@@ -51,20 +52,8 @@ GIVEN = {
     "scores": "a scores.json of rae-evaluate or rae-reconstruct",
 }
 """What keys of files and folders take."""
-WEIGHT_FILES = (
-    "encoder.checkpoint",
-    "alignment.encoder.checkpoint",
-    "text_encoder.checkpoint",
-    "discriminator.checkpoint",
-    "loss.perceptual.vgg_checkpoint",
-    "vgg_checkpoint",
-    *(
-        f"{metric}{network}"
-        for metric in ("metric.", "callbacks.evaluation.metric.", "")
-        for network in ("perceptual.vgg_checkpoint", "detector.checkpoint", "detector.encoder.checkpoint")
-    ),
-)
-"""Keys of local files with a frozen network's weights."""
+_FROZEN = ("alignment", "callbacks.evaluation", "detector", "discriminator", "encoder", "metric", "text_encoder")
+"""Where frozen networks stand in a configuration."""
 _WITHOUT_WEIGHTS = ("cost", "download", "convert_config")
 """Commands that read no weights."""
 _TRAINS_ON = ("train", "stats", "cache_latents")
@@ -79,6 +68,13 @@ def _check_packages(cfg: DictConfig, config: str) -> None:
         raise ConfigError('to=onnx needs onnx and onnxscript, which are not installed: pip install "rae[onnx]"')
 
 
+def weight_files(cfg: DictConfig) -> list[str]:
+    """Keys of local files with a frozen network's weights."""
+    keys = [key for key, _ in walk(cfg)]
+    frozen = [key for key in keys if key.startswith(_FROZEN) and key.endswith(".checkpoint")]
+    return [*frozen, *(key for key in keys if key.endswith("vgg_checkpoint"))]
+
+
 def _check_weights(cfg: DictConfig) -> None:
     """Raises FileNotFoundError where a trained model or a frozen network's weight file is named and not there."""
     for key in MODELS:
@@ -90,7 +86,7 @@ def _check_weights(cfg: DictConfig) -> None:
             raise FileNotFoundError(
                 f"{key}: checkpoint {value!r} does not exist{hint}: give a trained run's folder or a .ckpt file"
             )
-    for key in WEIGHT_FILES:
+    for key in weight_files(cfg):
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and not Path(value).expanduser().is_file():
             raise FileNotFoundError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rae.cli.checks import GIVEN, MODELS, WEIGHT_FILES, data_sets
+from rae.cli.checks import GIVEN, MODELS, data_sets, weight_files
 from rae.cli.compose import walk
 from rae.cli.groups import command_files, conf_dir, documented
 from rae.io.describe import completed
@@ -17,7 +17,7 @@ from rae.io.errors import ConfigError
 from rae.io.files import differing, write_text
 
 _PATHS = (
-    *(*MODELS, *WEIGHT_FILES, "latent.stats", *GIVEN, "labels", "images", "synsets", "source"),
+    *(*MODELS, "latent.stats", *GIVEN, "labels", "images", "synsets", "source"),
     *("metric.reference", "callbacks.evaluation.metric.reference"),
 )
 _OF_DATA = ("train_path", "val_path", "repo")
@@ -48,7 +48,7 @@ def comment_of(key: str, config: str) -> str:
 def absolute_paths(cfg: DictConfig) -> None:
     """Makes the paths that a run depends on absolute, so that its config.yaml serves from any directory."""
     inner = [f"{key}.{name}" for key in data_sets(cfg.get("data")) for name in _OF_DATA]
-    for key in (*_PATHS, *inner):
+    for key in (*_PATHS, *weight_files(cfg), *inner):
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and "://" not in value and Path(value).expanduser().exists():
             OmegaConf.update(cfg, key, str(Path(value).expanduser().resolve()))

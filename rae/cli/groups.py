@@ -59,22 +59,22 @@ def chosen_in(file: Path) -> dict[str, Any]:
 
 
 def _with_bases(file: Path) -> list[Path]:
-    bases = [base for base in _defaults(file) if base != "_self_"]
+    """A file of a group behind the files of it that its defaults list names."""
+    bases = [base for base in _defaults(file) if isinstance(base, str) and base != "_self_"]
     return [*(found for base in bases for found in _with_bases(file.with_name(f"{base}.yaml"))), file]
 
 
 def _defaults(file: Path) -> list[Any]:
-    return list(yaml.safe_load(file.read_text()).get("defaults", [])) if file.is_file() else []
+    return list((yaml.safe_load(file.read_text()) or {}).get("defaults", [])) if file.is_file() else []
 
 
 def read_choice(group: str, choice: str) -> dict[str, Any]:
     """The content of a choice's file over that of the bases that its defaults list names; interpolations stay."""
-    content = yaml.safe_load((conf_dir() / group / f"{choice}.yaml").read_text()) or {}
     merged: dict[str, Any] = {}
-    for base in content.pop("defaults", []):
-        if isinstance(base, str) and base != "_self_":
-            merged |= read_choice(group, base)
-    return merged | content
+    for file in _with_bases(conf_dir() / group / f"{choice}.yaml"):
+        merged |= yaml.safe_load(file.read_text()) or {}
+    merged.pop("defaults", None)
+    return merged
 
 
 def normalise(overrides: Iterable[str]) -> list[str]:

@@ -112,7 +112,7 @@ def _run(cfg: DictConfig, config: str, target: str, program: str, complete: bool
     """Runs one job; returns its error, already reported, so that the other jobs of a sweep still run."""
     job = HydraConfig.get()
     sweeping = job.mode == RunMode.MULTIRUN
-    cfg.output_dir = job.runtime.output_dir if sweeping else str(Path(cfg.output_dir).expanduser().resolve())
+    cfg.output_dir = job.runtime.output_dir if sweeping else str(Path(str(cfg.output_dir)).expanduser().resolve())
     arguments, environment = sys.argv, dict(os.environ)
     # Processes that a strategy starts repeat the command line: in a sweep, for them it is this one job's.
     repeated = arguments[1:]

@@ -38,6 +38,7 @@ def load(source: str | Path, overrides: Sequence[str] = (), encode: bool = True)
         ConfigError: An unknown override, or something else must be given too.
         ValueError: The weights do not fit.
     """
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     published = str(source) in config_groups()["model"] and not Path(source).exists()
     cfg = compose("sample", [f"model={source}", *overrides] if published else overrides)
     if not published:

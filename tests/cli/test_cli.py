@@ -35,6 +35,12 @@ def test_help_explains_groups_and_shows_examples(command, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_may_be_named_by_a_number(tmp_path):
+    result = run("sample", "checkpoint=absent", "output_dir=2024", folder=tmp_path)
+    assert "checkpoint 'absent' does not exist" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_misspelt_override_is_answered_in_one_line(tmp_path):
     result = run("train", "optimiser.lr=1", folder=tmp_path)
     assert result.returncode == 2

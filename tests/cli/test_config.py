@@ -13,6 +13,7 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from rae.cli.checks import weight_files
 from rae.cli.compose import walk
 from rae.cli.config import absolute_paths, check_complete, check_same_run, plain, save_config
 from rae.cli.errors import compose
@@ -341,6 +342,8 @@ def test_float32_matrices_are_multiplied_as_the_key_says():
         ("evaluate", ("metric=reconstruction",), "metric.perceptual.vgg_checkpoint"),
         ("evaluate", ("metric=fd_clip",), "metric.detector.encoder.checkpoint"),
         ("evaluate", ("metric=adm",), "metric.detector.checkpoint"),
+        ("evaluate", ("metric=clip_score",), "metric.checkpoint"),
+        ("evaluate", ("metric=all",), "metric.dinov2.detector.encoder.checkpoint"),
         ("reference", (), "detector.checkpoint"),
     ],
 )
@@ -350,3 +353,4 @@ def test_files_are_found_from_any_folder(root, overrides, key, tmp_path, monkeyp
     cfg = compose(root, [*overrides, f"{key}=weights.pt"])
     absolute_paths(cfg)
     assert OmegaConf.select(cfg, key) == str(tmp_path / "weights.pt")
+    assert key in weight_files(cfg)
