@@ -174,6 +174,13 @@ def test_pairs_are_scored_by_any_class_with_the_methods_of_a_metric(command, fil
     assert (found["scores"] if command == "reconstruct" else found["noise"][0])["pairs"] == 3
 
 
+def test_fewer_reconstructions_take_the_place_of_more(exported, samples, tmp_path):
+    given = [f"checkpoint={exported}", f"images={samples}/images", "png=true", "device=cpu", f"output_dir={tmp_path}"]
+    for count in (3, 2):
+        run("reconstruct", *given, f"count={count}", "force=true")
+    assert sorted(file.name for file in (tmp_path / "images").iterdir()) == ["000000.png", "000001.png"]
+
+
 def test_a_process_may_have_no_pairs(tmp_path, monkeypatch):
     """Of one image, the second of two processes has none."""
 
