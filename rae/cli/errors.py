@@ -77,7 +77,11 @@ def blame(text: str, overrides: Iterable[str]) -> str:
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         value = value.strip("'\"")
-        whole = re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) and value not in ("null", "none", "true", "false")
+        if value in ("null", "none", "true", "false"):
+            continue
+        # Lists hold other numbers, say of samples.
+        searched = re.sub(r"\[[^]]*\]", "", text) if value.isdigit() else text
+        whole = re.search(rf"(?<!\w){re.escape(value)}(?!\w)", searched)
         named = whole or ("/" in value and str(Path(value).resolve()) in text)
         if len(value) > 1 and named and key.rpartition(".")[2] not in text:
             return f"{key}={value}: {text}"

@@ -135,6 +135,8 @@ def test_a_message_that_names_the_value_alone_is_given_its_key():
     assert blame("/etc is no folder", ["checkpoint=/../etc"]) == "checkpoint=/../etc: /etc is no folder"
     for text in ("dtype='float16' is unknown", "null for no base head"):
         assert blame(text, ["data.batch_size=16", "class_names=null"]) == text
+    assert blame("250 is not divisible by 16", ["image_size=250"]) == "image_size=250: 250 is not divisible by 16"
+    assert blame("norm is nan (samples [16, 17])", ["data.batch_size=16"]) == "norm is nan (samples [16, 17])"
     assert blame("'a b' cannot be read", overrides) == "images=a b: 'a b' cannot be read"
     for text in ("checkpoint '../../etc' is no folder", "seven are missing", "7 are missing"):
         assert blame(text, overrides) == text
