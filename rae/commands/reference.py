@@ -16,6 +16,7 @@ from rae.cli.build import check_images, keep_still, make
 from rae.cli.checks import refuse_existing
 from rae.cli.config import save_config
 from rae.io.parts import stretch
+from rae.io.references import reference_file
 from rae.jobs.processes import first, start
 from rae.metric import Reference, ReferenceBuilder, read_reference, write_reference
 
@@ -103,5 +104,5 @@ def _keep(kept: np.memmap, builder: ReferenceBuilder, images: Tensor, index: Ten
 
 
 def _stored_images(source: str) -> Any:
-    with np.load(Path(source).expanduser()) as file:
+    with np.load(reference_file(source, "source")[0]) as file:
         return file["arr_0"]

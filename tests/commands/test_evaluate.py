@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rae.autoencoder import RAE
+from rae.commands.reconstruct import score_parts
 from rae.data.shards import read_index
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH
@@ -179,6 +180,14 @@ def test_fewer_reconstructions_take_the_place_of_more(exported, samples, tmp_pat
     for count in (3, 2):
         run("reconstruct", *given, f"count={count}", "force=true")
     assert sorted(file.name for file in (tmp_path / "images").iterdir()) == ["000000.png", "000001.png"]
+
+
+def test_the_images_of_a_published_reference_are_found_by_its_name(samples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "references").mkdir()
+    np.savez(tmp_path / "references" / "val256.npz", arr_0=pixels(samples))
+    run("reference", "source=val256", "images=true", "name=again", "device=cpu", f"output_dir={tmp_path}")
+    assert np.array_equal(np.load(tmp_path / "again.npz")["arr_0"], pixels(samples))
 
 
 def test_a_process_may_have_no_pairs(tmp_path, monkeypatch):
