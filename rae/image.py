@@ -36,7 +36,9 @@ def check_finite(values: Tensor, what: str) -> None:
     """Raises ValueError where one of ``what``, B×…, holds NaN or infinity: as bytes it would be black or white without a word."""
     bad = int((~values.isfinite()).flatten(1).any(1).sum())
     if bad:
-        raise ValueError(f"{bad} of {len(values)} {what} hold NaN or infinity; try precision=32-true, then check the weights")
+        raise ValueError(
+            f"{bad} of {len(values)} {what} hold NaN or infinity; try precision=32-true, then check the weights"
+        )
 
 
 def to_float(images: Tensor) -> Tensor:
