@@ -17,7 +17,7 @@ from rae.encoder.text import TextEncoder
 from rae.flow import FlowMatching, Guidance, NoGuidance, Sampler, check_guidance
 from rae.image import to_pil, to_uint8
 from rae.io.export import Exportable
-from rae.layers import trusted
+from rae.layers import unchecked
 from rae.prompts import Classes, beside_null, check_negative_prompt, check_text_encoder, checked_prompts, labels_of
 from rae.rng import arc, normal, sample_seed
 
@@ -243,7 +243,7 @@ class Generator(Exportable, nn.Module):
             if on_step is not None:
                 on_step(step, t, self.denoiser.split(state)[0])
 
-        with trusted():
+        with unchecked():
             state = self.sampler.sample(velocity, noise, shift=self.flow.shift, step_noise=step_noise, on_step=seen)
         return self.denoiser.split(state)[0]
 

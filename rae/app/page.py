@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rae.app.viewer import GUIDANCES, Viewer, whole, within
+from rae.app.viewer import GUIDANCES, Viewer, checked_integer, within
 from rae.cli.errors import describe, is_expected
 from rae.flow import AdaptiveSampler
 from rae.report.table import markdown
@@ -220,8 +220,8 @@ def _samples(viewer: Viewer, limits: Limits) -> None:
         def on_progress(done: int, total: int, doing: str) -> None:
             progress((done, total), desc=doing, unit="steps")
 
-        whole("count", count, 1, limits.max_count)  # a request need not come from the sliders
-        chosen = None if adaptive else whole("steps", steps, 1, most)
+        checked_integer("count", count, 1, limits.max_count)  # a request need not come from the sliders
+        chosen = None if adaptive else checked_integer("steps", steps, 1, most)
         within("guidance scale", scale, min(1, strength), strongest)
         images = viewer.sample(told, guidance, scale, chosen, seed, count, on_progress, away or None)
         guided = "" if guidance == "none" else f", {guidance} {scale:g}"

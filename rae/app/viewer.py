@@ -167,9 +167,9 @@ class Viewer:
         """
         generator = self._set(guidance, scale, steps, negative_prompt or None)
         if generator.text_encoder is None:
-            told = whole("class", told, 0, generator.num_classes - 1)
-        seed = whole("seed", seed, 0)
-        count = whole("count", count, 1)
+            told = checked_integer("class", told, 0, generator.num_classes - 1)
+        seed = checked_integer("seed", seed, 0)
+        count = checked_integer("count", count, 1)
         length = generator.sampler.calls
         starts = range(0, count, self.batch_size)
         images = []
@@ -201,7 +201,7 @@ class Viewer:
             chosen = own.guidance.with_scale(scale)
         else:
             chosen = kind(float(scale), own.guidance.interval)
-        sampler = own.sampler if steps is None else own.sampler.with_steps(whole("steps", steps, 1))
+        sampler = own.sampler if steps is None else own.sampler.with_steps(checked_integer("steps", steps, 1))
         if negative_prompt is not None and "null" not in chosen.needs:
             raise ValueError("a negative prompt needs guidance=cfg, which steers away from it")
         parts: dict[str, Any] = {"text_encoder": own.text_encoder, "negative_prompt": negative_prompt}
@@ -223,7 +223,7 @@ class Viewer:
         return computing(self.precision, self.device)
 
 
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+def checked_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """A whole number (3.0 counts as one) within a range, both ends included.
 
     Raises:

@@ -118,7 +118,7 @@ def check_images(cfg: DictConfig, what: str) -> None:
         )
 
 
-def keep_still(data: DictConfig, **values: Any) -> None:
+def without_flips(data: DictConfig, **values: Any) -> None:
     """Sets in the configuration of a data set that its images are never mirrored, and further ``values``, e.g. ``exact=True``.
 
     A key that the data set does not have is passed over: it has nothing of the kind to switch off.

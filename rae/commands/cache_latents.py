@@ -12,7 +12,7 @@ import torch
 from lightning import Fabric
 from omegaconf import DictConfig
 
-from rae.cli.build import check_images, keep_still, make
+from rae.cli.build import check_images, make, without_flips
 from rae.cli.config import save_config
 from rae.commands.stats import describe_data
 from rae.data import ImageDataModule
@@ -38,7 +38,7 @@ def check(cfg: DictConfig) -> None:
     check_images(cfg, "latents")
     if cfg.text and cfg.text_encoder is None:
         raise ConfigError("text=true needs text_encoder=…, e.g. text_encoder=qwen3_0_6b, whose features are kept")
-    keep_still(cfg.data)
+    without_flips(cfg.data)
 
 
 def required_bytes(cfg: DictConfig, shape: tuple[int, ...], images: int) -> int:

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rae.cli.build import build_module, make
-from rae.cost import Card, Plan, Step, on_paper, optimizer_ratio, parameters, shares, static_memory, training_step
+from rae.cost import Card, Plan, Step, optimizer_ratio, parameters, shares, static_memory, to_meta, training_step
 from rae.cost.steps import decoding, denoising, evaluate_once
 from rae.flow import FlowMatching, evaluations
 from rae.io.files import write_json
@@ -69,7 +69,7 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
         module: Any = build_module(without_weights(cfg))
         if cfg.get("teacher_checkpoint") is not None:  # it counts as one of the denoiser's own size
             module.teacher = Teacher(make(cfg.denoiser), FlowMatching())
-        module = on_paper(module)
+        module = to_meta(module)
     networks = _networks(module)
     cached = str(cfg.data["_target_"]).endswith("LatentsDataModule")
     step = training_step(module, int(cfg.image_size), autocast, cached)
@@ -200,7 +200,7 @@ def _sampling(
         flops["denoiser"] += calls["base"] * denoising(module.denoiser, autocast, base=True).forward
     if calls["guide"]:
         with torch.device("meta"):
-            guide: Any = on_paper(make(cfg.guide))
+            guide: Any = to_meta(make(cfg.guide))
         flops["guide"] = calls["guide"] * denoising(guide, autocast).forward
     total = sum(flops.values())
     return {

@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from rae.cli.build import keep_still, make
+from rae.cli.build import make, without_flips
 from rae.cli.checks import check_metric, refuse_existing
 from rae.cli.config import save_config
+from rae.commands.reconstruct import open_metric
 from rae.commands.sources import Source, from_latents, open_source
 from rae.image import to_uint8
 from rae.io.errors import ConfigError
@@ -69,11 +70,7 @@ def evaluate(cfg: DictConfig) -> None:
     check_given(cfg)
     refuse_existing(cfg, folder / ("scores.json" if cfg.latents is None else "decoders.csv"))
     fabric = start(cfg)
-    metric = make(cfg.metric)  # before the images: what does not fit is to be said at once
-    if hasattr(metric, "to"):
-        metric = metric.to(fabric.device)
-    elif fabric.world_size > 1:
-        raise ConfigError(f"metric {type(metric).__name__} runs on one process; leave out devices={cfg.devices}")
+    metric = open_metric(cfg, cfg, fabric)  # before the images: what does not fit is to be said at once
     if cfg.latents is not None:
         _compare_decoders(cfg, fabric, metric, folder)
         return
@@ -154,7 +151,7 @@ def training_images(cfg: DictConfig, run: DictConfig) -> Iterator[Tensor]:
     if OmegaConf.select(run, "data._target_") is None or str(node["_target_"]).endswith(".LatentsDataModule"):
         raise ConfigError("the model does not name training images: add neighbours_of=… (an .npz, a folder or shards)")
     node = node.copy()
-    keep_still(node, mode="center_crop", batch_size=cfg.batch_size)
+    without_flips(node, mode="center_crop", batch_size=cfg.batch_size)
     data = make(node)
     data.setup("fit")
     for batch in data.range_dataloader("train", [range(data.samples("train"))]):

@@ -19,10 +19,11 @@ from rae.cli.models import open_autoencoder
 from rae.data import ImageDataModule, ImageFolderDataModule, ShardsDataModule
 from rae.image import grid_scale, make_grid, save_png, to_float, to_uint8
 from rae.io.errors import ConfigError
-from rae.io.parts import Parts, stretch
+from rae.io.parts import Parts, share_range
 from rae.io.tensors import state_hash
 from rae.jobs.processes import batches_of, begin, first, start
 from rae.jobs.samples import check_interpolations, pick, save_part, write_npz
+from rae.metric import check_contract
 from rae.metric.functional import psnr
 from rae.metric.protocol import protocol_of
 from rae.report.table import table, versions, write_scores
@@ -72,8 +73,10 @@ def open_metric(cfg: DictConfig, run: DictConfig, fabric: Fabric) -> Any:
 
     Raises:
         ConfigError: It cannot, and there are several processes.
+        ValueError: It is no metric, see :func:`rae.metric.check_contract`.
     """
     metric = make(run.metric)
+    check_contract(metric)
     if hasattr(metric, "to"):
         return metric.to(fabric.device)
     if fabric.world_size > 1:
@@ -171,7 +174,7 @@ def score_parts(
     Returns:
         The originals of the grid, uint8 n×3×H×W, on the first process (another may have none), and the labels of all images.
     """
-    mine = stretch(parts.count, fabric.global_rank, fabric.world_size)
+    mine = share_range(parts.count, fabric.global_rank, fabric.world_size)
     shown: list[Tensor] = []
     labels: list[int] = []
     for batch in data.range_dataloader("val", [mine]):

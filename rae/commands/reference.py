@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from rae.cli.build import check_images, keep_still, make
+from rae.cli.build import check_images, make, without_flips
 from rae.cli.checks import refuse_existing
 from rae.cli.config import save_config
-from rae.io.parts import stretch
+from rae.io.parts import share_range
 from rae.io.references import reference_file
 from rae.jobs.processes import first, start
 from rae.metric import Reference, ReferenceBuilder, read_reference, write_reference
@@ -58,7 +58,7 @@ def build(cfg: DictConfig, fabric: Fabric) -> tuple[Reference, np.ndarray | None
         ConfigError: The data are no images, or others in every epoch.
     """
     check_images(cfg, "references")
-    keep_still(cfg.data, exact=True, fast_decode=False)  # the published statistics are of Pillow's pixels, unflipped
+    without_flips(cfg.data, exact=True, fast_decode=False)  # the published statistics are of Pillow's pixels, unflipped
     kind = cfg.kind or ("training" if cfg.split == "train" else "validation")
     data = make(cfg.data)
     data.setup("fit" if cfg.split == "train" else "validate")
@@ -66,7 +66,7 @@ def build(cfg: DictConfig, fabric: Fabric) -> tuple[Reference, np.ndarray | None
     detector = make(cfg.detector)
     builder = ReferenceBuilder(detector, kind, cfg.data.get("mode"), total, min(cfg.kept, total)).to(fabric.device)
     kept = _open_scratch(cfg, fabric, builder, data.image_size) if cfg.images and builder.kept else None
-    mine = stretch(total, fabric.global_rank, fabric.world_size)
+    mine = share_range(total, fabric.global_rank, fabric.world_size)
     with tqdm(total=len(mine), desc="features", unit=" image", disable=not fabric.is_global_zero) as bar:
         for batch in data.range_dataloader(cfg.split, [mine]):
             builder.update(batch["image"], batch["index"])

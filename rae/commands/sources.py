@@ -23,7 +23,7 @@ from rae.generator import computing
 from rae.image import to_uint8
 from rae.io.errors import ConfigError
 from rae.io.files import changes
-from rae.io.parts import Parts, share, stretch
+from rae.io.parts import Parts, share, share_range
 from rae.jobs.images import describe_samples, open_images, open_pairs
 from rae.jobs.samples import Wanted, draw, latent_parts, plan_of, read_parts
 from rae.jobs.wanted import how_sampled, prompt_list, wanted
@@ -124,7 +124,7 @@ def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., Non
     identity = {"samples": model_identity(cfg, run, autoencoder)}
 
     def of(numbers: range, alone: Mapping[str, Source]) -> Source:
-        part = stretch(len(numbers), fabric.global_rank, fabric.world_size)
+        part = share_range(len(numbers), fabric.global_rank, fabric.world_size)
         batches = data.range_dataloader("val", [numbers[part.start : part.stop]])
         pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
         return Source(((pair, {}) for pair in pairs), len(part), identity, run, alone=alone)

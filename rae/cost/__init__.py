@@ -1,7 +1,7 @@
 """What training and sampling cost: parameters, floating-point operations, memory, hours on a card."""
 
 from rae.cost.budget import Card, Memory, Plan, optimizer_ratio, static_memory
-from rae.cost.meter import Work, measure, on_paper, parameters, shares
+from rae.cost.meter import Work, measure, parameters, shares, to_meta
 from rae.cost.steps import Piece, Step, training_step
 
 __all__ = [
@@ -12,10 +12,10 @@ __all__ = [
     "Step",
     "Work",
     "measure",
-    "on_paper",
     "optimizer_ratio",
     "parameters",
     "shares",
     "static_memory",
+    "to_meta",
     "training_step",
 ]

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from rae.layers import trusted
+from rae.layers import unchecked
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -125,11 +125,11 @@ def _mode() -> FakeTensorMode:
 @contextmanager
 def _fake() -> Iterator[None]:
     """Inside, every new tensor has a shape and no values, and values are not looked at."""
-    with _mode(), trusted():
+    with _mode(), unchecked():
         yield
 
 
-def on_paper(network: nn.Module) -> nn.Module:
+def to_meta(network: nn.Module) -> nn.Module:
     """Replaces all weights, their gradients and buffers by ones without values; in place. Best of a module made on ``meta``."""
     with _mode():
         for module in network.modules():

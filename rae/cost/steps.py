@@ -68,7 +68,7 @@ class Step:
 
 
 def training_step(module: Any, size: int, precision: torch.dtype | None = None, cached: bool = False) -> Step:
-    """Measures the step of a training module without values (:func:`~rae.cost.on_paper`), which no Trainer can use any more.
+    """Measures the step of a training module without values (:func:`~rae.cost.to_meta`), which no Trainer can use any more.
 
     Args:
         module: A module of stage 0, 1 or 2.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from rae.data.sampler import Key, Position, ShardedBatchSampler
-from rae.io.parts import stretch
+from rae.io.parts import share_range
 from rae.rng import sample_seed
 
 
@@ -131,7 +131,7 @@ class MixtureBatchSampler(Sampler[list[Key]]):
         for batch in range(start, len(self)):
             chosen = range(batch * units, (batch + 1) * units)
             keys = [key for unit in chosen for key in self._keys(int(dealt[unit]), int(turns[unit]), size)]
-            yield [keys[number] for number in stretch(len(keys), self.rank, self.num_replicas)]
+            yield [keys[number] for number in share_range(len(keys), self.rank, self.num_replicas)]
 
     def _keys(self, source: int, turn: int, size: int) -> list[Key]:
         """A source's ``turn``-th group of ``size`` samples."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from rae.io.parts import stretch
+from rae.io.parts import share_range
 from rae.rng import sample_seed
 
 Key = tuple[int, int]
@@ -101,7 +101,7 @@ class ShardedBatchSampler(Sampler[list[Key]]):
             first, last = number * self.global_batch_size, (number + 1) * self.global_batch_size
             if number == len(self) - 1 and not self.drop_last:
                 last = self.length
-            yield [(epoch, order[first + n]) for n in stretch(last - first, self.rank, self.num_replicas)]
+            yield [(epoch, order[first + n]) for n in share_range(last - first, self.rank, self.num_replicas)]
 
 
 class RangeBatchSampler(Sampler[list[Key]]):

@@ -16,7 +16,7 @@ from rae.layers import (
     TimeEmbedding,
     check_time,
     grid_to_tokens,
-    may_look,
+    should_check,
 )
 
 
@@ -136,7 +136,7 @@ class Denoiser(Described, nn.Module):
         if r is not None and r.shape != t.shape:
             raise ValueError(f"r must hold one value a sample, as t does: t {tuple(t.shape)}, r {tuple(r.shape)}")
         self.condition.check(conditions, x_t.shape[0])
-        if may_look(x_t):
+        if should_check(x_t):
             check_time(t)
             if r is not None and not (r.min() >= 0 and (r <= t).all()):
                 raise ValueError(f"r must lie in [0, t], got r={r.tolist()[:8]} for t={t.tolist()[:8]}")

@@ -54,8 +54,8 @@ class DiffAugment:
         """Shifts by whole pixels, at most ``translation`` of the side, over zeros."""
         batch, channels, height, width = x.shape
         most_down, most_across = (int(side * self.translation + 0.5) for side in (height, width))
-        rows = torch.arange(height, device=x.device) + _whole(down, most_down)[:, None]  # B×H
-        columns = torch.arange(width, device=x.device) + _whole(across, most_across)[:, None]  # B×W
+        rows = torch.arange(height, device=x.device) + _to_whole_pixels(down, most_down)[:, None]  # B×H
+        columns = torch.arange(width, device=x.device) + _to_whole_pixels(across, most_across)[:, None]  # B×W
         inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[
             :, None, None, :
         ]
@@ -72,6 +72,6 @@ class DiffAugment:
         return x * ~(rows[:, None, :, None] & columns[:, None, None, :])
 
 
-def _whole(draw: Tensor, most: int) -> Tensor:
+def _to_whole_pixels(draw: Tensor, most: int) -> Tensor:
     """Uniform draws => whole numbers from −most to most, each as likely."""
     return (draw * (2 * most + 1)).floor().long() - most

@@ -167,14 +167,16 @@ class Encoder(Described, nn.Module, ABC):
             record["weights"] = {key: value.cpu() for key, value in self.published_state().items()}
         return record
 
-    def take(self, record: Mapping[str, Any] | None, source: str, but: Sequence[str] = (), adopt: bool = False) -> None:
+    def take(
+        self, record: Mapping[str, Any] | None, source: str, but: Sequence[str] = (), assign: bool = False
+    ) -> None:
         """Becomes the encoder of a run, which must be this one: takes over such weights as the run alone has.
 
         Args:
             record: From :meth:`record`; None where the source holds none.
             source: Where it comes from, for messages.
             but: Entries of the fingerprint that may differ.
-            adopt: See :func:`rae.io.tensors.load_strict`.
+            assign: See :func:`rae.io.tensors.load_strict`.
 
         Raises:
             ValueError: It is another encoder, or the weights are nowhere.
@@ -185,7 +187,7 @@ class Encoder(Described, nn.Module, ABC):
                     f"{source} was made with an encoder of random weights (encoder.pretrained=false) and does not hold them: "
                     "former versions did not keep them. Train again, or give them with encoder.checkpoint=/path/to/file"
                 )
-            self.load_published(record["weights"], f"the encoder of {source}", adopt)
+            self.load_published(record["weights"], f"the encoder of {source}", assign)
             self.freeze()
         if record is not None and "fingerprint" in record:
             self.check(record["fingerprint"], source, but)
@@ -199,13 +201,13 @@ class Encoder(Described, nn.Module, ABC):
         if found := self.differences(described, but):
             raise ValueError(f"{source} was made with another encoder: {found}; give its weights and options")
 
-    def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
+    def load_published(self, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
         """Loads what :meth:`published_state` gave, strictly; arguments as of :func:`rae.io.tensors.load_strict`.
 
         Raises:
             ValueError: Keys or shapes that do not fit, all listed.
         """
-        load_strict(self, state, source, adopt)
+        load_strict(self, state, source, assign)
 
     @abstractmethod
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:

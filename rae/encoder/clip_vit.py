@@ -85,11 +85,11 @@ class ClipEncoder(TransformerEncoder):
             self.load_published(read_weights(checkpoint, hub_id, revision), str(checkpoint or hub_id))
         self.freeze()
 
-    def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
+    def load_published(self, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
         """Loads the image tower of a CLIP state dict in open_clip's or timm's naming, strictly."""
         own = self.network.state_dict()
         kept = {key: value for key, value in to_open_clip(state).items() if key in own or not key.startswith(_UNUSED)}
-        self.load_network(kept, 1, source, adopt)
+        self.load_network(kept, 1, source, assign)
 
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
         """The blocks' outputs through ``ln_post`` as ``final_norm`` has it."""

@@ -160,7 +160,7 @@ class TimmEncoder(TransformerEncoder):
                 setattr(network, unused, nn.Identity())
         return network
 
-    def load_published(self, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
+    def load_published(self, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
         """Loads weights in timm's, transformers' or DINOv3's naming, strictly; a position table of another size is resized.
 
         Raises:
@@ -182,7 +182,7 @@ class TimmEncoder(TransformerEncoder):
             if key in own or not (key.startswith(_UNUSED) or key in without)  # biases that are all zero do nothing
         }
         prefix = 0 if getattr(self.network, "no_embed_class", False) else self.network.num_prefix_tokens
-        self.load_network(kept, prefix, source, adopt)
+        self.load_network(kept, prefix, source, assign)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimmEncoder:
         moved: TimmEncoder = super()._apply(fn, recurse)

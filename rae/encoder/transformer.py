@@ -51,7 +51,7 @@ class TransformerEncoder(Encoder):
         state = dict(self.network.state_dict())
         return state if self._published_table is None else state | {self.table_name: self._published_table}
 
-    def load_network(self, state: dict[str, Tensor], prefix_tokens: int, source: str, adopt: bool) -> None:
+    def load_network(self, state: dict[str, Tensor], prefix_tokens: int, source: str, assign: bool) -> None:
         """Loads the network's weights strictly, the position table resized where it has another size.
 
         Raises:
@@ -64,4 +64,4 @@ class TransformerEncoder(Encoder):
             batched = table if table.ndim == 3 else table[None]
             resized = resize_position_table(batched, self.grid, prefix_tokens, self.pos_antialias)
             state[self.table_name] = resized if table.ndim == 3 else resized[0]
-        load_strict(self.network, state, source, adopt)
+        load_strict(self.network, state, source, assign)

@@ -22,7 +22,7 @@ from rae.flow.ode import ODESampler
 from rae.flow.path import LinearPath, Path, like
 from rae.flow.sampler import Velocity
 from rae.flow.time import FullGrid, TimeDistribution, UniformTime
-from rae.layers import at_least_float, trusted
+from rae.layers import at_least_float, unchecked
 
 
 class AverageVelocity(FlowMatching):
@@ -131,7 +131,7 @@ class MeanFlow(AverageVelocity):
     def derivative(self, model: Model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, **conditions: Any) -> Tensor:
         """The derivative du/dt along (v, 1) by central differences, to the order of delta²; t ± delta may lie outside [r, 1]."""
         told = without_base(conditions)
-        with trusted():
+        with unchecked():
             later, earlier = (
                 self.heads(model, x + step * v, t + step, r, **told)[0] for step in (self.delta, -self.delta)
             )
@@ -226,7 +226,7 @@ class ConsistencyMidTraining(AverageVelocity):
             )
         told = without_base(conditions)
         states, velocities = [noise], []
-        with torch.no_grad(), trusted():
+        with torch.no_grad(), unchecked():
             for at, following in pairwise(self.times):
                 x = states[-1]
                 velocities.append(at_least_float(teacher(x, torch.full((len(x),), at, device=x.device), **told)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rae.flow.sampler import Sampler, StepNoise, Velocity
 from rae.flow.time import Grid, PublishedGrid
-from rae.layers import trusted
+from rae.layers import unchecked
 
 
 class ODESampler(Sampler):
@@ -169,5 +169,5 @@ class AdaptiveSampler(ODESampler):
         def field(t: Tensor, x: Tensor) -> Tensor:
             return velocity(x, float(t))
 
-        with trusted():  # it steps a little beyond the last time and interpolates back
+        with unchecked():  # it steps a little beyond the last time and interpolates back
             return odeint(field, x, times.to(x.device), method="dopri5", atol=self.atol, rtol=self.rtol)

@@ -120,7 +120,7 @@ class Bundle:
         """
         if part not in self.states:
             raise ValueError(f"{self.source!r} holds no {part}; it holds {', '.join(self.states) or 'no weights'}")
-        _LOADERS[part](network, self.states[part](), f"{part} of {self.source!r}", adopt=self.mapped)
+        _LOADERS[part](network, self.states[part](), f"{part} of {self.source!r}", assign=self.mapped)
 
 
 def make_part(part: str, description: Any, **objects: Any) -> Any:

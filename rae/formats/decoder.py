@@ -46,14 +46,14 @@ def _naming(*projects: str) -> Naming:
     return Naming(_OUTER, inner, "decoder_layers", pieces={"attn.qkv": ("attn.query", "attn.key", "attn.value")})
 
 
-def load_decoder(decoder: ViTDecoder, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
+def load_decoder(decoder: ViTDecoder, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
     """Fills a decoder from weights in our own, the original's or diffusers' naming, strictly.
 
     Args:
         decoder: The decoder to fill.
         state: Its weights; the naming is recognised by the keys.
         source: Where they come from, for messages.
-        adopt: See :func:`rae.io.tensors.load_strict`.
+        assign: See :func:`rae.io.tensors.load_strict`.
 
     Raises:
         ValueError: Weights that do not fit; all keys are listed.
@@ -65,7 +65,7 @@ def load_decoder(decoder: ViTDecoder, state: Mapping[str, Tensor], source: str, 
                 f"{tuple(decoder.position.shape)}: another grid or width"
             )
         state = {key: value for key, value in state.items() if key != POSITION}
-    load_strict(decoder, _naming("original", "diffusers").to_ours(state), source, adopt)
+    load_strict(decoder, _naming("original", "diffusers").to_ours(state), source, assign)
 
 
 def state_from_ours(decoder: ViTDecoder, naming: str) -> dict[str, Tensor]:

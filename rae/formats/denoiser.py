@@ -87,19 +87,19 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return backbone | {"head_width": width[1], "head_depth": depth[1], "head_heads": heads[1]}
 
 
-def load_denoiser(denoiser: Denoiser, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
+def load_denoiser(denoiser: Denoiser, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
     """Fills a denoiser from weights in our own or the original's naming, strictly.
 
     Args:
         denoiser: The denoiser to fill.
         state: Its weights; the naming is recognised by the keys.
         source: Where they come from, for messages.
-        adopt: See :func:`rae.io.tensors.load_strict`.
+        assign: See :func:`rae.io.tensors.load_strict`.
 
     Raises:
         ValueError: Weights that do not fit; all keys are listed.
     """
-    load_strict(denoiser, _in_our_naming(state, denoiser, source), source, adopt)
+    load_strict(denoiser, _in_our_naming(state, denoiser, source), source, assign)
 
 
 def begin_with(denoiser: Denoiser, state: Mapping[str, Tensor], source: str) -> None:

@@ -44,12 +44,12 @@ class Parts:
         """The file of a part; it exists once the part is done."""
         return self.folder / f"{self.prefix}-{part:06d}{self.suffix}"
 
-    def claim(self, *others: Path | None) -> None:
-        """Marks the folder as this work's, see :func:`claim`, and removes what a killed process left half-written.
+    def lock(self, *others: Path | None) -> None:
+        """Marks the folder as this work's, see :func:`lock_plan`, and removes what a killed process left half-written.
 
         As much may have been left in ``others``: further folders that the work writes into and nothing else does.
         """
-        claim(self.folder, self.plan)
+        lock_plan(self.folder, self.plan)
         for stale in self.folder.glob(f".{self.prefix}-*.tmp"):
             stale.unlink(missing_ok=True)
         for folder in others:
@@ -69,7 +69,7 @@ class Parts:
             self.folder.rmdir()
 
 
-def stretch(count: int, rank: int, world_size: int) -> range:
+def share_range(count: int, rank: int, world_size: int) -> range:
     """The neighbouring items of ``count`` that fall to one of several processes: in order of the ranks, all but equally many."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
@@ -79,7 +79,7 @@ def share(parts: Sequence[int], rank: int, world_size: int) -> list[int]:
     return list(parts[rank::world_size])
 
 
-def claim(folder: Path, plan: Mapping[str, Any]) -> None:
+def lock_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     """Writes ``plan.json``, all that results depend on, into a folder; raises ValueError where another one is there."""
     file = folder / PLAN
     plan = json.loads(json.dumps(plan, default=str))

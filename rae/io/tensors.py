@@ -100,18 +100,18 @@ def is_state(content: Any) -> bool:
     )
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, adopt: bool = False) -> None:
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
     """Loads a state dict; raises ValueError, with its source, unless keys and shapes are exactly the module's.
 
-    ``adopt`` makes the module take over the tensors themselves instead of their values, which saves memory and time; they must
+    ``assign`` makes the module take over the tensors themselves instead of their values, which saves memory and time; they must
     then be nobody else's. Those of another type are converted in any case.
     """
     own = module.state_dict()
     if problems := mismatches(own, state):
         raise ValueError(f"{source} does not fit {type(module).__name__}: {problems}")
-    if adopt:
+    if assign:
         state = {key: value.to(own[key].device, own[key].dtype) for key, value in state.items()}
-    module.load_state_dict(dict(state), strict=True, assign=adopt)
+    module.load_state_dict(dict(state), strict=True, assign=assign)
 
 
 def mismatches(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

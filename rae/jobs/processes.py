@@ -119,7 +119,7 @@ def begin(fabric: Fabric, parts: Parts, *folders: Path | None) -> list[int]:
     """
     with first(fabric) as is_first:
         if is_first:
-            parts.claim(*folders)
+            parts.lock(*folders)
     missing = fabric.broadcast(parts.missing())  # what the first one sees: others may be at work already
     if len(missing) < len(parts) and fabric.is_global_zero:
         log.info("%d of %d parts are there already", len(parts) - len(missing), len(parts))

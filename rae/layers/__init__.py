@@ -2,7 +2,7 @@
 
 from rae.layers.attention import Attention
 from rae.layers.block import AdaptiveBlock, Block, ContextBlock, FinalLayer, OutputLayer, denoiser_blocks
-from rae.layers.checks import check_time, may_look, trusted
+from rae.layers.checks import check_time, should_check, unchecked
 from rae.layers.embedding import SinusoidalTimeEmbedding, TimeEmbedding
 from rae.layers.mlp import GELUMlp, SwiGLU
 from rae.layers.norm import RMSNorm, at_least_float, modulate
@@ -26,12 +26,12 @@ __all__ = [
     "check_time",
     "denoiser_blocks",
     "grid_to_tokens",
-    "may_look",
     "modulate",
     "patchify",
     "resize_position_table",
+    "should_check",
     "sincos_table",
     "tokens_to_grid",
-    "trusted",
+    "unchecked",
     "unpatchify",
 ]

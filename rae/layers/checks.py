@@ -9,25 +9,25 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-_TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
+_UNCHECKED: ContextVar[bool] = ContextVar("unchecked", default=False)
 
 
 @contextmanager
-def trusted() -> Iterator[None]:
+def unchecked() -> Iterator[None]:
     """Leaves values unchecked inside: a sampler's labels were checked before, and an adaptive one steps a little beyond time 0."""
-    token = _TRUSTED.set(True)
+    token = _UNCHECKED.set(True)
     try:
         yield
     finally:
-        _TRUSTED.reset(token)
+        _UNCHECKED.reset(token)
 
 
 def check_time(t: Tensor) -> None:
-    """Raises ValueError, with the smallest and largest, for times outside [0, 1], where :func:`may_look` lets them be read."""
-    if may_look(t) and t.numel() and not (t.min() >= 0 and t.max() <= 1 + 1e-6):
+    """Raises ValueError, with the smallest and largest, for times outside [0, 1], where :func:`should_check` lets them be read."""
+    if should_check(t) and t.numel() and not (t.min() >= 0 and t.max() <= 1 + 1e-6):
         raise ValueError(f"t must lie in [0, 1] (0 = data, 1 = noise), got {t.min().item()} to {t.max().item()}")
 
 
-def may_look(values: Tensor) -> bool:
+def should_check(values: Tensor) -> bool:
     """Whether to check values: not on a device, which reading them back would stall, nor in compiled code."""
-    return not torch.compiler.is_compiling() and values.device.type == "cpu" and not _TRUSTED.get()
+    return not torch.compiler.is_compiling() and values.device.type == "cpu" and not _UNCHECKED.get()

@@ -2,6 +2,7 @@
 
 from rae.metric.builder import ReferenceBuilder
 from rae.metric.clip_score import ClipScore
+from rae.metric.contract import Scores, check_contract
 from rae.metric.features import CallableDetector, Detector, EncoderDetector, Features
 from rae.metric.frechet import FeatureMoments, FrechetDistance
 from rae.metric.generation import GenerationMetrics
@@ -34,8 +35,10 @@ __all__ = [
     "Reference",
     "ReferenceBuilder",
     "ReferenceInfo",
+    "Scores",
     "Statistics",
     "TimmDetector",
+    "check_contract",
     "iterate_folder",
     "iterate_npz",
     "npz_shape",

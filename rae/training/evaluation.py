@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -14,6 +14,7 @@ import torch
 from rae.generator import PRECISIONS
 from rae.image import QUANTIZE
 from rae.io.files import write_json
+from rae.metric import Scores, check_contract
 from rae.metric.protocol import protocol_of
 from rae.training.ema import find_ema
 from rae.training.per_step import PerStep, at_least_one
@@ -22,14 +23,6 @@ log = logging.getLogger(__name__)
 
 LIVE = "live/"
 """What stands between prefix and score where the weights themselves are scored and not their averages."""
-
-
-class Scores(Protocol):
-    """Metrics that gather what they are given and say numbers by name."""
-
-    update: Callable[..., None]
-    reset: Callable[[], None]
-    compute: Callable[[], dict[str, float]]
 
 
 class Evaluation(PerStep):
@@ -69,6 +62,7 @@ class Evaluation(PerStep):
             raise ValueError(
                 "callbacks.evaluation: averaged=false and live=false leave no weights to score; set one true"
             )
+        check_contract(metric)
         if getattr(metric, "takes_originals", self.takes_originals) != self.takes_originals:
             wanted = "compare reconstructions with originals" if self.takes_originals else "score samples"
             raise ValueError(

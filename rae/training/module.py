@@ -21,7 +21,7 @@ from rae.training.late import Late
 from rae.training.muon import takes_names
 from rae.training.precision import XLAMixedPrecision, check_precision
 from rae.training.resume import check_epochs, configure, configured
-from rae.training.strategy import whole
+from rae.training.strategy import full_tensor
 
 OptimizerFactory = Callable[[Any], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
@@ -240,7 +240,7 @@ class TrainingModule(L.LightningModule):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
         limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
         parameters = [weight for network in self.networks() for weight in network.parameters() if weight.requires_grad]
-        norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
+        norm = full_tensor(nn.utils.clip_grad_norm_(parameters, limit))
         if self.check_finite(norm, parameters):
             self.log("train/grad_norm", norm)
 

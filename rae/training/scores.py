@@ -16,9 +16,10 @@ from rae.formats.open import load_denoiser, read
 from rae.generator import computing
 from rae.image import check_finite, to_float, to_uint8
 from rae.io.describe import describe
-from rae.io.parts import stretch
+from rae.io.parts import share_range
+from rae.metric import Scores
 from rae.metric.several import update_arguments
-from rae.training.evaluation import Evaluation, Scores
+from rae.training.evaluation import Evaluation
 from rae.training.per_step import at_least_one
 from rae.training.preview import check_classes, generator_of
 from rae.training.strategy import FullyShardedStrategy
@@ -93,7 +94,7 @@ class ScoreReconstructions(Evaluation):
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Each process reconstructs one stretch of the images."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        mine = stretch(len(self.part), trainer.global_rank, trainer.world_size)
+        mine = share_range(len(self.part), trainer.global_rank, trainer.world_size)
         batches, model = data.range_dataloader("val", [self.part[mine.start : mine.stop]]), pl_module.autoencoder
         for pair in reconstructions(model, batches, pl_module.device, self.precision, self.quantize):
             self.metric.update(*pair)

@@ -149,7 +149,7 @@ def reshard(network: nn.Module) -> None:
             module.reshard()
 
 
-def whole(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """A tensor that processes share, put together on each of them; all must call this. Others are returned as they are."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 

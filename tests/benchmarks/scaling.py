@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from side_by_side import Work, peak_memory, take_turns, versions  # first: it sets how threads wait
 
-from rae.cost import on_paper
+from rae.cost import to_meta
 from rae.denoiser import DiTDH
 from rae.flow import FlowMatching
 from tests.helpers.small_runs import denoiser_step
@@ -61,7 +61,7 @@ class Setting:
     def predicted(self) -> dict[str, float]:
         """Operations of a step, and megabytes at its peak: activations, and weights with gradients and two moments."""
         with torch.device("meta"):
-            network = on_paper(self.network())
+            network = to_meta(self.network())
         cost = denoiser_step(network).work  # type: ignore[arg-type]
         held = 4 * sum(p.numel() * p.element_size() for p in network.parameters())
         return {

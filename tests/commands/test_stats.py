@@ -15,7 +15,7 @@ from rae.cli.groups import conf_dir
 from rae.commands.cost import without_weights
 from rae.commands.stats import statistics_file, stats
 from rae.io.errors import ConfigError
-from rae.io.parts import Parts, share, stretch
+from rae.io.parts import Parts, share, share_range
 from rae.latent import LatentNormalizer, RunningMoments
 from tests.helpers.small_images import COUNT, direct, overrides, run, write_images
 
@@ -35,19 +35,19 @@ def test_parts_cover_everything_once_for_any_number_of_processes(tmp_path):
     for world in (1, 2, 3, 5):
         dealt = [part for rank in range(world) for part in share(range(len(parts)), rank, world)]
         assert sorted(dealt) == list(range(4))
-        stretches = [stretch(70, rank, world) for rank in range(world)]
+        stretches = [share_range(70, rank, world) for rank in range(world)]
         assert [item for share in stretches for item in share] == list(range(70))
         assert {len(share) for share in stretches} <= {70 // world, 70 // world + 1}
-    parts.claim()
+    parts.lock()
     parts.path(2).touch()
     (tmp_path / ".part-000001.txt.abc.tmp").touch()
-    parts.claim()
+    parts.lock()
     assert parts.missing() == [0, 1, 3]
     assert not list(tmp_path.glob("*.tmp"))
     with pytest.raises(
         ValueError, match=r"holds work of another plan: a was 1 and is now 2, part was 20 and is now 30"
     ):
-        Parts(tmp_path, {"a": 2}, 70, 30, ".txt").claim()
+        Parts(tmp_path, {"a": 2}, 70, 30, ".txt").lock()
     parts.remove()
     assert not tmp_path.exists()
     with pytest.raises(ValueError, match="part size must be at least 1, got 0"):
@@ -110,7 +110,7 @@ def test_begun_statistics_of_other_images_are_not_mixed_in(folder, tmp_path):
     encoder, data = make(cfg.encoder), make(cfg.data)
     Parts(
         tmp_path / "parts", {"encoder": encoder.fingerprint(), "data": {"mode": "other"}}, 3, 20, ".safetensors"
-    ).claim()
+    ).lock()
     assert data.samples("train") == COUNT
     with pytest.raises(ValueError, match=r"parts' holds work of another plan: data\."):
         stats(cfg)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rae.cli.errors import compose
 from rae.commands.cost import estimate
-from rae.cost import Card, Memory, Plan, on_paper, optimizer_ratio, shares, static_memory, training_step
+from rae.cost import Card, Memory, Plan, optimizer_ratio, shares, static_memory, to_meta, training_step
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH
 from rae.flow import (
@@ -72,7 +72,7 @@ def test_stage_1_is_counted_as_it_is_trained(tmp_path):
     counting = Counting()
     with counting:
         _, module = train(1, tmp_path, batch=4, steps=3, callbacks=(counting,))
-    step = training_step(on_paper(module), 16)
+    step = training_step(to_meta(module), 16)
     phases = [module.loss.phases(number, 10) for number in range(3)]
     assert [(phase.discriminator, phase.gan) for phase in phases] == [(False, False), (True, False), (True, True)]
     assert [4 * step.flops(None, phase) for phase in phases] == counting.steps
@@ -83,7 +83,7 @@ def test_stage_1_with_several_micro_batches_is_counted_as_it_is_trained(tmp_path
     counting = Counting()
     with counting:
         _, module = train(1, tmp_path, batch=4, accumulate=2, steps=3, callbacks=(counting,))
-    step = training_step(on_paper(module), 16)
+    step = training_step(to_meta(module), 16)
     assert 8 * step.flops() == sum(counting.steps[-2:])
 
 
@@ -92,7 +92,7 @@ def test_stage_2_is_counted_as_it_is_trained(tmp_path):
     counting = Counting()
     with counting:
         _, module = train(2, tmp_path, batch=4, steps=2, callbacks=(counting,))
-    step = training_step(on_paper(module), 16)
+    step = training_step(to_meta(module), 16)
     assert [4 * step.flops()] * 2 == counting.steps
     cached = training_step(module, 16, cached=True)
     assert step.flops() - cached.flops() == step.flops("encoder") > 0
@@ -101,7 +101,7 @@ def test_stage_2_is_counted_as_it_is_trained(tmp_path):
 @pytest.mark.slow
 def test_checkpointing_computes_the_blocks_again():
     with torch.device("meta"):
-        network = on_paper(DiTDH(16, 4, 32, 3, 2, 48, 1, 2, num_classes=4))
+        network = to_meta(DiTDH(16, 4, 32, 3, 2, 48, 1, 2, num_classes=4))
     works = denoiser_step(network).works
     parts = shares(network, lambda: network(torch.randn(1, 16, 4, 4), torch.rand(1), torch.zeros(1, dtype=torch.int64)))
     assert works[True].backward - works[False].backward == parts["backbone"] + parts["head"]
@@ -133,7 +133,7 @@ def test_what_is_kept_is_what_autograd_saves():
             loss = FlowMatching().loss(network, draws[0], draws[1], torch.rand(batch), label=label).mean()
         sizes.append(sum(saved.values()))
         del loss
-    on_paper(network)
+    to_meta(network)
     # Alive beside what is saved: the data, the noise and the target, and condition and latents that others views are of.
     assert denoiser_step(network).work.kept == pytest.approx(sizes[1] - sizes[0], rel=0.05)
 
@@ -144,7 +144,7 @@ sys.path.insert(0, "tests/benchmarks")
 import torch
 from side_by_side import peak_memory
 from tests.helpers.small_runs import denoiser_step
-from rae.cost import on_paper
+from rae.cost import to_meta
 from rae.denoiser import DiTDH
 from rae.flow import FlowMatching
 network, flow = DiTDH(768, 16, 384, 4, 6, 1024, 2, 16, 1000, checkpointing=bool(int(sys.argv[1]))), FlowMatching()
@@ -156,7 +156,7 @@ for batch in (4, 12):
         data, noise = (torch.randn(batch, 768, 16, 16) for _ in range(2))
         flow.loss(network, data, noise, torch.rand(batch), label=torch.zeros(batch, dtype=torch.int64)).mean().backward()
     peaks.append(peak_memory(work))
-print((peaks[1] - peaks[0]) / 8, denoiser_step(on_paper(network)).work.peak / 1e6)
+print((peaks[1] - peaks[0]) / 8, denoiser_step(to_meta(network)).work.peak / 1e6)
 """
 
 
@@ -178,7 +178,7 @@ def test_peak_is_that_of_a_process(checkpointing):
 
 def test_nothing_of_size_is_made():
     with torch.device("meta"):
-        network = on_paper(ViTDecoder(64, 4, 64, 2, 4, 128))
+        network = to_meta(ViTDecoder(64, 4, 64, 2, 4, 128))
     gc.collect()
     assert all(isinstance(value, torch._subclasses.FakeTensor) for value in network.parameters())
 

@@ -9,7 +9,7 @@ from rae.autoencoder import RAE
 from rae.cli.build import make
 from rae.cli.errors import compose
 from rae.commands.cost import without_weights
-from rae.cost import measure, on_paper, parameters, shares
+from rae.cost import measure, parameters, shares, to_meta
 from rae.cost.steps import denoising, encoding
 from rae.discriminator import DinoDiscriminator
 from rae.flow import EulerSampler, FullGrid, InternalGuidance, evaluations
@@ -24,7 +24,7 @@ def paper(group: str, choice: str, *overrides: str):
     stage = "2" if group == "denoiser" else "1"
     cfg = without_weights(compose("cost", [f"stage={stage}", f"{group}={choice}", *overrides]))
     with torch.device("meta"):
-        return on_paper(make(cfg[group]))
+        return to_meta(make(cfg[group]))
 
 
 def block(width, tokens, modulated):
@@ -126,7 +126,7 @@ def test_decoders_and_their_encoder_against_closed_form(size, width, depth):
 def test_lpips_against_closed_form():
     with torch.device("meta"):
         perceptual = PerceptualLoss(pretrained=False)
-    on_paper(perceptual)
+    to_meta(perceptual)
     images = torch.rand(1, 3, 64, 64)
     layers = [(3, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 2), (128, 256, 4), (256, 256, 4), (256, 256, 4)]
     layers += [(256, 512, 8), (512, 512, 8), (512, 512, 8), *[(512, 512, 16)] * 3]  # VGG-16; the side is 64 / the third
@@ -143,7 +143,7 @@ def test_discriminator_against_closed_form():
         network = DinoDiscriminator(
             "vit_tiny_patch16_224", image_size=16, key_depths=[0], kernel=3, pretrained=False, model_args=backbone
         )
-    on_paper(network)
+    to_meta(network)
     tokens, width = 4, 16
     vit = 2 * tokens * 3 * 8 * 8 * width + 2 * (2 * 5 * 12 * width**2 + 4 * 5**2 * width)
     heads = 2 * 2 * tokens * (width * width + 3 * width * width + width)  # two heads of three convolutions

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rae import metric
 from rae.autoencoder import RAE
-from rae.cost import Step, on_paper, training_step
+from rae.cost import Step, to_meta, training_step
 from rae.data import SyntheticDataModule
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiTDH
@@ -153,7 +153,7 @@ def train(
 def denoiser_step(denoiser: DiTDH) -> Step:
     """Cost of a stage-2 step on cached latents, for a denoiser without values."""
     with torch.device("meta"):
-        decoder = on_paper(ViTDecoder(denoiser.channels, denoiser.grid, 16, 1, 2, 32))
+        decoder = to_meta(ViTDecoder(denoiser.channels, denoiser.grid, 16, 1, 2, 32))
     module = Stage2Module(RAE(None, decoder), denoiser, FlowMatching(), torch.optim.SGD)
     return training_step(module, decoder.image_size, cached=True)
 

@@ -70,7 +70,7 @@ def test_a_module_adopts_tensors_of_its_type_and_converts_others(tmp_path: Path)
     read["weight"] = read["weight"].float()
     layer = nn.Linear(2, 3).requires_grad_(False)
     layer.bias.requires_grad_(True)
-    load_strict(layer, read, "a file", adopt=True)
+    load_strict(layer, read, "a file", assign=True)
     assert layer.weight.data_ptr() == read["weight"].data_ptr()
     assert layer.weight.dtype == layer.bias.dtype == torch.float32
     assert torch.equal(layer.weight, expected["weight"].float())
@@ -86,7 +86,7 @@ def test_a_module_adopts_tensors_of_its_type_and_converts_others(tmp_path: Path)
 def test_changes_of_adopted_weights_stay_out_of_the_file(tmp_path: Path):
     expected = write(tmp_path / "w.safetensors")
     layer = nn.Linear(2, 3)
-    load_strict(layer, read_file(tmp_path / "w.safetensors"), "a file", adopt=True)
+    load_strict(layer, read_file(tmp_path / "w.safetensors"), "a file", assign=True)
     with torch.no_grad():
         layer.weight.add_(1)
         layer.bias.add_(1)

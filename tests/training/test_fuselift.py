@@ -19,7 +19,7 @@ from rae.cli.config import check_same_run, plain
 from rae.cli.errors import compose
 from rae.cli.models import load
 from rae.commands.sources import from_latents
-from rae.cost import on_paper
+from rae.cost import to_meta
 from rae.cost.meter import operations
 from rae.decoder import ViTDecoder
 from rae.denoiser import DiT
@@ -130,7 +130,7 @@ def test_a_denoiser_of_it_is_trained_on_it_from_images_and_from_cached_latents()
 
 
 def test_it_is_measured_without_values():
-    one = on_paper(lifted())
+    one = to_meta(lifted())
     assert operations(lambda count: one.encode(torch.rand(count, 3, 32, 32))).forward > 0
 
 

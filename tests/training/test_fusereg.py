@@ -15,7 +15,7 @@ from rae.cli.build import build
 from rae.cli.errors import compose
 from rae.commands.cache_latents import required_bytes
 from rae.condition import LabelTokens
-from rae.cost import on_paper, training_step
+from rae.cost import to_meta, training_step
 from rae.data import CachedLatents
 from rae.decoder import ViTDecoder
 from rae.denoiser import InContextDiTDH
@@ -240,7 +240,7 @@ def test_a_run_with_it_is_exported_as_one_without(tmp_path: Path):
 def test_the_step_is_measured_without_values():
     costs = []
     for p, cached in ((0.0, False), (0.6, False), (0.6, True)):
-        costs.append(training_step(on_paper(module(2, p)), 16, cached=cached).flops())
+        costs.append(training_step(to_meta(module(2, p)), 16, cached=cached).flops())
     assert costs[0] == costs[1] > costs[2] > 0  # matrix products: fusing has none
 
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from rae.training.module import TrainingModule
 from rae.training.muon import MuonAdamW, orthogonalize
 from rae.training.schedule import WarmupDecay
-from rae.training.strategy import whole
+from rae.training.strategy import full_tensor
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -173,7 +173,7 @@ def _share(rank: int, folder: str) -> None:
         optimizer.zero_grad()
         model(batch)[:, 0].mean().backward()
         optimizer.step()
-    weights = {name: whole(value.detach()) for name, value in model.named_parameters()}
+    weights = {name: full_tensor(value.detach()) for name, value in model.named_parameters()}
     if rank == 0:
         torch.save(weights, f"{folder}/weights.pt")
     dist.destroy_process_group()

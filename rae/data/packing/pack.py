@@ -51,11 +51,11 @@ class ShardPlan:
     seed: int | None = None  # of the order that the sources are in, where they were shuffled
 
     def __post_init__(self) -> None:
-        if not _whole(self.images_per_shard) or self.images_per_shard < 1:
+        if not _is_integer(self.images_per_shard) or self.images_per_shard < 1:
             raise ValueError(f"images_per_shard={self.images_per_shard} must be a whole number of at least 1")
-        if self.resize is not None and (not _whole(self.resize) or self.resize < 1):
+        if self.resize is not None and (not _is_integer(self.resize) or self.resize < 1):
             raise ValueError(f"resize={self.resize} must be a whole number of at least 1, in pixels, or null")
-        if not _whole(self.quality) or not 1 <= self.quality <= 100:
+        if not _is_integer(self.quality) or not 1 <= self.quality <= 100:
             raise ValueError(f"quality={self.quality} must lie in 1..100; 95 is usual")
 
     @classmethod
@@ -112,7 +112,7 @@ class Packed:
     broken: list[tuple[str, str]] = field(default_factory=list)
 
 
-def _whole(number: object) -> bool:
+def _is_integer(number: object) -> bool:
     """Whether it is a whole number; values from a command line may be anything."""
     return isinstance(number, int) and not isinstance(number, bool)
 
@@ -143,7 +143,7 @@ def pack(
     facts = {**plan.facts, "prefix": prefix}
     parts = Parts(folder, facts, len(plan.sources), plan.images_per_shard, ".tar", prefix)
     parts.plan = facts  # which has words of its own for these two numbers
-    parts.claim()
+    parts.lock()
     paths = [parts.path(part) for part in range(len(parts))]
     packed = {path.name: kept for path in paths if (kept := _kept(path)) is not None}
     if packed:

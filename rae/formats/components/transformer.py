@@ -14,7 +14,7 @@ from torch import Tensor
 from rae.condition import LabelTokens, NavigationTokens, TextTokens
 from rae.denoiser import DiT, DiTDH, InContextDiT, InContextDiTDH, RiT
 from rae.formats.components.make import by_name, make
-from rae.layers import trusted
+from rae.layers import unchecked
 
 DENOISERS = by_name(DiT, DiTDH, InContextDiT, InContextDiTDH, RiT, LabelTokens, NavigationTokens, TextTokens)
 """What a description may name."""
@@ -52,7 +52,7 @@ class RAETransformer(ModelMixin, ConfigMixin):
         """
         times = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(len(hidden_states))
         told = conditions if class_labels is None else {"label": class_labels, **conditions}
-        with trusted():
+        with unchecked():
             output = self.denoiser(hidden_states, times, **told)
         heads = output if isinstance(output, tuple) else (output,)
         return Transformer2DModelOutput(sample=heads[0]) if return_dict else heads
