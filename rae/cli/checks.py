@@ -57,7 +57,7 @@ _FROZEN = ("alignment", "callbacks.evaluation", "detector", "discriminator", "en
 _WITHOUT_WEIGHTS = ("cost", "download", "convert_config")
 """Commands that read no weights."""
 _TRAINS_ON = ("train", "stats", "cache_latents")
-"""Commands that read the training split."""
+"""Commands that read the training images."""
 
 
 def _check_packages(cfg: DictConfig, config: str) -> None:
@@ -117,10 +117,17 @@ def check_files(cfg: DictConfig, config: str) -> None:
         value = cfg.get(key)
         if isinstance(value, str) and not Path(value).expanduser().exists():
             raise FileNotFoundError(f"{key}={value} does not exist: give {kinds}")
-    if config in _TRAINS_ON:
+    of_images = config == "reference" and cfg.get("source") is None
+    if config in _TRAINS_ON or of_images:
+        split = cfg.split if of_images else "train"
         for key, one in data_sets(cfg.get("data")).items():
-            given = one.get("train_path", ""), one.get("repo", "")
-            if str(one.get("_target_")).startswith("rae.data.") and None in given:
+            if not str(one.get("_target_")).startswith("rae.data."):
+                continue
+            if split == "val" and one.get("val_path", "") is None:
+                raise ConfigError(
+                    f"{key}.val_path is not given; add {key}.val_path=/path/to/imagenet/val, or choose split=train"
+                )
+            if (split == "train" and one.get("train_path", "") is None) or one.get("repo", "") is None:
                 raise no_train_path(str(one["_target_"]).rpartition(".")[2], key)
         check_paths(cfg.get("data"))
 

@@ -19,6 +19,7 @@ _TYPES: dict[str, Any] = {
     "samples_per_class": int,
     "count": int | None,
     "prompt": Any,  # 7 is one too
+    "num_workers": int,
     "layout": Literal["geneval", "dpg"] | None,
     "compile": bool | str,
     "interpolations": int | None,

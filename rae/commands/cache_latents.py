@@ -180,4 +180,4 @@ def cache_latents(cfg: DictConfig) -> None:
         if is_first:
             save_config(cfg, cfg.output_dir)
             paths = [f"data.{split}_path={cfg.output_dir}/{split}" for split in cfg.splits if data.samples(split)]
-            log.info("rae-train stage=2 data=latents %s trains from them", " ".join(paths))
+            log.info("to train on them: rae-train stage=2 data=latents %s", " ".join(paths))

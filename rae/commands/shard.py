@@ -42,4 +42,4 @@ def shard(cfg: DictConfig) -> None:
     written = f"{size(index['bytes'])} in {len(index['shards'])} shards"
     print(f"{index['images']} images{classes}, {written}; {len(index['broken'])} left out")
     captions = "" if plan.captions is None else f" data.unlabelled=true data.captions={plan.captions}"
-    log.info("data=shards data.train_path=%s%s trains from them", folder, captions)
+    log.info("to use them: data=shards data.train_path=%s%s (or data.val_path)", folder, captions)

@@ -32,6 +32,9 @@ NOT_THERE = [
     ("train stage=2", "latent.stats must be given"),
     ("train optimizer.lrr=1", "did you mean 'optimizer.lr'?"),
     ("stats data.train_path=absent", "data.train_path=absent does not exist"),
+    ("reference", "data.val_path is not given; add data.val_path=/path/to/imagenet/val, or choose split=train"),
+    ("reference split=train", "data.train_path is not given"),
+    ("reference data.val_path=absent", "data.val_path=absent does not exist"),
     (
         "train stage=2 latent.stats=none evaluation=generation callbacks.evaluation.guide=absent",
         "callbacks.evaluation.guide: checkpoint 'absent' does not exist",
