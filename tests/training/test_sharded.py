@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -90,10 +91,11 @@ def test_what_does_not_go_with_shares_is_refused(tmp_path: Path):
         ema.setup(whole, None, "fit")
     with pytest.raises(ValueError, match=r"background=true does not go with strategy\.sharded_checkpoints=true"):
         saver.setup(shares, None, "fit")
+    metric: Any = SimpleNamespace(update=print, compute=dict, reset=print)
     with pytest.raises(
         ValueError, match=r"evaluation\.sampler=AdaptiveSampler takes as many steps as .* sampler=euler, or"
     ):
-        ScoreSamples(None, AdaptiveSampler()).on_fit_start(whole, None)
+        ScoreSamples(metric, AdaptiveSampler()).on_fit_start(whole, None)
 
 
 def trainer_of(strategy: Any) -> Any:
