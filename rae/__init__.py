@@ -16,13 +16,13 @@ _FACE = {
     "build": "rae.cli.build:build",
     "load": "rae.cli.models:load",
 }
-"""What the package itself offers, and where it is from; imported when first used."""
+"""The package's public names and where each is defined; imported on first use."""
 
 __all__ = ["__version__", *_FACE]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name of the public face."""
+    """Imports a public name on first use."""
     if name in _FACE:
         module, _, found = _FACE[name].partition(":")
         return getattr(importlib.import_module(module), found)

@@ -1,4 +1,4 @@
-"""``python -m rae COMMAND …``: the commands where their scripts are not on the path."""
+"""``python -m rae COMMAND …``: runs a command where its script is not on the path."""
 
 from rae.cli.main import rae
 

@@ -20,23 +20,23 @@ from rae.latent import LatentNormalizer
 class RAE(Exportable, nn.Module):
     """Images to normalised latents and back.
 
-    The decoder sees latents as the encoder makes them: ``decode`` undoes the normalisation first. Training noise is added
-    before the normalisation and is the training module's business. With ``latent.space=decoder_input`` the latents are instead the
-    patch tokens that enter the decoder's first block (FuseLift).
+    The decoder takes latents as the encoder returns them: ``decode`` undoes the normalisation first. The training module adds
+    training noise, before normalisation. With ``latent.space=decoder_input`` the latents are instead the patch tokens that enter
+    the decoder's first block (FuseLift).
 
     Args:
         encoder: Frozen encoder; images B×3×H×W in [0, 1] to latents B×C×h×w. None for a model that only decodes.
         decoder: Decoder; latents B×C×h×w to images B×3×H'×W'.
-        latent: Normalisation of the encoder's latents; None for none.
+        latent: Normalisation of the encoder's latents; None for no normalisation.
 
     Raises:
-        ValueError: The parts disagree about the latent's shape, or the decoder has no such input, or not the one of the statistics.
+        ValueError: The latent shapes disagree; with ``decoder_input``, the decoder has no such space or is not the statistics' own.
     """
 
     encoder: Any
     """An :class:`~rae.encoder.Encoder`, or None."""
     encoder_entry: dict[str, Any] | None = None
-    """What the export that a model without encoder was loaded from says of it."""
+    """The encoder's entry in the export, for a model loaded without its encoder."""
 
     def __init__(self, encoder: Encoder | None, decoder: ViTDecoder, latent: LatentNormalizer | None = None) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class RAE(Exportable, nn.Module):
         if encoder is not None:
             shape = encoder.latent_shape
         elif latent is not None and latent.space == "encoder":
-            shape = latent.shape  # perhaps of another grid than the decoder's, which resizes
+            shape = latent.shape  # its grid may differ from the decoder's, which resizes
         self.latent = latent if latent is not None else LatentNormalizer(shape)
         if decoder.channels != shape[0]:
             raise ValueError(
@@ -54,7 +54,7 @@ class RAE(Exportable, nn.Module):
                 "in a config, set decoder.channels=${encoder.channels}"
             )
         self.encoded_shape = tuple(shape)
-        """Channels, height and width of what the encoder makes."""
+        """Channels, height and width of the encoder's output."""
         if self.latent.space == "decoder_input":
             self._check_space()
         elif tuple(self.latent.shape) != tuple(shape):
@@ -64,7 +64,7 @@ class RAE(Exportable, nn.Module):
             )
 
     def _check_space(self) -> None:
-        """Raises ValueError for a decoder without an input state, or with another than the statistics are of."""
+        """Raises ValueError if the decoder has no input state, or a different one from the statistics'."""
         decoder, described = self.decoder, self.latent.decoder
         if not hasattr(decoder, "input_state"):
             raise ValueError(
@@ -84,7 +84,7 @@ class RAE(Exportable, nn.Module):
 
     @property
     def space(self) -> dict[str, Any]:
-        """What tells the latents' space where it is not the encoder's, for descriptions; empty where it is."""
+        """Identifies the latents' space in descriptions; empty for the encoder's space."""
         if self.latent.space == "encoder":
             return {}
         return {"space": self.latent.space, "decoder": self.decoder.fingerprint()}
@@ -114,7 +114,7 @@ class RAE(Exportable, nn.Module):
             return self.normalize(self.encoder(images))
 
     def normalize(self, encoded: Tensor) -> Tensor:
-        """Latents as the encoder makes them => normalised latents B×C×h×w, in the space that ``latent`` names."""
+        """Latents as the encoder returns them => normalised latents B×C×h×w, in the space that ``latent`` names."""
         return self.latent.normalize(encoded if self.latent.space == "encoder" else self.decoder.input_state(encoded))
 
     def encode_with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ class RAE(Exportable, nn.Module):
 
         Raises:
             RuntimeError: The model has no encoder.
-            ValueError: The encoder has no class token, or the statistics hold none of it.
+            ValueError: The encoder has no class token, or the statistics do not cover it.
         """
         if self.encoder is None:
             raise RuntimeError("this model was loaded without its encoder (encoder=False): it cannot encode")
@@ -135,7 +135,7 @@ class RAE(Exportable, nn.Module):
             return self.latent.normalize(latents), self.latent.normalize_class_token(tokens)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents B×C×h×w => images B×3×H'×W' in [0, 1] units, not clamped."""
+        """Normalised latents B×C×h×w => images B×3×H'×W', nominally in [0, 1], not clamped."""
         raw = self.latent.denormalize(latents)
         if self.latent.space == "encoder":
             return self.decoder(raw)
@@ -146,17 +146,17 @@ class RAE(Exportable, nn.Module):
         return self.decode(self.encode(images))
 
     def reconstruct(self, image: str | Path | IO[bytes] | Image.Image) -> Image.Image:
-        """One image through encoder and decoder: ``model.reconstruct("photo.jpg").save("again.png")``.
+        """Encodes and decodes one image: ``model.reconstruct("photo.jpg").save("again.png")``.
 
         Args:
-            image: An image file of any size and of any format that Pillow reads, or a PIL image; its centre is cropped to a
-                square as in validation (ADM's crop).
+            image: An image file of any size and any format that Pillow reads, or a PIL image; it is centre-cropped to a square
+                as in validation (ADM's crop).
 
         Returns:
-            A PIL image of ``image_size`` pixels a side.
+            A square PIL image of side ``image_size`` pixels.
 
         Raises:
-            OSError: The file is no image.
+            OSError: The file is not an image.
             RuntimeError: The model has no encoder.
         """
         opened = as_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
@@ -166,7 +166,7 @@ class RAE(Exportable, nn.Module):
         return to_pil(to_uint8(drawn)[0].cpu())
 
     def __repr__(self) -> str:
-        """What it encodes and decodes with; ``print(model.decoder)`` shows a network."""
+        """One line naming encoder and decoder; ``print(model.decoder)`` shows a network."""
         name = "no encoder" if self.encoder is None else type(self.encoder).__name__
         if self.encoder is not None and hasattr(self.encoder, "model_name"):
             name = f"{name}({self.encoder.model_name})"

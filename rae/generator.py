@@ -22,37 +22,37 @@ from rae.prompts import Classes, beside_null, check_negative_prompt, check_text_
 from rae.rng import arc, normal, sample_seed
 
 PRECISIONS = ("32-true", "bf16-mixed")
-"""Arithmetic of the networks that samples can be drawn in; published numbers are of float32 with TF32 products."""
+"""Precisions available for sampling; published numbers use float32 with TF32 matrix products."""
 OUTPUTS = ("float", "uint8", "pil")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def computing(precision: str, device: torch.device) -> torch.autocast:
-    """The arithmetic of the networks in Lightning's words; raises ValueError unless it is ``32-true`` or ``bf16-mixed``."""
+    """Autocast for one of Lightning's precision names; raises ValueError unless it is ``32-true`` or ``bf16-mixed``."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision} is unknown; choose {' or '.join(PRECISIONS)}")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
 class Generator(Exportable, nn.Module):
-    """Draws images of given classes, or of prompts.
+    """Generates images of given classes or prompts.
 
-    Sample ``i`` depends on the seed and on ``i`` alone, so it is the same for any batch size, order or number of processes.
+    Sample ``i`` depends only on the seed and ``i``, so it is the same for any batch size, order or number of processes.
 
     Args:
         autoencoder: Decodes the latents.
         denoiser: Network (x_t B×C×h×w, t B, label B) -> prediction B×C×h×w.
         flow: Path, prediction and time shift that the denoiser was trained with.
         sampler: Any sampler of :mod:`rae.flow`.
-        guidance: Any guidance of :mod:`rae.flow`; None for none.
+        guidance: Any guidance of :mod:`rae.flow`; None for no guidance.
         guide: The smaller, less trained denoiser that autoguidance steers away from.
-        class_names: Names of the classes 0, 1, …, or ``imagenet1k``; None where they are not known.
-        text_encoder: Makes features of prompts, for a denoiser that is told a text.
+        class_names: Names of the classes 0, 1, …, or ``imagenet1k``; None if unknown.
+        text_encoder: Turns prompts into features, for a text-conditioned denoiser.
         negative_prompt: What classifier-free guidance steers away from; None for the null text.
 
     Raises:
-        ValueError: A guidance that needs what is not there (see :func:`rae.flow.check_guidance`), networks for latents of another
-            shape, or too few or many names.
+        ValueError: The guidance needs something that is missing (see :func:`rae.flow.check_guidance`), the networks' latent shapes
+            differ, or the number of names is wrong.
     """
 
     def __init__(
@@ -87,16 +87,16 @@ class Generator(Exportable, nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes that can be asked for."""
+        """Number of classes."""
         return int(self.denoiser.num_classes)
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser's weights are."""
+        """Device of the denoiser's weights."""
         return next(self.denoiser.parameters()).device
 
     def __repr__(self) -> str:
-        """What it draws and how; ``print(draw.denoiser)`` shows a network."""
+        """What it generates and how; ``print(draw.denoiser)`` shows a network."""
         told = f"{self.num_classes} classes" if self.num_classes else "texts" if self.text_encoder else "no classes"
         parameters = sum(weight.numel() for weight in self.denoiser.parameters()) / 1e6
         return (
@@ -105,14 +105,14 @@ class Generator(Exportable, nn.Module):
         )
 
     def configured(self, steps: int | None = None, guidance_scale: float | None = None) -> Generator:
-        """This generator with other settings; the networks are shared, and this one stays as it is.
+        """A copy with other settings that shares the networks; this generator is unchanged.
 
         Args:
-            steps: Steps of the sampler; None for its own number.
-            guidance_scale: Strength of the guidance, 1 for none; None for its own. Without guidance, classifier-free.
+            steps: Steps of the sampler; None keeps its number.
+            guidance_scale: Strength of the guidance, 1 for none; None keeps it. Without guidance, classifier-free guidance is used.
 
         Raises:
-            ValueError: ``steps`` is below 1, or see :func:`rae.flow.check_guidance`.
+            ValueError: ``steps`` is below 1; also see :func:`rae.flow.check_guidance`.
         """
         other = copy.copy(self)
         if steps is not None:
@@ -125,7 +125,7 @@ class Generator(Exportable, nn.Module):
     def labels_of(self, classes: Classes) -> Tensor:
         """Labels int64 B of classes given by number or by name, one or several.
 
-        A name is that of a class, or one of its synonyms ("goldfish" for "goldfish, Carassius auratus"); case does not matter.
+        A name is a class's full name or one of its synonyms ("goldfish" for "goldfish, Carassius auratus"); case does not matter.
 
         Raises:
             ValueError: An unknown name, or a number outside [0, num_classes).
@@ -133,7 +133,7 @@ class Generator(Exportable, nn.Module):
         return labels_of(classes, self.class_names, self.num_classes)
 
     def conditions_of(self, told: Classes | Conditions) -> dict[str, Tensor]:
-        """What the denoiser is told, tensors B×… by name: of classes (see :meth:`labels_of`) or prompts, or as they are given.
+        """The denoiser's conditions, tensors B×… by name, from classes (see :meth:`labels_of`), prompts or such tensors.
 
         Raises:
             ValueError: Unknown classes, empty prompts, or conditions that the denoiser does not take.
@@ -152,14 +152,14 @@ class Generator(Exportable, nn.Module):
         return conditions
 
     def compile(self, *, mode: str | None = None, **options: Any) -> None:
-        """Compiles denoiser, guide and decoder in place; weights and names stay.
+        """Compiles denoiser, guide and decoder in place; weights and names are unchanged.
 
-        Shapes are static, so a batch size takes one graph a network and, with classifier-free guidance, one more for the doubled
-        batch inside its interval; steps share them. Sampling with batches of many sizes compiles anew for each.
+        Shapes are static, so each batch size takes one graph per network and, with classifier-free guidance, one more for the
+        doubled batch inside its interval; steps share them. Every new batch size recompiles.
 
         Args:
-            mode: Of ``torch.compile``; ``reduce-overhead`` replays CUDA graphs, which small batches gain from.
-            options: More arguments of ``torch.compile``.
+            mode: Of ``torch.compile``; ``reduce-overhead`` replays CUDA graphs, which helps small batches.
+            options: Further arguments of ``torch.compile``.
 
         Raises:
             ValueError: An unknown mode.
@@ -177,7 +177,7 @@ class Generator(Exportable, nn.Module):
             return network
 
         def call(*inputs: Tensor, **conditions: Any) -> Any:
-            # A CUDA graph writes every result to the same place, and samplers of higher order keep several.
+            # A CUDA graph writes every result to the same memory, and higher-order samplers keep several results.
             torch.compiler.cudagraph_mark_step_begin()
             output = network(*inputs, **conditions)
             return tuple(head.clone() for head in output) if isinstance(output, tuple) else output.clone()
@@ -185,11 +185,11 @@ class Generator(Exportable, nn.Module):
         return call
 
     def noise(self, seed: int, indices: Sequence[int]) -> Tensor:
-        """What samples of a set begin with: standard normal B×C×h×w.
+        """Initial noise of samples in a set: standard normal B×C×h×w.
 
         Args:
             seed: Seed of the set.
-            indices: Numbers of the samples in it; sample i depends on both alone.
+            indices: Numbers of the samples in it; sample i depends only on the seed and i.
         """
         seeds = [sample_seed(seed, "sample", number) for number in indices]
         return normal(seeds, self.autoencoder.latent_shape, device=self.device)
@@ -206,18 +206,18 @@ class Generator(Exportable, nn.Module):
         """Samples normalised latents.
 
         Args:
-            labels: Classes, B integers in [0, num_classes) or names; one of them stands for itself alone. For denoisers that are
-                told something else, the tensors by name.
+            labels: Classes, B integers in [0, num_classes) or names; a single one may be given without a list. For denoisers with
+                other conditions, the tensors by name.
             seed: Seed of the whole set of samples.
-            indices: Number of every sample in that set; 0, 1, … where not given.
+            indices: Number of each sample in that set; 0, 1, … by default.
             on_step: Called after every step with its number, the time reached and the latents.
-            noise: What to begin with, B×C×h×w; None draws it from the seed and the indices.
+            noise: Initial noise B×C×h×w; None draws it from the seed and the indices.
 
         Returns:
             Latents B×C×h×w.
 
         Raises:
-            ValueError: A label outside the range, or as many indices as labels are not given.
+            ValueError: A label is out of range, or the numbers of indices and labels differ.
         """
         conditions = self.conditions_of(labels)
         batch = len(next(iter(conditions.values())))
@@ -261,16 +261,16 @@ class Generator(Exportable, nn.Module):
         """Samples images: ``draw(207)``, ``draw(["goldfish", 207], steps=25, guidance_scale=1.5, output="pil")``.
 
         Args:
-            labels: A class or several, by number or by name.
+            labels: One class or several, by number or by name.
             seed: Seed of the whole set of samples.
-            indices: Number of every sample in that set; 0, 1, … where not given.
-            steps: Steps of the sampler in this call; None for its own number.
-            guidance_scale: Strength of the guidance in this call, 1 for none; None for its own.
+            indices: Number of each sample in that set; 0, 1, … by default.
+            steps: Steps of the sampler in this call; None for the sampler's own number.
+            guidance_scale: Strength of the guidance in this call, 1 for none; None for the guidance's own.
             output: ``float``: float32 B×3×H×W in [0, 1]; ``uint8``: B×3×H×W; ``pil``: a list of PIL images.
-            progress: Whether a bar shows the steps once they take more than two seconds.
+            progress: Whether to show a progress bar once sampling takes more than two seconds.
 
         Raises:
-            ValueError: An unknown class or output, a wrong number of steps or indices.
+            ValueError: An unknown class or output, or a wrong number of steps or indices.
         """
         if output not in OUTPUTS:
             raise ValueError(f"output={output!r} is unknown; choose one of {', '.join(OUTPUTS)}")
@@ -302,19 +302,19 @@ class Generator(Exportable, nn.Module):
         quantize: str = "floor",
         on_latents: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """Samples images uint8 B×3×H×W, as they are scored and written.
+        """Samples images uint8 B×3×H×W, for scoring and writing.
 
         Args:
             labels: See :meth:`latents`.
             seed: See :meth:`latents`.
             indices: See :meth:`latents`.
-            precision: ``32-true`` or ``bf16-mixed``, in Lightning's words: arithmetic of the networks.
+            precision: Precision of the networks, ``32-true`` or ``bf16-mixed`` (Lightning's names).
             quantize: See :func:`rae.image.to_uint8`.
-            on_latents: Called with the latents as the encoder makes them, not normalised, float32 B×C×h×w: what any decoder of it
-                takes. With ``latent.space=decoder_input``, what this decoder alone takes.
+            on_latents: Called with the denormalised latents, float32 B×C×h×w: those of the encoder, which any of its decoders
+                takes. With ``latent.space=decoder_input``, only this decoder takes them.
 
         Raises:
-            ValueError: An unknown precision or ``quantize``, or see :meth:`latents`.
+            ValueError: An unknown precision or ``quantize``; also see :meth:`latents`.
         """
         with computing(precision, self.device):
             latents = self.latents(labels, seed, indices)
@@ -322,16 +322,16 @@ class Generator(Exportable, nn.Module):
                 on_latents(self.autoencoder.latent.denormalize(latents).float())
             with torch.no_grad():
                 images = self.autoencoder.decode(latents).clamp(0, 1)
-        return to_uint8(images.float(), quantize)  # in bfloat16 neighbouring grey levels are one number
+        return to_uint8(images.float(), quantize)  # bfloat16 cannot tell neighbouring grey levels apart
 
     @torch.no_grad()
     def interpolate(self, label: int | str, pair: tuple[int, int], count: int, seed: int = 0) -> Tensor:
-        """Images count×3×H×W between two samples of a class, from noise on the arc between theirs.
+        """Images count×3×H×W interpolated between two samples of a class, along the arc between their initial noise.
 
         Args:
             label: The class, or the prompt.
-            pair: Numbers of the two samples in the set of the seed; they are the first and last image.
-            count: Images, both ends counted.
+            pair: Numbers of the two samples in the seed's set; they become the first and last image.
+            count: Number of images, including both ends.
             seed: Seed of the set.
 
         Raises:
@@ -341,6 +341,6 @@ class Generator(Exportable, nn.Module):
             raise ValueError(f"count must be at least 2, both ends counted, got {count}")
         first, last = self.noise(seed, pair)
         noise = arc(first, last, count)
-        # Stochastic samplers draw further noise: one and the same for the whole row, or it would jump.
+        # Stochastic samplers draw further noise; sharing it across the row keeps the interpolation from jumping.
         latents = self.latents([label] * count, seed, [pair[0]] * count, noise=noise)
         return self.autoencoder.decode(latents).clamp(0, 1)

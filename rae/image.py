@@ -1,4 +1,4 @@
-"""Images from files, to bytes, to files and to one picture of many."""
+"""Images: reading and writing files, bytes and floats, grids."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 from rae.io.files import write_atomically
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-"""How the names of image files end, in small letters."""
+"""File name endings of images, in lower case."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
-"""Pillow's formats of image files that are read; others of Pillow start programs (EPS) or are hardly ever tried."""
-_BIG_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's names of greyscale with more than 8 bits
+"""Pillow formats that are read; Pillow's others start external programs (EPS) or are rarely tested."""
+_BIG_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's greyscale modes with more than 8 bits
 
 QUANTIZE = ("floor", "round")
-"""How grey levels between two bytes become one: the lower one, of which all published scores are, or the nearer one."""
+"""How grey levels between two bytes are quantised: to the lower one, as in all published scores, or to the nearest."""
 
 
 def to_uint8(images: Tensor, quantize: str = "floor") -> Tensor:
-    """Float images in [0, 1] of any shape (values outside are clamped) as bytes, by one of the rules :data:`QUANTIZE`."""
+    """Converts float images in [0, 1] of any shape (values outside are clamped) to bytes by a rule of :data:`QUANTIZE`."""
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize={quantize!r} is unknown; choose {' or '.join(QUANTIZE)}")
     levels = images.clamp(0, 1).mul(255)
@@ -33,7 +33,7 @@ def to_uint8(images: Tensor, quantize: str = "floor") -> Tensor:
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Raises ValueError where one of ``what``, B×…, holds NaN or infinity: as bytes it would be black or white without a word."""
+    """Raises ValueError if one of ``what``, B×…, holds NaN or infinity, which would silently become black or white bytes."""
     bad = int((~values.isfinite()).flatten(1).any(1).sum())
     if bad:
         raise ValueError(
@@ -42,7 +42,7 @@ def check_finite(values: Tensor, what: str) -> None:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Bytes to float32 in [0, 1]; floating-point images, which are in [0, 1] already, pass unchanged."""
+    """Bytes to float32 in [0, 1]; floating-point images, already in [0, 1], pass unchanged."""
     if images.is_floating_point():
         return images
     if images.dtype != torch.uint8:
@@ -53,9 +53,9 @@ def to_float(images: Tensor) -> Tensor:
 def latent_colours(latents: Tensor) -> Tensor:
     """Latents B×C×h×w as pictures uint8 B×3×h×w: their first three principal components as red, green and blue.
 
-    One set of components and one scale serve the whole batch, so that equal colours are equal features in all pictures. From the
-    1st to the 99th percentile a component's values fill the range; its sign is that of its largest weight. Fewer than three
-    channels or places, or values that are not finite, raise ValueError.
+    The whole batch shares one set of components and one scale, so equal colours mean equal features in all pictures. A
+    component's 1st to 99th percentiles fill the range; its sign is that of its largest weight. Fewer than three channels or
+    positions, or non-finite values, raise ValueError.
     """
     if latents.ndim != 4 or latents.shape[1] < 3 or latents.numel() < 3 * latents.shape[1]:
         raise ValueError(
@@ -66,7 +66,7 @@ def latent_colours(latents: Tensor) -> Tensor:
     batch, channels, height, width = latents.shape
     tokens = latents.detach().cpu().double().permute(0, 2, 3, 1).reshape(-1, channels)
     tokens = tokens - tokens.mean(0)
-    axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors.flip(1)[:, :3]  # of the largest eigenvalues
+    axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors.flip(1)[:, :3]  # largest eigenvalues first
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     values = tokens @ (axes * largest.sign())
     low, high = values.quantile(torch.tensor([0.01, 0.99]).double(), dim=0)
@@ -75,10 +75,9 @@ def latent_colours(latents: Tensor) -> Tensor:
 
 
 def make_grid(images: Tensor, columns: int, scale: int = 1, captions: Sequence[str] | None = None) -> Tensor:
-    """Lays images uint8 B×3×H×W out row by row on a white ground, one picture uint8 3×H'×W'.
+    """Lays out images uint8 B×3×H×W row by row on a white background, as one picture uint8 3×H'×W'.
 
-    Every pixel becomes a square of side ``scale``, so that small images can be looked at; captions are short texts under every
-    image.
+    Every pixel becomes a square of side ``scale``, to make small images visible; captions are short texts below the images.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 of shape B×3×H×W, got {images.dtype} {tuple(images.shape)}")
@@ -112,7 +111,7 @@ _CAPTION = 14
 def _write_texts(
     picture: Tensor, texts: Sequence[str], places: Sequence[tuple[float, float]], anchor: str, size: int
 ) -> Tensor:
-    """The picture uint8 3×H×W with black texts at places (x, y)."""
+    """The picture uint8 3×H×W with black texts at positions (x, y)."""
     canvas = to_pil(picture)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=size)
     for text, place in zip(texts, places, strict=True):
@@ -121,7 +120,7 @@ def _write_texts(
 
 
 def label_rows(rows: Sequence[Tensor], labels: Sequence[str], columns: int, scale: int = 1) -> Tensor:
-    """A grid of rows of images uint8 n×3×H×W, for ``columns`` of which there is room, with a label before each row."""
+    """A grid of rows of images uint8 n×3×H×W, with room for ``columns`` images and a label before each row."""
     if len(rows) != len(labels) or not rows:
         raise ValueError(f"every row needs its label: {len(rows)} rows, {len(labels)} labels")
     blank = torch.full((1, *rows[0].shape[1:]), 255, dtype=torch.uint8)
@@ -136,11 +135,11 @@ def label_rows(rows: Sequence[Tensor], labels: Sequence[str], columns: int, scal
 
 
 _LOOKED_AT = 64
-"""Side that small images should about have in a grid, in pixels."""
+"""Approximate side of small images in a grid, in pixels."""
 
 
 def grid_scale(side: int) -> int:
-    """How many pixels of the grid one pixel of an image takes, so that small images, by their side, can be looked at."""
+    """Scale of a grid, from the images' side, that makes small images large enough to see."""
     return max(1, _LOOKED_AT // side)
 
 
@@ -158,16 +157,16 @@ def save_png(image: Tensor, path: str | Path) -> Path:
 
 
 def open_rgb(file: str | Path | IO[bytes], least: int | None = None, most: int | None = None) -> Image.Image:
-    """Opens any image as 8-bit RGB, turned the way its EXIF orientation says.
+    """Opens any image as 8-bit RGB, rotated according to its EXIF orientation.
 
-    Transparency is laid on white, 16-bit grey is reduced to 8 bits, and of an animation the first frame is taken. A JPEG may
-    be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps ``least`` pixels; None decodes it whole.
-    ``most`` pixels may an image have, so that a small file cannot fill the memory; None for twice
+    Transparency is composited on white, 16-bit grey is reduced to 8 bits, and an animation gives its first frame. A JPEG may be
+    decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side keeps ``least`` pixels; None decodes it at full size.
+    ``most`` limits the number of pixels, so that a small file cannot fill the memory; None for twice
     ``PIL.Image.MAX_IMAGE_PIXELS``, Pillow's own limit.
 
     Raises:
-        OSError: No image of :data:`FORMATS`, a truncated one, or one of too many pixels.
-        ValueError: Pixels whose range the file does not tell (floating point, more than 16 bits).
+        OSError: The file is not an image of :data:`FORMATS`, is truncated, or has too many pixels.
+        ValueError: The file does not give the range of its pixels (floating point, more than 16 bits).
     """
     with _opened(file) as opened:
         if most is not None and opened.width * opened.height > most:
@@ -181,7 +180,7 @@ def open_rgb(file: str | Path | IO[bytes], least: int | None = None, most: int |
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """What :func:`open_rgb` makes of an image that is open already, which stays as it is; raises ValueError as there."""
+    """Converts an open image as :func:`open_rgb` does, leaving the original unchanged; raises the same ValueError."""
     return _to_rgb(ImageOps.exif_transpose(image))
 
 
@@ -197,23 +196,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_plainly(file: str | Path | IO[bytes]) -> Image.Image:
-    """Opens an image as torchvision's loader does, and so the original: EXIF orientation and transparency are ignored."""
+    """Opens an image as torchvision's loader and the original code do: EXIF orientation and transparency are ignored."""
     with _opened(file) as opened:
         return opened.convert("RGB")
 
 
 def _opened(file: str | Path | IO[bytes]) -> Image.Image:
-    """The image with its header read alone."""
+    """The image with only its header read."""
     try:
         return Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError as error:  # its text names the object in memory, other in every run
+    except UnidentifiedImageError as error:  # its text gives the object's memory address, which differs in every run
         raise OSError("no image of a known format") from error
     except Image.DecompressionBombError as error:
         raise OSError(str(error)) from error
 
 
 def _reduce_to_bytes(image: Image.Image) -> Image.Image:
-    """Grey values 0..65535 to 0..255; Pillow's own conversion would clip all above 255 to white."""
+    """Grey values 0..65535 to 0..255; Pillow's own conversion would clip everything above 255 to white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(
@@ -223,20 +222,20 @@ def _reduce_to_bytes(image: Image.Image) -> Image.Image:
 
 
 def resize_image(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Rows first, then columns, as Pillow always did. Pillow 13 chooses the order; that moves tall images' pixels by up to 20."""
+    """Resizes rows first, then columns, as Pillow did before 13, whose own order changes tall images' pixels by up to 20."""
     width, height = size
     return image.resize((width, image.height), resample).resize((width, height), resample)
 
 
 def halve(image: Image.Image, size: int) -> Image.Image:
-    """Halves with BOX while the image stays large enough: part of the definition, and keeps strong reductions cheap."""
+    """Halves with BOX while the image stays large enough: part of ADM's crop, and keeps strong reductions cheap."""
     while min(image.size) >= 2 * size:
         image = resize_image(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
     return image
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Centre crop of ADM (Dhariwal & Nichol 2021), that of the reference statistics of ImageNet and of stage 2.
+    """ADM's centre crop (Dhariwal & Nichol 2021), as in ImageNet's reference statistics and stage 2.
 
     The image may have any size; a small one is enlarged.
     """
@@ -245,7 +244,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def centre_of(image: Image.Image, size: int) -> tuple[int, int, int, int]:
-    """Width and height where the shorter side is ``size``, the longer one rounded to the nearest; left and top of the crop."""
+    """Width and height with the shorter side at ``size``, the longer rounded to nearest; then left and top of the crop."""
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     return width, height, (width - size) // 2, (height - size) // 2

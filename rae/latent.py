@@ -18,23 +18,23 @@ SPACES = ("encoder", "decoder_input")
 
 
 class LatentNormalizer(Described, nn.Module):
-    """Latents z become (z − mean) / √(var + eps) with mean and variance of every position; the identity without statistics.
+    """Normalises latents z to (z − mean) / √(var + eps), per channel and position; the identity without statistics.
 
     Args:
         shape: Channels, height and width of a latent.
         mean: Mean C×H×W; None for 0.
         var: Population variance C×H×W; None for no scaling.
-        eps: Added to the variance, or to the deviation.
+        eps: Added to the variance, or to the standard deviation.
         form: ``variance``: divide by √(var + eps); ``deviation``: by √var + eps, as diffusers' ``AutoencoderRAE`` does.
         stats: File with ``mean`` and ``var`` instead of the tensors; the mean may be missing or None, as in released files.
             None, or ``none`` where a configuration has to say so, for no file.
-        space: What the latents are: ``encoder``: what the encoder makes; ``decoder_input``: the patch tokens that enter the
+        space: What the latents are: ``encoder``: the encoder's output; ``decoder_input``: the patch tokens that enter the
             decoder's first block, D×h×w (FuseLift).
-        class_token: Mean D of the class token that enters the decoder's blocks beside them; None for the decoder's own.
-        decoder: Fingerprint of the decoder whose input the latents are, where it is known; a file's description may say it.
+        class_token: Mean D of the class token that enters the decoder's blocks with them; None for the decoder's own.
+        decoder: Fingerprint of the decoder whose input the latents are, if known; a file's description may give it.
 
     Raises:
-        ValueError: Statistics given twice, of another shape or space, not finite, or with a negative variance.
+        ValueError: Statistics given twice, of a different shape or space, not finite, or with a negative variance.
         FileNotFoundError: The file does not exist.
     """
 
@@ -71,7 +71,7 @@ class LatentNormalizer(Described, nn.Module):
         source = "latent statistics"
         class_mean, class_var = (None, None)
         self.encoder: dict[str, Any] | None = None
-        """Fingerprint of the encoder that the statistics are of, where the file's description says it."""
+        """Fingerprint of the encoder the statistics belong to, if the file's description gives it."""
         if stats is not None and stats != "none":
             description = _described(Path(stats))
             if (said := description.get("space", "encoder")) != space and description:
@@ -87,14 +87,14 @@ class LatentNormalizer(Described, nn.Module):
             mean, var, class_token = (content.get(name) for name in ("mean", "var", "class_token"))
             class_mean, class_var = class_statistics(content, self.shape[0], str(stats))
             source = str(stats)
-        # Without a variance the scale is to be exactly 1, so the epsilon is taken off it.
+        # Without a variance the scale must be exactly 1, so the epsilon is subtracted.
         self.register_buffer("mean", self._fit(mean, 0.0, "mean", source))
         neutral = 1.0 - eps if form == "variance" else (1.0 - eps) ** 2
         self.register_buffer("var", self._fit(var, neutral, "var", source))
         if var is not None and (self.var < 0).any():
             raise ValueError(f"{source}: the variance is negative in places; it must be a population variance")
         self._given = source if mean is not None or var is not None else None
-        self.register_buffer("class_mean", class_mean, persistent=False)  # training alone needs them
+        self.register_buffer("class_mean", class_mean, persistent=False)  # only training needs them
         self.register_buffer("class_var", class_var, persistent=False)
         if class_token is not None and (space == "encoder" or class_token.numel() != self.shape[0]):
             raise ValueError(
@@ -110,7 +110,7 @@ class LatentNormalizer(Described, nn.Module):
             raise ValueError(f"{source}: {name} is a {type(value).__name__}, it must be a tensor of shape {self.shape}")
         value = value.detach().float()
         if value.ndim == 1 and value.shape[0] == self.shape[0]:
-            value = value[:, None, None].expand(self.shape)  # one value a channel
+            value = value[:, None, None].expand(self.shape)  # one value per channel
         if tuple(value.shape) != self.shape:
             raise ValueError(
                 f"{source}: {name} has shape {tuple(value.shape)}, the encoder's latents have {self.shape}; "
@@ -122,7 +122,7 @@ class LatentNormalizer(Described, nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What the latents are divided by, C×H×W."""
+        """The divisor of the latents, C×H×W."""
         return self._scale(self.var)
 
     def _scale(self, var: Tensor) -> Tensor:
@@ -136,16 +136,16 @@ class LatentNormalizer(Described, nn.Module):
             )
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """B×C×H×W as the encoder makes them => normalised.
+        """Latents B×C×H×W as the encoder returns them => normalised.
 
         Raises:
-            ValueError: Latents of another shape.
+            ValueError: Latents of a different shape.
         """
         self._check(latents)
         return (latents - self.mean) / self.scale
 
     def check_class_token(self) -> None:
-        """Raises ValueError where the latents are normalised and the class token cannot be, for want of its statistics."""
+        """Raises ValueError if the latents are normalised but the statistics do not cover the class token."""
         if self._given is not None and self.class_mean is None:
             raise ValueError(
                 f"{self._given}: there are no statistics of the class token, which the denoiser learns too; make them with "
@@ -153,7 +153,7 @@ class LatentNormalizer(Described, nn.Module):
             )
 
     def normalize_class_token(self, tokens: Tensor) -> Tensor:
-        """Class tokens B×C as the encoder makes them => normalised by their own mean and variance.
+        """Class tokens B×C as the encoder returns them => normalised by their own mean and variance.
 
         Raises:
             ValueError: See :meth:`check_class_token`.
@@ -164,10 +164,10 @@ class LatentNormalizer(Described, nn.Module):
         return (tokens - self.class_mean) / self._scale(self.class_var)
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """Normalised B×C×H×W => as the decoder wants them.
+        """Normalised latents B×C×H×W => as the decoder takes them.
 
         Raises:
-            ValueError: Latents of another shape.
+            ValueError: Latents of a different shape.
         """
         self._check(latents)
         return latents * self.scale + self.mean
@@ -177,7 +177,7 @@ def read_statistics(path: str | Path) -> dict[str, Any]:
     """Reads a statistics file, the original project's or ours: ``mean`` and ``var``, either of which may be None or missing.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The file holds neither.
     """
     content = read_file(path)
@@ -187,10 +187,10 @@ def read_statistics(path: str | Path) -> dict[str, Any]:
 
 
 def class_statistics(content: Mapping[str, Any], channels: int, source: str) -> tuple[Tensor | None, Tensor | None]:
-    """Mean and variance C of the class token in what a statistics file holds, ours or RiT's; None where it holds none.
+    """Mean and variance C of the class token from the content of a statistics file, ours or RiT's; None where absent.
 
     Raises:
-        ValueError: They are of another shape, not finite or negative.
+        ValueError: They have a different shape, are not finite, or the variance is negative.
     """
     found: list[Any] = [content.get(f"class_{name}", content.get(f"{name}_cls_token")) for name in ("mean", "var")]
     if all(value is None for value in found):
@@ -202,7 +202,7 @@ def class_statistics(content: Mapping[str, Any], channels: int, source: str) -> 
 
 
 def _described(stats: Path) -> dict[str, Any]:
-    """What ``rae-stats`` wrote beside the statistics; empty for files from elsewhere."""
+    """The description ``rae-stats`` wrote next to the statistics; empty for files from elsewhere."""
     description = stats.expanduser().with_suffix(".json")
     if not description.is_file():
         return {}
@@ -218,9 +218,9 @@ def _described(stats: Path) -> dict[str, Any]:
 
 
 def add_noise(latents: Tensor, tau: float, uniform: Tensor, noise: Tensor) -> Tensor:
-    """Training noise of the decoder, before normalisation: z + σ·ε with one σ = τ·u a sample (paper §3, eq. of τ).
+    """Training noise of the decoder, before normalisation: z + σ·ε with one σ = τ·u per sample (paper §3, eq. of τ).
 
-    Latents and standard normal ε are B×C×H×W, the uniform draws u in [0, 1) are B; others, or a negative τ, raise ValueError.
+    Latents and standard normal ε are B×C×H×W, uniform draws u in [0, 1) are B; other shapes or a negative τ raise ValueError.
     """
     if tau < 0:
         raise ValueError(f"tau={tau} must not be negative; 0 is no noise, 0.8 the published setting")
@@ -233,13 +233,13 @@ def add_noise(latents: Tensor, tau: float, uniform: Tensor, noise: Tensor) -> Te
 
 
 class RunningMoments:
-    """Exact mean and population variance of every position, in float64, independent of order and batch size up to rounding.
+    """Exact mean and population variance per element, in float64, independent of order and batch size up to rounding.
 
-    Two sets of moments merge by the parallel formula, so processes and interrupted runs can be joined.
+    Two sets of moments merge by the parallel formula, so processes and interrupted runs can be combined.
 
     Args:
         shape: Shape of one sample.
-        device: Where the moments live; None for the CPU.
+        device: Device of the moments; None for the CPU.
     """
 
     def __init__(self, shape: Sequence[int], device: torch.device | str | None = None) -> None:
@@ -252,7 +252,7 @@ class RunningMoments:
         """Population variance.
 
         Raises:
-            ValueError: Nothing was added.
+            ValueError: No sample was added.
         """
         if self.count == 0:
             raise ValueError("no sample was added to the statistics")
@@ -262,7 +262,7 @@ class RunningMoments:
         """Adds samples B×….
 
         Raises:
-            ValueError: Samples of another shape.
+            ValueError: Samples of a different shape.
         """
         if batch.shape[1:] != self.mean.shape:
             raise ValueError(
@@ -275,10 +275,10 @@ class RunningMoments:
         self._join(len(batch), mean, (batch - mean).square().sum(0))
 
     def merge(self, other: RunningMoments) -> None:
-        """Adds the samples that other moments have seen.
+        """Adds the samples of other moments.
 
         Raises:
-            ValueError: Moments of another shape.
+            ValueError: Moments of a different shape.
         """
         if other.mean.shape != self.mean.shape:
             raise ValueError(
@@ -295,11 +295,11 @@ class RunningMoments:
         self.count = total
 
     def state_dict(self) -> dict[str, Any]:
-        """Count and tensors, for a file."""
+        """Count and tensors, for saving."""
         return {"count": self.count, "mean": self.mean.clone(), "m2": self.m2.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores what :meth:`state_dict` returned."""
         self.count = int(state["count"])
         self.mean.copy_(state["mean"])
         self.m2.copy_(state["m2"])

@@ -1,4 +1,4 @@
-"""What a generator is told, from what people give: classes, prompts, or tensors; and what guidance steers away from."""
+"""A generator's conditions from user input (classes, prompts or tensors), and what guidance steers away from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rae.encoder.text import TextEncoder
 from rae.flow import Guidance
 
 Classes = Tensor | Sequence[int | str] | int | str
-"""One class or several, by number or by name; for models that are told a text, one prompt or several."""
+"""One class or several, by number or by name; for text-conditioned models, one prompt or several."""
 
 
 def labels_of(classes: Classes, class_names: Sequence[str], num_classes: int) -> Tensor:
@@ -23,8 +23,8 @@ def labels_of(classes: Classes, class_names: Sequence[str], num_classes: int) ->
 
     Args:
         classes: The classes.
-        class_names: Their names, synonyms separated by commas; empty where they are not known.
-        num_classes: How many there are.
+        class_names: Names of all classes, synonyms separated by commas; empty if unknown.
+        num_classes: Number of classes.
 
     Raises:
         ValueError: An unknown name, or a number outside [0, num_classes).
@@ -38,7 +38,7 @@ def labels_of(classes: Classes, class_names: Sequence[str], num_classes: int) ->
 
 
 def check_text_encoder(denoiser: Denoiser, text_encoder: TextEncoder | None) -> None:
-    """Raises ValueError for a text encoder whose features the denoiser does not take."""
+    """Raises ValueError for a text encoder whose features do not fit the denoiser."""
     condition = denoiser.condition
     if text_encoder is None:
         return
@@ -54,7 +54,7 @@ def check_text_encoder(denoiser: Denoiser, text_encoder: TextEncoder | None) -> 
 
 
 def check_negative_prompt(prompt: str | None, text_encoder: TextEncoder | None, guidance: Guidance) -> None:
-    """Raises ValueError for a negative prompt that nothing would steer away from."""
+    """Raises ValueError for a negative prompt that would have no effect."""
     if prompt is not None and (text_encoder is None or "null" not in guidance.needs):
         raise ValueError(
             f"negative_prompt={prompt!r} needs a model that is told a text, and guidance=cfg to steer away from it"
@@ -65,7 +65,7 @@ def checked_prompts(given: Any) -> list[str]:
     """One prompt or several as a list.
 
     Raises:
-        ValueError: Something else, or a prompt that is empty.
+        ValueError: Something other than strings, or an empty prompt.
     """
     prompts = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
     for number, prompt in enumerate(prompts):
@@ -82,12 +82,12 @@ def beside_null(
     text_encoder: TextEncoder | None,
     negative_prompt: str | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The conditions, and what guidance steers away from in the same shapes: the null condition, or a negative prompt.
+    """The conditions, and what guidance steers away from in the same shapes: the null condition or a negative prompt.
 
     Args:
         conditions: Tensors B×… by name.
-        condition: The denoiser's.
-        text_encoder: Makes the negative prompt's features.
+        condition: The denoiser's condition.
+        text_encoder: Computes the negative prompt's features.
         negative_prompt: None for the null condition.
     """
     if negative_prompt is None or text_encoder is None:
