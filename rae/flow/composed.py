@@ -1,4 +1,4 @@
-"""Several guidances at once."""
+"""Several guidances combined."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from rae.flow.guidance import Field, Guidance, Memory, Model, plain, still
 
 
 class ComposedGuidance(Guidance):
-    """Guidances one around the other: the first steers the denoiser, each further one what those before it predict.
+    """Nests guidances: the first guides the denoiser, each further one the prediction of those before it.
 
-    With m₀ the denoiser, mᵢ is what part i makes of mᵢ₋₁ as it makes it of a denoiser, and the last mᵢ is the velocity. So
-    ``[internal, cfg]`` is u + w₂·(c − u) with base + w₁·(full − base) for either of c and u, and ``[cfg, autoguidance]`` is
+    With m₀ the denoiser, part i turns mᵢ₋₁ into mᵢ, treating it as a denoiser, and the last mᵢ gives the velocity. So
+    ``[internal, cfg]`` is u + w₂·(c − u) with base + w₁·(full − base) for both c and u, and ``[cfg, autoguidance]`` is
     weak + w₂·(u + w₁·(c − u) − weak). The guide itself is not guided. Each part has its own strength and interval; outside
-    its interval it leaves the prediction as it is. Where a part lets the state stand still (CFG-Zero*), the whole does.
+    its interval it leaves the prediction unchanged. Where a part sets the velocity to 0 (CFG-Zero*), the whole velocity is 0.
 
     Args:
-        parts: The guidances, from the innermost. Internal guidance comes first, for it takes the network's own base head, and
-            one part at most steers away from the null condition.
+        parts: The guidances, innermost first. Internal guidance comes first, because it uses the network's own base head, and
+            at most one part steers away from the null condition.
 
     Raises:
-        ValueError: No parts, a part that is no guidance, or parts that do not go together.
+        ValueError: No parts, a part that is not a guidance, or incompatible parts.
     """
 
     def __init__(self, parts: Sequence[Guidance]) -> None:
@@ -44,11 +44,11 @@ class ComposedGuidance(Guidance):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What its parts need."""
+        """The needs of all parts."""
         return frozenset().union(*(part.needs for part in self.parts))
 
     def with_scale(self, scale: float) -> Guidance:
-        """The same guidances, the last (outermost) of them with another strength; ``scale`` is that one's too."""
+        """The same guidances with a new strength for the last (outermost) one, whose strength ``scale`` is."""
         return type(self)([*self.parts[:-1], self.parts[-1].with_scale(scale)])
 
     def __repr__(self) -> str:
@@ -56,15 +56,15 @@ class ComposedGuidance(Guidance):
         return f"{type(self).__name__}({', '.join(map(repr, self.parts))})"
 
     def acts_at(self, t: float) -> bool:
-        """Whether a part acts at time t."""
+        """Whether any part acts at time t."""
         return any(part.acts_at(t) for part in self.parts)
 
     def stands_still(self, t: float) -> bool:
-        """Whether a part lets the state stand still at time t."""
+        """Whether any part sets the velocity to 0 at time t."""
         return any(part.stands_still(t) for part in self.parts)
 
     def active(self, t: float) -> tuple[bool, ...]:
-        """Which of all parts' parts act at time t."""
+        """Which parts, nested ones included, act at time t."""
         return tuple(acts for part in self.parts for acts in part.active(t))
 
     def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:
@@ -77,5 +77,5 @@ class ComposedGuidance(Guidance):
 
 
 def as_model(field: Field) -> Model:
-    """A velocity field as a denoiser, which takes the conditions by name."""
+    """Wraps a velocity field as a denoiser, which takes the conditions by name."""
     return lambda x, t, **conditions: field(x, t, conditions)

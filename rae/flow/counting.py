@@ -1,4 +1,4 @@
-"""How often a sample passes through the networks."""
+"""Counting network evaluations per sample."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rae.flow.sampler import Sampler
 
 
 def evaluations(sampler: Sampler, guidance: Guidance, shift: float = 1.0) -> dict[str, int]:
-    """How often a sample passes through ``denoiser``, in these through its ``base`` head, and through ``guide``.
+    """Passes per sample through ``denoiser``, through its ``base`` head among these, and through ``guide``.
 
-    Found by running the sampler on models that count.
+    Counted by running the sampler on counting models.
 
     Raises:
-        ValueError: A sampler whose steps depend on the networks.
+        ValueError: The sampler's steps depend on the networks.
     """
     if sampler.evaluations is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Guidance: how a prediction is pushed away from a weaker one. Each class wraps a denoiser, once a batch."""
+"""Guidance: pushes a prediction away from a weaker one. Each class wraps a denoiser, once per batch."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Model = Callable[..., Any]
 Velocity = Callable[..., Tensor]
 Field = Callable[[Tensor, Tensor, Conditions], Tensor]
 Memory = dict[str, Tensor]
-"""What a guidance keeps of a batch from one evaluation to the next, B×… by name; each bound batch has its own."""
+"""State that a guidance keeps for a batch between evaluations, B×… by name; each bound batch has its own."""
 
 
 class Guidance(Described, ABC):
-    """Base: an interval of times, and the decision where the guiding forward runs.
+    """Base class: decides, from an interval of times, where the guiding forward runs.
 
-    Outside the interval only the plain prediction is computed. A float time (the samplers') is decided on the host; a tensor
-    of times is decided sample by sample.
+    Outside the interval only the plain prediction is computed. For a float time (from samplers) the decision is made on the
+    host; for a tensor of times, sample by sample.
 
     Args:
-        scale: Strength; 1 is none.
-        interval: Smallest and largest time at which it acts, both included.
+        scale: Strength; 1 means no guidance.
+        interval: Smallest and largest time at which it acts, both inclusive.
 
     Raises:
         ValueError: A reversed interval or one outside [0, 1].
@@ -41,7 +41,7 @@ class Guidance(Described, ABC):
 
     @abstractmethod
     def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:
-        """The velocity field (x, times B, conditions) at a time, which is the same function wherever the same forwards run."""
+        """The velocity field (x, times B, conditions) at a time; the same function wherever the same forwards run."""
 
     def __call__(
         self, model: Model, conditions: Conditions, null: Conditions | None = None, guide: Model | None = None
@@ -50,13 +50,13 @@ class Guidance(Described, ABC):
 
         Args:
             model: Denoiser (x, t B, conditions by name) -> velocity.
-            conditions: What it is told, tensors B×… by name.
-            null: The null condition, of the same names and shapes; classifier-free guidance needs it.
+            conditions: The denoiser's conditions, tensors B×… by name.
+            null: The null condition, with the same names and shapes; classifier-free guidance needs it.
             guide: The weaker denoiser; autoguidance needs it.
 
         Returns:
-            Velocity field of x B×… and a time (float, or one value a sample); a third argument, a float r at most the time,
-            asks all models for the average velocity over [r, t].
+            Velocity field of x B×… and a time (float, or one value per sample); an optional third argument, a float r at most
+            the time, requests the average velocity over [r, t] from all models.
 
         Raises:
             ValueError: The null condition, the guide or a base head is missing.
@@ -88,27 +88,27 @@ class Guidance(Described, ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it asks for: any of the following.
+        """What it requires: any of the following.
 
-        ``null``: the null condition; ``base``: the denoiser's base head; ``guide``: a weaker denoiser; ``linear_path``: it
-        estimates the data as x − t·v, as is right there; ``instant``: velocities at one time, no average ones;
-        ``single_stage``: a sampler with one evaluation a step, since its velocity depends on the evaluations before.
+        ``null``: the null condition; ``base``: the denoiser's base head; ``guide``: a weaker denoiser; ``linear_path``: that
+        path, as it estimates the data by x − t·v; ``instant``: instantaneous velocities, not average ones; ``single_stage``: a
+        sampler with one evaluation per step, because its velocity depends on earlier evaluations.
         """
         return frozenset()
 
     def check(self, null: Conditions | None, guide: Model | None) -> None:
-        """Raises ValueError where the null condition or the guide is missing and this guidance needs it."""
+        """Raises ValueError if this guidance needs the null condition or the guide and it is missing."""
         if null is None and "null" in self.needs:
             raise ValueError("classifier-free guidance needs null, the condition that tells the denoiser nothing")
         self.check_guide(guide)
 
     def check_guide(self, guide: Any) -> None:
-        """Raises ValueError where there is no guide and this guidance needs one."""
+        """Raises ValueError if this guidance needs a guide and there is none."""
         if guide is None and "guide" in self.needs:
             raise ValueError("autoguidance needs a guide: a trained denoiser smaller than the one that it steers")
 
     def with_scale(self, scale: float) -> Guidance:
-        """The same guidance, in the same interval, with another strength."""
+        """The same guidance, in the same interval, with a different strength."""
         return type(self)(**{**self.arguments, "scale": float(scale)})
 
     def __repr__(self) -> str:
@@ -120,7 +120,7 @@ class Guidance(Described, ABC):
         return self.scale != 1 and inside(t, self.interval)
 
     def stands_still(self, t: float) -> bool:
-        """Whether the velocity is 0 at time t, so that no network runs."""
+        """Whether the velocity is set to 0 at time t, so that no network runs."""
         return False
 
     def active(self, t: float) -> tuple[bool, ...]:
@@ -141,13 +141,13 @@ def check_interval(interval: Sequence[float], name: str) -> tuple[float, float]:
 
 
 def inside(t: float, interval: tuple[float, float]) -> bool:
-    """Whether a time lies in an interval, ends included, as float32 numbers (a shifted grid's first may be one ulp above 1)."""
+    """Whether a time is in an interval, ends included, compared in float32 (a shifted grid may start one ulp above 1)."""
     time, low, high = (np.float32(value) for value in (min(t, 1.0), *interval))
     return bool(low <= time <= high)
 
 
 def until(model: Model, r: float | None) -> Model:
-    """The model with a second time, the same for all samples; the model itself for None."""
+    """Binds the model to a second time r, shared by all samples; returns the model itself for None."""
     if r is None:
         return model
     return lambda x, t, **conditions: model(x, t, r=torch.full_like(t, r), **conditions)
@@ -170,7 +170,7 @@ class NoGuidance(Guidance):
         super().__init__()
 
     def with_scale(self, scale: float) -> Guidance:
-        """Classifier-free guidance of that strength; 1 is none."""
+        """Classifier-free guidance of that strength; 1 means none."""
         return self if scale == 1 else ClassifierFreeGuidance(scale)
 
     def __repr__(self) -> str:
@@ -187,7 +187,7 @@ class ClassifierFreeGuidance(Guidance):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The null condition, where it acts at all."""
+        """The null condition, if it acts at all."""
         return frozenset({"null"} if self.scale != 1 else ())
 
     def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:
@@ -204,12 +204,12 @@ class ClassifierFreeGuidance(Guidance):
         return guided
 
     def steer(self, conditional: Tensor, unconditional: Tensor, x: Tensor, t: Tensor, memory: Memory) -> Tensor:
-        """The guided velocity B×… of both predictions at x B×… and times B."""
+        """The guided velocity B×… from both predictions at x B×… and times B."""
         return torch.lerp(unconditional, conditional, self.scale)
 
 
 class AutoGuidance(Guidance):
-    """Guides by weak + w·(strong − weak), weak of a smaller, less trained model for the same class (Karras 2024)."""
+    """Guides by weak + w·(strong − weak), weak from a smaller, less trained model for the same class (Karras 2024)."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -229,15 +229,15 @@ class AutoGuidance(Guidance):
 class InternalGuidance(Guidance):
     """Guides by base + w·(full − base), base the denoiser's own earlier output: one forward, no second model (RAEv2 §4).
 
-    Classifier-free guidance may be added: then both branches are guided internally first. The paper writes full + w'·(full − base),
-    so w = 1 + w'.
+    Classifier-free guidance may be added; both branches are then guided internally first. The paper writes
+    full + w'·(full − base), so w = 1 + w'.
 
     Args:
-        scale: Strength; 1 is none.
-        interval: Smallest and largest time at which it acts, both included.
+        scale: Strength; 1 means no guidance.
+        interval: Smallest and largest time at which it acts, both inclusive.
         null_scale: Its strength on the null branch of classifier-free guidance; None for ``scale``.
-        cfg_scale: Strength of classifier-free guidance; 1 is none.
-        cfg_interval: Smallest and largest time at which that acts, both included.
+        cfg_scale: Strength of classifier-free guidance; 1 means none.
+        cfg_interval: Smallest and largest time at which classifier-free guidance acts, both inclusive.
 
     Raises:
         ValueError: A reversed interval or one outside [0, 1].
@@ -257,7 +257,7 @@ class InternalGuidance(Guidance):
 
     @property
     def needs(self) -> frozenset[str]:
-        """A base head, and what the classifier-free guidance needs."""
+        """A base head, and the needs of classifier-free guidance."""
         return self.cfg.needs | {"base"}
 
     def acts_at(self, t: float) -> bool:

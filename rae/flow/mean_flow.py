@@ -1,11 +1,11 @@
-"""Average velocities, for one and few steps: MeanFlow's objectives and the sampler that jumps.
+"""Average velocities, for one-step and few-step sampling: MeanFlow's objectives and the jump sampler.
 
 u(x_t, r, t) is the mean of the velocity over the path's times [r, t], so that x_r = x_t − (t − r)·u. Its own identity
 
     u = v − (t − r)·du/dt,  du/dt the derivative along the path, in the direction (v, 1) of (x, t)
 
 trains it (MeanFlow, arXiv 2505.13447). The derivative is a central difference (MF-RAE, arXiv 2511.13019; code MIT): two forwards
-without gradient, through the same kernels as all else. The network returns u, or the data x̂ for which u = (x_t − x̂)/max(t, floor).
+without gradient, using ordinary kernels. The network returns u, or the data x̂ for which u = (x_t − x̂)/max(t, floor).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from rae.layers import at_least_float, unchecked
 
 
 class AverageVelocity(FlowMatching):
-    """Base of the objectives whose network is told a second time r.
+    """Base of the objectives whose network is also conditioned on a second time r.
 
     Args:
         path: The linear path.
         prediction: ``velocity``: the network returns u; ``data``: the data that u implies at time t.
-        time: Distribution of the training times before the shift; uniform where not given.
+        time: Distribution of the training times before the shift; uniform by default.
         shift: Shift of the times, at least 1.
-        time_floor: Smallest time by which the distance to predicted data is divided; 0.05 where not given.
-        base_weight: Weight of the loss of a base head, which learns the velocity itself, beside 1 for u.
+        time_floor: Lower bound of the time that divides the distance to predicted data; 0.05 by default.
+        base_weight: Loss weight of a base head, which learns the velocity itself; u has weight 1.
 
     Raises:
-        ValueError: Another path or prediction, or what :class:`~rae.flow.objective.FlowMatching` refuses.
+        ValueError: Another path or prediction, or anything that :class:`~rae.flow.objective.FlowMatching` rejects.
     """
 
     second_time = True
@@ -61,21 +61,21 @@ class AverageVelocity(FlowMatching):
         super().__init__(path, prediction, "none", time or UniformTime(), shift, time_floor, base_weight)
 
     def heads(self, model: Model, x: Tensor, t: Tensor, r: Tensor, **conditions: Any) -> tuple[Tensor, ...]:
-        """Average velocity at x B×… from t to r, both B, and that of a base head where there is one; at least float32."""
+        """Average velocity at x B×… from t to r, both B, and a base head's output if there is one; at least float32."""
         return heads_of(self.velocity_model(model)(x, t, r=r, **conditions), x)
 
 
 class MeanFlow(AverageVelocity):
-    """MF-RAE's distillation (with a teacher) and training (without): the average velocity obeys its identity.
+    """MF-RAE's distillation (with a teacher) and training (without): fits the average velocity to its identity.
 
-    Per sample (t, r) are two draws in order, and r = t with probability ``equal``. v is the teacher's velocity, without guidance,
+    Per sample, (t, r) are two sorted draws, and r = t with probability ``equal``. v is the teacher's velocity, without guidance,
     or noise − data. With e = u − sg(v − (t − r)·du/dt) the loss is ‖e‖⁴ / (sg(‖e‖⁴) + ``adaptive``), the norm over all of a
-    sample's values. Its value would be 1 all the time: what is returned and logged is the mean of e², with that loss's gradient.
+    sample's values. Its value would always be 1, so the mean of e² is returned and logged, with that loss's gradient.
 
     Args:
-        equal: Share of the samples with r = t, which learn the velocity itself.
-        delta: Half the distance of the central difference, in time.
-        adaptive: See above; None for the plain mean of squares.
+        equal: Fraction of samples with r = t, which learn the velocity itself.
+        delta: Half-width of the central difference, in time.
+        adaptive: See above; None for the plain mean square.
         options: Arguments of :class:`AverageVelocity`.
 
     Raises:
@@ -99,7 +99,7 @@ class MeanFlow(AverageVelocity):
         self.adaptive = adaptive
 
     def sample_time(self, u: Tensor) -> Tensor:
-        """Times (t, r) B×2, r ≤ t, of uniform draws B×3."""
+        """Times (t, r) B×2, r ≤ t, from uniform draws B×3."""
         pair = super().sample_time(u[:, :2])
         t = pair.amax(1)
         return torch.stack([t, torch.where(u[:, 2] < self.equal, t, pair.amin(1))], dim=1)
@@ -109,8 +109,8 @@ class MeanFlow(AverageVelocity):
     ) -> Tensor:
         """Mean square of the identity's error, B, plus a base head's; the gradient is that of the weighted loss.
 
-        See :meth:`FlowMatching.loss`; the times (t, r) are B×2, the model is called with ``r=r`` too, and ``teacher`` is a velocity
-        field (x_t, t, **conditions), None for noise − data.
+        See :meth:`FlowMatching.loss`; the times (t, r) are B×2, the model is also called with ``r=r``, and ``teacher`` is a
+        velocity field (x_t, t, **conditions), None for noise − data.
         """
         t, r = t.unbind(1)
         point = self.path.interpolate(data, noise, t)
@@ -129,7 +129,7 @@ class MeanFlow(AverageVelocity):
 
     @torch.no_grad()
     def derivative(self, model: Model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, **conditions: Any) -> Tensor:
-        """The derivative du/dt along (v, 1) by central differences, to the order of delta²; t ± delta may lie outside [r, 1]."""
+        """The derivative du/dt along (v, 1) by central differences, error O(delta²); t ± delta may lie outside [r, 1]."""
         told = without_base(conditions)
         with unchecked():
             later, earlier = (
@@ -147,19 +147,19 @@ class MeanFlow(AverageVelocity):
 
     @staticmethod
     def slope(norm: Tensor, values: int, adaptive: float) -> Tensor:
-        """What the gradient of the mean square, B, is multiplied by, of ‖e‖² B over so many values."""
+        """Factor B on the gradient of the mean square, from ‖e‖² B over ``values`` values."""
         return 2 * norm * values / (norm.square() + adaptive)
 
 
 class ImprovedMeanFlow(MeanFlow):
     """Improved MeanFlow's velocity form (iMF, arXiv 2512.02012; code MIT): V = u + (t − r)·sg(du/dt) is regressed to noise − data.
 
-    The derivative goes along the network's own velocity v̂ in place of the path's: the base head's, which is trained beside V, or
-    u(x_t, t, t) of a network without. The weight of both losses is 1/(sg(‖·‖²) + ``adaptive``). The paper also tells the network a
-    scale of classifier-free guidance, which is not built here.
+    The derivative is taken along the network's own velocity v̂ instead of the path's: the base head's, which is trained together
+    with V, or u(x_t, t, t) without a base head. Both losses have weight 1/(sg(‖·‖²) + ``adaptive``). The paper also conditions
+    the network on a scale of classifier-free guidance, which is not implemented here.
 
     Args:
-        adaptive: See above; None for the plain mean of squares.
+        adaptive: See above; None for the plain mean square.
         options: Arguments of :class:`MeanFlow`.
     """
 
@@ -182,18 +182,18 @@ class ImprovedMeanFlow(MeanFlow):
 
 
 class ConsistencyMidTraining(AverageVelocity):
-    """MF-RAE's first stage (CMT): u is regressed to the chords of the teacher's own trajectories, which needs no data.
+    """MF-RAE's first stage (CMT): regresses u to chords of the teacher's own trajectories, which needs no data.
 
-    From the sample's noise the teacher is integrated by Euler over ``points`` times from 1 to 0. For ``pairs`` random pairs of
+    The teacher is integrated from the sample's noise by Euler over ``points`` times from 1 to 0. For ``pairs`` random pairs of
     them, τ_i > τ_j, the target of u(x_{τ_i}, τ_j, τ_i) is (x_{τ_i} − x_{τ_j}) / (τ_i − τ_j). The loss is the plain mean square.
 
     Args:
-        points: Times of a trajectory.
-        pairs: Pairs that a sample trains; MF-RAE's 64 a step at batch 8 are 8.
+        points: Number of times on a trajectory.
+        pairs: Pairs per sample; MF-RAE's 64 per step at batch size 8 mean 8.
         options: Arguments of :class:`AverageVelocity`.
 
     Raises:
-        ValueError: Fewer than two points, or no pair.
+        ValueError: Fewer than two points, or no pairs.
     """
 
     needs_teacher = True
@@ -208,7 +208,7 @@ class ConsistencyMidTraining(AverageVelocity):
         self.times: list[float] = FullGrid(points - 1).times(self.shift).tolist()
 
     def sample_time(self, u: Tensor) -> Tensor:
-        """Numbers (i, j) of the pairs' times B×pairs×2, i < j as times fall, of uniform draws B×pairs."""
+        """Indices (i, j) of the pairs' times B×pairs×2, i < j since times descend, from uniform draws B×pairs."""
         every = torch.combinations(torch.arange(self.points), 2)
         return every.to(u.device)[(u * len(every)).long()]
 
@@ -217,8 +217,8 @@ class ConsistencyMidTraining(AverageVelocity):
     ) -> Tensor:
         """Mean square of the error over the pairs, B, plus a base head's, which learns the teacher's velocity.
 
-        See :meth:`MeanFlow.loss`; ``data`` is not looked at, ``t`` holds the numbers of the pairs' times B×pairs×2, and without a
-        teacher ValueError is raised.
+        See :meth:`MeanFlow.loss`; ``data`` is ignored, ``t`` holds the indices of the pairs' times B×pairs×2, and a missing
+        teacher raises ValueError.
         """
         if teacher is None:
             raise ValueError(
@@ -247,12 +247,12 @@ class ConsistencyMidTraining(AverageVelocity):
 
 
 class JumpSampler(ODESampler):
-    """Jumps along average velocities: x_r = x_t − (t − r)·u(x_t, r, t), over uniform times as published; the shift is not used.
+    """Jumps along average velocities: x_r = x_t − (t − r)·u(x_t, r, t), over uniform times as published; the shift is unused.
 
-    One step is x_0 = x_1 − u(x_1, 0, 1). The denoiser must know a second time.
+    With one step, x_0 = x_1 − u(x_1, 0, 1). The denoiser must take a second time.
 
     Args:
-        grid: Grid of times; :class:`~rae.flow.time.FullGrid` of one step where not given.
+        grid: Grid of times; a one-step :class:`~rae.flow.time.FullGrid` by default.
     """
 
     stages = 1
@@ -262,22 +262,22 @@ class JumpSampler(ODESampler):
         super().__init__(grid if grid is not None else FullGrid(1))
 
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
-        """One jump; ``velocity`` is told the second time too: ``velocity(x, t, r)``."""
+        """One jump; ``velocity`` also takes the second time: ``velocity(x, t, r)``."""
         return x - (t - t_next) * velocity(x, t, t_next)
 
     def times(self, shift: float, reverse: bool) -> Tensor:
-        """Uniform times, on which ``shift`` has no effect; raises ValueError where ``reverse`` is asked for."""
+        """Uniform times, unaffected by ``shift``; raises ValueError if ``reverse`` is set."""
         if reverse:
             raise ValueError("a JumpSampler goes from noise to data alone; choose a sampler of velocities, e.g. euler")
         return super().times(1.0, reverse)
 
 
 def without_base(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model takes, without the question for its base head."""
+    """A model's conditions without the request for its base head."""
     return {name: value for name, value in conditions.items() if name != "base"}
 
 
 def same_value(loss: Tensor, weight: Tensor) -> Tensor:
-    """The value of a loss B with the gradient of ``weight`` B times it."""
+    """A loss B with its value unchanged and its gradient scaled by ``weight`` B."""
     value = loss.detach()
     return value + weight * (loss - value)

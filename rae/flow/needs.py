@@ -1,4 +1,4 @@
-"""What guidance and sampler need of the model that they steer, beside the null condition."""
+"""What guidance and sampler require of a model, besides the null condition."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rae.flow.sampler import Sampler
 
 
 def check_guidance(guidance: Guidance, flow: FlowMatching, sampler: Sampler, denoiser: Any, guide: Any) -> None:
-    """Raises ValueError where guidance or sampler need what is not there: a guide, a base head, the linear path, a second time.
+    """Raises ValueError if guidance or sampler need something missing: a guide, a base head, the linear path, a second time.
 
-    The denoiser is a network with ``has_base`` and ``second_time``, the guide one that autoguidance steers away from, or None.
+    The denoiser is a network with ``has_base`` and ``second_time``; the guide is what autoguidance steers away from, or None.
     """
     guidance.check_guide(guide)
     if "base" in guidance.needs and not denoiser.has_base:

@@ -16,7 +16,7 @@ from rae.layers import at_least_float
 PREDICTIONS = ("velocity", "noise", "score", "data")
 WEIGHTINGS = ("none", "velocity", "likelihood")
 DATA_TIME_FLOOR = 0.05
-"""Smallest time by which a data prediction is divided when it is turned into a velocity."""
+"""Lower bound of the time that divides when a data prediction is turned into a velocity."""
 
 Model = Callable[..., Any]
 
@@ -25,27 +25,27 @@ class FlowMatching(Described):
     """Path, prediction, weighting, time distribution and shift.
 
     Args:
-        path: Path between data and noise; linear where not given.
+        path: Path between data and noise; linear by default.
         prediction: What the network returns: ``velocity``, ``noise``, ``score`` or ``data``.
-        weighting: Weight of the loss of ``noise`` and ``score`` predictions: ``none``, ``velocity`` or ``likelihood``.
-        time: Distribution of the training times before the shift; logit-normal(0, 1) where not given.
+        weighting: Loss weighting of ``noise`` and ``score`` predictions: ``none``, ``velocity`` or ``likelihood``.
+        time: Distribution of the training times before the shift; logit-normal(0, 1) by default.
         shift: Shift of the times, at least 1; see :func:`~rae.flow.time.dimension_shift`.
-        time_floor: Smallest time by which the distance to the data is divided where it makes a velocity: 0.05 for ``data``
-            predictions where not given. For ``velocity`` predictions it shrinks the target below that time (RAEv2); None leaves
-            the target as it is.
-        base_weight: Weight of the loss of a base head's prediction, beside 1 for the full one.
+        time_floor: Lower bound of the time that divides the distance to the data to give a velocity: 0.05 by default for
+            ``data`` predictions. For ``velocity`` predictions it shrinks the target below that time (RAEv2); None leaves the
+            target unchanged.
+        base_weight: Loss weight of a base head's prediction; the full prediction has weight 1.
 
     Raises:
         ValueError: Unknown prediction or weighting, shift below 1, a floor outside (0, 1), a negative weight, or ``data``
-            prediction or a floor on another than the linear path.
+            prediction or a floor on a path other than the linear one.
     """
 
     draws: tuple[int, ...] = ()
-    """Shape of the uniform draws of a sample from which :meth:`sample_time` makes its times."""
+    """Shape of the uniform draws per sample that :meth:`sample_time` takes."""
     second_time = False
-    """Whether the network must know a second time."""
+    """Whether the network must take a second time."""
     needs_teacher = False
-    """Whether it learns from a trained denoiser alone."""
+    """Whether it requires a teacher, a trained denoiser."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class FlowMatching(Described):
         self.base_weight = base_weight
 
     def sample_time(self, u: Tensor) -> Tensor:
-        """Shifted training times B in [0, 1) of uniform draws B."""
+        """Shifted training times B in [0, 1) from uniform draws B."""
         return shift_time(self.time(u), self.shift)
 
     @property
@@ -100,20 +100,20 @@ class FlowMatching(Described):
         value_weight: Tensor | None = None,
         **conditions: Any,
     ) -> Tensor:
-        """Loss of every sample, B: the mean over its values, summed over the model's outputs with their weights.
+        """Loss per sample, B: the mean over its values, as a weighted sum over the model's outputs.
 
         Args:
-            model: ``model(x_t, t, **conditions)`` -> prediction of x_t's shape, or the pair (full, base) of them.
+            model: ``model(x_t, t, **conditions)`` -> prediction of x_t's shape, or a pair (full, base) of predictions.
             data: Clean latents B×….
             noise: Standard normal noise of the same shape.
             t: Times B in [0, 1].
-            target: What the model is to learn instead of ``data``, of which x_t still is: (x_t − target) / max(t, floor) is the
-                velocity (FuseReg, arXiv 2609.31620); None for the data.
-            value_weight: Weights of the values in that mean, of a shape that broadcasts to theirs; None for 1.
-            conditions: What else the model takes, e.g. ``label``.
+            target: Learned instead of ``data``, while x_t is still made from the data: the velocity is
+                (x_t − target) / max(t, floor) (FuseReg, arXiv 2609.31620); None for the data.
+            value_weight: Weights of the values in that mean, broadcastable to their shape; None for 1.
+            conditions: Further arguments of the model, e.g. ``label``.
 
         Raises:
-            ValueError: The model's output is not of the data's shape, or a target of its own where :attr:`takes_target` is false.
+            ValueError: The model's output does not have the data's shape, or a target is given where :attr:`takes_target` is false.
         """
         point = self.path.interpolate(data, noise, t)
         if target is not None:
@@ -154,12 +154,12 @@ class FlowMatching(Described):
         return (x - data) / like(t.clamp(min=self.time_floor or DATA_TIME_FLOOR), x)
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Velocity that a prediction implies at x_t B×… and times B."""
+        """Velocity implied by a prediction at x_t B×… and times B."""
         if self.prediction == "velocity":
             return output
         if self.prediction == "data":
             return self._data_velocity(output, x, t)
-        # Neither a score nor alpha'/alpha exists at the very ends: t stays a little inside.
+        # Neither the score nor alpha'/alpha exists at the very ends, so t is clamped slightly inside.
         t = t.clamp(1e-3, 1 - 1e-3)
         if self.prediction == "noise":
             output = -output / like(self.path.coefficients(t).sigma, x)
@@ -180,10 +180,10 @@ class FlowMatching(Described):
 
 
 def heads_of(output: Tensor | tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """What a model returned for x B×…, the full prediction first, then that of a base head where there is one; at least float32.
+    """A model's predictions for x B×…: the full one, then a base head's if there is one; at least float32.
 
     Raises:
-        ValueError: A prediction of another shape than x.
+        ValueError: A prediction's shape differs from x's.
     """
     heads = output if isinstance(output, tuple) else (output,)
     for head in heads:
@@ -193,6 +193,6 @@ def heads_of(output: Tensor | tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ..
 
 
 def _mean_square(error: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean B over the squares of values B×…, each with its weight."""
+    """Mean B of the weighted squares of values B×…."""
     square = error.square()
     return (square if weight is None else square * weight).flatten(1).mean(1)

@@ -15,10 +15,10 @@ from rae.layers import unchecked
 
 
 class ODESampler(Sampler):
-    """Fixed-step sampler: walks down the times of a grid, which is on the host, so that no step waits for the device.
+    """Fixed-step sampler: steps down the times of a grid, kept on the host so that no step waits for the device.
 
     Args:
-        grid: Grid of times; :class:`~rae.flow.time.PublishedGrid` is that of the published numbers.
+        grid: Grid of times; the published numbers use :class:`~rae.flow.time.PublishedGrid`.
     """
 
     def __init__(self, grid: Grid | None = None) -> None:
@@ -26,14 +26,14 @@ class ODESampler(Sampler):
 
     @abstractmethod
     def step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
-        """One step of a state B×… from t to t_next, which is below t, and above it in reverse."""
+        """One step of a state B×… from t to t_next, which is below t, or above it in reverse."""
 
     def last_step(self, velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
-        """The last step of a run, as the others where a sampler does not say otherwise; arguments as of :meth:`step`."""
+        """The last step of a run, by default the same as the others; arguments as for :meth:`step`."""
         return self.step(velocity, x, t, t_next)
 
     def times(self, shift: float, reverse: bool) -> Tensor:
-        """The times of a run, descending, or ascending in reverse; float32 on the CPU."""
+        """Times of a run, descending, or ascending in reverse; float32 on the CPU."""
         times = self.grid.times(shift)
         return times.flip(0) if reverse else times
 
@@ -70,7 +70,7 @@ class HeunSampler(ODESampler):
 
 
 class HeunEulerSampler(HeunSampler):
-    """Heun's steps and one of Euler at the end, so that the network is not asked about the end of the grid (JiT, RiT)."""
+    """Heun steps with a final Euler step, so that the network is never evaluated at the end of the grid (JiT, RiT)."""
 
     @property
     def evaluations(self) -> int | None:
@@ -97,7 +97,7 @@ class Heun3Sampler(ODESampler):
 
 
 class MidpointSampler(ODESampler):
-    """Second order: evaluates in the arithmetic middle of the step."""
+    """Second order: evaluates at the arithmetic midpoint of the step."""
 
     stages = 2
 
@@ -125,8 +125,8 @@ class RK4Sampler(ODESampler):
 class AdaptiveSampler(ODESampler):
     """Dormand-Prince 5(4) with adaptive steps, by torchdiffeq.
 
-    It steps past the last time and interpolates back, so the velocity is also evaluated a little below it. The steps follow
-    one error norm over the whole batch: unlike with the other samplers a sample depends on the rest of its batch, within the
+    It steps past the last time and interpolates back, so the velocity is also evaluated slightly below it. One error norm over
+    the whole batch controls the steps: unlike with the other samplers, a sample depends on the rest of its batch, within the
     tolerances.
 
     Args:
@@ -135,7 +135,7 @@ class AdaptiveSampler(ODESampler):
         rtol: Relative tolerance.
 
     Raises:
-        ValueError: A tolerance that is not above 0.
+        ValueError: A tolerance is not above 0.
     """
 
     stages = 0
@@ -159,15 +159,15 @@ class AdaptiveSampler(ODESampler):
     def states(
         self, velocity: Velocity, x: Tensor, shift: float, step_noise: StepNoise | None, reverse: bool
     ) -> Iterator[tuple[float, Tensor]]:
-        """See :meth:`Sampler.states`; they are interpolated at the grid's times, after the run."""
+        """See :meth:`Sampler.states`; states are interpolated at the grid's times after the run."""
         times = self.times(shift, reverse)
         yield from zip(times.tolist()[1:], self._integrate(velocity, x, times)[1:], strict=True)
 
     def _integrate(self, velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
-        from torchdiffeq import odeint  # noqa: PLC0415 (brings scipy along; only this sampler needs it)
+        from torchdiffeq import odeint  # noqa: PLC0415 (imports scipy; only this sampler needs it)
 
         def field(t: Tensor, x: Tensor) -> Tensor:
             return velocity(x, float(t))
 
-        with unchecked():  # it steps a little beyond the last time and interpolates back
+        with unchecked():  # it steps slightly past the last time and interpolates back
             return odeint(field, x, times.to(x.device), method="dopri5", atol=self.atol, rtol=self.rtol)

@@ -1,4 +1,4 @@
-"""Paths between data (t = 0) and noise (t = 1), and what follows from their coefficients (SiT §2, paper §4)."""
+"""Paths between data (t = 0) and noise (t = 1), and conversions that follow from their coefficients (SiT §2, paper §4)."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class PathSample:
-    """A point on the path and the velocity there, each of the data's shape."""
+    """A point on the path and its velocity, each of the data's shape."""
 
     x_t: Tensor
     velocity: Tensor
 
 
 def like(values: Tensor, x: Tensor) -> Tensor:
-    """Values B (or a scalar) shaped so that they broadcast over x B×…."""
+    """Values B (or a scalar) reshaped to broadcast over x B×…."""
     return values.reshape(-1, *(1,) * (x.ndim - 1)) if values.ndim else values
 
 
@@ -60,7 +60,7 @@ class Path(Described, ABC):
         """The point between latents and standard normal noise B×… at times t B, and the velocity alpha'·data + sigma'·noise.
 
         Raises:
-            ValueError: ``data`` and ``noise`` differ in shape, or t is not one value a sample in [0, 1].
+            ValueError: ``data`` and ``noise`` differ in shape, or t is not one value in [0, 1] per sample.
         """
         check_time(t)
         if data.shape != noise.shape or t.shape != data.shape[:1]:
@@ -85,13 +85,13 @@ class Path(Described, ABC):
         return (ratio * velocity - x) / (sigma**2 - ratio * d_sigma * sigma)
 
     def noise_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Noise that a velocity at x B×… and times t B implies."""
+        """Noise implied by a velocity at x B×… and times t B."""
         c = self.coefficients(t)
         ratio = like(c.alpha / c.d_alpha, x)
         return (ratio * velocity - x) / (ratio * like(c.d_sigma, x) - like(c.sigma, x))
 
     def data_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Data that a velocity at x B×… and t (B or a scalar) implies; x − t·v on the linear path, and defined at both ends."""
+        """Data implied by a velocity at x B×… and t (B or a scalar); x − t·v on the linear path, and defined at both ends."""
         c = self.coefficients(t)
         alpha, d_alpha, sigma, d_sigma = (like(value, x) for value in (c.alpha, c.d_alpha, c.sigma, c.d_sigma))
         return (d_sigma * x - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
@@ -99,7 +99,7 @@ class Path(Described, ABC):
     def velocity_from_score(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Velocity of a score at x B×… and times t B.
 
-        For linear and GVP the inverse of :meth:`score_from_velocity`. For VP it follows the published code, where it is not.
+        The inverse of :meth:`score_from_velocity` for linear and GVP; not for VP, where it follows the published code.
         """
         drift, factor = self.drift(x, t)
         return factor * score - drift
@@ -187,9 +187,9 @@ class VPPath(Path):
         return Coefficients(alpha, -sigma * d_sigma / alpha, sigma, d_sigma)
 
     def log_slope(self, t: Tensor) -> Tensor:
-        """See :meth:`Path.log_slope`; β/2 at 1 − t, as the published code has it, which is not alpha'/alpha."""
+        """See :meth:`Path.log_slope`; β/2 at 1 − t as in the published code, which is not alpha'/alpha."""
         return self.score_factor(t)
 
     def score_factor(self, t: Tensor) -> Tensor:
-        """See :meth:`Path.score_factor`; β/2 at 1 − t, as the published code has it."""
+        """See :meth:`Path.score_factor`; β/2 at 1 − t, as in the published code."""
         return 0.5 * (self.beta_min + (1 - t) * (self.beta_max - self.beta_min))

@@ -1,4 +1,4 @@
-"""Forms of classifier-free guidance that weigh the two predictions sample by sample: APG and CFG-Zero*."""
+"""Variants of classifier-free guidance that weight the two predictions per sample: APG and CFG-Zero*."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from rae.layers import at_least_float
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of every sample of two tensors B×…, B; in float32 at least."""
+    """Per-sample inner product of two tensors B×…, B; at least float32."""
     return (at_least_float(a) * at_least_float(b)).flatten(1).sum(1)
 
 
 def coefficient(a: Tensor, b: Tensor) -> Tensor:
-    """How much of b lies in a, ⟨a, b⟩ / ‖b‖² of every sample, B; 0 where b is 0."""
+    """Projection coefficient of a on b per sample, ⟨a, b⟩ / ‖b‖², B; 0 where b is 0."""
     squared = inner(b, b)
     return inner(a, b) / squared.clamp(min=torch.finfo(squared.dtype).tiny)
 
 
 class AdaptiveProjectedGuidance(ClassifierFreeGuidance):
-    """APG (arXiv 2410.02416, algorithm 1): classifier-free guidance of the data estimates, less along the estimate itself.
+    """APG (arXiv 2410.02416, algorithm 1): classifier-free guidance on data estimates, weakened along the estimate itself.
 
-    With the estimates x − t·v, c for the condition and u for the null condition: Δ̄ = (c − u) + β·Δ̄ of the evaluation before;
-    Δ is Δ̄ shortened to length r; Δ = Δ∥ + Δ⊥, along c and at right angles to it; g = c + (w − 1)·(Δ⊥ + η·Δ∥). Lengths and
-    angles are those of a whole sample.
+    With the estimates x − t·v, c for the condition and u for the null condition: Δ̄ = (c − u) + β·Δ̄ of the previous evaluation;
+    Δ is Δ̄ with its norm limited to r; Δ = Δ∥ + Δ⊥, parallel and orthogonal to c; g = c + (w − 1)·(Δ⊥ + η·Δ∥). Norms and angles
+    are taken over a whole sample.
 
-    Δ̄ begins anew with every batch that the guidance is bound to, and follows the evaluations inside the interval. So a sampler
-    of several stages would update it several times a step; and where its last stage lies close to the data, β·Δ̄ of a larger time
-    makes a velocity of β·Δ̄ / t there. :class:`rae.generator.Generator` therefore takes momentum with samplers of one stage
-    only. At t = 0 the estimate is x for any velocity, so guidance has no effect there.
+    Δ̄ is reset for every batch that the guidance is bound to, and follows the evaluations inside the interval. A multi-stage
+    sampler would therefore update it several times per step, and if its last stage is close to the data, β·Δ̄ from a larger time
+    adds a velocity of β·Δ̄ / t there. :class:`rae.generator.Generator` therefore allows momentum only with single-stage samplers.
+    At t = 0 the estimate is x for any velocity, so guidance has no effect there.
 
     Args:
-        scale: Strength w; 1 is none.
-        interval: Smallest and largest time at which it acts, both included.
-        momentum: β, in (−1, 1); negative in the paper. 0 is none.
-        norm_limit: r, in the units of the normalised latents; None for none. Lengths grow with the root of the number of
-            values: a latent of 768×16×16 standard normal values has length 443.
-        eta: η, in [0, 1]; with 1, no momentum and no limit it is classifier-free guidance.
+        scale: Strength w; 1 means no guidance.
+        interval: Smallest and largest time at which it acts, both inclusive.
+        momentum: β, in (−1, 1); negative in the paper. 0 means none.
+        norm_limit: r, in the units of the normalised latents; None for no limit. Norms grow with the square root of the number
+            of values: a latent of 768×16×16 standard normal values has norm 443.
+        eta: η, in [0, 1]; with 1, no momentum and no limit this is classifier-free guidance.
 
     Raises:
-        ValueError: A value outside its range, or see :class:`Guidance`.
+        ValueError: A value outside its range; also see :class:`Guidance`.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class AdaptiveProjectedGuidance(ClassifierFreeGuidance):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Where it acts at all, the null condition and the linear path; with momentum, a sampler of one stage."""
+        """The null condition and the linear path, if it acts at all; with momentum, a single-stage sampler."""
         if self.scale == 1:
             return super().needs
         return super().needs | {"linear_path"} | ({"single_stage"} if self.momentum else set())
 
     def acts_at(self, t: float) -> bool:
-        """Whether both predictions are made at time t."""
+        """Whether both predictions are computed at time t."""
         return super().acts_at(t) and t > 0
 
     def steer(self, conditional: Tensor, unconditional: Tensor, x: Tensor, t: Tensor, memory: Memory) -> Tensor:
@@ -93,20 +93,20 @@ class AdaptiveProjectedGuidance(ClassifierFreeGuidance):
 
 
 class ClassifierFreeZeroStarGuidance(ClassifierFreeGuidance):
-    """CFG-Zero* (arXiv 2503.18886): g = α·u + w·(c − α·u) with α = ⟨c, u⟩ / ‖u‖² of each sample, and velocity 0 at first.
+    """CFG-Zero* (arXiv 2503.18886): g = α·u + w·(c − α·u) with α = ⟨c, u⟩ / ‖u‖² per sample, and velocity 0 at first.
 
-    The paper lets the first steps stand still ("zero-init"). Which these are is said by the time alone: all evaluations from
+    The paper zeroes the velocity of the first steps ("zero-init"). Here the time alone decides: all evaluations from
     ``zero_from`` up to 1 inside the interval. The default, 1, is the first step of an Euler sampler on every grid. The first
-    share p of the steps has times from shift(1 − p) on: of 49 steps with shift 6.93 the first 4 % (the paper's share) are those
-    from 0.994 on.
+    fraction p of the steps has times of at least shift(1 − p): of 49 steps with shift 6.93, the first 4 % (the paper's fraction)
+    are those from 0.994 on.
 
     Args:
-        scale: Strength w; 1 is none, and then no step stands still.
-        interval: Smallest and largest time at which it acts, both included.
+        scale: Strength w; 1 means no guidance, and then no step is zeroed.
+        interval: Smallest and largest time at which it acts, both inclusive.
         zero_from: Smallest time with velocity 0, in (0, 1]; None for never.
 
     Raises:
-        ValueError: ``zero_from`` outside (0, 1], or see :class:`Guidance`.
+        ValueError: ``zero_from`` outside (0, 1]; also see :class:`Guidance`.
     """
 
     def __init__(
@@ -119,12 +119,12 @@ class ClassifierFreeZeroStarGuidance(ClassifierFreeGuidance):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The null condition; where its velocity is 0 at some time, velocities at one time."""
+        """The null condition; if it zeroes the velocity at some time, also instantaneous velocities."""
         stops = self.scale != 1 and self.zero_from is not None and self.zero_from <= self.interval[1]
         return super().needs | ({"instant"} if stops else set())
 
     def stands_still(self, t: float) -> bool:
-        """Whether the velocity is 0 at time t, so that no network runs."""
+        """Whether the velocity is set to 0 at time t, so that no network runs."""
         return self.zero_from is not None and self.acts_at(t) and inside(t, (self.zero_from, 1.0))
 
     def field(self, t: float, model: Model, null: Conditions | None, guide: Model | None, memory: Memory) -> Field:

@@ -1,4 +1,4 @@
-"""What every sampler is: a walk from noise to data along a velocity field."""
+"""Base of all samplers: integrates a velocity field from noise to data."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ StepNoise = Callable[[int], Tensor]
 
 
 class Sampler(Described, ABC):
-    """Base of all samplers; its constructor arguments are plain values, so that an export can say them."""
+    """Base of all samplers; constructor arguments are plain values, so that exports can record them."""
 
     stochastic = False
     """Whether a step draws noise."""
     second_time = False
-    """Whether it asks for average velocities, of a denoiser that knows a second time."""
+    """Whether it needs average velocities, from a denoiser that takes a second time."""
     stages: int
-    """Evaluations of the velocity in one step."""
+    """Evaluations of the velocity per step."""
     grid: Grid
-    """Times, on the host, so that no step waits for the device."""
+    """Times, kept on the host so that no step waits for the device."""
 
     @property
     def evaluations(self) -> int | None:
-        """Evaluations of the velocity in one run; None where the samples decide."""
+        """Evaluations of the velocity per run; None if they depend on the samples."""
         return self.grid.steps * self.stages
 
     @property
     def calls(self) -> int:
-        """How often ``on_step`` is called in one run."""
+        """Number of ``on_step`` calls per run."""
         return self.grid.steps
 
     def with_steps(self, steps: int) -> Sampler:
-        """The same sampler with a grid of the same kind of another number of steps; ValueError below 1."""
+        """The same sampler and kind of grid with a different number of steps; raises ValueError below 1."""
         return type(self)(**{**self.arguments, "grid": self.grid.with_steps(steps)})
 
     def __repr__(self) -> str:
@@ -57,21 +57,21 @@ class Sampler(Described, ABC):
         on_step: OnStep | None = None,
         reverse: bool = False,
     ) -> Tensor:
-        """Walks from noise to data.
+        """Integrates from noise to data.
 
         Args:
             velocity: Velocity field of x B×… and a time (float).
-            noise: Standard normal start B×…; the data where ``reverse``.
+            noise: Standard normal initial state B×…; the data if ``reverse``.
             shift: Shift of the grid's times, at least 1.
-            step_noise: Standard normal noise of a step, by the step's number, B×…; for stochastic samplers.
+            step_noise: Returns the standard normal noise B×… of a step, given its number; for stochastic samplers.
             on_step: Called after every step with its number, the time reached and the state.
-            reverse: Walk from data to noise instead, which stochastic samplers cannot.
+            reverse: Integrate from data to noise instead; not available for stochastic samplers.
 
         Returns:
             The state at the end of the grid, B×….
 
         Raises:
-            ValueError: ``step_noise`` is missing, or ``reverse`` is asked for, of a stochastic sampler.
+            ValueError: The sampler is stochastic, and ``step_noise`` is missing or ``reverse`` is set.
         """
         x = noise
         for number, (t, x) in enumerate(self.states(velocity, noise, shift, step_noise, reverse)):
@@ -83,4 +83,4 @@ class Sampler(Described, ABC):
     def states(
         self, velocity: Velocity, x: Tensor, shift: float, step_noise: StepNoise | None, reverse: bool
     ) -> Iterator[tuple[float, Tensor]]:
-        """The time that each step reaches, and the state there; arguments as of :meth:`sample`, x the state at the beginning."""
+        """Yields the time each step reaches and the state there; arguments as for :meth:`sample`, x is the initial state."""

@@ -20,12 +20,12 @@ LAST_STEPS = ("mean", "tweedie", "euler", "none")
 class SDESampler(Sampler):
     """Base of the stochastic samplers.
 
-    The grid covers 1 to ``last_step_size`` (shifted); then follows one deterministic step, which uses the unshifted time and
-    size ``last_step_size`` even on a shifted grid, as the published code does.
+    The grid covers 1 to ``last_step_size`` (shifted). One deterministic step follows, which uses the unshifted time and size
+    ``last_step_size`` even on a shifted grid, as the published code does.
 
     Args:
         grid: Grid of times; its points are the times of the stochastic steps.
-        path: Path that the denoiser was trained with; linear where not given.
+        path: Path that the denoiser was trained with; linear by default.
         diffusion: Form of the diffusion coefficient, see :meth:`~rae.flow.path.Path.diffusion`.
         norm: Scale of the diffusion coefficient.
         last_step: ``mean``, ``tweedie``, ``euler``, or ``none`` to end with a stochastic step at t = 0.
@@ -75,12 +75,12 @@ class SDESampler(Sampler):
 
     @property
     def evaluations(self) -> int | None:
-        """Evaluations of the velocity in one run."""
+        """Evaluations of the velocity per run."""
         return self.grid.steps * self.stages + (self.last_step != "none")
 
     @property
     def calls(self) -> int:
-        """One more than the grid's steps where there is a last, deterministic one."""
+        """The grid's steps, plus one for a deterministic last step."""
         return self.grid.steps + (self.last_step != "none")
 
     @abstractmethod
@@ -90,7 +90,7 @@ class SDESampler(Sampler):
     def states(
         self, velocity: Velocity, x: Tensor, shift: float, step_noise: StepNoise | None, reverse: bool
     ) -> Iterator[tuple[float, Tensor]]:
-        """See :meth:`Sampler.states`; raises ValueError where ``step_noise`` is missing, or ``reverse`` is asked for."""
+        """See :meth:`Sampler.states`; raises ValueError if ``step_noise`` is missing or ``reverse`` is set."""
         if step_noise is None:
             raise ValueError("a stochastic sampler needs step_noise, the noise of every step")
         if reverse:
@@ -103,7 +103,7 @@ class SDESampler(Sampler):
             yield 0.0, self._last(velocity, x)
 
     def drift(self, velocity: Velocity, x: Tensor, t: float) -> Tensor:
-        """The drift v − D·score at a state x B×… of time t, above 0."""
+        """The drift v − D·score at a state x B×… and time t above 0."""
         v = velocity(x, t)
         return v - self._diffusion(t) * self._score(v, x, t)
 
@@ -141,10 +141,10 @@ class EulerMaruyamaSampler(SDESampler):
 
 
 class StochasticHeunSampler(SDESampler):
-    """Adds the noise first, then takes a trapezoid step on the drift from the noised state.
+    """Adds the noise first, then takes a trapezoid step along the drift from the noised state.
 
     Raises:
-        ValueError: Without a last step: the drift would be evaluated at t = 0, where the score does not exist.
+        ValueError: There is no last step: the drift would be evaluated at t = 0, where the score does not exist.
     """
 
     stages = 2

@@ -1,4 +1,4 @@
-"""Times: training distributions, the dimension-dependent shift, and the grids of the samplers (paper §4.2, eq. for the shift)."""
+"""Times: training distributions, the dimension-dependent shift, and samplers' grids (paper §4.2, eq. for the shift)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rae.io.describe import Described
 def dimension_shift(channels: int, height: int, width: int, base: int = 4096) -> float:
     """Shift s = √(C·H·W / base) of a latent (paper §4.2: 6.93 for 768×16×16).
 
-    ``base`` is the dimension at which the schedule is left as it is; a latent smaller than that raises ValueError.
+    ``base`` is the dimension at which the schedule is unchanged; a smaller latent raises ValueError.
     """
     dimension = channels * height * width
     if min(channels, height, width, base) < 1:
@@ -28,19 +28,19 @@ def dimension_shift(channels: int, height: int, width: int, base: int = 4096) ->
 
 
 def check_shift(shift: float) -> float:
-    """Returns the shift; raises ValueError where it is below 1."""
+    """Returns the shift; raises ValueError if it is below 1."""
     if not shift >= 1:
         raise ValueError(f"shift={shift} must be at least 1; 1 leaves the times as they are")
     return float(shift)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Times s·t / (1 + (s − 1)·t): those in [0, 1] moved towards the noise by a shift s of at least 1; 0 and 1 stay."""
+    """Times s·t / (1 + (s − 1)·t): times in [0, 1] moved towards noise by a shift s of at least 1; 0 and 1 stay fixed."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 class TimeDistribution(Described, ABC):
-    """Distribution of training times, given as the inverse of its cumulative distribution.
+    """Distribution of training times, defined by its inverse cumulative distribution function.
 
     Args:
         maximum: Largest time, in (0, 1].
@@ -92,17 +92,17 @@ class LogitNormalTime(TimeDistribution):
         if self.maximum < 1:
             limit = (math.log(self.maximum / (1 - self.maximum)) - self.mean) / self.std
             top = 0.5 * (1 + math.erf(limit / math.sqrt(2)))
-        # In float64: near the ends the inverse is steep.
+        # float64, because the inverse is steep near the ends.
         normal = torch.special.ndtri(u.to("cpu", torch.float64) * top) * self.std + self.mean
         return torch.sigmoid(normal).clamp(max=self.maximum).to(device=u.device, dtype=u.dtype)
 
 
 class Grid(Described, ABC):
-    """Times that a sampler walks down, one step fewer than there are ``points``."""
+    """Times that a sampler steps down, with one step fewer than ``points``."""
 
     points: int
     last: float
-    """Where 1 − t ends if nothing else is said."""
+    """Where 1 − t ends by default."""
 
     @property
     def steps(self) -> int:
@@ -111,7 +111,7 @@ class Grid(Described, ABC):
 
     @abstractmethod
     def with_steps(self, steps: int) -> Grid:
-        """A grid of the same kind with another number of steps; ValueError below 1."""
+        """A grid of the same kind with a different number of steps; raises ValueError below 1."""
 
     def times(self, shift: float, start: float = 0.0, end: float | None = None) -> Tensor:
         """Descending times 1 − linspace(start, end, points), shifted; float32 on the CPU.
@@ -126,7 +126,7 @@ class Grid(Described, ABC):
 
 
 class PublishedGrid(Grid):
-    """The grid of the published numbers: ``points`` times from 1 down to shift(0.001), so ``points − 1`` steps.
+    """The grid behind the published numbers: ``points`` times from 1 down to shift(0.001), so ``points − 1`` steps.
 
     It does not reach 0: with 50 points and shift 6.93 the last time is about 0.0069, and the image is decoded from there.
 
@@ -150,7 +150,7 @@ class PublishedGrid(Grid):
 
 
 OfficialGrid = PublishedGrid
-"""Its former name, in exports and configurations of former versions."""
+"""Former name, found in exports and configurations of earlier versions."""
 
 
 class FullGrid(Grid):
