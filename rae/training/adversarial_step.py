@@ -1,16 +1,16 @@
 """The decoder's gradients in an adversarial step, with one backward pass through each network (VQGAN eq. 7).
 
-The graph is cut in two places, so that no part of it is run through twice::
+The graph is cut in two places, so that no part of it is traversed twice::
 
     latents ── decoder ──► features ┆ cut ── last layer ──► image ┆ leaf ──┬──► L1, LPIPS ────► reconstruction loss
                                     ┆                             ┆        └──► discriminator ► GAN loss
 
-1. Both losses go back to ``leaf`` alone: their gradients there, B×3×H×W each, hold all that the losses say.
-2. From them, one matrix product each through the last layer gives the two gradients that the adaptive weight compares.
-3. The weighted sum goes back once, ``image`` to ``cut``, ``features`` to the decoder's weights.
+1. Both losses are backpropagated only to ``leaf``, which gives their gradients at the image, B×3×H×W each.
+2. From these, one matrix product each through the last layer gives the two gradients that the adaptive weight compares.
+3. The weighted sum is backpropagated once, ``image`` to ``cut``, ``features`` to the decoder's weights.
 
-With several micro-batches a step, the adaptive weight is known only when all gradients are there: the GAN loss's are
-then summed apart, by a backward pass of their own.
+With several micro-batches per step, the adaptive weight is known only once all gradients are computed, so the GAN loss's
+gradients are accumulated separately, by an extra backward pass.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Reconstruction:
     """A batch of reconstructions with the two cuts of the graph."""
 
     features: Tensor
-    """What the last layer is applied to, B×N×D, with the graph of the decoder."""
+    """Input of the last layer, B×N×D, with the decoder's graph."""
     cut: Tensor
-    """The same without a graph; ``image`` is made from it."""
+    """The same detached; ``image`` is computed from it."""
     image: Tensor
-    """B×3×H×W, with the graph of the last layer."""
+    """B×3×H×W, with the last layer's graph."""
     leaf: Tensor
-    """The same without a graph; losses are made from it."""
+    """The same detached; losses are computed from it."""
 
 
 def reconstruct(decoder: ViTDecoder, latents: Tensor) -> Reconstruction:
@@ -47,18 +47,18 @@ def reconstruct(decoder: ViTDecoder, latents: Tensor) -> Reconstruction:
 
 
 def trained(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a network that have gradients, in their order."""
+    """The parameters of a network that require gradients, in order."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def last_layer_gradients(decoder: ViTDecoder, made: Reconstruction, *at_image: Tensor) -> Tensor:
-    """Gradients of several losses with respect to the last layer's weight, stacked, from those at the image."""
+    """Gradients of several losses with respect to the last layer's weight, stacked, from their gradients at the image."""
     weight = decoder.last_layer.weight
     return torch.stack([last_layer_gradient(made.image, weight, at) for at in at_image])
 
 
 def gan_gradients(decoder: ViTDecoder, made: Reconstruction, at_image: Tensor) -> list[Tensor]:
-    """Gradients of :func:`trained` parameters from that at the image; the graph is kept for :func:`decoder_gradients`."""
+    """Gradients of the :func:`trained` parameters from the image's gradient; keeps the graph for :func:`decoder_gradients`."""
     last = list(decoder.last_layer.parameters())
     at_cut, *own = torch.autograd.grad(made.image, [made.cut, *last], at_image, retain_graph=True)
     found = dict(zip(last, own, strict=True))
@@ -68,6 +68,6 @@ def gan_gradients(decoder: ViTDecoder, made: Reconstruction, at_image: Tensor) -
 
 
 def decoder_gradients(made: Reconstruction, at_image: Tensor) -> None:
-    """Adds the gradients that follow from that at the image to the decoder's parameters; the graph is freed."""
+    """Backpropagates the image's gradient into the decoder's parameters; frees the graph."""
     made.image.backward(at_image)
     made.features.backward(made.cut.grad)

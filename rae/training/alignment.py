@@ -1,4 +1,4 @@
-"""A further loss that aligns a block's tokens with an encoder's: REPA (arXiv 2410.06940) and iREPA (arXiv 2512.10794)."""
+"""Auxiliary loss that aligns a block's tokens with an encoder's: REPA (arXiv 2410.06940) and iREPA (arXiv 2512.10794)."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Loss = Literal["cosine", "mse"]
 
 
 class Alignment(nn.Module):
-    """Projects the image tokens after a block of the denoiser and compares them with target tokens at the same places.
+    """Projects the image tokens after a block of the denoiser and compares them with target tokens at the same positions.
 
-    The projector is trained with the denoiser and no part of it: samples and exports do without.
+    The projector is trained with the denoiser but is not part of it: sampling and exports do not use it.
 
     Args:
         width: Width of the block's tokens.
         channels: Channels of the target.
-        block: Number of the block, counted from 1; of DiT-DH the backbone's blocks come first.
+        block: Number of the block, counted from 1; for DiT-DH the backbone's blocks come first.
         projector: ``mlp``: three linear layers with SiLU between (REPA); ``conv``: a 3×3 convolution (iREPA); ``linear`` (RAEv2).
-        hidden: Width between the layers of ``mlp``.
+        hidden: Hidden width of ``mlp``.
         target: ``plain``, or ``zscore``, see :func:`zscore`.
-        gamma: Share of the tokens' mean that ``zscore`` subtracts.
-        loss: ``cosine``: minus the cosine; ``mse``: the mean squared difference.
-        weight: Weight of this loss, beside 1 for flow matching.
-        encoder: The frozen encoder whose tokens are the target; None for the latents that the denoiser learns, normalised.
+        gamma: Fraction of the tokens' mean that ``zscore`` subtracts.
+        loss: ``cosine``: negative cosine similarity; ``mse``: mean squared error.
+        weight: Weight of this loss; flow matching has weight 1.
+        encoder: The frozen encoder whose tokens are the target; None for the normalised latents that the denoiser learns.
 
     Raises:
-        ValueError: An unknown choice, a size below 1, a negative weight, or an encoder of random weights, which no run would keep.
+        ValueError: An unknown choice, a size below 1, a negative weight, or an encoder with random weights, which no run keeps.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Alignment(nn.Module):
         self._seen: list[Tensor] = []
 
     def watch(self, denoiser: Denoiser) -> None:
-        """Lets the denoiser hand over the tokens after the block, of every forward with gradients.
+        """Makes the denoiser record the tokens after the block in every forward with gradients.
 
         Raises:
-            ValueError: It has no such block, or tokens of another width, or of a grid that the target does not have.
+            ValueError: The denoiser has no such block, or its tokens have another width or another grid than the target's.
         """
         blocks = denoiser_blocks(denoiser)
         if self.block > len(blocks):
@@ -109,12 +109,12 @@ class Alignment(nn.Module):
         denoiser.watched = (block, self._seen)
 
     def forward(self, target: Tensor) -> Tensor:
-        """Weighted loss B of the tokens that the last forward handed over, and forgets them.
+        """Weighted loss B of the tokens recorded by the last forward, which are then discarded.
 
         Args:
             target: Latents or features B×C×h×w, without gradients.
         """
-        tokens = self._seen[-1][:, : self._tokens]  # B×N×D; tokens of conditions come after
+        tokens = self._seen[-1][:, : self._tokens]  # B×N×D; condition tokens come after
         self._seen.clear()
         if isinstance(self.projector, nn.Conv2d):
             projected = grid_to_tokens(self.projector(tokens_to_grid(tokens)))
@@ -129,5 +129,5 @@ class Alignment(nn.Module):
 
 
 def zscore(tokens: Tensor, gamma: float = 1.0) -> Tensor:
-    """(x − γ·mean) / (std + 1e-6), with mean and sample deviation over an image's tokens B×N×C, per channel (iREPA)."""
+    """(x − γ·mean) / (std + 1e-6), with mean and sample standard deviation over an image's tokens B×N×C, per channel (iREPA)."""
     return (tokens - gamma * tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + 1e-6)

@@ -1,4 +1,4 @@
-"""Averages over processes, where DistributedDataParallel does not make them."""
+"""Averages over processes, where DistributedDataParallel does not compute them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def several_processes() -> bool:
-    """Whether there is anything to average over."""
+    """Whether there are several processes to average over."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def average_over_processes(values: Tensor) -> Tensor:
-    """Averages numbers over all processes in place; returns them."""
+    """Averages values over all processes in place and returns them."""
     if several_processes():
         dist.all_reduce(values)
         values /= dist.get_world_size()
@@ -21,9 +21,9 @@ def average_over_processes(values: Tensor) -> Tensor:
 
 
 def average_gradients(gradients: list[Tensor], most: int = 2**26) -> None:
-    """Averages gradients of one device in place, in messages of at most ``most`` numbers (64 M are 256 MB of float32).
+    """Averages one device's gradients in place, in messages of at most ``most`` numbers (64 M are 256 MB of float32).
 
-    A gradient with more is a message of its own.
+    A larger gradient is sent as a single message.
     """
     if not several_processes():
         return

@@ -1,4 +1,4 @@
-"""Callback that writes checkpoints between two steps: at intervals, the best ones, at the end, and when the run is stopped."""
+"""Callback that writes checkpoints between steps: at intervals, the best ones, at the end, and when the run is stopped."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from rae.training.signals import StopSignals
 
 log = logging.getLogger(__name__)
 _SAVE, _STOP = 1, 2
-"""What a process may wish after a step."""
+"""What a process may request after a step."""
 
 
 class RunCheckpoint(PerStep, Checkpoint):
     """Writes ``step_N.ckpt`` files and keeps ``last.ckpt`` pointing at the newest, ``best.ckpt`` at the best.
 
-    Checkpoints are written when a step is complete, averages included, so that a run continued from one takes the very
-    next step. A file appears under its name when it is whole, and ``last.ckpt`` is moved on afterwards, so a run that
-    is killed at any moment leaves a usable ``last.ckpt``. (Lightning's ``ModelCheckpoint`` removes it before it makes the new
-    one, and keeps the newest file or the best ones.)
+    Checkpoints are written once a step is complete, averages included, so that a resumed run continues with exactly the next
+    step. A file gets its final name only when complete, and ``last.ckpt`` is updated afterwards, so a run killed at any moment
+    leaves a usable ``last.ckpt``. (Lightning's ``ModelCheckpoint`` removes it before creating the new one, and keeps either the
+    newest file or the best ones.)
 
-    On a signal the step under way (of several processes, the next one) is finished and saved before the run stops, on all
-    together, after the validation that is due.
+    On a signal, the current step (with several processes, the next one) is finished and saved before the run stops, on all
+    processes together, after any validation that is due.
 
     Files go to ``folder`` every so many optimiser steps, epochs or minutes (None for no such interval), and the ``keep`` newest
-    stay. Beside them stay those of the ``keep_best`` best values of ``monitor``, a logged value, e.g. ``val/psnr`` or, of an
-    evaluation, ``eval/fid``; ``mode`` says whether ``min`` or ``max`` is better. With ``background``, training goes on while a
-    copy of the state, in host memory, is written; the next checkpoint and the end of the run wait for it.
+    are kept. So are those with the ``keep_best`` best values of ``monitor``, a logged value, e.g. ``val/psnr`` or, from an
+    evaluation, ``eval/fid``; ``mode`` says whether ``min`` or ``max`` is better. With ``background``, training continues while a
+    copy of the state in host memory is written; the next checkpoint and the end of the run wait for it.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RunCheckpoint(PerStep, Checkpoint):
         self.background = background
         self.last_model_path = ""
         self.best: list[tuple[float, int]] = []
-        """Values of ``monitor`` and steps of the best checkpoints, the best first."""
+        """Values of ``monitor`` and steps of the best checkpoints, best first."""
         self._signals = StopSignals()
         self._saved_step = -1
         self._saved_at = 0.0
@@ -93,16 +93,16 @@ class RunCheckpoint(PerStep, Checkpoint):
         return self._signals.received
 
     def state_dict(self) -> dict[str, Any]:
-        """The best values so far, so that a continued run compares with them."""
+        """The best values so far, for a resumed run to compare with."""
         return {"monitor": self.monitor, "best": [list(entry) for entry in self.best]} if self.monitor else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the best values where they are of the same quantity."""
+        """Restores the best values if they are of the same ``monitor``."""
         if state_dict.get("monitor") == self.monitor:
             self.best = [(float(value), int(step)) for value, step in state_dict.get("best", [])]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Lets files be written where they will be; raises ValueError where ``background`` meets another way of writing."""
+        """Installs the checkpoint writer; raises ValueError if ``background`` conflicts with another way of writing."""
         strategy = trainer.strategy
         if self.background and getattr(strategy, "sharded_checkpoints", False):
             raise ValueError(
@@ -117,7 +117,7 @@ class RunCheckpoint(PerStep, Checkpoint):
     # --- when to save ------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes where the run begins and listens to signals."""
+        """Records where the run begins and starts listening for signals."""
         super().on_train_start(trainer, pl_module)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         if (self.folder / "last.ckpt").exists():
@@ -128,7 +128,7 @@ class RunCheckpoint(PerStep, Checkpoint):
         self._signals.listen(trainer)
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves where it is time to."""
+        """Saves if a checkpoint is due."""
         step = trainer.global_step
         late = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
         wish = self._agree(trainer, _STOP if self._signals.received is not None else _SAVE if late else 0)
@@ -145,25 +145,25 @@ class RunCheckpoint(PerStep, Checkpoint):
         self._stopping = wish == _STOP
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Ends a run that is asked to stop: now the values of its last step are logged, and the validation due then is done."""
+        """Ends a run that was asked to stop, now that its last step is logged and any validation due is done."""
         if self._stopping:
             self._stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves where the validation was among the best; raises ValueError where ``monitor`` is not logged."""
+        """Saves if the validation was among the best; raises ValueError if ``monitor`` is not logged."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or self._evaluation(trainer) is not None:
             return
         if self._is_best(trainer, trainer.callback_metrics):
             self.save(trainer)
 
     def _evaluation(self, trainer: L.Trainer) -> Evaluation | None:
-        """The callback whose score ``monitor`` is; None where it is a value of the validation, or nothing."""
+        """The callback that logs ``monitor``; None if validation logs it, or if there is no ``monitor``."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         found = (callback for callback in callbacks if isinstance(callback, Evaluation))
         return next(found, None) if (self.monitor or "").startswith(Evaluation.prefix) else None
 
     def _is_best(self, trainer: L.Trainer, logged: Mapping[str, Any]) -> bool:
-        """Whether the value of ``monitor`` is among the best, which it then joins; the first process's value counts for all."""
+        """Whether the value of ``monitor`` is among the best, to which it is then added; the first process decides for all."""
         if self.monitor is None:
             return False
         own = logged.get(self.monitor)
@@ -177,7 +177,7 @@ class RunCheckpoint(PerStep, Checkpoint):
         return (value, step) in self.best
 
     def _agree(self, trainer: L.Trainer, wish: int) -> int:
-        """The largest wish of any process, the same on all; with several, that of the step before, so that no GPU waits for it."""
+        """The largest request of all processes; with several, that of the previous step, so that no GPU waits for it."""
         if trainer.world_size == 1:
             return wish
         if not (dist.is_available() and dist.is_initialized()):  # TPUs
@@ -190,27 +190,27 @@ class RunCheckpoint(PerStep, Checkpoint):
         return 0 if before is None else int(before.read())
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lets every checkpoint, one made after a validation too, stand for the end of the step before it.
+        """Makes every checkpoint, even one written after a validation, represent the end of the step before it.
 
-        Continued from the loops' state in the middle of a validation, a run would leave out a batch.
+        A run resumed from the loops' state in the middle of a validation would skip a batch.
         """
         if self._loops is not None:
             checkpoint["loops"]["fit_loop"] = self._loops
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the final state, unless it is saved already."""
+        """Saves the final state, unless already saved."""
         if trainer.global_step != self._saved_step:
             self.save(trainer)
         _writer(trainer).wait()
-        if self._signals.received is not None:  # in the last steps; what would follow this run is to stop too
+        if self._signals.received is not None:  # in the last steps; whatever would follow this run must stop too
             self._stop(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Lets what is being written end."""
+        """Waits for pending writes."""
         _writer(trainer).wait()
 
     def _stop(self, trainer: L.Trainer) -> None:
-        """Ends the run by a KeyboardInterrupt; a SLURM job is put back into the queue first."""
+        """Ends the run with a KeyboardInterrupt, after requeueing a SLURM job."""
         _writer(trainer).wait()
         if self._signals.requeue() and trainer.is_global_zero:
             self._tidy(trainer)
@@ -219,7 +219,7 @@ class RunCheckpoint(PerStep, Checkpoint):
     # --- saving ------------------------------------------------------------------------------------------------
 
     def save(self, trainer: L.Trainer) -> None:
-        """Writes the present state, moves ``last.ckpt`` and ``best.ckpt`` on and removes what is too old."""
+        """Writes the current state, updates ``last.ckpt`` and ``best.ckpt`` and removes old checkpoints."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         writer, first = _writer(trainer), not self.last_model_path
@@ -232,7 +232,7 @@ class RunCheckpoint(PerStep, Checkpoint):
             writer.then(lambda: self._move_on(path, best, first))
 
     def _move_on(self, path: Path, best: list[Path], first: bool) -> None:
-        """What follows once a checkpoint is written."""
+        """Updates links and removes old files once a checkpoint is written."""
         self._point("last.ckpt", path)
         if best:
             self._point("best.ckpt", best[0])
@@ -248,7 +248,7 @@ class RunCheckpoint(PerStep, Checkpoint):
         return self.folder / f"step_{step:08d}.ckpt"
 
     def _point(self, name: str, path: Path) -> None:
-        """Makes a link to a file in the same folder, atomically."""
+        """Atomically creates a link to a file in the same folder."""
         if path.exists():
             pointer = self.folder / f".{name}.{os.getpid()}"
             pointer.unlink(missing_ok=True)
@@ -256,9 +256,9 @@ class RunCheckpoint(PerStep, Checkpoint):
             pointer.replace(self.folder / name)
 
     def _tidy(self, trainer: L.Trainer) -> None:
-        """Removes what a killed run was writing, and Lightning's own file of a requeueing.
+        """Removes partial files of a killed run, and Lightning's own requeue checkpoint.
 
-        Lightning would prefer that file for ever after; ``last.ckpt`` holds the same state.
+        Lightning would prefer that file from then on; ``last.ckpt`` holds the same state.
         """
         for pattern in (".step_*.ckpt.*.tmp", ".last.ckpt.*", ".best.ckpt.*"):
             for file in self.folder.glob(pattern):
@@ -268,16 +268,16 @@ class RunCheckpoint(PerStep, Checkpoint):
 
 
 def _writer(trainer: L.Trainer) -> StreamedCheckpointIO:
-    """What writes the run's checkpoints; where that is a plugin of another kind, one that has nothing to wait for."""
+    """The run's checkpoint writer; if that is a plugin of another kind, a writer with nothing to wait for."""
     writer = trainer.strategy.checkpoint_io
     return writer if isinstance(writer, StreamedCheckpointIO) else StreamedCheckpointIO()
 
 
 def between_steps(trainer: L.Trainer) -> dict[str, Any]:
-    """State of Lightning's loops at the end of a step, from which a continued run takes the very next one.
+    """State of Lightning's loops at the end of a step, from which a resumed run takes exactly the next one.
 
-    The epochs begun are put right: Lightning counts one too few once it has continued from the end of an epoch, and then does not
-    recognise the next such end. No batch of a validation is under way.
+    Corrects the number of epochs begun: Lightning counts one too few after resuming from the end of an epoch, and then does not
+    recognise the next epoch end. No validation batch is in progress.
     """
     state = copy.deepcopy(trainer.fit_loop.state_dict())
     for counts in state["epoch_loop.val_loop.batch_progress"].values():

@@ -1,4 +1,4 @@
-"""Writing checkpoints: straight into their folder, atomically, in the background where that is wished."""
+"""Writing checkpoints: directly into their folder, atomically, optionally in the background."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rae.io.files import write_atomically
 
 
 class StreamedCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint straight to the disk that it is for, under a temporary name until it is whole.
+    """Writes a checkpoint directly to its target disk, under a temporary name until it is complete.
 
-    Lightning's own makes it in memory first and then in the system's folder for temporary files (its asynchronous one
-    copies it on the device). With ``background``, training goes on while a copy in host memory is written.
+    Lightning's own builds it in memory first and then in the system's temporary folder (its asynchronous one copies it on the
+    device). With ``background``, training continues while a copy in host memory is written.
     """
 
     def __init__(self, background: bool = False) -> None:
@@ -29,7 +29,7 @@ class StreamedCheckpointIO(TorchCheckpointIO):
         self._work: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a file atomically; its folder is made. TypeError for ``storage_options``."""
+        """Writes a file atomically, creating its folder; raises TypeError for ``storage_options``."""
         if storage_options is not None:
             raise TypeError("storage_options are not supported: checkpoints are written to a folder")
         if self._thread is not None:  # the next step changes the tensors
@@ -37,13 +37,13 @@ class StreamedCheckpointIO(TorchCheckpointIO):
         self.then(lambda: write_atomically(path, lambda file: torch.save(checkpoint, file)))
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Reads a file, or a folder of shares, which are joined."""
+        """Reads a file, or a folder of shards, which are joined."""
         if Path(path).is_file():
             return super().load_checkpoint(path, *arguments, **options)
         return changed(read_checkpoint(find_checkpoint(path)), Shared, Shared.join)
 
     def then(self, task: Callable[[], object]) -> None:
-        """Calls a task once all that was asked for before is done, in the background too; nothing is done after a failure."""
+        """Calls a task once all earlier writes and tasks are done, in the background too; does nothing after a failure."""
         if self._thread is None:
             task()
             return
@@ -57,7 +57,7 @@ class StreamedCheckpointIO(TorchCheckpointIO):
         self._work = self._thread.submit(follow)
 
     def wait(self) -> None:
-        """Waits for what is being written in the background, and raises what went wrong there."""
+        """Waits for background writes and raises any error that occurred there."""
         work, self._work = self._work, None
         if work is not None:
             work.result()

@@ -1,4 +1,4 @@
-"""Stage 0: trains a representation encoder of one's own, as a classifier, where no published one fits the images."""
+"""Stage 0: trains your own representation encoder, as a classifier, where no published one fits the images."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerF
 
 
 class ClassifierModule(TrainingModule):
-    """Supervised training of a timm ViT; its weight file then serves ``encoder.checkpoint=…``.
+    """Supervised training of a timm ViT; its weight file can then be used as ``encoder.checkpoint=…``.
 
     ``model`` is the name of a timm vision transformer and ``model_args`` its arguments, e.g. ``{img_size: 32, patch_size: 8,
-    embed_dim: 64}``; ``mean`` and ``std`` normalise the images' colours; ``label_smoothing``, in [0, 1), is the share of the target
-    spread over all classes. The rest is :class:`~rae.training.module.TrainingModule`'s.
+    embed_dim: 64}``; ``mean`` and ``std`` normalise the images' colours; ``label_smoothing``, in [0, 1), is the fraction of the
+    target spread over all classes. For the other arguments see :class:`~rae.training.module.TrainingModule`.
     """
 
     mean: Tensor
@@ -60,6 +60,6 @@ class ClassifierModule(TrainingModule):
         return self.share_of_step(loss, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Share of held-out images that are classified correctly."""
+        """Accuracy on held-out images."""
         right = self(to_float(batch["image"])).argmax(1) == batch["label"]
         self.log_validation("accuracy", right.float().mean(), batch, prog_bar=True)

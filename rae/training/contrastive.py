@@ -1,4 +1,4 @@
-"""Stage 0 with captions: trains an image encoder and a text encoder of one's own together (CLIP, arXiv 2103.00020)."""
+"""Stage 0 with captions: trains your own image and text encoders jointly (CLIP, arXiv 2103.00020)."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from rae.training.module import Batch, OnNonfinite, OptimizerFactory, SchedulerF
 
 
 class ContrastiveModule(TrainingModule):
-    """Each picture is to find its caption among those of its batch, and each caption its picture.
+    """Matches each picture to its caption among those of its batch, and each caption to its picture.
 
-    Where the data hold captions that nearly fit, say with two things exchanged (``wrong_caption``), pictures have to tell these
-    from their own too (NegCLIP, arXiv 2210.01936): else bags of words would do.
+    Where the data contain hard negative captions, e.g. with two objects swapped (``wrong_caption``), pictures must also be told
+    apart from these (NegCLIP, arXiv 2210.01936); otherwise bags of words would suffice.
 
-    The weight files of both then serve ``encoder.checkpoint=…`` and ``text_encoder.checkpoint=…``. Several processes compare within
-    their own batches.
+    The weight files can then be used as ``encoder.checkpoint=…`` and ``text_encoder.checkpoint=…``. Each process compares only
+    within its own batches.
 
     Args:
         model: Name of a timm vision transformer.
-        text_encoder: The text encoder, which is trained here, and frozen everywhere else.
+        text_encoder: The text encoder, trained here and frozen everywhere else.
         mean: Subtracted from the images' colours.
-        std: Then divides them.
+        std: Divides the result.
         optimizer: See :class:`~rae.training.module.TrainingModule`.
         scheduler: See :class:`~rae.training.module.TrainingModule`.
         model_args: The vision transformer's arguments.
-        width: Width of what is compared.
-        temperature: What the cosines are divided by at first; it is learned.
+        width: Width of the shared embedding.
+        temperature: Initial divisor of the cosine similarities; it is learned.
         seed: Seed of every draw.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
 
     Raises:
-        ValueError: A temperature that is not above 0.
+        ValueError: The temperature is not above 0.
     """
 
     takes_captions = True
@@ -74,11 +74,11 @@ class ContrastiveModule(TrainingModule):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def networks(self) -> list[nn.Module]:
-        """Both encoders, their projections and the temperature, in one."""
+        """Both encoders, their projections and the temperature, as one network."""
         return [self]
 
     def forward(self, images: Tensor, captions: list[str]) -> Tensor:
-        """Images B×3×H×W in [0, 1] and M captions => similarities B×M, of every image with every caption."""
+        """Images B×3×H×W in [0, 1] and M captions => similarities B×M of every image with every caption."""
         pooled = self.network((images - self.mean) / self.std)  # B×C
         told = self.text_encoder(captions)
         mask = told["text_mask"][..., None]
@@ -88,7 +88,7 @@ class ContrastiveModule(TrainingModule):
         return self.log_scale.clamp(max=math.log(100)).exp() * first @ second.T
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean of the cross-entropies of rows and columns."""
+        """Mean of the row and column cross-entropies."""
         similar = self._similar(batch)
         own = torch.arange(len(similar), device=similar.device)
         loss = (F.cross_entropy(similar, own) + F.cross_entropy(similar[:, : len(own)].T, own)) / 2
@@ -96,7 +96,7 @@ class ContrastiveModule(TrainingModule):
         return self.share_of_step(loss, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Share of held-out pictures that find their caption in their batch, wrong ones among it."""
+        """Fraction of held-out pictures matched to their caption within their batch, wrong captions included."""
         similar = self._similar(batch)
         right = similar.argmax(1) == torch.arange(len(similar), device=similar.device)
         self.log_validation("accuracy", right.float().mean(), batch, prog_bar=True)

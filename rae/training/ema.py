@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained network's weights, and the callback that keeps it."""
+"""Exponential moving average of the trained network's weights, and the callback that maintains it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def check_decay(decay: float) -> None:
 
 
 class WeightAverage:
-    """average <- decay * average + (1 - decay) * weight, for every parameter of a network; buffers are never averaged.
+    """Keeps average <- decay * average + (1 - decay) * weight for every parameter of a network; buffers are never averaged.
 
-    The averages start as a copy of the parameters; ``device`` is where they live, None for where the parameters are.
+    The averages start as a copy of the parameters, on ``device``, or on the parameters' device for None.
     """
 
     def __init__(self, network: nn.Module, decay: float, device: torch.device | str | None = None) -> None:
@@ -37,14 +37,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Moves the averages towards the network's present parameters, all in one fused call."""
+        """Moves the averages towards the network's current parameters, in one fused call."""
         averages = list(self.averages.values())
         present = [p.detach().to(a.device) for a, p in zip(averages, self._parameters(network), strict=True)]
         torch._foreach_lerp_(averages, present, 1.0 - self.decay)
 
     @torch.no_grad()
     def swap(self, network: nn.Module) -> None:
-        """Exchanges averages and parameters in place, so that compiled graphs and optimisers keep their tensors."""
+        """Swaps averages and parameters in place, so that compiled graphs and optimisers keep their tensors."""
         for average, parameter in zip(self.averages.values(), self._parameters(network), strict=True):
             live = parameter.detach().to(average.device, copy=True)
             parameter.copy_(average)
@@ -57,12 +57,12 @@ class WeightAverage:
 
 
 class EMA(PerStep):
-    """Keeps the average of one named submodule of the LightningModule, the one that is trained.
+    """Averages the weights of one named submodule of the LightningModule, the one that is trained.
 
     The averages are part of every checkpoint, and with ``validate`` validation (previews included) runs on them.
 
-    ``decay`` is the weight of the past: 0.9978 for the decoder, 0.9995 for the denoiser (paper appendix). The averages live on
-    ``device``, e.g. ``cpu`` to save device memory; None for beside the weights.
+    ``decay`` is the weight of the past: 0.9978 for the decoder, 0.9995 for the denoiser (paper appendix). The averages are kept
+    on ``device``, e.g. ``cpu`` to save device memory; None for the weights' device.
     """
 
     def __init__(self, decay: float, network: str, device: str | None = None, validate: bool = True) -> None:
@@ -78,11 +78,11 @@ class EMA(PerStep):
 
     @property
     def state_key(self) -> str:
-        """One name whatever the arguments, so that a checkpoint is read by runs with another decay."""
+        """The same name for any arguments, so that runs with another decay can read a checkpoint."""
         return "EMA"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Raises ValueError for averages elsewhere than the weights that processes share out."""
+        """Raises ValueError for a separate ``device`` if the weights are sharded."""
         if self.device is not None and isinstance(trainer.strategy, FullyShardedStrategy):
             raise ValueError(
                 f"callbacks.ema.device={self.device} does not go with trainer=fsdp, where every process keeps its share of the "
@@ -90,12 +90,12 @@ class EMA(PerStep):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Copies the weights, or takes the averages of the checkpoint."""
+        """Copies the weights, or restores the checkpoint's averages."""
         self.average = WeightAverage(pl_module.get_submodule(self.network), self.decay, self.device)
         self._take_restored()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the averages until the fit starts; strategies that share weights out restore after that."""
+        """Holds the averages until the fit starts; strategies that shard weights restore after that."""
         self._restored = state_dict.get("averages")
         self._take_restored()
 
@@ -108,7 +108,7 @@ class EMA(PerStep):
             average.copy_(like_shares(self._restored[name], average))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forgets what the checkpoint held: a strategy that restores late has done so by now."""
+        """Releases the checkpoint's averages: a strategy that restores late has done so by now."""
         super().on_train_start(trainer, pl_module)
         self._restored = None
 
@@ -119,25 +119,25 @@ class EMA(PerStep):
         return {"network": self.network, "decay": self.decay, "averages": dict(self.average.averages)}
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Moves the averages on."""
+        """Updates the averages."""
         assert self.average is not None
         self.average.update(pl_module.get_submodule(self.network))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lets validation see the averages."""
+        """Swaps the averages in for validation."""
         self._swap(pl_module, self.validate)
 
     def on_validation_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException | None = None
     ) -> None:
-        """Gives the live weights back."""
+        """Swaps the live weights back in."""
         self._swap(pl_module, False)
 
-    on_exception = on_validation_end  # before anything saves them
+    on_exception = on_validation_end  # before anything saves the weights
 
     @contextmanager
     def averaged(self, pl_module: L.LightningModule) -> Iterator[None]:
-        """Within the context the network holds the averages (where there are any yet)."""
+        """Context in which the network holds the averages (if there are any yet)."""
         before = self._swapped
         self._swap(pl_module, True)
         try:
@@ -146,14 +146,14 @@ class EMA(PerStep):
             self._swap(pl_module, before)
 
     def _swap(self, pl_module: L.LightningModule, averaged: bool) -> None:
-        """Lets the network hold its averages, or its live weights."""
+        """Makes the network hold its averages, or its live weights."""
         if self.average is not None and averaged != self._swapped:
             self.average.swap(pl_module.get_submodule(self.network))
             self._swapped = averaged
 
 
 def find_ema(trainer: L.Trainer, network: str | None = None) -> EMA | None:
-    """The callback that averages a network's weights, or any network's; None where there is none."""
+    """The callback that averages the given network's weights, or any network's; None if there is none."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     found = (one for one in callbacks if isinstance(one, EMA) and network in (None, one.network))
     return next(found, None)

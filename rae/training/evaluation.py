@@ -1,4 +1,4 @@
-"""When a model is scored while it is trained, on which weights, and where the scores go; see :mod:`rae.training.scores`."""
+"""When a model is scored during training, on which weights, and where the scores go; see :mod:`rae.training.scores`."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from rae.training.per_step import PerStep, at_least_one
 log = logging.getLogger(__name__)
 
 LIVE = "live/"
-"""What stands between prefix and score where the weights themselves are scored and not their averages."""
+"""Inserted between prefix and score when the live weights are scored instead of their averages."""
 
 
 class Evaluation(PerStep):
     """Scores every so many optimiser steps or epochs (None for no such interval), on the averaged weights, the live ones, or both.
 
-    Scores are logged as ``eval/<score>`` (of the live weights ``eval/live/<score>``), which ``callbacks.checkpoint.monitor`` may
-    name, and written to ``step_N.json`` with all that identifies them. Nothing that training draws depends on whether and when
-    this runs. It must stand behind :class:`~rae.training.ema.EMA` in the list of callbacks.
+    Scores are logged as ``eval/<score>`` (for live weights ``eval/live/<score>``), which ``callbacks.checkpoint.monitor`` may
+    name, and written to ``step_N.json`` with everything that identifies them. Whether and when this runs changes none of
+    training's random draws. It must come after :class:`~rae.training.ema.EMA` in the list of callbacks.
 
-    The metric is one of :mod:`rae.metric`; the networks compute in ``precision``, ``32-true`` or ``bf16-mixed``, whatever the
-    training's is; ``quantize``, ``floor`` or ``round``, makes bytes of grey levels as :func:`rae.image.to_uint8` does. Files go to
-    ``folder``, or to ``evaluation`` in the trainer's root folder.
+    The metric is one of :mod:`rae.metric`; the networks run in ``precision``, ``32-true`` or ``bf16-mixed``, independent of the
+    training precision; ``quantize``, ``floor`` or ``round``, is the rule of :func:`rae.image.to_uint8`. Files go to ``folder``, or
+    to ``evaluation`` in the trainer's root folder.
     """
 
     prefix = "eval/"
-    """How the logged names begin."""
+    """Prefix of the logged names."""
     takes_originals = False
-    """Whether the metric is to take reconstructions with their originals, else samples alone."""
+    """Whether the metric takes reconstructions with their originals, rather than samples alone."""
 
     def __init__(
         self,
@@ -78,39 +78,39 @@ class Evaluation(PerStep):
         self.quantize = quantize
         self.folder = folder
         self.scores: dict[str, float] = {}
-        """The last scores, by logged name."""
+        """The latest scores, by logged name."""
         self.scored_step = -1
-        """The step that they are of."""
+        """The step of those scores."""
 
     # --- what is scored: for subclasses --------------------------------------------------------------------------
 
     def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
-        """How many images will be scored, and the class of each; None where they have none."""
+        """How many images will be scored, and the class of each; None for images without classes."""
         raise NotImplementedError
 
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Makes this process's share of the images with the weights that the module holds, and gives them to the metric."""
+        """Generates this process's share of the images with the module's current weights and passes them to the metric."""
         raise NotImplementedError
 
     part: Any = None
-    """What of :meth:`parts` is scored just now."""
+    """The entry of :meth:`parts` that is being scored."""
 
     def parts(self, trainer: L.Trainer) -> dict[str, Any]:
-        """What is scored by itself, by the ending of the scores' names."""
+        """What is scored separately, by the ending of the scores' names."""
         return {"": None}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells the scored images from others."""
+        """What identifies the scored images."""
         return {"precision": self.precision, "quantize": self.quantize}
 
     # --- when --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Raises ValueError for all that can be found before the first evaluation.
+        """Raises ValueError for every problem that can be found before the first evaluation.
 
-        That is: no averages where they are to be scored, or averages that would be a step behind; a metric that refuses
-        such images, a reference that lacks what it needs, or fewer images than asked for.
+        These are: averages to be scored that do not exist or would be a step behind; a metric that rejects such images; a
+        reference that lacks what the metric needs; fewer images than requested.
         """
         if self.averaged:
             ema, callbacks = find_ema(trainer), trainer.callbacks  # type: ignore[attr-defined]
@@ -129,21 +129,21 @@ class Evaluation(PerStep):
             self.metric.prepare(pl_module.autoencoder.image_size, *planned)
 
     def after_step(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Scores where it is time to."""
+        """Scores if an evaluation is due."""
         if self.is_due(trainer, self.every_n_steps, self.every_n_epochs):
             self.evaluate(trainer, pl_module)
 
     # --- scoring -----------------------------------------------------------------------------------------------
 
     def evaluate(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
-        """Scores the present weights, logs and writes the scores, and returns them by logged name."""
+        """Scores the current weights, logs and writes the scores, and returns them by logged name."""
         self.scores, self.scored_step = {}, trainer.global_step
         if self.averaged and (ema := find_ema(trainer)) is not None:
             self.scores |= self._score(trainer, pl_module, ema.averaged(pl_module), "")
         if self.live:
             self.scores |= self._score(trainer, pl_module, nullcontext(), LIVE)
         for name, value in self.scores.items():
-            # All processes have the same value: the metric has joined their images.
+            # All processes have the same value: the metric has merged their images.
             pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
         if trainer.is_global_zero:
             folder = Path(self.folder or Path(trainer.default_root_dir) / "evaluation")
@@ -172,13 +172,13 @@ class Evaluation(PerStep):
                 self.update(trainer, pl_module)
                 found = self.metric.compute()
                 scores |= {f"{self.prefix}{kind}{name}{ending}": float(value) for name, value in found.items()}
-        self.metric.reset()  # features of many samples take room
+        self.metric.reset()  # features of many samples take memory
         return scores
 
 
 @contextmanager
 def evaluating(module: L.LightningModule) -> Iterator[None]:
-    """Within the context the module is in evaluation mode; afterwards each part is as it was."""
+    """Context in which the module is in evaluation mode; every part's mode is restored afterwards."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Callback that writes a trained network's weights as a file of their own when training ends."""
+"""Callback that writes a trained network's weights to a separate file when training ends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rae.training.ema import find_ema
 
 
 class WriteWeights(L.Callback):
-    """Writes the weights of one submodule, e.g. ``autoencoder.decoder``, averaged where the run keeps averages.
+    """Writes the weights of one submodule, e.g. ``autoencoder.decoder``, averaged if the run keeps averages.
 
-    The file's ending, ``.safetensors`` or another, decides on its format.
+    The file's ending, ``.safetensors`` or another, determines its format.
     """
 
     def __init__(self, network: str, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Numbers of a device that the host reads without stopping it."""
+"""Device values that the host reads without stalling the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Late:
-    """One number that a device computes, read by the host later, without waiting for what is queued behind it."""
+    """One number computed on a device, read by the host later without waiting for work queued after it."""
 
     def __init__(self, value: Tensor) -> None:
         self._value, self._ready = value.detach(), None
@@ -18,7 +18,7 @@ class Late:
             self._ready.record()
 
     def read(self) -> float:
-        """The number; waits until it is computed."""
+        """Returns the number, waiting until it is computed."""
         if self._ready is not None:
             self._ready.synchronize()
         return float(self._value)

@@ -1,4 +1,4 @@
-"""What the training modules share: frozen weights stay out of checkpoints, non-finite gradients stop the run."""
+"""Base of the training modules: frozen weights stay out of checkpoints, non-finite gradients stop the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SchedulerFactory = Callable[..., LRScheduler]
 Batch = dict[str, Tensor]
 OnNonfinite = Literal["stop", "skip"]
 _KEYS = ("epoch", "index")
-"""What tells the samples of a batch, int64 B each."""
+"""Keys that identify the samples of a batch, int64 B each."""
 
 
 class NonFiniteError(RuntimeError):
@@ -39,29 +39,29 @@ class TrainingModule(L.LightningModule):
     """Base of the modules of all stages.
 
     Args:
-        optimizer: Makes an optimiser from parameters.
-        scheduler: Makes a schedule from an optimiser and ``steps_per_epoch``; None for a constant rate.
-        seed: Seed of every draw made for a training sample.
+        optimizer: Creates an optimiser from parameters.
+        scheduler: Creates a schedule from an optimiser and ``steps_per_epoch``; None for a constant rate.
+        seed: Seed of every random draw made for a training sample.
         on_nonfinite: ``stop`` raises :class:`NonFiniteError` before a checkpoint, a validation or the next step; on a GPU
-            the weights in memory are lost by then. ``skip`` leaves the step out; it waits for the GPU in every step, some
-            per cent of the time.
-        config: The run's resolved configuration, kept in every checkpoint so that the file describes itself.
+            the weights in memory are lost by then. ``skip`` skips the step; it synchronises with the GPU in every step, which
+            costs a few per cent of the time.
+        config: The run's resolved configuration, stored in every checkpoint so that the file describes itself.
 
     Raises:
         ValueError: Unknown ``on_nonfinite``.
     """
 
     frozen: tuple[str, ...] = ()
-    """Names of submodules, or prefixes of names, whose weights are not in checkpoints."""
+    """Names of submodules, or prefixes of names, whose weights stay out of checkpoints."""
 
     late_devices: tuple[str, ...] = ("cuda",)
-    """Kinds of devices whose gradient norms are read a step later; where reading makes nobody wait, it is done at once."""
+    """Kinds of devices whose gradient norms are read a step later; on others, where reading stalls nothing, it happens at once."""
 
     takes_latents: bool = False
-    """Whether batches may hold cached latents in place of images."""
+    """Whether batches may hold cached latents instead of images."""
 
     takes_captions: bool = False
-    """Whether captions are read; where they are not, batches come without."""
+    """Whether captions are read; otherwise batches have none."""
 
     def __init__(
         self,
@@ -85,11 +85,11 @@ class TrainingModule(L.LightningModule):
         self._continued, self._steps_before = False, None
 
     def networks(self) -> list[nn.Module]:
-        """The networks that are trained, each by an optimiser of its own."""
+        """The trained networks, each with its own optimiser."""
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Raises ValueError for cached latents where images are needed, and a precision that cannot be trained in."""
+        """Raises ValueError for cached latents where images are needed, or a precision that does not support training."""
         if not isinstance(self.trainer.precision_plugin, XLAMixedPrecision):
             check_precision(self.trainer.precision)
         data = getattr(self.trainer, "datamodule", None)
@@ -101,7 +101,7 @@ class TrainingModule(L.LightningModule):
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """State of the trained parts alone."""
+        """State of the trained parts only."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
         for key in [key for key in state if key[len(prefix) :].startswith(self.frozen)]:
@@ -109,7 +109,7 @@ class TrainingModule(L.LightningModule):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads the trained parts; raises ValueError unless every one of them is there and nothing else."""
+        """Loads the trained parts; raises ValueError unless the state holds exactly these."""
         if strict and (problems := mismatches(self.state_dict(), state_dict)):
             raise ValueError(f"the checkpoint does not fit {type(self).__name__}: {problems}")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
@@ -120,11 +120,11 @@ class TrainingModule(L.LightningModule):
 
     @cached_property
     def _encoder_record(self) -> dict[str, Any] | None:
-        """Made once: its hash reads all weights, which never change in training."""
+        """Computed once: its hash reads all weights, which never change in training."""
         return None if self._encoder is None else self._encoder.record()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds configuration, steps of an epoch, and what tells the encoder: its weights too where nothing else gives them back."""
+        """Adds configuration, steps per epoch and the encoder's record, with its weights if nothing else can restore them."""
         self.check_norms()
         if self.config is not None:
             checkpoint["config"] = self.config
@@ -133,18 +133,18 @@ class TrainingModule(L.LightningModule):
         checkpoint["steps_per_epoch"] = self.steps_per_epoch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the run's encoder over; raises ValueError where this module's is another."""
+        """Takes over the run's encoder; raises ValueError if this module's differs."""
         if self._encoder is not None:
             self._encoder.take(checkpoint.get("encoder"), "the checkpoint")
             self.__dict__.pop("_encoder_record", None)
         self._continued, self._steps_before = True, checkpoint.get("steps_per_epoch")
 
     def on_fit_start(self) -> None:
-        """Notes what the configuration says of optimisers and schedules, before a checkpoint's values take their place."""
+        """Records the configured optimiser and schedule values before a checkpoint's values replace them."""
         self._asked = configured(self.trainer)
 
     def on_train_start(self) -> None:
-        """Lets the configuration's optimisers and schedules apply to a continued run, too."""
+        """Applies the configuration's optimisers and schedules to a resumed run, too."""
         if self._continued:
             check_epochs(self._steps_before, self.steps_per_epoch, self)
             for change in configure(self.trainer, self._asked):
@@ -155,7 +155,7 @@ class TrainingModule(L.LightningModule):
 
     @staticmethod
     def compile_networks(wanted: bool | Sequence[str], networks: Mapping[str, nn.Module]) -> None:
-        """Compiles networks by name, or with ``wanted=True`` the first one, which is trained; they keep weights and names."""
+        """Compiles networks by name, or with ``wanted=True`` the first, trained one; weights and names are unchanged."""
         chosen = list(networks)[: int(wanted)] if isinstance(wanted, bool) else list(wanted)
         if unknown := [name for name in chosen if name not in networks]:
             raise ValueError(f"training.compile={chosen}: {unknown[0]!r} is unknown; choose from {', '.join(networks)}")
@@ -170,7 +170,7 @@ class TrainingModule(L.LightningModule):
     # --- batches and steps -------------------------------------------------------------------------------------
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Leaves the keys of the samples, from which draws are made, on the CPU: reading them back would wait for the device."""
+        """Leaves the samples' keys, which seed the draws, on the CPU: reading them back would wait for the device."""
         keys = {name: batch[name] for name in _KEYS if name in batch}
         unread = () if self.takes_captions else ("caption", "wrong_caption")
         rest = {name: value for name, value in batch.items() if name not in keys and name not in unread}
@@ -178,38 +178,38 @@ class TrainingModule(L.LightningModule):
 
     @property
     def micro_batches(self) -> int:
-        """Batches of one optimiser step, per process."""
+        """Batches per optimiser step and process."""
         return int(getattr(self, "accumulate", None) or self.trainer.accumulate_grad_batches)
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Optimiser steps in an epoch; None where data do not end."""
+        """Optimiser steps per epoch; None for endless data."""
         batches = self.trainer.num_training_batches
         return max(1, -(-int(batches) // self.micro_batches)) if math.isfinite(batches) else None
 
     def share_of_step(self, loss: Tensor, batch_idx: int) -> Tensor:
-        """A batch's mean loss as Lightning is to sum it over a step; it divides by ``accumulate_grad_batches`` in any case."""
+        """A batch's mean loss scaled for Lightning to sum over a step; it always divides by ``accumulate_grad_batches``."""
         return loss * (self.micro_batches / self.group_size(batch_idx))
 
     def group_size(self, batch_idx: int) -> int:
-        """Batches of the step that a batch belongs to: ``micro_batches``, or what the end of the epoch leaves of them."""
+        """Number of batches in a batch's step: ``micro_batches``, or fewer at the end of the epoch."""
         first = batch_idx // self.micro_batches * self.micro_batches
         return int(min(self.micro_batches, self.trainer.num_training_batches - first))
 
     def log_validation(self, name: str, value: Tensor, batch: Batch, prog_bar: bool = False) -> None:
-        """Logs a batch's mean as ``val/name``; of several sources, whose batches are their own, as ``val/name/source`` too."""
-        # Lightning divides the sum of the processes' counts by their number, and drops the remainder of that.
+        """Logs a batch's mean as ``val/name``; with several sources, which never share a batch, also as ``val/name/source``."""
+        # Lightning divides the sum of the processes' counts by their number and drops the remainder.
         count, first = len(batch["index"]) * self.trainer.world_size, int(batch["index"][0])
         self.log(f"val/{name}", value, batch_size=count, sync_dist=True, prog_bar=prog_bar)
         data = getattr(self.trainer, "datamodule", None)
         for source, numbers in data.val_ranges().items() if isinstance(data, ImageDataModule) else ():
-            if first in numbers:  # in all processes the same: they share a batch out
+            if first in numbers:  # the same in all processes, which split a batch between them
                 self.log(f"val/{name}/{source}", value, batch_size=count, sync_dist=True)
 
     # --- optimisation ------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """An optimiser over each of the networks, with a schedule that is stepped after its every step."""
+        """One optimiser per network, with a schedule that advances after each of its steps."""
         by_name = takes_names(self.optimizer)
         optimizers = []
         for network in self.networks():
@@ -220,7 +220,7 @@ class TrainingModule(L.LightningModule):
         self.trainer.fit_loop.setup_data()  # so that the number of batches is known
         steps = self.steps_per_epoch
         if self.trainer.strategy.restore_checkpoint_after_setup:
-            # The loaders were made before the checkpoint says where they are to begin: they are made anew afterwards.
+            # These loaders predate the checkpoint, which says where they begin, so they are created again afterwards.
             self.trainer.fit_loop._combined_loader = None
         schedulers = [self.scheduler(optimizer, steps_per_epoch=steps) for optimizer in optimizers]
         return optimizers, [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
@@ -235,7 +235,7 @@ class TrainingModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the total norm (paper: 1.0), logs the norm before clipping and refuses a non-finite one."""
+        """Clips by the total norm (paper: 1.0), logs the norm before clipping and rejects a non-finite one."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm' is supported")
         limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
@@ -245,10 +245,10 @@ class TrainingModule(L.LightningModule):
             self.log("train/grad_norm", norm)
 
     def check_finite(self, norm: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
-        """Whether a step is to be taken, by its averaged gradient's norm; where it is not, all gradients are removed.
+        """Whether to take a step, judged by its averaged gradient's norm; if not, all gradients are cleared.
 
-        On a GPU, ``stop`` lets it be taken: the norm is read in the next step, or before anything is saved or validated.
-        Raises :class:`NonFiniteError` where the norm is not finite and ``on_nonfinite`` is ``stop``.
+        On a GPU, ``stop`` takes it: the norm is read in the next step, or before anything is saved or validated.
+        Raises :class:`NonFiniteError` if the norm is not finite and ``on_nonfinite`` is ``stop``.
         """
         if self.on_nonfinite == "stop":
             self.check_norms(of_this_step=False)
@@ -266,7 +266,7 @@ class TrainingModule(L.LightningModule):
         return False
 
     def check_norms(self, of_this_step: bool = True) -> None:
-        """Reads the norms left for later, those of the step under way only if asked; raises where one is not finite."""
+        """Reads the deferred norms, the current step's only if ``of_this_step``; raises if one is not finite."""
         due = [entry for entry in self._norms if of_this_step or entry[2] is not self._keys]
         del self._norms[: len(due)]
         for norm, step, keys in due:
@@ -274,7 +274,7 @@ class TrainingModule(L.LightningModule):
                 self._stop(_told(value, step, keys))
 
     def on_validation_start(self) -> None:
-        """Refuses to validate, or to end, with weights that are not finite."""
+        """Raises before validating, or ending, with non-finite weights."""
         self.check_norms()
 
     on_train_end = on_validation_start
@@ -288,7 +288,7 @@ class TrainingModule(L.LightningModule):
         )
 
     def on_train_epoch_end(self) -> None:
-        """Counts unreadable files over all processes, which all raise BrokenFilesError above ``data.max_bad_share``."""
+        """Counts unreadable files over all processes; all raise BrokenFilesError above ``data.max_bad_share``."""
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageDataModule):
             for split in ("train", "val"):
@@ -296,7 +296,7 @@ class TrainingModule(L.LightningModule):
 
 
 def _told(norm: float, step: int, keys: Batch) -> str:
-    """What is said of a norm: its step, and the samples in it."""
+    """The message about a norm: its step and that step's samples."""
     where = "unknown"
     if len(keys) == len(_KEYS):
         epochs, indices = (keys[name].tolist() for name in _KEYS)

@@ -30,17 +30,17 @@ def orthogonalize(matrix: Tensor, eps: float = 1e-7, dtype: torch.dtype = torch.
 
     Args:
         matrix: Rows×columns.
-        eps: Added to the norm that the matrix is divided by.
-        dtype: Arithmetic of the steps; float64 matrices keep theirs where it is float32.
+        eps: Added to the norm that divides the matrix.
+        dtype: Precision of the steps; for float32, float64 matrices keep their own.
 
     Returns:
-        A matrix of the same shape, in the arithmetic of the steps.
+        A matrix of the same shape, in the precision of the steps.
     """
     x = matrix.to(torch.promote_types(dtype, matrix.dtype) if dtype == torch.float32 else dtype)
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
     x = x / (x.norm() + eps)
-    with torch.autocast(x.device.type, enabled=False):  # stage 1 takes its steps under it
+    with torch.autocast(x.device.type, enabled=False):  # stage 1 steps under autocast
         for a, b, c in POLAR_EXPRESS:
             gram = x @ x.mT
             x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -48,7 +48,7 @@ def orthogonalize(matrix: Tensor, eps: float = 1e-7, dtype: torch.dtype = torch.
 
 
 class PolarExpressMuon(Muon):
-    """torch's Muon with coefficients that change from step to step, and arithmetic of choice."""
+    """Muon as in torch, with coefficients that change from step to step, and a choice of precision."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -68,7 +68,7 @@ class PolarExpressMuon(Muon):
 
 
 def _orthogonalized(update: Tensor, group: dict[str, Any]) -> Tensor:
-    """Orthogonalises a whole matrix; of one that processes share out (FSDP2), each gathers it and keeps its share."""
+    """Orthogonalises a whole matrix; if it is sharded (FSDP2), every process gathers it and keeps its shard."""
     matrix = update.full_tensor() if isinstance(update, DTensor) else update
     whole = orthogonalize(matrix, group["eps"], DTYPES[group["dtype"]]).to(update.dtype)
     if not isinstance(update, DTensor):
@@ -80,27 +80,27 @@ def _orthogonalized(update: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 class MuonAdamW(Optimizer):
-    """Weights with exactly two dimensions by Muon, all others by AdamW, with one learning rate.
+    """Updates weights with exactly two dimensions by Muon, all others by AdamW, with one learning rate.
 
-    The update of a matrix has the size of AdamW's, 0.2·√max(rows, columns) times an orthogonal matrix: learning rates carry over.
+    Matrix updates have the size of AdamW's, 0.2·√max(rows, columns) times an orthogonal matrix, so learning rates carry over.
 
     Args:
         params: Weights, or pairs of name and weight, which ``exclude`` needs.
         lr: Learning rate of both.
-        momentum: Of Muon, without the factor (1 − momentum); Nesterov's.
-        weight_decay: Decoupled, of both.
+        momentum: Muon's Nesterov momentum, without the factor (1 − momentum).
+        weight_decay: Decoupled weight decay of both.
         betas: Decay of AdamW's moments.
         eps: Added to the root of AdamW's second moment.
-        coefficients: ``polar_express``, or ``quintic`` for torch's Muon as it is, in bfloat16.
-        dtype: Arithmetic of the Polar Express steps: ``float32``, or ``bfloat16``, which changes about 1 % of an update.
-        exclude: Parts of names; matrices whose names hold one stay with AdamW. ``[table, tokens, learned]`` are the embeddings.
+        coefficients: ``polar_express``, or ``quintic`` for torch's own Muon, in bfloat16.
+        dtype: Precision of the Polar Express steps: ``float32``, or ``bfloat16``, which changes about 1 % of an update.
+        exclude: Parts of names; matrices whose names contain one use AdamW. ``[table, tokens, learned]`` are the embeddings.
 
     Raises:
         ValueError: A value outside its range, no weights, or ``exclude`` without names.
     """
 
     by_name = True
-    """Whether it is given names, see :func:`takes_names`."""
+    """Whether it takes names, see :func:`takes_names`."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both; returns what the closure, which computes the gradients, returns."""
+        """Steps both; returns the result of the closure, which computes the gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -158,5 +158,5 @@ class MuonAdamW(Optimizer):
 
 
 def takes_names(factory: Any) -> bool:
-    """Whether what makes an optimiser, a class or a partial of one, is given pairs of name and weight."""
+    """Whether an optimiser factory, a class or a partial of one, takes pairs of name and weight."""
     return bool(getattr(getattr(factory, "func", factory), "by_name", False))

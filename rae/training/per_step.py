@@ -13,28 +13,28 @@ class PerStep(L.Callback):
     _step = _step_before = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes the step that the run begins or continues at, which is known only now."""
+        """Records the step at which the run begins or resumes, which is known only now."""
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Tells the micro-batch that ends a step from the others."""
+        """Detects the micro-batch that ends a step."""
         if trainer.global_step != self._step:
             self._step_before, self._step = self._step, trainer.global_step
             self.after_step(trainer, pl_module)
 
     def after_step(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """What there is to do once the weights have changed."""
+        """Runs once the weights have changed."""
         raise NotImplementedError
 
     def is_due(self, trainer: L.Trainer, every_n_steps: int | None, every_n_epochs: int | None) -> bool:
-        """Whether the step just taken ends an interval; None is no interval."""
+        """Whether the step just taken ends an interval; None for no interval."""
         by_steps = every_n_steps is not None and self._step // every_n_steps != self._step_before // every_n_steps
-        epochs = trainer.current_epoch + 1  # ended, where this was an epoch's last batch
+        epochs = trainer.current_epoch + 1  # completed, if this was an epoch's last batch
         return by_steps or (every_n_epochs is not None and trainer.is_last_batch and epochs % every_n_epochs == 0)
 
 
 def at_least_one(callback: str, **counts: int | None) -> None:
-    """Raises ValueError for a number below 1, of an interval or a count; None is none."""
+    """Raises ValueError for an interval or count below 1; None is allowed."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{callback}.{name}={value} must be at least 1")

@@ -1,4 +1,4 @@
-"""In which precision the stages train; mixed precision on TPUs, which Lightning's plugin for them does without."""
+"""Training precision of the stages; mixed precision on TPUs, which Lightning's TPU plugin lacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REASONS = {
 
 
 def check_precision(precision: Any) -> None:
-    """Raises ValueError for a precision of Lightning's Trainer in which the stages cannot train."""
+    """Raises ValueError for a Lightning Trainer precision that the stages do not support."""
     if str(precision) in (*PRECISIONS, "32"):
         return
     why = next((reason for begin, reason in _REASONS.items() if str(precision).startswith(begin)), "")
@@ -25,7 +25,7 @@ def check_precision(precision: Any) -> None:
 
 
 class XLAMixedPrecision(XLAPrecision):
-    """bf16-mixed on an XLA device: weights and optimiser in float32, layers under autocast in bfloat16."""
+    """Precision bf16-mixed on an XLA device: weights and optimiser in float32, layers under autocast in bfloat16."""
 
     def __init__(self) -> None:
         super().__init__("32-true")

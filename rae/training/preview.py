@@ -22,25 +22,25 @@ from rae.training.per_step import at_least_one
 def generator_of(
     module: Any, sampler: Sampler, guidance: Guidance | None = None, guide: Denoiser | None = None
 ) -> Generator:
-    """What draws with the networks of a stage-2 module."""
+    """A generator with the networks of a stage-2 module."""
     parts = (module.autoencoder, module.denoiser, module.flow)
     return Generator(*parts, sampler, guidance, guide, text_encoder=module.text_encoder)
 
 
 def check_classes(classes: Sequence[int], module: Any, key: str) -> None:
-    """Raises ValueError for classes that the denoiser of a stage-2 module does not know; ``key`` names their key."""
+    """Raises ValueError for classes unknown to a stage-2 module's denoiser; ``key`` is their configuration key."""
     total = int(module.denoiser.num_classes)
     if wrong := [label for label in classes if not 0 <= label < total]:
         raise ValueError(f"{key}: classes must lie in [0, {total - 1}] (denoiser.num_classes={total}), got {wrong[:8]}")
 
 
 class PicturePreview(L.Callback):
-    """Draws at the end of validation, on whatever weights validation ran on (the averages, where there are any).
+    """Draws a picture at the end of validation, with the weights that validation ran on (the averages, if there are any).
 
     Args:
-        folder: Where the PNG files go; None for ``previews`` in the trainer's root folder.
+        folder: Folder of the PNG files; None for ``previews`` in the trainer's root folder.
         scale: Every pixel becomes a square of this side.
-        live: Whether a notebook shows the picture too, each in the place of the one before; ValueError without IPython.
+        live: Whether to also show the picture in a notebook, replacing the previous one; raises ValueError without IPython.
     """
 
     name = "preview"
@@ -58,7 +58,7 @@ class PicturePreview(L.Callback):
             )
 
     def show(self, path: Path) -> None:
-        """Shows a PNG file in the notebook: below the cell at first, then in place."""
+        """Shows a PNG file in the notebook: below the cell at first, then updated in place."""
         notebook = importlib.import_module("IPython.display")  # notebooks have it, nothing else needs it
         image = notebook.Image(filename=str(path))
         if self._shown is None:
@@ -67,14 +67,14 @@ class PicturePreview(L.Callback):
             self._shown.update(image)
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
-        """Images uint8 B×3×H×W and how many stand in a row; None where there is nothing to draw."""
+        """Images uint8 B×3×H×W and the number per row; None if there is nothing to draw."""
         raise NotImplementedError
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draws, writes the picture and hands it to the loggers that take pictures."""
+        """Draws the picture, writes it and passes it to the loggers that accept pictures."""
         if trainer.sanity_checking:
             return
-        drawn = self.draw(trainer, pl_module)  # by all: they may share the weights out
+        drawn = self.draw(trainer, pl_module)  # on all processes: the weights may be sharded
         if drawn is None or not trainer.is_global_zero:
             return
         picture = make_grid(*drawn, scale=self.scale)
@@ -91,7 +91,7 @@ class PicturePreview(L.Callback):
 
 
 class ReconstructionPreview(PicturePreview):
-    """The first ``count`` held-out images and their reconstructions, side by side; options as of :class:`PicturePreview`."""
+    """The first ``count`` held-out images and their reconstructions, side by side; options as for :class:`PicturePreview`."""
 
     name = "reconstruction"
 
@@ -115,17 +115,17 @@ class ReconstructionPreview(PicturePreview):
         self._pairs += [torch.stack(pair).cpu() for pair in zip(images, reconstructions, strict=True)]
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
-        """Two pairs in a row where they are few, four where they are many."""
+        """Pairs laid out two per row if few, four if many."""
         if not self._pairs:
             return None
         return torch.cat(self._pairs), 8 if len(self._pairs) >= 8 else 4
 
 
 class SamplePreview(PicturePreview):
-    """Samples of a few classes, each class a row, always from the noise of one seed; options as of :class:`PicturePreview`.
+    """Samples of a few classes, one row per class, always from the same noise; options as for :class:`PicturePreview`.
 
-    ``classes`` lists the rows, or a number takes the first ones; each has ``per_class`` samples. Where the denoiser is told a text,
-    rows are ``prompts``, or the first captions for validation. A guidance with a guide does not go.
+    ``classes`` lists the rows, or a number takes the first ones; each has ``per_class`` samples. For a text-conditioned denoiser,
+    rows are ``prompts``, or the first validation captions. Guidance that needs a guide is not supported.
     """
 
     name = "samples"
@@ -149,13 +149,13 @@ class SamplePreview(PicturePreview):
         self.seed = seed
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Raises ValueError where sampler, guidance or classes do not go with the denoiser, before it is trained."""
+        """Raises ValueError before training if sampler, guidance or classes do not fit the denoiser."""
         generator_of(pl_module, self.sampler, self.guidance)
         if pl_module.text_encoder is None and not isinstance(self.classes, int):
             check_classes(self.classes, pl_module, "callbacks.preview")
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> tuple[Tensor, int] | None:
-        """One row a class."""
+        """One row per class or prompt."""
         wanted = [row for row in self._rows(trainer, pl_module) for _ in range(self.per_class)]
         if not wanted:
             return None

@@ -1,4 +1,4 @@
-"""What is checked and set when a run continues: the same checkpoint on all processes, the new configuration's optimiser."""
+"""Checks and settings when a run resumes: the same checkpoint on all processes, the new configuration's optimiser."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rae.io.tensors import state_hash
 
 
 class AgreeOnResume(L.Callback):
-    """Stops all processes where they would not continue the same run: else each would train its own, without a word.
+    """Stops all processes if they would not resume the same run; otherwise each would silently train its own.
 
-    That happens where every machine has an ``output_dir`` of its own. ``checkpoint`` is the file or folder that this process
-    continues from; None where it begins.
+    That happens when every machine has its own ``output_dir``. ``checkpoint`` is the file or folder that this process resumes
+    from; None for a new run.
     """
 
     def __init__(self, checkpoint: str | None) -> None:
         self.checkpoint = checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Compares step and content of the checkpoints before anything is restored; ValueError on every process."""
+        """Compares the checkpoints' steps and content before anything is restored; raises ValueError on every process."""
         if trainer.world_size == 1:
             return
         own = None if self.checkpoint is None else (read_step(self.checkpoint), content_hash(self.checkpoint))
@@ -36,11 +36,11 @@ class AgreeOnResume(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compares step and weights after restoring; RuntimeError on every process."""
+        """Compares steps and weights after restoring; raises RuntimeError on every process."""
         if trainer.world_size == 1 or self.checkpoint is None:
             return
         weights = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}
-        whole = not any(isinstance(value, DTensor) for value in weights.values())  # else each has a share of its own
+        whole = not any(isinstance(value, DTensor) for value in weights.values())  # else each has its own shard
         own = (trainer.global_step, state_hash(weights) if whole else "")
         first = trainer.strategy.broadcast(own)
         if not trainer.strategy.reduce_boolean_decision(own == first, all=True):
@@ -54,13 +54,13 @@ def _words(found: tuple[int, str] | None, place: str | None) -> str:
     return "begins a new run" if found is None else f"continues from step {found[0]} of {place}"
 
 
-# Where and how a step is computed; the optimiser's state fits the values that it was restored with.
+# Where and how a step is computed; the optimiser's state fits the values it was restored with.
 _RESTORED = {"params", "capturable", "foreach", "fused", "differentiable"}
 _PROGRESS = {"last_epoch", "_step_count", "_last_lr", "lr_lambdas"}
 
 
 def configured(trainer: L.Trainer) -> dict[str, list[Any]]:
-    """What the configuration says of optimisers and schedules; to be called before a checkpoint is restored."""
+    """The configured values of optimisers and schedules; must be called before a checkpoint is restored."""
     groups = [[_without(group, _RESTORED) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
     schedules = [_without(config.scheduler.state_dict(), _PROGRESS) for config in trainer.lr_scheduler_configs]
     return {"groups": groups, "schedules": schedules}
@@ -71,9 +71,9 @@ def _without(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def configure(trainer: L.Trainer, asked: Mapping[str, list[Any]]) -> list[str]:
-    """Puts the values of :func:`configured` in the place of a checkpoint's, at the step that schedules have reached.
+    """Replaces a checkpoint's values with those of :func:`configured`, at the step that schedules have reached.
 
-    Schedules other than a LambdaLR, as ours is, keep their course; their rates are scaled. Says in words what has changed.
+    Schedules other than a LambdaLR (which ours is) continue as they were, with scaled rates. Returns descriptions of the changes.
     """
     restored = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
     for optimizer, groups in zip(trainer.optimizers, asked["groups"], strict=True):
@@ -103,10 +103,10 @@ def configure(trainer: L.Trainer, asked: Mapping[str, list[Any]]) -> list[str]:
 
 
 def check_epochs(before: int | None, now: int | None, module: Any) -> None:
-    """Raises ValueError where a continued run's epoch has other steps than before, and lengths are counted in epochs.
+    """Raises ValueError if a resumed run has a different number of steps per epoch and lengths are counted in epochs.
 
-    Phases (``module.loss``) or the schedule (``module.scheduler``, a partial) would then move. None stands for a checkpoint
-    that does not say, or data that do not end.
+    Phases (``module.loss``) or the schedule (``module.scheduler``, a partial) would then shift. None stands for a checkpoint
+    without that number, or for endless data.
     """
     if before is None or now is None or before == now:
         return

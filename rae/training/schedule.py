@@ -1,4 +1,4 @@
-"""Learning-rate schedules: warm-up from zero or at the full rate, then constant, cosine or linear."""
+"""Learning-rate schedules: warm-up from zero or at full rate, then constant, cosine or linear."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def rate_factor(
 ) -> float:
     """Learning rate of optimiser step ``step``, counted from 0, divided by the base rate.
 
-    During warm-up the factor is (step + 1) / warm-up, so that the first step is not lost, or 1 where the warm-up is at the
-    full rate. Then it goes from 1 to ``final_factor`` with progress (step - warm-up) / (end - warm-up), and stays there.
+    During warm-up the factor is (step + 1) / warm-up, so that the first step is not wasted, or 1 if the warm-up is at full
+    rate. Then it goes from 1 to ``final_factor`` with progress (step - warm-up) / (end - warm-up), and stays there.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps if warmup_from_zero else 1.0
@@ -33,9 +33,9 @@ def rate_factor(
 class WarmupDecay(LambdaLR):
     """The schedule of :func:`rate_factor` for an optimiser whose groups share one base rate.
 
-    Warm-up and end of the decay are given in steps or in epochs, of ``int(epochs * steps_per_epoch)`` steps. After the decay
-    the rate is ``final_lr``. ValueError for an unknown ``kind``, a missing or double length, a decay that ends before the
-    warm-up, or a base rate that is not above 0.
+    Warm-up and end of decay are given in steps or in epochs, i.e. ``int(epochs * steps_per_epoch)`` steps. After the decay the
+    rate is ``final_lr``. Raises ValueError for an unknown ``kind``, a missing or doubly given length, a decay that ends before
+    the warm-up, or a base rate that is not above 0.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class WarmupDecay(LambdaLR):
 
 
 def _in_steps(name: str, steps: int | None, epochs: float | None, steps_per_epoch: int | None) -> int | None:
-    """One length in steps, from whichever unit was given; None where none was."""
+    """One length in steps, from whichever unit was given; None if neither was."""
     if steps is not None and epochs is not None:
         raise ValueError(f"scheduler: give {name}_steps={steps} or {name}_epochs={epochs}, not both (null removes one)")
     if epochs is None:

@@ -1,4 +1,4 @@
-"""Callbacks that score the model while it is trained, as ``rae-evaluate`` does afterwards: same images, same numbers."""
+"""Callbacks that score the model during training, as ``rae-evaluate`` does afterwards: same images, same numbers."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def reconstructions(
     precision: str = "32-true",
     quantize: str = "floor",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reconstructions uint8 B×3×H×W and their originals as the batches hold them, batch by batch, without gradients.
+    """Yields reconstructions uint8 B×3×H×W and their originals as in the batches, batch by batch, without gradients.
 
-    The networks compute in ``precision``, ``32-true`` or ``bf16-mixed``; ``quantize`` is that of :func:`rae.image.to_uint8`.
+    The networks run in ``precision``, ``32-true`` or ``bf16-mixed``; ``quantize`` is that of :func:`rae.image.to_uint8`.
 
     Raises:
         ValueError: A reconstruction holds NaN or infinity.
@@ -48,9 +48,9 @@ def reconstructions(
 
 
 class ScoreReconstructions(Evaluation):
-    """Scores reconstructions of the data module's first ``count`` validation images (None for all), of each source, in stage 1.
+    """Scores reconstructions of the data module's first ``count`` validation images (None for all), per source, in stage 1.
 
-    The numbers are those of ``rae-evaluate checkpoint=… metric=reconstruction`` on the same weights. The metric takes images
+    The scores equal those of ``rae-evaluate checkpoint=… metric=reconstruction`` on the same weights. The metric takes images
     and their originals, as :class:`rae.metric.ReconstructionMetrics` does; ``options`` are those of :class:`Evaluation`.
     """
 
@@ -63,15 +63,15 @@ class ScoreReconstructions(Evaluation):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Number of images too."""
+        """Includes the number of images."""
         return {**super().identity, "count": self.count}
 
     def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
-        """Raises ValueError where there are fewer validation images than asked for, or none."""
+        """Raises ValueError if there are fewer validation images than requested, or none."""
         return min(map(len, self.parts(trainer).values())), None
 
     def parts(self, trainer: L.Trainer) -> dict[str, range]:
-        """The images; of several sources, those of each, whose scores end in its name."""
+        """The images; with several sources, those of each, whose scores end in its name."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "range_dataloader"):
             raise ValueError(
@@ -92,7 +92,7 @@ class ScoreReconstructions(Evaluation):
         return found
 
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Each process reconstructs one stretch of the images."""
+        """Each process reconstructs one contiguous range of the images."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         mine = share_range(len(self.part), trainer.global_rank, trainer.world_size)
         batches, model = data.range_dataloader("val", [self.part[mine.start : mine.stop]]), pl_module.autoencoder
@@ -103,12 +103,12 @@ class ScoreReconstructions(Evaluation):
 class ScoreSamples(Evaluation):
     """Scores samples of the denoiser, in stage 2.
 
-    The numbers are those of ``rae-evaluate checkpoint=…`` with the same seed, sampler and guidance on the same weights.
+    The scores equal those of ``rae-evaluate checkpoint=…`` with the same seed, sampler and guidance on the same weights.
 
     The metric takes images alone, as :class:`rae.metric.GenerationMetrics` does. ``guide`` is an exported model (folder or hub id)
-    whose denoiser guides, for autoguidance. ``samples_per_class`` samples of the ``classes``, None for all, are drawn
-    ``batch_size`` at once, or where the denoiser is told a text, one of each of the first ``captions`` for validation; sample i
-    depends on ``seed`` and on i alone. ``options`` are those of :class:`Evaluation`.
+    whose denoiser is the guide, for autoguidance. ``samples_per_class`` samples of the ``classes``, None for all, are generated
+    in batches of ``batch_size``; a text-conditioned denoiser generates one for each of the first ``captions`` validation captions.
+    Sample i depends only on ``seed`` and i. ``options`` are those of :class:`Evaluation`.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class ScoreSamples(Evaluation):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Sampler, guidance, seed and classes too."""
+        """Includes sampler, guidance, seed and classes."""
         return {
             **super().identity,
             "sampler": describe(self.sampler),
@@ -155,16 +155,16 @@ class ScoreSamples(Evaluation):
         }
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuses what cannot be drawn, before anything is trained.
+        """Rejects settings that cannot generate samples, before anything is trained.
 
-        Numbers of steps that differ do not go with shared weights: the processes would wait for each other for ever.
+        A sampler with a varying number of steps cannot run on sharded weights: the processes would deadlock.
         """
         if isinstance(trainer.strategy, FullyShardedStrategy) and getattr(self.sampler, "evaluations", 0) is None:
             raise ValueError(
                 f"callbacks.evaluation.sampler={type(self.sampler).__name__} takes as many steps as the samples call for, which "
                 "does not go with trainer=fsdp: choose a sampler with a fixed number, e.g. sampler=euler, or trainer=ddp"
             )
-        generator_of(pl_module, self.sampler, self.guidance, self.guide)  # refuses what does not go together
+        generator_of(pl_module, self.sampler, self.guidance, self.guide)  # rejects incompatible parts
         if pl_module.text_encoder is None:
             check_classes(self.classes or (), pl_module, "callbacks.evaluation")
         if getattr(self.sampler, "evaluations", None) is not None:
@@ -173,12 +173,12 @@ class ScoreSamples(Evaluation):
         super().on_fit_start(trainer, pl_module)
 
     def plan(self, trainer: L.Trainer, pl_module: Any) -> tuple[int, list[int] | None]:
-        """Class by class, or a caption a sample."""
+        """Class by class, or one sample per caption."""
         wanted = self._wanted(trainer, pl_module)
         return len(wanted), None if pl_module.text_encoder is not None else wanted
 
     def _wanted(self, trainer: L.Trainer, pl_module: Any) -> list[Any]:
-        """The class or prompt of every sample; raises ValueError where there are no captions."""
+        """The class or prompt of every sample; raises ValueError if there are no captions."""
         if pl_module.text_encoder is not None:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             if not (prompts := data.first_captions("val", self.captions)):
@@ -191,7 +191,7 @@ class ScoreSamples(Evaluation):
         return [label for label in classes for _ in range(self.samples_per_class)]
 
     def update(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The processes draw the batches in turn."""
+        """The processes generate the batches in turn."""
         guide = None if self.guide is None else self.guide.to(pl_module.device)
         generator = generator_of(pl_module, self.sampler, self.guidance, guide)
         labels = self._wanted(trainer, pl_module)
@@ -199,7 +199,7 @@ class ScoreSamples(Evaluation):
         rank, world = trainer.global_rank, trainer.world_size
         turns = range(0, len(starts), world)
         for turn in tqdm(turns, desc="scoring samples", leave=False, delay=2, disable=rank != 0):
-            # Weights that are shared out are gathered by all processes together: those without a batch draw one in vain.
+            # Sharded weights are gathered by all processes together, so those without a batch generate one and discard it.
             start = starts[min(turn + rank, len(starts) - 1)]
             numbers = range(start, min(start + self.batch_size, len(labels)))
             chosen = [labels[number] for number in numbers]

@@ -1,4 +1,4 @@
-"""Signals that stop a run between two steps."""
+"""Signals that stop a run between steps."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ log = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """Remembers Ctrl-C, SIGTERM, and Lightning's signal for requeueing SLURM jobs until the step under way is over."""
+    """Remembers Ctrl-C, SIGTERM and Lightning's signal for requeueing SLURM jobs until the current step is over."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """The first signal."""
+        """The signal received, or None."""
         self._process = 0
         self._requeue: Callable[[int, FrameType | None], Any] | None = None
 
     def listen(self, trainer: L.Trainer) -> None:
-        """Takes the signals over; Lightning gives them back when the run is over."""
+        """Installs the signal handlers; Lightning restores the old ones at the end of the run."""
         self.received = None
         if threading.current_thread() is not threading.main_thread():
             return
@@ -38,7 +38,7 @@ class StopSignals:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        """Loader processes, which inherit this, leave signals to the main one; a second Ctrl-C stops at once."""
+        """Loader processes, which inherit this, leave signals to the main process; a second Ctrl-C stops at once."""
         if os.getpid() != self._process:
             return
         if self.received is not None and number == signal.SIGINT:
@@ -49,7 +49,7 @@ class StopSignals:
         log.warning("%s: the run stops after this step, with a checkpoint%s", name, again)
 
     def requeue(self) -> bool:
-        """Lets Lightning put a SLURM job back into the queue, where that was asked for; whether it was."""
+        """Lets Lightning requeue a SLURM job if the signal asked for it; returns whether it did."""
         if self._requeue is None or self.received in (None, signal.SIGINT, signal.SIGTERM):
             return False
         self._requeue(self.received, None)

@@ -29,23 +29,23 @@ from rae.training.subsets import check_subsets, draw_subsets
 class Stage1Module(TrainingModule):
     """Decoder step, then discriminator step, with one backward pass through each network: see ``adversarial_step.py``.
 
-    The discriminator sees a fresh reconstruction by the updated decoder, from the same latents without noise. Gradients
-    are averaged over processes here, once per optimiser step; the adaptive weight is a function of the averaged ones, or,
-    with ``loss.adaptive=per_process``, each process's own of its own. ``global_step`` counts decoder updates.
+    The discriminator sees a fresh reconstruction by the updated decoder, from the same latents without noise. Gradients are
+    averaged over processes here, once per optimiser step; the adaptive weight is computed from the averaged gradients, or,
+    with ``loss.adaptive=per_process``, by each process from its own. ``global_step`` counts decoder updates.
 
     Args:
-        autoencoder: Frozen encoder and the decoder that is trained.
+        autoencoder: Frozen encoder and the trained decoder.
         loss: Reconstruction losses, GAN weight and the starts of the phases.
-        optimizer: Makes an optimiser from parameters; used for the decoder and for the discriminator.
-        scheduler: Makes a schedule from an optimiser and ``steps_per_epoch``; None for a constant rate.
+        optimizer: Creates an optimiser from parameters; used for the decoder and for the discriminator.
+        scheduler: Creates a schedule from an optimiser and ``steps_per_epoch``; None for a constant rate.
         discriminator: The discriminator; None to train without.
-        augment: Differentiable augmentation of what the discriminator sees; None for none.
+        augment: Differentiable augmentation of the discriminator's input; None for none.
         noise_tau: Largest standard deviation of the training noise on the latents, τ.
-        layer_dropout: Probability p in [0, 1) with which each layer of the encoder is left out of an image's latent in training
-            (FuseReg, arXiv 2609.31620); 0 takes the whole fusion, which validation always does.
+        layer_dropout: Probability p in [0, 1) of dropping each layer of the encoder from an image's latent in training
+            (FuseReg, arXiv 2609.31620); 0 uses the whole fusion, as validation always does.
         accumulate: Micro-batches per optimiser step.
-        seed: Seed of every draw.
-        compile: Whether the decoder is compiled, or names of networks: ``decoder``, ``encoder``.
+        seed: Seed of every random draw.
+        compile: Whether to compile the decoder, or names of networks: ``decoder``, ``encoder``.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
     """
@@ -87,16 +87,16 @@ class Stage1Module(TrainingModule):
         self.noise_tau = noise_tau
         self.layer_dropout = check_subsets(layer_dropout, autoencoder.encoder)
         self.accumulate = accumulate
-        self._pending: list[Batch] = []  # what the discriminator's turn needs: images as floats, latents without noise
+        self._pending: list[Batch] = []  # for the discriminator's step: images as floats, latents without noise
         self._gan_gradients: list[Tensor] | None = None
         if compile and accumulate > 1:
-            # The two kinds of gradients are then taken from one graph, which a compiled network would use up in the first pass.
+            # Both kinds of gradients then come from one graph, whose buffers a compiled network would free in the first pass.
             functorch_config.donated_buffer = False
         self.compile_networks(compile, {"decoder": autoencoder.decoder, "encoder": autoencoder.encoder})
 
     @property
     def decoder(self) -> ViTDecoder:
-        """The network that is trained, and averaged by the EMA."""
+        """The network that is trained and averaged by the EMA."""
         return self.autoencoder.decoder
 
     def networks(self) -> list[nn.Module]:
@@ -104,7 +104,7 @@ class Stage1Module(TrainingModule):
         return [self.decoder] + ([self.discriminator] if self.discriminator is not None else [])
 
     def setup(self, stage: str) -> None:
-        """Leaves DistributedDataParallel one weight, without which it does not go: it would keep room for all gradients."""
+        """Leaves DistributedDataParallel only one weight, the least it accepts: it would reserve memory for all gradients."""
         super().setup(stage)
         names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names[1:])
@@ -119,7 +119,7 @@ class Stage1Module(TrainingModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Gradients of one micro-batch; after ``accumulate`` of them, the decoder's and the discriminator's update."""
-        steps_per_epoch = self.steps_per_epoch or sys.maxsize  # where data do not end, nor does the first epoch
+        steps_per_epoch = self.steps_per_epoch or sys.maxsize  # with endless data the first epoch never ends
         phases = self.loss.phases(self.trainer.global_step, steps_per_epoch)
         with self._no_sync():
             self._decoder_gradients(batch, phases, self.group_size(batch_idx))
@@ -133,7 +133,7 @@ class Stage1Module(TrainingModule):
     def _decoder_gradients(self, batch: Batch, phases: Phases, group: int) -> None:
         """Adds the gradients of one of ``group`` micro-batches to the decoder."""
         images = to_float(batch["image"])
-        # Neither RAE.encode nor RAE.decode: what the one normalises the other undoes, and the noise comes before both.
+        # Not RAE.encode and RAE.decode: one undoes the other's normalisation, and the noise comes before both.
         latents = self._encoded(images, batch)
         self._pending.append({**batch, "image": images, "latent": latents})
         noise = normal(self._seeds("latent noise", batch), latents.shape[1:], device=latents.device)
@@ -160,7 +160,7 @@ class Stage1Module(TrainingModule):
         decoder_gradients(made, at_image)
 
     def _encoded(self, images: Tensor, batch: Batch) -> Tensor:
-        """Latents as the encoder makes them, of a random subset of its layers where these are dropped."""
+        """Latents as the encoder returns them, from a random subset of its layers if layers are dropped."""
         encoder = self.autoencoder.encoder
         if not self.layer_dropout:
             latents: Tensor = encoder(images)
@@ -171,21 +171,21 @@ class Stage1Module(TrainingModule):
     def _consistent_with(
         self, images: Tensor, latents: Tensor
     ) -> tuple[Callable[[Tensor], Tensor], Tensor] | tuple[()]:
-        """The encoder with gradients, and the images' latents of all its layers; nothing where no loss asks for them."""
+        """The differentiable encoder and the images' latents from all its layers; empty unless a loss needs them."""
         if self.loss.consistency is None:
             return ()
         encoder = self.autoencoder.encoder
         return encoder.differentiable, encoder(images) if self.layer_dropout else latents
 
     def _gan_scale(self, pair: Tensor) -> Tensor:
-        """Weight of the GAN loss from the gradients of both losses at the last layer's weight, stacked."""
+        """Weight of the GAN loss, from the stacked gradients of both losses at the last layer's weight."""
         reconstruction, gan = average_over_processes(pair) if self.loss.adaptive == "averaged" else pair
         adaptive = adaptive_weight(reconstruction, gan, self.loss.adaptive_maximum)
         self.log("train/adaptive_weight", adaptive)
         return self.loss.gan_weight * adaptive
 
     def _update_decoder(self) -> None:
-        """Adds the weighted gradients of the GAN loss, where they were summed apart, and takes the decoder's step."""
+        """Adds the weighted gradients of the GAN loss, if they were accumulated separately, and takes the decoder's step."""
         if self._gan_gradients is not None:
             parameters = trained(self.decoder)
             gradients = gradients_of(parameters)
@@ -200,7 +200,7 @@ class Stage1Module(TrainingModule):
         for number, batch in enumerate(self._pending):
             with torch.no_grad():
                 fake = quantize(self.decoder(batch["latent"]))
-            # One power iteration a call in training; only the first micro-batch makes them, as one large batch would.
+            # In training mode every call runs one power iteration; only the first micro-batch does, as with one large batch.
             training = number == 0
             fake_logits = self._judge(discriminator, fake, batch, "augment fake", training)
             real_logits = self._judge(discriminator, batch["image"], batch, "augment real", training)
@@ -212,7 +212,7 @@ class Stage1Module(TrainingModule):
         self._take_step(1, discriminator, "train/discriminator_grad_norm")
 
     def _take_step(self, number: int, network: nn.Module, norm_name: str) -> None:
-        """Averages a network's gradients over processes; steps its optimiser and schedule and logs the norm."""
+        """Averages a network's gradients over processes, steps its optimiser and schedule, and logs the norm."""
         parameters = trained(network)
         gradients = gradients_of(parameters)
         average_gradients(gradients)
@@ -222,7 +222,7 @@ class Stage1Module(TrainingModule):
         # Lightning counts the steps of its own optimiser: the decoder's.
         optimizers: Any = self.optimizers(use_pl_optimizer=number == 0)
         optimizer = optimizers[number] if isinstance(optimizers, list) else optimizers
-        optimizer.step()  # with all gradients removed (a skipped step) it counts and changes nothing
+        optimizer.step()  # without gradients (a skipped step) it counts but changes nothing
         optimizer.zero_grad(set_to_none=True)
         schedulers: Any = self.lr_schedulers()
         if schedulers is not None:
@@ -241,7 +241,7 @@ class Stage1Module(TrainingModule):
         return sample_seeds(self.seed, purpose, batch["epoch"].tolist(), batch["index"].tolist())
 
     def _no_sync(self) -> AbstractContextManager[Any]:
-        """Keeps DistributedDataParallel from averaging: it is done here, when a step's gradients are complete."""
+        """Keeps DistributedDataParallel from averaging: that happens here, once a step's gradients are complete."""
         model = self.trainer.model
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
@@ -262,7 +262,7 @@ class Stage1Module(TrainingModule):
 
 
 def gradients_of(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """The gradients, all of which must be there."""
+    """The gradients, none of which may be missing."""
     gradients = [parameter.grad for parameter in parameters]
     assert all(gradient is not None for gradient in gradients)
     return gradients  # type: ignore[return-value]

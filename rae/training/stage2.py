@@ -31,29 +31,29 @@ _NO_CLASS_TOKENS = (
 
 
 class Stage2Module(TrainingModule):
-    """Encode, flow-matching loss, log.
+    """Encodes a batch, computes the flow-matching loss and logs it.
 
     Every draw for a training sample (noise, time, label dropout) depends on the seed, the epoch and the sample's number, so
-    two processes with batches of b train as one process with batches of 2b.
+    two processes with batches of b train like one process with batches of 2b.
 
     Args:
         autoencoder: Frozen autoencoder; encodes the images, decodes previews and samples.
         denoiser: The network that is trained.
         flow: Path, prediction, time distribution and shift.
-        optimizer: Makes the optimiser from the parameters.
-        scheduler: Makes the schedule from the optimiser and ``steps_per_epoch``; None for a constant rate.
-        text_encoder: Frozen; makes the features of captions for a denoiser that is told a text. Batches with cached features do
-            without.
-        teacher: Trained denoiser that the flow learns from (``flow=mean_flow`` may, ``flow=cmt`` must); None for none.
-        label_dropout: Share of labels (or of whatever else the denoiser is told) replaced by the null condition, in [0, 1);
-            0 forgoes classifier-free guidance.
-        layer_dropout: Probability p in [0, 1) with which each layer of the encoder is left out of what the denoiser sees of an
-            image; it still learns the whole fusion (FuseReg, arXiv 2609.31620). 0 leaves none out, nor does validation.
-        seed: Seed of every draw.
-        compile: Whether the denoiser is compiled, or names of networks: ``denoiser``, ``encoder``.
+        optimizer: Creates the optimiser from the parameters.
+        scheduler: Creates the schedule from the optimiser and ``steps_per_epoch``; None for a constant rate.
+        text_encoder: Frozen; computes caption features for a text-conditioned denoiser. Not needed for batches with cached
+            features.
+        teacher: Trained denoiser that the flow learns from (optional for ``flow=mean_flow``, required for ``flow=cmt``).
+        label_dropout: Fraction of labels (or other conditions) replaced by the null condition, in [0, 1); 0 rules out
+            classifier-free guidance.
+        layer_dropout: Probability p in [0, 1) of dropping each layer of the encoder from the denoiser's input; the target
+            remains the whole fusion (FuseReg, arXiv 2609.31620). 0 drops none; validation never does.
+        seed: Seed of every random draw.
+        compile: Whether to compile the denoiser, or names of networks: ``denoiser``, ``encoder``.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
-        alignment: A further loss on the tokens of one block (REPA); None for none.
+        alignment: An additional loss on the tokens of one block (REPA); None for none.
     """
 
     frozen = ("autoencoder.", "text_encoder.", "teacher.", "alignment.encoder.")
@@ -123,7 +123,7 @@ class Stage2Module(TrainingModule):
         self.compile_networks(compile, {"denoiser": denoiser, "encoder": autoencoder.encoder})
 
     def networks(self) -> list[nn.Module]:
-        """The denoiser, and with it what aligns its tokens: one optimiser trains both."""
+        """The denoiser, together with its alignment projector if any: one optimiser trains both."""
         return [self.denoiser if self.alignment is None else nn.ModuleList([self.denoiser, self.alignment])]
 
     def train(self, mode: bool = True) -> Stage2Module:
@@ -133,7 +133,7 @@ class Stage2Module(TrainingModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """Raises ValueError for cached latents and latent statistics of another encoder, and a teacher that is missing."""
+        """Raises ValueError for cached latents or latent statistics of another encoder, or a missing teacher."""
         super().setup(stage)
         if self.teacher is None and self.flow.needs_teacher:
             raise ValueError(f"{type(self.flow).__name__} needs teacher_checkpoint=…, a run of stage 2 or its export")
@@ -154,7 +154,7 @@ class Stage2Module(TrainingModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the names of the classes, where the data tell them, and what tells the further frozen networks."""
+        """Adds the class names, if the data provide them, and the records of the other frozen networks."""
         super().on_save_checkpoint(checkpoint)
         checkpoint.update(self._records)
         names = getattr(getattr(self._trainer, "datamodule", None), "class_names", [])
@@ -162,7 +162,7 @@ class Stage2Module(TrainingModule):
             checkpoint["class_names"] = list(names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the run's encoder over; raises ValueError where this module's, or another frozen network, is another."""
+        """Takes over the run's encoder; raises ValueError if this module's, or another frozen network, differs."""
         super().on_load_checkpoint(checkpoint)
         if self.text_encoder is not None and "text_encoder" in checkpoint:
             self.text_encoder.check(checkpoint["text_encoder"], "the checkpoint")
@@ -170,7 +170,7 @@ class Stage2Module(TrainingModule):
             raise ValueError(
                 "the run was begun with another teacher: teacher_checkpoint holds other weights now; give those that it had"
             )
-        described = checkpoint.get("alignment_encoder")  # which former versions did not keep
+        described = checkpoint.get("alignment_encoder")  # missing in earlier versions
         if self._target is not None and described is not None and (found := self._target.differences(described)):
             raise ValueError(f"the run was begun with another alignment.encoder: {found}; give the one that it had")
 
@@ -181,7 +181,7 @@ class Stage2Module(TrainingModule):
 
     @cached_property
     def _records(self) -> dict[str, Any]:
-        """What tells the further frozen networks. Made once: hashes read all weights, which never change in training."""
+        """Records of the other frozen networks, computed once: hashes read all weights, which never change in training."""
         records: dict[str, Any] = {}
         if self.text_encoder is not None:
             records["text_encoder"] = self.text_encoder.fingerprint()
@@ -192,7 +192,7 @@ class Stage2Module(TrainingModule):
         return records
 
     def configure_model(self) -> None:
-        """Shares the denoiser out where the strategy says so (``trainer=fsdp``)."""
+        """Shards the denoiser if the strategy requires it (``trainer=fsdp``)."""
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None and not self._sharded:
             shard(self.denoiser, mesh["data_parallel"])
@@ -201,12 +201,12 @@ class Stage2Module(TrainingModule):
             self._sharded = True
 
     def encode(self, batch: Batch) -> Tensor:
-        """What the denoiser learns, of a batch of images or of cached latents (of stacked layers, too).
+        """The denoiser's training target, from a batch of images or of cached latents (stacked layers included).
 
         Normalised latents B×C×h×w, see :meth:`rae.denoiser.Denoiser.join`.
 
         Raises:
-            ValueError: It learns the class token too, and the batch holds cached latents.
+            ValueError: The denoiser also learns the class token, and the batch holds cached latents.
         """
         if self.denoiser.takes_class_token:
             if "latent" in batch:
@@ -219,14 +219,14 @@ class Stage2Module(TrainingModule):
         return self.autoencoder.encode(to_float(batch["image"]))
 
     def encode_subset(self, batch: Batch, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Normalised latents B×C×h×w of a random subset of the layers, and of all of them; one seed a sample."""
+        """Normalised latents B×C×h×w from a random subset of the layers, and from all of them; one seed per sample."""
         encoder, normalize = self.autoencoder.encoder, self.autoencoder.normalize
         layers = batch["latent"].float() if "latent" in batch else encoder(to_float(batch["image"]), stacked=True)
         keep = draw_subsets(seeds, layers, self.layer_dropout)
         return normalize(encoder.fused(layers, keep)), normalize(encoder.fused(layers))
 
     def text_of(self, batch: Any) -> dict[str, Tensor]:
-        """Features and mask of a batch's captions; nothing where they are cached, or the denoiser is told no text.
+        """Features and mask of a batch's captions; empty if they are cached, or the denoiser is not text-conditioned.
 
         Raises:
             ValueError: There are neither captions nor features.
@@ -243,7 +243,7 @@ class Stage2Module(TrainingModule):
         return self.text_encoder(batch["caption"])
 
     def losses(self, batch: Batch, purpose: str, label_dropout: float, subsets: bool = False) -> Tensor:
-        """Flow-matching loss of every sample, B, with the draws that belong to the samples; with ``subsets`` of the layers."""
+        """Flow-matching loss per sample, B, with each sample's own draws; ``subsets`` uses random subsets of the layers."""
         epochs, indices = batch["epoch"].tolist(), batch["index"].tolist()
 
         def seeds(what: str) -> list[int]:
@@ -273,10 +273,10 @@ class Stage2Module(TrainingModule):
         return loss + aligned
 
     def aligned_to(self, batch: Batch, latents: Tensor) -> Tensor:
-        """What the alignment compares with, B×C×h×w: the latents, or features of the images by its own encoder.
+        """The alignment's target, B×C×h×w: the latents, or its own encoder's features of the images.
 
         Raises:
-            ValueError: It has an encoder, and the batch holds cached latents and no images.
+            ValueError: The alignment has an encoder, and the batch holds cached latents but no images.
         """
         if self._target is None:
             return latents
@@ -294,7 +294,7 @@ class Stage2Module(TrainingModule):
         return self.share_of_step(loss, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss on held-out images, with the same noise and times at every validation."""
+        """Loss on held-out images, with the same noise and times in every validation."""
         loss = self.losses(batch, "validate", label_dropout=0.0)
         self.log_validation("loss", loss.mean(), batch, prog_bar=True)
 

@@ -1,4 +1,4 @@
-"""Fully sharded training of stage 2: every process keeps a share of the denoiser's weights, gradients and optimiser state."""
+"""Fully sharded training of stage 2: every process keeps a shard of the denoiser's weights, gradients and optimiser state."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from rae.layers import denoiser_blocks
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """Lightning's strategy for PyTorch's ``fully_shard`` (FSDP2), with all processes sharing the data.
+    """Lightning's strategy for PyTorch's ``fully_shard`` (FSDP2), with the data split over all processes.
 
-    Checkpoints are read by any number of processes, with this strategy or without. With ``sharded_checkpoints`` every process
-    writes its share, into a folder; else there is one file as from one process. ``options`` are those of Lightning's strategy.
+    Any number of processes can read the checkpoints, with or without this strategy. With ``sharded_checkpoints`` every process
+    writes its shard into a folder; otherwise there is one file, as from one process. ``options`` are those of Lightning's strategy.
     """
 
     lightning_restore_optimizer = True  # by load_optimizer_state_dict
@@ -36,7 +36,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=sharded_checkpoints, **options)
 
     def setup_environment(self) -> None:
-        """Gives the data dimension of the mesh all processes."""
+        """Assigns all processes to the mesh's data dimension."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
@@ -45,22 +45,22 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     @property
     def sharded_checkpoints(self) -> bool:
-        """Whether every process writes its share."""
+        """Whether every process writes its shard."""
         return self._save_distributed_checkpoint
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state, shared out as it is."""
+        """The module's state, left sharded."""
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimiser's state, shared out as it is."""
+        """The optimiser's state, left sharded."""
         return (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint with all that is shared out, atomically; all processes must call this.
+        """Atomically writes a checkpoint with all sharded state; all processes must call this.
 
-        The first process's path counts. Raises OSError where it could not be written, on this process or another one.
+        The first process's path is used. Raises OSError if writing failed on this process or another.
         """
         path = Path(self.broadcast(str(filepath)))
         if self.sharded_checkpoints:
@@ -73,7 +73,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
         checkpoint = changed(checkpoint, DTensor, gathered)
         if first:
-            if path.is_dir():  # of a run that wrote shares
+            if path.is_dir():  # from a run that wrote shards
                 shutil.rmtree(path)
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
@@ -107,7 +107,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     # --- reading -----------------------------------------------------------------------------------------------
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Opens the first process's checkpoint, a file or a folder of shares; no code is ever run from it.
+        """Opens the first process's checkpoint, a file or a folder of shards; never executes code from it.
 
         Each process reads its own rows when the state is loaded.
         """
@@ -136,28 +136,28 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Shares the weights of a network out, block by block, so that each is gathered only while it runs."""
+    """Shards the weights of a network, block by block, so that each block is gathered only while it runs."""
     for block in denoiser_blocks(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
 
 
 def reshard(network: nn.Module) -> None:
-    """Lets the parameters of a network be its shares; without gradients, its forward pass leaves the outermost ones gathered."""
+    """Reshards a network's parameters; without gradients, its forward pass leaves the outermost ones gathered."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A tensor that processes share, put together on each of them; all must call this. Others are returned as they are."""
+    """Gathers a sharded tensor on every process, all of which must call this; other tensors are returned unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def like_shares(value: Tensor | Shared, shares: Tensor) -> Tensor:
-    """A tensor shared out as another of its shape is; whole where the other is not shared, or has another shape.
+    """Shards a tensor like another of its shape; leaves it whole if the other is not sharded or has a different shape.
 
-    The value, whole or in pieces, is the same on all processes, each of which reads its own rows.
+    The value, whole or in pieces, is the same on all processes; each reads its own rows.
     """
     if not isinstance(shares, DTensor) or value.shape != shares.shape:
         return value.join() if isinstance(value, Shared) else value

@@ -1,4 +1,4 @@
-"""Callback that measures a run's pace and sums the run up in one small file."""
+"""Callback that measures a run's speed and summarises the run in one small file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from rae.io.files import write_json
 from rae.training.per_step import PerStep
 
-_RECENT = 2000  # intervals that the time per step is taken from
+_RECENT = 2000  # number of intervals used for the time per step
 
 
 class RunSummary(PerStep):
     """Logs ``train/images_per_second``, over all processes, and writes ``summary.json``, the file ``path``, when training ends.
 
-    The file holds the last metrics, the number of steps and the time per step: the median time between the ends of two
+    The file holds the last metrics, the number of steps and the time per step: the median time between the ends of consecutive
     steps, loading included, which validations and checkpoints in between do not distort.
     """
 
@@ -46,7 +46,7 @@ class RunSummary(PerStep):
         super().on_train_batch_end(trainer, pl_module)
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes the time since the last step; the first one, which may compile networks, only starts the clock."""
+        """Records the time since the last step; the first step, which may compile networks, only starts the clock."""
         now, first = time.perf_counter(), not self._step_end
         logged = trainer.global_step % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
         if not first:
@@ -64,7 +64,7 @@ class RunSummary(PerStep):
             write_json(self.path, self.summary(trainer))
 
     def summary(self, trainer: L.Trainer) -> dict[str, float | int | str | None]:
-        """What the file holds."""
+        """The content of the file."""
         return {
             **{name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
             "steps": trainer.global_step,

@@ -1,4 +1,4 @@
-"""A trained denoiser as a frozen velocity field, which another one learns from; and weights to begin with."""
+"""A trained denoiser as a frozen velocity field for another to learn from; and initial weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rae.formats.open import load_denoiser
 from rae.io.errors import ConfigError
 
 Reader = Callable[[str], Bundle]
-"""Reads a trained model, such as :func:`rae.formats.read`, or the same with memory of what it has read."""
+"""Reads a trained model, such as :func:`rae.formats.read` or a caching version of it."""
 
 
 class Teacher(nn.Module):
@@ -24,7 +24,7 @@ class Teacher(nn.Module):
 
     Args:
         denoiser: The trained denoiser.
-        flow: What it was trained with.
+        flow: The flow it was trained with.
     """
 
     def __init__(self, denoiser: Denoiser, flow: FlowMatching) -> None:
@@ -42,10 +42,10 @@ class Teacher(nn.Module):
         return velocity
 
     def check(self, denoiser: Denoiser) -> None:
-        """Refuses to teach a denoiser of other latents or conditions.
+        """Checks that a denoiser has the same latents and conditions.
 
         Raises:
-            ValueError: Names both values.
+            ValueError: They differ; the message names both values.
         """
         own, other = _told(self.denoiser), _told(denoiser)
         if differing := [f"{key} {value} and not {other[key]}" for key, value in own.items() if other[key] != value]:
@@ -61,11 +61,11 @@ def _told(denoiser: Denoiser) -> dict[str, Any]:
 
 
 def open_teacher(source: str, reader: Reader = read) -> Teacher:
-    """The denoiser of a run of stage 2 (its moving average) or of an export.
+    """Opens the denoiser of a stage-2 run (its moving average) or of an export.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
-        ConfigError: It holds no denoiser, or does not say what it predicts.
+        FileNotFoundError: The source does not exist.
+        ConfigError: It has no denoiser, or does not say what the denoiser predicts.
     """
     bundle = reader(source)
     denoiser, flow = load_denoiser(bundle, "teacher_checkpoint"), make_part("flow", bundle.description.get("flow"))
@@ -75,12 +75,12 @@ def open_teacher(source: str, reader: Reader = read) -> Teacher:
 
 
 def begin(denoiser: Denoiser, source: str, reader: Reader = read) -> None:
-    """Gives a denoiser the weights of a run of stage 2 (their moving average) or of an export to begin with.
+    """Initialises a denoiser with the weights of a stage-2 run (their moving average) or of an export.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
-        ConfigError: It holds no denoiser.
-        ValueError: The denoisers differ; names the arguments, or all keys.
+        FileNotFoundError: The source does not exist.
+        ConfigError: It has no denoiser.
+        ValueError: The denoisers differ; the message names the arguments, or all keys.
     """
     bundle = reader(source)
     if "denoiser" not in bundle.states:

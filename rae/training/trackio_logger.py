@@ -1,4 +1,4 @@
-"""Trackio: curves and pictures in a local database, with a dashboard of their own, ``trackio show``."""
+"""Trackio: curves and pictures in a local database, with their own dashboard, ``trackio show``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rae.io.errors import ConfigError
 
 
 class TrackioLogger(Logger):
-    """One run of a Trackio project; a resumed run goes on under the same name.
+    """One run of a Trackio project; a resumed run continues under the same name.
 
     Args:
         project: The project's name.
         name: The run's name.
-        space_id: ``owner/name`` of a Space to which the curves are sent as well; None: nothing leaves the machine.
+        space_id: ``owner/name`` of a Space to which the curves are also sent; with None, nothing leaves the machine.
 
     Raises:
         ConfigError: Trackio is not installed.
@@ -27,7 +27,7 @@ class TrackioLogger(Logger):
     def __init__(self, project: str, name: str, space_id: str | None = None) -> None:
         super().__init__()
         try:
-            self._trackio: Any = importlib.import_module("trackio")  # an extra
+            self._trackio: Any = importlib.import_module("trackio")  # optional dependency
         except ImportError as error:
             raise ConfigError(
                 'logger=trackio needs Trackio, which is not installed: pip install "rae[trackio]"'
@@ -37,39 +37,39 @@ class TrackioLogger(Logger):
 
     @property
     def name(self) -> str:
-        """The project."""
+        """The project's name."""
         return str(self._options["project"])
 
     @property
     def version(self) -> str:
-        """The run."""
+        """The run's name."""
         return str(self._options["name"])
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Trackio's run, opened when something is first logged."""
+        """Trackio's run, opened on first use."""
         if self._run is None:
             self._run = self._trackio.init(**self._options)
         return self._run
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Leaves them out: the run's folder has the whole configuration."""
+        """Does nothing: the run's folder holds the whole configuration."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Numbers by name, at a step."""
+        """Logs numbers by name, at a step."""
         self.experiment.log(dict(metrics), step=step)
 
     @rank_zero_only
     def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
-        """The first of some PIL images, at a step; Trackio takes one a name."""
+        """Logs the first of several PIL images, at a step; Trackio takes one per name."""
         self.experiment.log({key: self._trackio.Image(images[0])}, step=step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Writes what is left."""
+        """Writes any remaining data."""
         if self._run is not None:
             self._run.finish()
             self._run = None
