@@ -1,4 +1,4 @@
-"""What the denoisers share: arguments, checks, patch embedding."""
+"""Base of the denoisers: arguments, checks, patch embedding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rae.layers import (
 
 
 class PatchEmbedding(nn.Module):
-    """Linear map of every patch, of so many pixels' side, to a token, Xavier on the flattened kernel."""
+    """Linear map from patches of side ``patch`` to tokens; Xavier initialisation on the flattened kernel."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
@@ -44,20 +44,20 @@ class Denoiser(Described, nn.Module):
         patch: Side of a patch, dividing ``grid``.
         width: Width of the time embedding.
         checkpointing: Recompute the blocks in the backward pass instead of keeping their activations.
-        second_time: Whether it is also told a time r ≤ t, for average velocities over [r, t]
-            (:mod:`rae.flow.mean_flow`). The embedding of r is added to that of t and starts at zero, so that with the
-            weights of a denoiser without it the new one predicts the same.
+        second_time: Whether it is also conditioned on a time r ≤ t, for average velocities over [r, t]
+            (:mod:`rae.flow.mean_flow`). The embedding of r is added to that of t and starts at zero, so a denoiser
+            initialised from one without it predicts the same.
 
     Raises:
         ValueError: A size below 1, or ``grid`` is not divisible by ``patch``.
     """
 
     condition: Condition
-    """What it is told beside latent and time."""
+    """What it is conditioned on besides latent and time."""
     has_base = False
-    """Whether it also predicts from its first blocks (``base=True``), which internal guidance steers away from."""
+    """Whether it also predicts from its first blocks (``base=True``); internal guidance steers away from that prediction."""
     takes_class_token = False
-    """Whether it learns the encoder's class token beside the latents, as one state: :meth:`join`, :meth:`split`, :meth:`begin`."""
+    """Whether it learns the encoder's class token jointly with the latents: :meth:`join`, :meth:`split`, :meth:`begin`."""
 
     def __init__(
         self, channels: int, grid: int, patch: int, width: int, checkpointing: bool, second_time: bool = False
@@ -74,7 +74,7 @@ class Denoiser(Described, nn.Module):
         self.patch = patch
         self.checkpointing = checkpointing
         self.watched: tuple[nn.Module, list[Tensor]] | None = None
-        """A block, and where its output is put in every forward with gradients; for losses on tokens inside."""
+        """A block, and the list that receives its output in every forward with gradients; for losses on inner tokens."""
         self.time_embedding: TimeEmbedding | SinusoidalTimeEmbedding = TimeEmbedding(width)
         self.second_time = second_time
         if second_time:
@@ -84,7 +84,7 @@ class Denoiser(Described, nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes that it is told of; 0 where it is told something else."""
+        """Number of classes; 0 if it is conditioned on something else."""
         return int(getattr(self.condition, "num_classes", 0))
 
     @property
@@ -94,35 +94,35 @@ class Denoiser(Described, nn.Module):
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        """Shape of what is diffused: the latents, if nothing else is said."""
+        """Shape of the diffused state; by default that of the latents."""
         return self.latent_shape
 
     @property
     def loss_weight(self) -> Tensor | None:
-        """Weights of a state's values in the loss, which is a mean over them; None for 1."""
+        """Weights of a state's values in the loss, a mean over them; None for 1."""
         return None
 
     def join(self, latents: Tensor, class_token: Tensor | None = None) -> Tensor:
-        """Latents B×C×H×W, and for some denoisers the class token B×C, as the state that is diffused."""
+        """Combines latents B×C×H×W, and for some denoisers the class token B×C, into the state that is diffused."""
         return latents
 
     def split(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The latents B×C×H×W of a state, and its class token B×C where it has one."""
+        """The latents B×C×H×W of a state, and its class token B×C if it has one."""
         return state, None
 
     def begin(self, noise: Tensor) -> Tensor:
-        """The state that samples begin with, of noise B×C×H×W."""
+        """The initial state of samples, from noise B×C×H×W."""
         return noise
 
     def embed_time(self, t: Tensor, r: Tensor | None) -> Tensor:
-        """Times B => B×width; of a denoiser with a second time that of r, which is t where it is not given, is added."""
+        """Times B => B×width; with a second time, the embedding of r (t if not given) is added."""
         embedding = self.time_embedding(t)
         return embedding + self.second_embedding(t if r is None else r) if self.second_time else embedding
 
     def check(self, x_t: Tensor, t: Tensor, conditions: Conditions, r: Tensor | None = None) -> None:
         """Checks shapes and, on the host, values; nothing is read back from a device.
 
-        The state is B×…, the times B, the second times B and at most t; ValueError says what was received and what is required.
+        The state is B×…, the times B, the second times B and at most t; ValueError states what was received and is required.
         """
         if tuple(x_t.shape[1:]) != self.state_shape:
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}, required is B×{'×'.join(map(str, self.state_shape))}")
@@ -143,7 +143,7 @@ class Denoiser(Described, nn.Module):
             self.condition.check_values(conditions)
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *arguments: Tensor | nn.Module | None) -> Tensor:
-        """Runs blocks one after the other with the same further arguments, B×N×D => B×N×D."""
+        """Runs blocks in sequence with the same further arguments, B×N×D => B×N×D."""
         for block in blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *arguments, use_reentrant=False)
@@ -155,7 +155,7 @@ class Denoiser(Described, nn.Module):
 
 
 class LabelDenoiser(Denoiser):
-    """Base of the denoisers that are told a class label, which modulates their blocks.
+    """Base of the denoisers conditioned on a class label, which modulates their blocks.
 
     ``width`` is that of time and label embeddings; the null label is ``num_classes``. See :class:`Denoiser` for the rest.
     """
@@ -180,7 +180,7 @@ class LabelDenoiser(Denoiser):
 
 
 def check_shapes(latent: tuple[int, int, int], denoiser: Denoiser, guide: Denoiser | None = None) -> None:
-    """Raises ValueError for networks of other latents, and where denoiser and guide do not learn the same state."""
+    """Raises ValueError if the networks have other latents, or denoiser and guide do not learn the same state."""
     for name, network in (("denoiser", denoiser), ("guide", guide)):
         if network is not None and tuple(network.latent_shape) != tuple(latent):
             raise ValueError(
@@ -196,5 +196,5 @@ def check_shapes(latent: tuple[int, int, int], denoiser: Denoiser, guide: Denois
 def make_blocks(
     depth: int, width: int, heads: int, mlp_ratio: float, qk_norm: bool, norm: str, mlp: str
 ) -> nn.ModuleList:
-    """``depth`` adaptive blocks, see :class:`~rae.layers.AdaptiveBlock`, of feed-forward layers ``mlp_ratio`` times as wide."""
+    """``depth`` adaptive blocks, see :class:`~rae.layers.AdaptiveBlock`, with feed-forward layers ``mlp_ratio`` times as wide."""
     return nn.ModuleList(AdaptiveBlock(width, heads, int(width * mlp_ratio), qk_norm, norm, mlp) for _ in range(depth))

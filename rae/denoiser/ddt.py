@@ -10,13 +10,13 @@ from rae.layers import FinalLayer, RotaryEmbedding2D, sincos_table, unpatchify
 
 
 class DiTDH(LabelDenoiser):
-    """A narrow, deep backbone makes a condition for every token; a wide, shallow head denoises with it.
+    """A narrow, deep backbone computes a condition for every token; a wide, shallow head denoises with it.
 
-    Arguments beside those of :class:`~rae.denoiser.dit.DiT`, whose ``width``, ``depth`` and ``heads`` are the backbone's:
+    Arguments besides those of :class:`~rae.denoiser.dit.DiT`, whose ``width``, ``depth`` and ``heads`` are the backbone's:
         head_width: Width of the head; at least the latent's channels for latents of full rank (paper theorem 1).
         head_depth: Blocks of the head.
         head_heads: Attention heads of the head.
-        rope: Rotary embedding of the attention; without it only the backbone's table tells the head where a token is.
+        rope: Rotary embedding of the attention; without it, the head knows positions only through the backbone's table.
         position_table: Fixed sine-cosine table in the backbone; the head has none.
 
     Raises:
@@ -61,15 +61,15 @@ class DiTDH(LabelDenoiser):
         self.final = FinalLayer(head_width, patch * patch * channels, norm)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor, *, r: Tensor | None = None) -> Tensor:
-        """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B; arguments as of :meth:`rae.denoiser.dit.DiT.forward`."""
+        """Prediction B×C×H×W for x_t B×C×H×W, times B and labels B; arguments as for :meth:`rae.denoiser.dit.DiT.forward`."""
         self.check(x_t, t, {"label": label}, r)
         time = self.embed_time(t, r)  # B×D
-        # SiLU twice on purpose: the released models have one outside and one inside every modulation.
+        # SiLU twice on purpose: the released models apply one outside and one inside every modulation.
         condition = F.silu(F.silu(time + self.label_embedding(label)))[:, None]  # B×1×D
         s = self.backbone_embedding(x_t)  # B×N×D
         if self.position_table:
             s = s + self.position
         s = self.run_blocks(self.backbone, s, condition, self.backbone_rope)  # B×N×D
-        s = self.projection(F.silu(time[:, None] + s))  # B×N×D_head; the label is not in it
+        s = self.projection(F.silu(time[:, None] + s))  # B×N×D_head; without the label
         x = self.run_blocks(self.head, self.head_embedding(x_t), F.silu(s), self.head_rope)  # B×N×D_head
         return unpatchify(self.final(x, F.silu(s)), self.patch, self.channels)  # B×C×H×W

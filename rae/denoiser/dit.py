@@ -21,10 +21,10 @@ class DiT(LabelDenoiser):
         num_classes: Number of classes; the null label is ``num_classes``.
         patch: Side of a patch.
         mlp_ratio: Width of the feed-forward layer divided by ``width``.
-        qk_norm: Whether queries and keys are normalised too, by the blocks' kind of norm.
+        qk_norm: Whether queries and keys are also normalised, by the blocks' kind of norm.
         norm: ``rms`` or ``layer``.
         mlp: ``swiglu`` or ``gelu``.
-        rope: Rotary embedding of the attention, beside the fixed table.
+        rope: Rotary embedding of the attention, in addition to the fixed table.
         checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
         second_time: See :class:`~rae.denoiser.base.Denoiser`.
 
@@ -60,7 +60,7 @@ class DiT(LabelDenoiser):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier for the blocks' linear layers (LightningDiT); modulations stay zero."""
+        """Xavier initialisation of the blocks' linear layers (LightningDiT); modulations stay zero."""
         for block in self.blocks:
             for name, layer in block.named_modules():
                 if isinstance(layer, nn.Linear) and name != "modulation":
@@ -70,13 +70,13 @@ class DiT(LabelDenoiser):
         nn.init.zeros_(self.time_embedding.fc2.bias)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor, *, r: Tensor | None = None) -> Tensor:
-        """Prediction B×C×H×W for x_t B×C×H×W at times B for labels B.
+        """Prediction B×C×H×W for x_t B×C×H×W, times B and labels B.
 
         Args:
             x_t: Latents between data and noise, B×C×H×W.
             t: Times B in [0, 1].
             label: Labels B in [0, num_classes]; ``num_classes`` means no class.
-            r: Second times B in [0, t], where the denoiser knows one; None for t.
+            r: Second times B in [0, t], if the denoiser takes one; None for t.
         """
         self.check(x_t, t, {"label": label}, r)
         x = self.patch_embedding(x_t) + self.position  # B×N×D

@@ -1,8 +1,8 @@
-"""Diffusion transformers that read the condition as tokens among the image's, with a second, earlier output (RAEv2 §4).
+"""Diffusion transformers with in-context conditioning tokens and a second, earlier output (RAEv2 §4).
 
-Sequence of the backbone: image tokens, row by row; then learned tokens plus the time embedding; then the condition's tokens. The
-blocks have no modulation; the rotary embedding turns image tokens alone. A base head predicts from the image tokens after block
-``base_depth``: the objective trains it beside the full output, internal guidance steers away from it.
+The backbone's sequence: image tokens, row by row; then learned tokens plus the time embedding; then the condition's tokens. The
+blocks have no modulation; the rotary embedding applies to image tokens only. A base head predicts from the image tokens after
+block ``base_depth``: the objective trains it together with the full output, and internal guidance steers away from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rae.layers import ContextBlock, FinalLayer, OutputLayer, RotaryEmbedding2D,
 
 
 class InContextDiT(Denoiser):
-    """In-context transformer of one width, without modulation anywhere.
+    """In-context transformer of one width, without any modulation.
 
     Args:
         channels: Channels of the latent.
@@ -25,16 +25,16 @@ class InContextDiT(Denoiser):
         width: Width of the tokens.
         depth: Number of blocks.
         heads: Attention heads.
-        condition: What the denoiser is told; any of :mod:`rae.condition` that makes tokens, for this denoiser alone.
+        condition: The denoiser's condition; any of :mod:`rae.condition` that yields tokens, for this denoiser alone.
         patch: Side of a patch.
         mlp_ratio: Width of the feed-forward layers divided by the width.
-        time_tokens: Number of learned tokens to which the time is added.
+        time_tokens: Number of learned tokens to which the time embedding is added.
         base_depth: Blocks before the base head; None for no base head.
         checkpointing: See :class:`~rae.denoiser.base.Denoiser`.
         second_time: See :class:`~rae.denoiser.base.Denoiser`.
 
     Raises:
-        ValueError: Sizes that do not divide, a base head deeper than the network, or a condition that makes no tokens.
+        ValueError: Sizes that do not divide, a base head deeper than the network, or a condition without tokens.
     """
 
     final: nn.Module
@@ -77,7 +77,7 @@ class InContextDiT(Denoiser):
     ) -> tuple[Tensor, Tensor | None]:
         """Image tokens B×N×D after all blocks and, with ``base``, after the first ``base_depth`` of them.
 
-        ``time`` is the time embedding B×D. ``base`` raises ValueError where there is no base head.
+        ``time`` is the time embedding B×D. ``base`` raises ValueError if there is no base head.
         """
         if base and self.base_depth is None:
             raise ValueError("this denoiser has no base head, which internal guidance needs: train one with base_depth")
@@ -101,13 +101,13 @@ class InContextDiT(Denoiser):
     def forward(
         self, x_t: Tensor, t: Tensor, *, base: bool = False, r: Tensor | None = None, **conditions: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Prediction B×C×H×W for x_t B×C×H×W at times B; with ``base`` the pair (full, base) of them.
+        """Prediction B×C×H×W for x_t B×C×H×W at times B; with ``base`` a pair (full, base) of predictions.
 
         Args:
             x_t: Latents between data and noise, B×C×H×W.
             t: Times B in [0, 1].
-            base: Whether the base head's prediction is wanted too.
-            r: Second times B in [0, t], where the denoiser knows one; None for t.
+            base: Whether to also return the base head's prediction.
+            r: Second times B in [0, t], if the denoiser takes one; None for t.
             conditions: The condition's tensors by name, B×….
         """
         self.check(x_t, t, conditions, r)
@@ -122,7 +122,7 @@ class InContextDiT(Denoiser):
 class InContextDiTDH(InContextDiT):
     """In-context backbone whose image tokens condition a wide, shallow head, as in :class:`~rae.denoiser.ddt.DiTDH`.
 
-    Arguments beside those of :class:`InContextDiT`, whose ``width``, ``depth`` and ``heads`` are the backbone's:
+    Arguments besides those of :class:`InContextDiT`, whose ``width``, ``depth`` and ``heads`` are the backbone's:
         head_width: Width of the head.
         head_depth: Blocks of the head.
         head_heads: Attention heads of the head.

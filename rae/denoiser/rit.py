@@ -1,4 +1,4 @@
-"""RiT: a plain diffusion transformer that learns the encoder's class token beside the latents (arXiv 2605.21981, §3)."""
+"""RiT: a plain diffusion transformer that learns the encoder's class token with the latents (arXiv 2605.21981, §3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rae.layers import FinalLayer, RotaryEmbedding2D, SinusoidalTimeEmbedding, u
 
 
 class JointFinalLayer(FinalLayer):
-    """Final layer whose last token, the class token, has a linear map of its own, which does not start at zero."""
+    """Final layer with a separate linear map for the last token, the class token; that map does not start at zero."""
 
     def __init__(self, width: int, out: int, class_out: int) -> None:
         super().__init__(width, out)
@@ -26,16 +26,16 @@ class JointFinalLayer(FinalLayer):
 
 
 class RiT(DiT):
-    """LightningDiT with normalised queries and keys, a class token that is diffused too, and class labels in context.
+    """LightningDiT with normalised queries and keys, a jointly diffused class token, and class labels in context.
 
     Its state is B×C×(1+H·W): the class token, then the latent row by row. The blocks see image tokens, the class token and, from
-    block ``context_start`` on, tokens of the label; only image tokens turn and have a place in the fixed table. The time is told
-    by sinusoids of 1 − t.
+    block ``context_start`` on, label tokens; only image tokens have positions, rotary and in the fixed table. The time is
+    embedded by sinusoids of 1 − t.
 
-    Arguments beside those of :class:`~rae.denoiser.dit.DiT`:
+    Arguments besides those of :class:`~rae.denoiser.dit.DiT`:
         context_tokens: Learned tokens to which the label's embedding is added.
-        context_start: Blocks that run before these tokens join.
-        class_weight: Weight of the class token's loss, a mean over its values, beside 1 for the latent's.
+        context_start: Number of blocks that run before these tokens join.
+        class_weight: Weight of the class token's loss, a mean over its values; the latent's has weight 1.
 
     Raises:
         ValueError: Sizes that do not divide, no token, a start outside the blocks, or a negative weight.
@@ -85,19 +85,19 @@ class RiT(DiT):
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        """Channels, and places: the class token and the latent's."""
+        """Channels, and positions: the class token and the latent's."""
         return (self.channels, 1 + self.grid * self.grid)
 
     @property
     def loss_weight(self) -> Tensor:
-        """Weights of the places: a mean over all values is that over the latent and ``class_weight`` times that over the token."""
+        """Position weights that make the overall mean the latent's mean plus ``class_weight`` times the class token's."""
         return self._weight
 
     def join(self, latents: Tensor, class_token: Tensor | None = None) -> Tensor:
         """Latents B×C×H×W and class token B×C => B×C×(1+H·W).
 
         Raises:
-            ValueError: There is no class token.
+            ValueError: The class token is missing.
         """
         if class_token is None:
             raise ValueError("RiT is trained on the encoder's class token beside the latents; give both")
@@ -108,11 +108,11 @@ class RiT(DiT):
         return state[..., 1:].unflatten(2, (self.grid, self.grid)), state[..., 0]
 
     def begin(self, noise: Tensor) -> Tensor:
-        """Noise B×C×H×W => what samples begin with: the class token's noise is the mean of the latent's over the places."""
+        """Noise B×C×H×W => initial state: the class token's noise is the mean of the latent's over positions."""
         return self.join(noise, noise.mean((2, 3)))
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor, *, r: Tensor | None = None) -> Tensor:
-        """Prediction B×C×(1+H·W) for x_t, class token and latents, B×C×(1+H·W); see :meth:`DiT.forward`, but there is no r."""
+        """Prediction B×C×(1+H·W) for x_t, class token and latents, B×C×(1+H·W); see :meth:`DiT.forward`, but without r."""
         self.check(x_t, t, {"label": label}, r)
         latents, token = self.split(x_t)
         assert token is not None
