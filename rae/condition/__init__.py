@@ -1,4 +1,4 @@
-"""Conditions: what a denoiser is told beside the noisy latent and the time, as a small mapping of batch-first tensors."""
+"""Conditions of a denoiser besides the noisy latent and the time, as a small mapping of batch-first tensors."""
 
 from rae.condition.base import Condition, Conditions, concatenate, drop, select
 from rae.condition.label import LabelEmbedding, LabelTokens, learned_tokens

@@ -11,25 +11,24 @@ from torch import Tensor, nn
 from rae.io.describe import Described
 
 Conditions = Mapping[str, Tensor]
-"""Tensors by name, all with the batch as first dimension: ``{"label": B}``, ``{"text": B×L×C, "text_mask": B×L}``."""
+"""Tensors by name, all batch-first: ``{"label": B}``, ``{"text": B×L×C, "text_mask": B×L}``."""
 
 
 class Condition(Described, nn.Module, ABC):
-    """What a denoiser is told: a network that turns the named tensors into a vector or into tokens.
+    """A denoiser's condition: a network that turns the named tensors into a vector or into tokens.
 
-    Those that make tokens get their weights from the denoiser that they are given to, which knows width and latent:
-    :meth:`build`.
+    For conditions that yield tokens, the denoiser creates the weights, since it knows width and latent: :meth:`build`.
     """
 
     names: tuple[str, ...] = ()
-    """Tensors that it reads."""
+    """Names of the tensors that it reads."""
     optional: tuple[str, ...] = ()
-    """Those of them that may be missing."""
+    """Those names that may be missing."""
     tokens: int = 0
-    """Largest number of tokens that it makes; 0 for a vector."""
+    """Largest number of tokens; 0 for a vector."""
 
     def build(self, width: int, latent_shape: tuple[int, int, int], patch: int) -> None:
-        """Makes the weights.
+        """Creates the weights.
 
         Args:
             width: Width of the tokens.
@@ -37,28 +36,28 @@ class Condition(Described, nn.Module, ABC):
             patch: Side of the denoiser's patches.
 
         Raises:
-            ValueError: It makes no tokens, or has weights already, those of another denoiser.
+            ValueError: It yields no tokens, or already has weights, those of another denoiser.
         """
         raise ValueError(f"a {type(self).__name__} makes no tokens; choose LabelTokens, say")
 
     def claim(self) -> None:
-        """Raises ValueError where weights were made before."""
+        """Raises ValueError if the weights already exist."""
         if any(True for _ in self.parameters()):
             raise ValueError(f"this {type(self).__name__} belongs to another denoiser; make one for each")
 
     @abstractmethod
     def nothing(self, batch: int) -> dict[str, Tensor]:
-        """The null condition of a batch, at full length, on the CPU: what a denoiser is told to draw just anything."""
+        """The null condition of a batch, at full length, on the CPU, for unconditional generation."""
 
     def null(self, conditions: Conditions) -> dict[str, Tensor]:
-        """The null condition in the shapes and on the device of ``conditions``; zeros where a class does not say otherwise."""
+        """The null condition with the shapes and device of ``conditions``; zeros by default."""
         return {name: torch.zeros_like(value) for name, value in conditions.items()}
 
     def check(self, conditions: Conditions, batch: int) -> None:
         """Checks names and batch size.
 
         Raises:
-            ValueError: A tensor is missing, unknown, or of another batch size.
+            ValueError: A tensor is missing or unknown, or has a different batch size.
         """
         required = [name for name in self.names if name not in self.optional]
         missing = [name for name in required if name not in conditions]
@@ -73,23 +72,23 @@ class Condition(Described, nn.Module, ABC):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, but the batch holds {batch} samples")
 
     def check_values(self, conditions: Conditions) -> None:
-        """Checks values, which reads them back from the device; ValueError says what is allowed."""
+        """Checks values, which reads them back from the device; raises ValueError stating what is allowed."""
 
 
 def select(conditions: Conditions, rows: Tensor) -> dict[str, Tensor]:
-    """The samples of some rows, in their order."""
+    """The given rows of a batch, in that order."""
     return {name: value[rows] for name, value in conditions.items()}
 
 
 def concatenate(first: Conditions, second: Conditions) -> dict[str, Tensor]:
-    """Two batches as one; the names and all but the first dimension must agree."""
+    """Concatenates two batches; names and all dimensions but the first must agree."""
     return {name: torch.cat([value, second[name]]) for name, value in first.items()}
 
 
 def drop(conditions: Conditions, null: Conditions, draws: Tensor, probability: float) -> dict[str, Tensor]:
-    """Replaces the whole condition of a sample by the null one, of equal names and shapes, where its draw is below a probability.
+    """Replaces a sample's whole condition by the null one, with the same names and shapes, if its draw is below ``probability``.
 
-    ``draws`` are uniform in [0, 1), B.
+    ``draws`` B are uniform in [0, 1).
     """
     dropped = draws < probability
     return {

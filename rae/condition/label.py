@@ -9,7 +9,7 @@ from rae.condition.base import Condition, Conditions
 
 
 class Label(Condition):
-    """One class a sample; the null label is ``num_classes``, of which there must be one at least, else ValueError."""
+    """One class per sample; the null label is ``num_classes``; raises ValueError for fewer than one class."""
 
     names = ("label",)
 
@@ -28,7 +28,7 @@ class Label(Condition):
         return {"label": torch.full_like(conditions["label"], self.num_classes)}
 
     def check(self, conditions: Conditions, batch: int) -> None:
-        """See :meth:`Condition.check`; raises ValueError, too, where there is not one label a sample."""
+        """See :meth:`Condition.check`; also raises ValueError unless there is one label per sample."""
         super().check(conditions, batch)
         if conditions["label"].ndim != 1:
             raise ValueError(f"label must hold one value a sample, got shape {tuple(conditions['label'].shape)}")
@@ -43,14 +43,14 @@ class Label(Condition):
             )
 
     def embedding(self, width: int) -> nn.Embedding:
-        """A table with one row a class and a last one for "no class", which classifier-free guidance needs."""
+        """A table with one row per class and a last one for "no class", which classifier-free guidance needs."""
         table = nn.Embedding(self.num_classes + 1, width)
         nn.init.normal_(table.weight, std=0.02)
         return table
 
 
 class LabelEmbedding(Label):
-    """The label as one vector, for the modulation of blocks."""
+    """The label as one vector that modulates the blocks."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__(num_classes)
@@ -69,7 +69,7 @@ class LabelTokens(Label):
         tokens: Number of tokens.
 
     Raises:
-        ValueError: No class or no token.
+        ValueError: Fewer than one class or token.
     """
 
     def __init__(self, num_classes: int, tokens: int = 8) -> None:
@@ -88,12 +88,12 @@ class LabelTokens(Label):
 
 
 def check_tokens(tokens: int) -> int:
-    """The number of tokens; raises ValueError for fewer than one."""
+    """Returns the number of tokens; raises ValueError for fewer than one."""
     if tokens < 1:
         raise ValueError(f"tokens={tokens} must be at least 1")
     return tokens
 
 
 def learned_tokens(count: int, width: int) -> nn.Parameter:
-    """Tokens count×width to be learned, from N(0, 1/width); raises ValueError for fewer than one."""
+    """Learned tokens count×width, initialised from N(0, 1/width); raises ValueError for fewer than one."""
     return nn.Parameter(torch.randn(check_tokens(count), width) * width**-0.5)

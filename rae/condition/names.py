@@ -1,4 +1,4 @@
-"""Names of classes for people."""
+"""Human-readable class names."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _WORDNET = re.compile(r"n\d{8}")
 
 
 def readable_names(names: Sequence[str] | str) -> tuple[str, ...]:
-    """Names of classes for people: WordNet ids become ImageNet's names with their synonyms, others stay.
+    """Human-readable class names: WordNet ids become ImageNet's names with their synonyms, others are unchanged.
 
-    ``names`` are such as those of folders; ``imagenet1k`` stands for all of ImageNet's.
+    ``names`` are e.g. folder names; ``imagenet1k`` stands for all of ImageNet's.
     """
     if names != IMAGENET and not any(_WORDNET.fullmatch(name) for name in names):
         return tuple(names)
@@ -26,14 +26,14 @@ def readable_names(names: Sequence[str] | str) -> tuple[str, ...]:
 
 
 def label_of(name: str, class_names: Sequence[str]) -> int:
-    """The label of a class by its name or one of its synonyms, whatever its case.
+    """The label of a class given by its name or one of its synonyms, ignoring case.
 
     Args:
-        name: What is looked for, "goldfish" for "goldfish, Carassius auratus".
+        name: The name to look up, "goldfish" for "goldfish, Carassius auratus".
         class_names: Names of the classes 0, 1, …; synonyms are separated by commas.
 
     Raises:
-        ValueError: No class has this name; says which are near.
+        ValueError: No class has this name; the message suggests similar ones.
     """
     wanted = name.strip().casefold()
     known: dict[str, int] = {}

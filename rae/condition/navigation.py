@@ -1,4 +1,4 @@
-"""Past frames, an action and the time between as tokens: the condition of a navigation world model."""
+"""Past frames, an action and the elapsed time as tokens: the condition of a navigation world model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rae.layers import TimeEmbedding, grid_to_tokens
 
 
 class NavigationTokens(Condition):
-    """Tokens of past latent frames, of an action and of the time to the frame that is drawn (RAEv2).
+    """Tokens of past latent frames, of an action and of the time to the generated frame (RAEv2).
 
-    Every frame goes through one patch convolution; the action is added to learned tokens, the time to one learned token. The null
-    condition is zeros everywhere.
+    All frames pass through one patch convolution; the action is added to learned tokens, the time to one learned token. The null
+    condition is all zeros.
 
     Args:
         channels: Channels of the latent.
@@ -48,7 +48,7 @@ class NavigationTokens(Condition):
         self.tokens = frames * (grid // patch) ** 2 + action_tokens + 1
 
     def build(self, width: int, latent_shape: tuple[int, int, int], patch: int) -> None:
-        """See :meth:`Condition.build`; raises ValueError, too, for frames that are no latents of the denoiser."""
+        """See :meth:`Condition.build`; also raises ValueError if the frames do not have the denoiser's latent shape."""
         self.claim()
         if self.shapes["frames"][1:] != tuple(latent_shape) or patch != self.patch:
             raise ValueError(
@@ -63,11 +63,11 @@ class NavigationTokens(Condition):
         self.elapsed_learned = learned_tokens(1, width)
 
     def nothing(self, batch: int) -> dict[str, Tensor]:
-        """Zeros everywhere."""
+        """All zeros."""
         return {name: torch.zeros(batch, *shape) for name, shape in self.shapes.items()}
 
     def check(self, conditions: Conditions, batch: int) -> None:
-        """See :meth:`Condition.check`; raises ValueError, too, for tensors of another shape."""
+        """See :meth:`Condition.check`; also raises ValueError for tensors of a different shape."""
         super().check(conditions, batch)
         for name, shape in self.shapes.items():
             if tuple(conditions[name].shape[1:]) != shape:
@@ -76,12 +76,12 @@ class NavigationTokens(Condition):
                 )
 
     def forward(self, frames: Tensor, action: Tensor, elapsed: Tensor) -> tuple[Tensor, None]:
-        """Past frames, an action and a time => tokens, and no mask.
+        """Past frames, an action and a time => tokens, without a mask.
 
         Args:
             frames: Normalised latents of past frames, oldest first, B×K×C×H×W.
             action: Normalised actions B×3; see :func:`normalize_action`.
-            elapsed: Frames from the last one to the one drawn, divided by 128, B×1.
+            elapsed: Number of frames from the last one to the generated one, divided by 128, B×1.
 
         Returns:
             Tokens B×(K·N + action_tokens + 1)×width.
@@ -99,9 +99,9 @@ def normalize_action(poses: Tensor, spacing: float, low: Sequence[float], high: 
 
     Args:
         poses: Current and target (x, y, yaw), …×2×3, yaw in radians.
-        spacing: Metres between two waypoints of the data set, by which displacements are divided.
-        low: Smallest displacement forward and sideways in these units, which becomes −1.
-        high: Largest one, which becomes 1.
+        spacing: Metres between two waypoints of the data set, the unit of displacements.
+        low: Smallest displacement forward and sideways in these units, mapped to −1.
+        high: Largest displacement, mapped to 1.
 
     Returns:
         (forward, sideways, turn), …×3; the turn in radians within [−π, π).

@@ -1,4 +1,4 @@
-"""Features of a text as tokens."""
+"""Text features as tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rae.layers import RMSNorm
 
 
 class TextTokens(Condition):
-    """Linear map of normed text features; padding is masked, so that it never reaches the image (RAEv2).
+    """Linear map of normalised text features; padding is masked, so that it never affects the image (RAEv2).
 
-    The null condition is a text of padding alone. Texts may be shorter than ``tokens``: a batch cut to its longest prompt gives
+    The null condition is a text of padding only. Texts may be shorter than ``tokens``: a batch cut to its longest prompt gives
     the same images.
 
     Args:
@@ -40,24 +40,24 @@ class TextTokens(Condition):
         self.proj = nn.Linear(self.features, width)
 
     def nothing(self, batch: int) -> dict[str, Tensor]:
-        """Padding alone."""
+        """Padding only."""
         return {
             "text": torch.zeros(batch, self.tokens, self.features),
             "text_mask": torch.zeros(batch, self.tokens, dtype=torch.bool),
         }
 
     def null(self, conditions: Conditions) -> dict[str, Tensor]:
-        """Padding alone, of the texts' length.
+        """Padding only, of the texts' length.
 
         Raises:
-            ValueError: The texts come without mask, which the null text needs.
+            ValueError: The texts have no mask, which the null text needs.
         """
         if "text_mask" not in conditions:
             raise ValueError("text_mask is missing: the null text is one that is masked wholly; give a mask of ones")
         return super().null(conditions)
 
     def check(self, conditions: Conditions, batch: int) -> None:
-        """See :meth:`Condition.check`; raises ValueError, too, for features of another width, longer texts or another mask."""
+        """See :meth:`Condition.check`; also raises ValueError for a wrong feature width, too long texts or a wrong mask."""
         super().check(conditions, batch)
         text, mask = conditions["text"], conditions.get("text_mask")
         if text.ndim != 3 or text.shape[1] > self.tokens or text.shape[2] != self.features:
