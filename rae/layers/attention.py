@@ -15,8 +15,8 @@ class Attention(nn.Module):
     Args:
         width: Width of the tokens, divisible by ``heads``.
         heads: Number of heads.
-        qk_norm: Whether every query and key is normalised, before the rotary embedding.
-        norm: By what: ``rms`` (RMSNorm, eps 1e-6) or ``layer`` (LayerNorm, eps 1e-5), both with weights.
+        qk_norm: Whether to normalise every query and key, before the rotary embedding.
+        norm: Kind of that norm: ``rms`` (RMSNorm, eps 1e-6) or ``layer`` (LayerNorm, eps 1e-5), both with weights.
 
     Raises:
         ValueError: ``width`` is not divisible by ``heads``.
@@ -34,9 +34,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2D | None = None, mask: Tensor | None = None) -> Tensor:
-        """Tokens B×N×D => B×N×D; ``rope`` turns queries and keys.
+        """Tokens B×N×D => B×N×D; ``rope`` rotates queries and keys.
 
-        ``mask``, bool B×1×1×N, says which tokens are seen; None for all, which the fused kernels are quicker with.
+        ``mask``, bool B×1×1×N, marks the tokens to attend to; None for all, which is faster in the fused kernels.
         """
         batch, count, width = x.shape
         qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)

@@ -11,7 +11,7 @@ from rae.layers.position import RotaryEmbedding2D
 
 
 class Block(nn.Module):
-    """Pre-norm ViT block: attention, then exact-GELU feed-forward of width ``hidden``, each around a residual."""
+    """Pre-norm ViT block: attention, then exact-GELU feed-forward of width ``hidden``, each with a residual connection."""
 
     def __init__(self, width: int, heads: int, hidden: int, norm_eps: float = 1e-6) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class AdaptiveBlock(nn.Module):
         heads: Attention heads.
         hidden: Width of the feed-forward layer; two thirds of it with ``swiglu``.
         qk_norm: See :class:`~rae.layers.attention.Attention`.
-        norm: ``rms`` or ``layer``, of queries and keys too.
+        norm: ``rms`` or ``layer``, also for queries and keys.
         mlp: ``swiglu`` or ``gelu``.
     """
 
@@ -58,12 +58,12 @@ class AdaptiveBlock(nn.Module):
 
 
 class ContextBlock(nn.Module):
-    """Block without modulation, for tokens among which the condition stands (RAEv2): RMSNorm, attention, RMSNorm, SwiGLU.
+    """Block without modulation, for sequences that include condition tokens (RAEv2): RMSNorm, attention, RMSNorm, SwiGLU.
 
     Args:
         width: Width of the tokens.
-        heads: Attention heads; every query and key is RMS-normed before its rotary embedding.
-        hidden: Width of the feed-forward layer, of which SwiGLU takes two thirds.
+        heads: Attention heads; every query and key is RMS-normalised before its rotary embedding.
+        hidden: Width of the feed-forward layer; SwiGLU uses two thirds of it.
     """
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
@@ -74,18 +74,18 @@ class ContextBlock(nn.Module):
         self.mlp = make_mlp("swiglu", width, hidden)
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2D | None = None, mask: Tensor | None = None) -> Tensor:
-        """Tokens B×N×D => B×N×D; ``mask`` as of :class:`~rae.layers.attention.Attention`."""
+        """Tokens B×N×D => B×N×D; ``mask`` as for :class:`~rae.layers.attention.Attention`."""
         x = x + self.attn(self.norm1(x), rope, mask)
         return x + self.mlp(self.norm2(x))
 
 
 def denoiser_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a diffusion transformer: the units in which its weights are shared out among devices."""
+    """The blocks of a diffusion transformer: the units by which its weights are sharded over devices."""
     return [module for module in network.modules() if isinstance(module, AdaptiveBlock | ContextBlock)]
 
 
 class FinalLayer(nn.Module):
-    """Norm (``rms`` or ``layer``), modulation and linear map to ``out`` values a token; starts at zero."""
+    """Norm (``rms`` or ``layer``), modulation and linear map to ``out`` values per token; starts at zero."""
 
     def __init__(self, width: int, out: int, norm: str = "rms") -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class FinalLayer(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """Norm and linear map to ``out`` values a token, without modulation; starts at zero."""
+    """Norm and linear map to ``out`` values per token, without modulation; starts at zero."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()

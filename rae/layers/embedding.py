@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class TimeEmbedding(nn.Module):
     """Gaussian Fourier features of the time, then linear, SiLU, linear.
 
-    The frequencies are drawn once from N(0, 1) and stay as they are; they are part of the weights.
+    The frequencies are drawn once from N(0, 1) and stay fixed; they are part of the weights.
 
     Args:
         width: Width of the embedding.

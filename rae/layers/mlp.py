@@ -35,7 +35,7 @@ class SwiGLU(nn.Module):
 
 
 def make_mlp(kind: str, width: int, hidden: int) -> nn.Module:
-    """The feed-forward layer of an adaptive block: ``swiglu`` of width int(2/3·hidden), or ``gelu`` (tanh); else ValueError."""
+    """Feed-forward layer of an adaptive block: ``swiglu`` of width int(2/3·hidden) or ``gelu`` (tanh); others raise ValueError."""
     if kind == "swiglu":
         return SwiGLU(width, int(2 / 3 * hidden))
     if kind == "gelu":

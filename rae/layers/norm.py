@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Divides by the root mean square, x / rms(x) · weight; ``eps`` is added to the mean square.
 
-    The statistics are in float32 where the input's type is lower.
+    The statistics are computed in at least float32.
     """
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
@@ -18,18 +18,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """… ×width => … ×width, of the input's type."""
+        """… ×width => … ×width, with the input's dtype."""
         values = at_least_float(x)
         return nn.functional.rms_norm(values, self.weight.shape, self.weight.to(values.dtype), self.eps).to(x.dtype)
 
 
 def at_least_float(x: Tensor) -> Tensor:
-    """Float32 of lower precisions; float64 stays."""
+    """Casts lower precisions to float32; float64 is unchanged."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def make_norm(kind: str, width: int, eps: float = 1e-6) -> nn.Module:
-    """The norm of a transformer block: ``rms`` with weight, or ``layer`` without affine parameters; else ValueError."""
+    """Norm of a transformer block: ``rms`` with weight, or ``layer`` without affine parameters; others raise ValueError."""
     if kind == "rms":
         return RMSNorm(width, eps)
     if kind == "layer":
@@ -38,5 +38,5 @@ def make_norm(kind: str, width: int, eps: float = 1e-6) -> nn.Module:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x·(1 + scale) + shift (adaLN, DiT eq. of §3.2), all broadcast to B×N×D."""
+    """Returns x·(1 + scale) + shift (adaLN, DiT eq. of §3.2), all broadcast to B×N×D."""
     return x * (1 + scale) + shift

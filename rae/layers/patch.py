@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def grid_side(tokens: int) -> int:
-    """Side of the square grid of so many tokens; raises ValueError where the number is no square."""
+    """Side of the square grid with that many tokens; raises ValueError if the number is not a square."""
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(f"{tokens} tokens form no square grid; give a square number such as {side * side}")
@@ -18,7 +18,7 @@ def grid_side(tokens: int) -> int:
 def patchify(images: Tensor, patch: int) -> Tensor:
     """Cuts images B×C×H×W into patches B×N×(p·p·C), row by row; inside a patch the order is row, column, channel.
 
-    A side that ``patch``, p, does not divide raises ValueError.
+    Raises ValueError for a side that is not divisible by ``patch``, p.
     """
     batch, channels, height, width = images.shape
     if height % patch or width % patch:
@@ -29,10 +29,10 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
-    """Puts patches B×N×(p·p·C) of a square grid together to images B×C×H×W; the inverse of :func:`patchify`.
+    """Assembles patches B×N×(p·p·C) of a square grid into images B×C×H×W; the inverse of :func:`patchify`.
 
     Raises:
-        ValueError: N is no square, or a patch has another length than p·p·C.
+        ValueError: N is not a square, or a patch's length is not p·p·C.
     """
     batch, count, length = tokens.shape
     if length != patch * patch * channels:
@@ -43,7 +43,7 @@ def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
 
 
 def tokens_to_grid(tokens: Tensor) -> Tensor:
-    """Tokens B×N×C in row-major order => grid B×C×h×h; raises ValueError where N is no square."""
+    """Tokens B×N×C in row-major order => grid B×C×h×h; raises ValueError if N is not a square."""
     side = grid_side(tokens.shape[1])
     return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], side, side)
 

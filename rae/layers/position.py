@@ -1,4 +1,4 @@
-"""Position: fixed sine-cosine tables and two-dimensional rotary embedding."""
+"""Positions: fixed sine-cosine tables and two-dimensional rotary embedding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sincos_table(width: int, grid: int, scale: float = 1.0) -> Tensor:
     Args:
         width: Channels, divisible by 4.
         grid: Side of the grid.
-        scale: Distance of two neighbours.
+        scale: Distance between two neighbours.
 
     Returns:
         Table (grid²)×width in float32; each half is [sin | cos] of position / 10000^(k / (width/4)).
@@ -34,13 +34,13 @@ def sincos_table(width: int, grid: int, scale: float = 1.0) -> Tensor:
 
 
 class RotaryEmbedding2D(nn.Module):
-    """Rotary embedding of a square grid: pairs (2i, 2i+1) turn by row in the first half of the head, by column in the second.
+    """Rotary embedding of a square grid: rotates pairs (2i, 2i+1) by row in the head's first half, by column in the second.
 
     Args:
         head_dim: Dimensions of a head, divisible by 4.
         grid: Side of the grid.
         theta: Base of the frequencies.
-        extra: Largest number of tokens after those of the grid, such as a condition's, which do not turn.
+        extra: Largest number of tokens after those of the grid, such as a condition's, which are not rotated.
 
     Raises:
         ValueError: ``head_dim`` is not divisible by 4.
@@ -64,7 +64,7 @@ class RotaryEmbedding2D(nn.Module):
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turns queries or keys B×heads×N×head_dim; N must be the grid's, or that and up to ``extra`` more."""
+        """Rotates queries or keys B×heads×N×head_dim; N must be the grid's, plus at most ``extra``."""
         count = x.shape[-2]
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
         return (x * self.cos[:count] + turned * self.sin[:count]).to(x.dtype)
@@ -73,8 +73,8 @@ class RotaryEmbedding2D(nn.Module):
 def resize_position_table(table: Tensor, grid: int, prefix: int, antialias: bool) -> Tensor:
     """Resizes a position table 1×(prefix + n²)×C to prefix + grid² rows: bicubic, align_corners=False.
 
-    The ``prefix`` rows are those of class and register tokens, which stay. Antialiasing also changes the cubic's coefficient, so
-    it matters for enlarging too. A table that is not that of a square grid raises ValueError.
+    The ``prefix`` rows, of class and register tokens, are unchanged. Antialiasing also changes the cubic's coefficient, so it
+    matters for enlarging too. A table that does not fit a square grid raises ValueError.
     """
     count = table.shape[1] - prefix
     side = math.isqrt(max(count, 0))
