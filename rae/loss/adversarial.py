@@ -1,4 +1,4 @@
-"""Adversarial losses and the adaptive weight of the generator's (paper appendix; VQGAN eq. 7)."""
+"""Adversarial losses and the adaptive weight of the generator's loss (paper appendix; VQGAN eq. 7)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LOSSES = ("hinge", "vanilla")
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "hinge", reduction: str = "mean") -> Tensor:
-    """The discriminator's loss, ½·(loss of real + loss of fake), of logits of any shape, their ``mean`` or ``sum``.
+    """The discriminator's loss, ½·(real loss + fake loss), as ``mean`` or ``sum`` over logits of any shape.
 
     ``hinge`` is relu(1 − real) and relu(1 + fake); ``vanilla`` is softplus(−real) and softplus(fake).
 
@@ -27,7 +27,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "hinge", reductio
 
 
 def generator_loss(fake: Tensor, reduction: str = "mean") -> Tensor:
-    """Minus the mean (or sum) of the logits of reconstructions, of any shape; what the original calls "vanilla"."""
+    """Negative mean (or sum) of the reconstructions' logits, of any shape; the original calls this "vanilla"."""
     return -_reduce(fake, reduction)
 
 

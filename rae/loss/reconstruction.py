@@ -1,4 +1,4 @@
-"""The decoder's loss: what is summed, when each part starts, and gradients at the image and at the last layer (paper appendix)."""
+"""The decoder's loss: its terms, when each starts, and gradients at the image and the last layer (paper appendix)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rae.loss.perceptual import PerceptualLoss
 
 @dataclass(frozen=True)
 class Phases:
-    """Which parts of the training are on."""
+    """Which parts of the training are active."""
 
     perceptual: bool
     discriminator: bool
@@ -29,17 +29,17 @@ class Stage1Loss(nn.Module):
     Args:
         perceptual: LPIPS; None for none.
         perceptual_weight: Weight of LPIPS.
-        gan_weight: Weight of the generator's GAN loss, beside the adaptive weight; with 0 the discriminator is not trained either.
+        gan_weight: Weight of the generator's GAN loss, times the adaptive weight; with 0 the discriminator is not trained either.
         adaptive_maximum: Largest adaptive weight.
-        adaptive: ``averaged``: one weight, of the gradients averaged over all processes; ``per_process``: each process its own, of
-            its own gradients, as the original does. The latter is smaller, since averaging shrinks the noisier GAN gradient more.
+        adaptive: ``averaged``: one weight from the gradients averaged over all processes; ``per_process``: one per process, from
+            its own gradients, as in the original. The latter is smaller, since averaging shrinks the noisier GAN gradient more.
         adversarial: ``hinge`` or ``vanilla`` loss of the discriminator.
         perceptual_start: When LPIPS starts.
         discriminator_start: When the discriminator is first updated.
         gan_start: When the generator's GAN loss starts.
-        unit: ``epochs`` or ``steps`` of the three starts.
-        consistency: Weight of the encoder-feature consistency, the mean squared difference of the frozen encoder's latents of
-            reconstruction and original (diffusers' training example); None for none.
+        unit: Unit of the three starts, ``epochs`` or ``steps``.
+        consistency: Weight of the encoder-feature consistency, the mean squared difference between the frozen encoder's latents
+            of reconstruction and original (diffusers' training example); None for none.
 
     Raises:
         ValueError: Unknown loss or unit, a negative weight, or a GAN loss that starts before the discriminator.
@@ -89,7 +89,7 @@ class Stage1Loss(nn.Module):
         self.consistency = consistency
 
     def phases(self, step: int, steps_per_epoch: int) -> Phases:
-        """Which parts are on in optimiser step ``step``, counted from 0."""
+        """Which parts are active in optimiser step ``step``, counted from 0."""
         factor = steps_per_epoch if self.unit == "epochs" else 1
         perceptual, discriminator, gan = (step >= int(start * factor) for start in self.starts)
         return Phases(
@@ -106,14 +106,14 @@ class Stage1Loss(nn.Module):
         encode: Callable[[Tensor], Tensor] | None = None,
         latents: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """``l1``, ``lpips`` and ``consistency`` (where on) and their weighted sum ``total``.
+        """``l1``, ``lpips`` and ``consistency`` (where active) and their weighted sum ``total``.
 
         Args:
             images: Reconstructions B×3×H×W, not clamped.
             target: Originals B×3×H×W.
-            phases: What is on.
-            encode: The encoder with gradients, images => latents; needed with ``consistency``.
-            latents: What it makes of ``target``, B×C×h×w; needed with ``consistency``.
+            phases: Active parts.
+            encode: The differentiable encoder, images => latents; needed with ``consistency``.
+            latents: The encoder's latents of ``target``, B×C×h×w; needed with ``consistency``.
         """
         losses = {"l1": (images - target).abs().mean()}
         losses["total"] = losses["l1"]
@@ -134,13 +134,13 @@ class Stage1Loss(nn.Module):
 
 
 def gradient_at(image: Tensor, loss: Tensor) -> Tensor:
-    """Gradient of a loss, whose graph is freed, at an image B×3×H×W that was cut off the decoder's graph."""
+    """Gradient of a loss at an image B×3×H×W detached from the decoder's graph; frees the loss's graph."""
     return torch.autograd.grad(loss, image)[0]
 
 
 def last_layer_gradient(image: Tensor, weight: Tensor, at_image: Tensor) -> Tensor:
-    """Gradient with respect to the last layer's weight of the loss whose gradient at the image is given.
+    """Gradient of a loss with respect to the last layer's weight, given its gradient at the image.
 
-    Only the last layer is differentiated: one matrix product, instead of a second pass through loss and discriminator.
+    Only the last layer is differentiated: one matrix product instead of a second pass through loss and discriminator.
     """
     return torch.autograd.grad(image, weight, at_image, retain_graph=True)[0]
