@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what the discriminator sees (DiffAugment), with every draw made from the sample's seed."""
+"""Differentiable augmentation of the discriminator's input (DiffAugment), with all draws from the sample's seed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rae.rng import uniform
 
 
 class DiffAugment:
-    """Shift, brightness, saturation, contrast and, where asked for, a cut-out; each sample with its own draws.
+    """Shift, brightness, saturation, contrast and, optionally, a cut-out; each sample with its own draws.
 
-    The amounts are those of images in [−1, 1]: brightness +U(−½, ½), saturation ×U(0, 2), contrast ×U(½, 1½), zero padding.
+    The amounts are for images in [−1, 1]: brightness +U(−½, ½), saturation ×U(0, 2), contrast ×U(½, 1½), zero padding.
 
     Args:
-        probability: Share of samples that are augmented.
-        translation: Largest shift as a share of the side.
-        cutout: Side of the square set to zero as a share of the side; 0 for none.
+        probability: Fraction of samples that are augmented.
+        translation: Largest shift as a fraction of the side.
+        cutout: Side of the square set to zero, as a fraction of the side; 0 for none.
 
     Raises:
-        ValueError: A share outside [0, 1].
+        ValueError: A fraction outside [0, 1].
     """
 
     def __init__(self, probability: float = 1.0, translation: float = 0.125, cutout: float = 0.0) -> None:
@@ -33,7 +33,7 @@ class DiffAugment:
         self.cutout = cutout
 
     def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Images B×3×H×W in [0, 1] units, not necessarily clamped, augmented by one seed a sample; gradients flow through."""
+        """Augments images B×3×H×W, nominally in [0, 1] but not necessarily clamped, by one seed per sample; differentiable."""
         draws = uniform(seeds, (8,), images.device)
         draws = draws.to(torch.promote_types(draws.dtype, images.dtype))
         x = images * 2 - 1
@@ -51,7 +51,7 @@ class DiffAugment:
         return torch.where(draws[:, 7, None, None, None] < self.probability, augmented, images)
 
     def _shift(self, x: Tensor, across: Tensor, down: Tensor) -> Tensor:
-        """Shifts by whole pixels, at most ``translation`` of the side, over zeros."""
+        """Shifts by whole pixels, at most ``translation`` of the side, with zero padding."""
         batch, channels, height, width = x.shape
         most_down, most_across = (int(side * self.translation + 0.5) for side in (height, width))
         rows = torch.arange(height, device=x.device) + _to_whole_pixels(down, most_down)[:, None]  # B×H
@@ -73,5 +73,5 @@ class DiffAugment:
 
 
 def _to_whole_pixels(draw: Tensor, most: int) -> Tensor:
-    """Uniform draws => whole numbers from −most to most, each as likely."""
+    """Uniform draws => whole numbers from −most to most, equally likely."""
     return (draw * (2 * most + 1)).floor().long() - most

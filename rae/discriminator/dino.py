@@ -25,7 +25,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class SpectralConv1d(nn.Module):
     """Circular 1-D convolution whose weight is divided by its largest singular value, u·(W v).
 
-    In training every call makes one power iteration (v first, then u) in place; in evaluation the stored vectors are used.
+    In training mode, every call runs one power iteration (v first, then u) in place; in evaluation, stored vectors are used.
     """
 
     u: Tensor
@@ -33,7 +33,7 @@ class SpectralConv1d(nn.Module):
 
     def __init__(self, channels: int, out: int, kernel: int = 1) -> None:
         super().__init__()
-        convolution = nn.Conv1d(channels, out, kernel)  # for its initialisation
+        convolution = nn.Conv1d(channels, out, kernel)  # only for its initialisation
         self.weight = convolution.weight
         self.bias = nn.Parameter(convolution.bias.detach().clone())  # type: ignore[union-attr]
         self.kernel = kernel
@@ -41,14 +41,14 @@ class SpectralConv1d(nn.Module):
         self.register_buffer("v", F.normalize(torch.randn(channels * kernel), dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """B×C×N => B×out×N; the singular value is in the weights' precision under autocast too."""
+        """B×C×N => B×out×N; the singular value is in the weights' precision even under autocast."""
         with torch.autocast(x.device.type, enabled=False):
             matrix = self.weight.flatten(1)
             if self.training:
                 with torch.no_grad():
                     self.v.copy_(F.normalize(torch.mv(matrix.t(), self.u), dim=0, eps=1e-12))
                     self.u.copy_(F.normalize(torch.mv(matrix, self.v), dim=0, eps=1e-12))
-            # Copies: a second call in training changes the vectors while the first call's graph still needs them.
+            # Copies, because a second call in training changes the vectors while the first call's graph still needs them.
             sigma = torch.dot(self.u.clone(), torch.mv(matrix, self.v.clone()))
         if self.kernel > 1:
             x = F.pad(x, (self.kernel // 2, self.kernel // 2), mode="circular")
@@ -65,13 +65,13 @@ class TokenNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """B×C×N => B×C×N, in the weights' precision under autocast too."""
+        """B×C×N => B×C×N, in the weights' precision even under autocast."""
         with torch.autocast(x.device.type, enabled=False):
             return F.instance_norm(x.to(self.weight), weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class Head(nn.Module):
-    """Features of one depth => one logit a token; ``kernel`` is that of the residual convolution."""
+    """Features of one depth => one logit per token; ``kernel`` is that of the residual convolution."""
 
     def __init__(self, channels: int, kernel: int = 9, norm_eps: float = 1e-6) -> None:
         super().__init__()
@@ -94,18 +94,18 @@ class DinoDiscriminator(nn.Module):
     Args:
         model: Name of a timm vision transformer.
         image_size: Side that images are resized to (bilinear, no antialias, aspect ratio not kept).
-        key_depths: Blocks whose tokens are judged, beside the last block's, which come first.
+        key_depths: Blocks whose tokens are judged in addition to the last block's, which come first.
         kernel: Kernel of the heads' residual convolution.
         norm_eps: Epsilon of the heads' norms.
-        pretrained: Whether backbone weights are loaded; False leaves random ones.
-        checkpoint: Local weight file: the published DINO layout or timm's (the same names).
-        hub_id: Hub repository to take the weights from where there is no file; None for timm's own.
+        pretrained: Whether to load backbone weights; False leaves random ones.
+        checkpoint: Local weight file in the published DINO layout or timm's (the same names).
+        hub_id: Hub repository of the weights if no file is given; None for timm's own.
         revision: Branch, tag or commit of that repository.
         model_args: Further arguments of the timm model.
 
     Raises:
-        ValueError: A key depth that the backbone does not have, or weights that do not fit.
-        FileNotFoundError: The weights cannot be had.
+        ValueError: A key depth beyond the backbone's blocks, or weights that do not fit.
+        FileNotFoundError: The weights cannot be obtained.
     """
 
     mean: Tensor
@@ -160,7 +160,7 @@ class DinoDiscriminator(nn.Module):
         """Loads published weights strictly; the key part of every qkv bias is set to zero.
 
         Raises:
-            ValueError: Keys or shapes that do not fit, all listed.
+            ValueError: Keys or shapes do not fit; the message lists all.
         """
         kept = {k: v for k, v in state.items() if not k.startswith(_UNUSED) and k not in ("norm.weight", "norm.bias")}
         own = self.backbone.state_dict()
@@ -180,7 +180,7 @@ class DinoDiscriminator(nn.Module):
         return self
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Images B×3×H×W in [0, 1] => tokens B×C×N for every head, class token dropped; float32 under autocast too."""
+        """Images B×3×H×W in [0, 1] => tokens B×C×N for every head, class token dropped; float32 even under autocast."""
         size = (self.image_size, self.image_size)
         indices = sorted(set(self.depths))
         with torch.autocast(images.device.type, enabled=False):
@@ -198,5 +198,5 @@ class DinoDiscriminator(nn.Module):
 
 
 def quantize(images: Tensor) -> Tensor:
-    """Clamps to [0, 1] and rounds to 8 bits, as a saved image would be; what the discriminator's own step sees."""
+    """Clamps to [0, 1] and rounds to 8 bits, like a saved image; used in the discriminator's own step."""
     return images.clamp(0, 1).mul(255).round().div(255)
