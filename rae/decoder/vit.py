@@ -1,4 +1,4 @@
-"""The ViT decoder: latents -> images (paper §3, table of decoder sizes; shape of MAE's decoder)."""
+"""The ViT decoder: latents -> images (paper §3, table of decoder sizes; MAE's decoder architecture)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ OUTPUTS = ("encoder", "raw")
 class ViTDecoder(Described, nn.Module):
     """Linear, class token, fixed position table, pre-norm blocks, norm, linear to pixels.
 
-    The network speaks in the encoder's normalised pixels, whose mean and deviation are applied last, or in the image's own units
-    (RAEv2, arXiv 2605.18324). A latent of another grid is resized bilinearly after the first linear layer.
+    The network outputs the encoder's normalised pixels, whose mean and standard deviation are applied last, or pixels in the
+    image's own range (RAEv2, arXiv 2605.18324). A latent with another grid is resized bilinearly after the first linear layer.
 
     Args:
         channels: Channels of the latent.
@@ -30,17 +30,17 @@ class ViTDecoder(Described, nn.Module):
         depth: Number of blocks.
         heads: Attention heads.
         mlp_width: Width of the feed-forward layers.
-        patch: Side of the patch that a token becomes, in pixels.
+        patch: Side of a token's image patch, in pixels.
         mean: The ENCODER's image mean, per colour.
-        std: The ENCODER's image deviation, per colour.
+        std: The ENCODER's image standard deviation, per colour.
         norm_eps: Epsilon of all LayerNorms.
         checkpointing: Recompute the blocks in the backward pass instead of keeping their activations.
-        position_scale: Distance of two neighbouring tokens in the position table; diffusers has 16/grid where the original has 1.
-        output: ``encoder``: the network's pixels times ``std`` plus ``mean`` are the image; ``raw``: they are the image in [0, 1]
-            itself, and ``mean`` and ``std`` are not used.
+        position_scale: Distance between neighbouring tokens in the position table; 16/grid in diffusers, 1 in the original.
+        output: ``encoder``: the image is the network's output times ``std`` plus ``mean``; ``raw``: the output is the image in
+            [0, 1] itself, and ``mean`` and ``std`` are unused.
 
     Raises:
-        ValueError: ``mean`` or ``std`` not of three colours, or an unknown ``output``.
+        ValueError: ``mean`` or ``std`` does not have three values, or ``output`` is unknown.
     """
 
     position: Tensor
@@ -100,14 +100,14 @@ class ViTDecoder(Described, nn.Module):
         return self.class_token + self.position[:, :1]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this decoder's input states from another's."""
+        """Identifies this decoder's input states."""
         return {"weights": state_hash(self.state_dict()), "grid": self.grid, "position_scale": self.position_scale}
 
     def embed(self, latents: Tensor) -> Tensor:
         """Latents B×C×h×w, not normalised => patch tokens B×N×D that enter the first block, positions added.
 
         Raises:
-            ValueError: Another number of channels, or a grid that is not square.
+            ValueError: The number of channels is wrong, or the grid is not square.
         """
         if latents.ndim != 4 or latents.shape[1] != self.channels or latents.shape[2] != latents.shape[3]:
             raise ValueError(f"latents must have shape B×{self.channels}×h×h, got {tuple(latents.shape)}")
@@ -119,7 +119,7 @@ class ViTDecoder(Described, nn.Module):
         return x + self.position[:, 1:]
 
     def forward_features(self, latents: Tensor) -> Tensor:
-        """Latents B×C×h×w, not normalised => input of the last layer B×N×D, class token dropped; raises as :meth:`embed`."""
+        """Latents B×C×h×w, not normalised => input of the last layer B×N×D, class token dropped; raises like :meth:`embed`."""
         return self._through_blocks(self.embed(latents), self.input_class_token)
 
     def _through_blocks(self, tokens: Tensor, class_token: Tensor) -> Tensor:
@@ -133,26 +133,26 @@ class ViTDecoder(Described, nn.Module):
         return self.norm(x)[:, 1:]  # B×N×D
 
     def to_image(self, features: Tensor) -> Tensor:
-        """Input of the last layer B×N×D => images B×3×H×W in [0, 1] units, not clamped."""
+        """Input of the last layer B×N×D => images B×3×H×W, nominally in [0, 1], not clamped."""
         pixels = unpatchify(self.last_layer(features), self.patch, 3)
         return pixels * self.image_std + self.image_mean
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents B×C×h×w, not normalised => images B×3×H×W in [0, 1] units, not clamped."""
+        """Latents B×C×h×w, not normalised => images B×3×H×W, nominally in [0, 1], not clamped."""
         return self.to_image(self.forward_features(latents))
 
     def input_state(self, latents: Tensor) -> Tensor:
-        """Latents B×C×h×w, not normalised => what enters the first block as a grid B×D×g×g, float32, without gradients.
+        """Latents B×C×h×w, not normalised => the first block's input as a grid B×D×g×g, float32, without gradients.
 
-        With :meth:`decode_state` it gives the image of :meth:`forward`, bit for bit (FuseLift; h0 there).
+        Passed to :meth:`decode_state`, it gives the image of :meth:`forward`, bit for bit (FuseLift; h0 there).
         """
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             return tokens_to_grid(self.embed(latents))
 
     def decode_state(self, state: Tensor, class_token: Tensor | None = None) -> Tensor:
-        """States B×D×g×g of :meth:`input_state` => images B×3×H×W in [0, 1] units, not clamped.
+        """States B×D×g×g of :meth:`input_state` => images B×3×H×W, nominally in [0, 1], not clamped.
 
-        ``class_token`` D is the one beside them, None for the decoder's own. States of another shape raise ValueError.
+        ``class_token`` D accompanies them, None for the decoder's own. States of a different shape raise ValueError.
         """
         if tuple(state.shape[1:]) != (self.width, self.grid, self.grid):
             raise ValueError(
