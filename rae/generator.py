@@ -310,8 +310,8 @@ class Generator(Exportable, nn.Module):
             indices: See :meth:`latents`.
             precision: Precision of the networks, ``32-true`` or ``bf16-mixed`` (Lightning's names).
             quantize: See :func:`rae.image.to_uint8`.
-            on_latents: Called with the denormalised latents, float32 B×C×h×w: those of the encoder, which any of its decoders
-                takes. With ``latent.space=decoder_input``, only this decoder takes them.
+            on_latents: Called with the denormalised latents, float32 B×C×h×w, as the encoder returns them: any decoder of that
+                encoder takes them. With ``latent.space=decoder_input``, only this decoder does.
 
         Raises:
             ValueError: An unknown precision or ``quantize``; also see :meth:`latents`.

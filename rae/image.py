@@ -228,7 +228,7 @@ def resize_image(image: Image.Image, size: tuple[int, int], resample: Image.Resa
 
 
 def halve(image: Image.Image, size: int) -> Image.Image:
-    """Halves with BOX while the image stays large enough: part of ADM's crop, and keeps strong reductions cheap."""
+    """Halves with BOX while the image stays large enough: part of ADM's crops, and keeps strong reductions cheap."""
     while min(image.size) >= 2 * size:
         image = resize_image(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
     return image
