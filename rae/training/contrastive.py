@@ -34,7 +34,7 @@ class ContrastiveModule(TrainingModule):
         model_args: The vision transformer's arguments.
         width: Width of the shared embedding.
         temperature: Initial divisor of the cosine similarities; it is learned.
-        seed: Seed of every draw.
+        seed: Seed of every random draw.
         on_nonfinite: See :class:`~rae.training.module.TrainingModule`.
         config: See :class:`~rae.training.module.TrainingModule`.
 

@@ -122,7 +122,7 @@ class ReconstructionPreview(PicturePreview):
 
 
 class SamplePreview(PicturePreview):
-    """Samples of a few classes, one row per class, always from the same noise; options as for :class:`PicturePreview`.
+    """Samples of a few classes, one row per class, always from one seed's noise; options as for :class:`PicturePreview`.
 
     ``classes`` lists the rows, or a number takes the first ones; each has ``per_class`` samples. For a text-conditioned denoiser,
     rows are ``prompts``, or the first validation captions. Guidance that needs a guide is not supported.
