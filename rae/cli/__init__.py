@@ -1,1 +1,1 @@
-"""The door: from a command line to a configuration, and from a configuration to objects."""
+"""From a command line to a configuration, and from a configuration to objects."""

@@ -1,4 +1,4 @@
-"""From a configuration to objects: what the commands, notebooks and tests all use."""
+"""From a configuration to objects: shared by the commands, notebooks and tests."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from rae.training.teacher import Reader, begin, open_teacher
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = ("decoder_checkpoint", "init_checkpoint", "teacher_checkpoint")
-"""Keys of trained models that training begins with."""
+"""Keys of trained models that training starts from."""
 
 
 def make(node: Any, **objects: Any) -> Any:
     """Instantiates one node of a configuration, with plain Python containers and ready-made ``objects`` as arguments.
 
-    A node without ``_target_``, or None, stands for "none" and gives None; one with ``_partial_: true`` gives a factory.
+    A node that is None or has no ``_target_`` means "none" and returns None; one with ``_partial_: true`` returns a factory.
 
     Raises:
         ConfigError: The node's values do not fit the class.
@@ -49,15 +49,15 @@ def make(node: Any, **objects: Any) -> Any:
     node = _renewed(node)
     key = node._get_full_key(None)
     try:
-        # Objects go to the call itself: Hydra would copy them into the configuration first.
+        # Objects are passed to the call itself: Hydra would first copy them into the configuration.
         return instantiate(node, _partial_=True, _convert_="all")(**objects)
-    except TypeError as error:  # a value of the wrong kind, or an argument that the class does not have
+    except TypeError as error:  # a value of the wrong type, or an argument that the class lacks
         raise ConfigError(f"{key} does not fit {node['_target_']}: {error}") from error
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error) if f"{key}." in str(error) else f"{key}: {error}") from error
-    # Of sizes that no network can have, or no machine can hold.
+    # From sizes that no network can have, or no machine can hold.
     except (ZeroDivisionError, RuntimeError, MemoryError) as error:
         numbers = ", ".join(f"{name}={value}" for name, value in node.items() if isinstance(value, int | float))
         why = "need more memory than there is" if "memory" in str(error) else "make no network"
@@ -65,7 +65,7 @@ def make(node: Any, **objects: Any) -> Any:
 
 
 def _renewed(node: DictConfig) -> DictConfig:
-    """The node with the arguments of a former version as its class takes them now."""
+    """The node, with arguments from earlier versions converted to what its class takes now."""
     given = OmegaConf.to_container(node)
     assert isinstance(given, dict)
     try:
@@ -82,15 +82,15 @@ def _renewed(node: DictConfig) -> DictConfig:
 
 
 def make_all(nodes: DictConfig | None) -> list[Any]:
-    """Instantiates every entry of a group such as callbacks, those that are null or without ``_target_`` left out.
+    """Instantiates every entry of a group such as callbacks, except those that are null or have no ``_target_``.
 
-    The latter come about where an experiment changes a callback that ``callbacks=none`` took away.
+    The latter occur when an experiment changes a callback that ``callbacks=none`` removed.
     """
     return [made for node in (nodes or {}).values() if (made := make(node)) is not None]
 
 
 def seed(cfg: DictConfig) -> None:
-    """Seeds Python, NumPy, torch and the loaders' workers; network weights are drawn from these."""
+    """Seeds Python, NumPy, torch and the loader workers; networks are initialised from these generators."""
     seed_everything(int(cfg.seed), workers=True, verbose=False)
 
 
@@ -98,9 +98,9 @@ def seed(cfg: DictConfig) -> None:
 
 
 def check_images(cfg: DictConfig, what: str) -> None:
-    """Refuses data that are no images, and images that are others in every epoch; ``what`` is made of them, for the message.
+    """Rejects data that are not images or that change from epoch to epoch; ``what``, for the message, is made from them.
 
-    ``random_crops=true``, where a command has that key, allows random crops.
+    Commands that have the key ``random_crops`` allow random crops if it is true.
 
     Raises:
         ConfigError: Says what to choose.
@@ -119,9 +119,9 @@ def check_images(cfg: DictConfig, what: str) -> None:
 
 
 def without_flips(data: DictConfig, **values: Any) -> None:
-    """Sets in the configuration of a data set that its images are never mirrored, and further ``values``, e.g. ``exact=True``.
+    """Turns off horizontal flips in a data set's configuration, and sets further ``values``, e.g. ``exact=True``.
 
-    A key that the data set does not have is passed over: it has nothing of the kind to switch off.
+    Skips keys that the data set does not have: it has nothing of the kind to turn off.
     """
     for one in data_sets(data).values():
         one.update({key: value for key, value in {"flip": False, **values}.items() if key in one})
@@ -136,12 +136,12 @@ def make_part(part: str, description: Any, **objects: Any) -> Any:
 
 
 def build_autoencoder(cfg: DictConfig, reader: Reader = read, encode: bool = True) -> RAE:
-    """Encoder, decoder and latent statistics for training; ``decoder_checkpoint`` names the decoder, built as that one says.
+    """Encoder, decoder and latent statistics for training; a ``decoder_checkpoint`` also determines how its decoder is built.
 
-    Without ``encode`` there is no encoder.
+    If ``encode`` is false, there is no encoder.
 
     Raises:
-        ValueError: The decoder was trained with another encoder.
+        ValueError: The decoder was trained with a different encoder.
     """
     parts = {name: plain(cfg[name]) for name in ("encoder", "decoder", "latent") if cfg.get(name) is not None}
     bundle = Bundle(str(cfg.get("output_dir", "")), parts)
@@ -151,7 +151,7 @@ def build_autoencoder(cfg: DictConfig, reader: Reader = read, encode: bool = Tru
 
 
 def with_decoder_of(cfg: DictConfig, reader: Reader = read) -> DictConfig:
-    """The same training configuration, or a copy whose ``decoder`` is what ``decoder_checkpoint`` says of its own."""
+    """The same training configuration, or a copy whose ``decoder`` is the one that ``decoder_checkpoint`` describes."""
     if any(cfg.get(name) is None for name in ("decoder", "decoder_checkpoint")):
         return cfg
     own = plain(cfg.decoder)
@@ -165,10 +165,10 @@ def with_decoder_of(cfg: DictConfig, reader: Reader = read) -> DictConfig:
 
 
 def _precision(trainer: DictConfig) -> dict[str, Any]:
-    """Arguments of the trainer for a precision that Lightning itself does not know on this accelerator.
+    """Trainer arguments for a precision that Lightning itself does not support on this accelerator.
 
     Raises:
-        ValueError: A precision that cannot be trained in.
+        ValueError: The precision does not support training.
     """
     check_precision(trainer.get("precision", "32-true"))
     if trainer.get("accelerator") != "tpu" or trainer.get("precision") != "bf16-mixed":
@@ -177,7 +177,7 @@ def _precision(trainer: DictConfig) -> dict[str, Any]:
 
 
 def build_denoiser(cfg: DictConfig, reader: Reader = read) -> Any:
-    """The denoiser, with the weights of ``init_checkpoint`` where one is given."""
+    """The denoiser, with the weights of ``init_checkpoint`` if given."""
     denoiser = make(cfg.denoiser)
     if cfg.get("init_checkpoint") is not None:
         begin(denoiser, cfg.init_checkpoint, reader)
@@ -185,10 +185,10 @@ def build_denoiser(cfg: DictConfig, reader: Reader = read) -> Any:
 
 
 def build_discriminator(cfg: DictConfig) -> Any:
-    """The discriminator, with the heads of ``discriminator_checkpoint`` where one is given; None for none.
+    """The discriminator, with the heads of ``discriminator_checkpoint`` if given; None for none.
 
     Raises:
-        ConfigError: Heads are given, and there is no discriminator; or it is no source of heads.
+        ConfigError: Heads are given without a discriminator, or the checkpoint holds no heads.
     """
     discriminator, source = make(cfg.get("discriminator")), cfg.get("discriminator_checkpoint")
     if source is None:
@@ -202,12 +202,12 @@ def build_discriminator(cfg: DictConfig) -> Any:
 
 
 def build_module(cfg: DictConfig, reader: Reader = read, resumed: bool = False) -> lightning.LightningModule:
-    """The LightningModule of ``cfg.training``, with each part that its class asks for by name; see :func:`build`.
+    """The LightningModule of ``cfg.training``, with each part that its class takes as an argument; see :func:`build`.
 
-    A part is the config group of that name, e.g. ``denoiser``; a new module class gets whatever groups it names.
+    A part is the config group of that name, e.g. ``denoiser``; a new module class receives whichever groups it names.
     """
     teacher = cfg.get("teacher_checkpoint")
-    builders: dict[str, Callable[[], Any]] = {  # of what is no config group, or more than one
+    builders: dict[str, Callable[[], Any]] = {  # parts that are not one config group
         "autoencoder": lambda: build_autoencoder(cfg, reader),
         "config": lambda: plain(cfg),
         "denoiser": lambda: make(cfg.denoiser) if resumed else build_denoiser(cfg, reader),
@@ -232,10 +232,10 @@ def build_module(cfg: DictConfig, reader: Reader = read, resumed: bool = False) 
 def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     """The Lightning Trainer with its callbacks, loggers and strategy."""
     loggers = make_all(cfg.get("logger"))
-    # Lightning refuses a monitor that has no logger to write to, and a bar where none is wanted.
+    # Lightning rejects a monitor without a logger, and a progress bar if it is disabled.
     useless = (() if loggers else (LearningRateMonitor,)) + (() if cfg.trainer.enable_progress_bar else (ProgressBar,))
     callbacks = [callback for callback in make_all(cfg.get("callbacks")) if not isinstance(callback, useless)]
-    strategy = cfg.get("strategy", "auto")  # a name, or what describes one
+    strategy = cfg.get("strategy", "auto")  # a name, or a mapping with _target_
     devices, num_nodes = processes_of(cfg.trainer.devices, cfg.trainer.num_nodes, "trainer.")
     return make(
         cfg.trainer,
@@ -262,25 +262,25 @@ class Run:
 
 
 def build(cfg: DictConfig, reader: Reader | None = None, resumed: bool = False) -> Run:
-    """Builds what ``rae-train`` would train with: ``run.trainer.fit(run.module, datamodule=run.data)``.
+    """Builds everything that ``rae-train`` trains with: ``run.trainer.fit(run.module, datamodule=run.data)``.
 
     Args:
         cfg: A configuration of ``train``, from :func:`rae.cli.errors.compose`.
-        reader: Reads the checkpoints that it names, each once; None for a new one.
-        resumed: Whether a checkpoint of the run is loaded afterwards: the weights that it began with are not read then.
+        reader: Reads the checkpoints that the configuration names, each once; None for a new one.
+        resumed: Whether a checkpoint of the run is loaded afterwards; if so, the initial weights are not read.
 
     Raises:
         ConfigError: A mandatory value is missing.
-        ValueError: What the classes say of their arguments.
+        ValueError: A class rejects its arguments.
     """
     check_complete(cfg)
     check_space(cfg)
     reader = reader or cache(read)
-    for key in CHECKPOINTS:  # what is not there, on the hub too, is said before networks are built
+    for key in CHECKPOINTS:  # reports missing ones, on the hub too, before networks are built
         if cfg.get(key) is not None and not (resumed and key == "init_checkpoint"):
             reader(cfg[key])
     cfg = with_decoder_of(cfg, reader)
-    plain(cfg)  # names the key of an interpolation that leads nowhere
+    plain(cfg)  # names the key of an interpolation that cannot be resolved
     check_paths(cfg.get("data"))
     check_metric(OmegaConf.select(cfg, "callbacks.evaluation.metric"))
     set_matmul(cfg)

@@ -1,4 +1,4 @@
-"""What can be refused before torch is imported, networks are built and weights looked for."""
+"""Checks that run before torch is imported, networks are built and weights are loaded."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rae.io.references import reference_file
 
 
 def check_metric(node: DictConfig | None) -> bool:
-    """Refuses a metric, or one of a set, whose reference is not there, before its detector's weights are looked for.
+    """Rejects a metric, or a set with a metric, whose reference is missing, before its detector's weights are loaded.
 
     Returns:
-        Whether it takes reconstructions with their originals.
+        Whether it compares reconstructions with their originals.
 
     Raises:
         ValueError: It needs a reference and names none.
@@ -43,7 +43,7 @@ MODELS = (
     *("checkpoint", "decoder_checkpoint", "guide_checkpoint", "init_checkpoint", "teacher_checkpoint"),
     *("discriminator_checkpoint", "callbacks.evaluation.guide"),
 )
-"""Keys of trained models."""
+"""Keys that name trained models."""
 _IMAGES = "an .npz file, a folder of images or of tar shards"
 GIVEN = {
     **dict.fromkeys(("samples", "originals", "neighbours_of"), _IMAGES),
@@ -51,9 +51,9 @@ GIVEN = {
     "captions": "a .jsonl or .csv file",
     "scores": "a scores.json of rae-evaluate or rae-reconstruct",
 }
-"""What keys of files and folders take."""
+"""What keys for files and folders accept."""
 _FROZEN = ("alignment", "callbacks.evaluation", "detector", "discriminator", "encoder", "metric", "text_encoder")
-"""Where frozen networks stand in a configuration."""
+"""Sections of a configuration that hold frozen networks."""
 _WITHOUT_WEIGHTS = ("cost", "download", "convert_config")
 """Commands that read no weights."""
 _TRAINS_ON = ("train", "stats", "cache_latents")
@@ -61,7 +61,7 @@ _TRAINS_ON = ("train", "stats", "cache_latents")
 
 
 def _check_packages(cfg: DictConfig, config: str) -> None:
-    """Raises ConfigError where a command needs an optional package that is not installed."""
+    """Raises ConfigError if a command needs an optional package that is not installed."""
     if config == "app" and find_spec("gradio") is None:
         raise ConfigError('rae-app needs Gradio, which is not installed: pip install "rae[app]"')
     if config == "convert" and cfg.to == "onnx" and None in map(find_spec, ("onnx", "onnxscript")):
@@ -69,14 +69,14 @@ def _check_packages(cfg: DictConfig, config: str) -> None:
 
 
 def weight_files(cfg: DictConfig) -> list[str]:
-    """Keys of local files with a frozen network's weights."""
+    """Keys that name local weight files of frozen networks."""
     keys = [key for key, _ in walk(cfg)]
     frozen = [key for key in keys if key.startswith(_FROZEN) and key.endswith(".checkpoint")]
     return [*frozen, *(key for key in keys if key.endswith("vgg_checkpoint"))]
 
 
 def _check_weights(cfg: DictConfig) -> None:
-    """Raises FileNotFoundError where a trained model or a frozen network's weight file is named and not there."""
+    """Raises FileNotFoundError if a named trained model or weight file of a frozen network does not exist."""
     for key in MODELS:
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and not Path(value).expanduser().exists() and not _may_be_on_the_hub(value):
@@ -95,10 +95,10 @@ def _check_weights(cfg: DictConfig) -> None:
 
 
 def check_files(cfg: DictConfig, config: str) -> None:
-    """Refuses files and folders that are named and not there, training data that are not named, and what lacks its packages.
+    """Rejects named files and folders that do not exist, unnamed training data, and commands whose packages are missing.
 
     Raises:
-        ConfigError: Training data are not named or not there, or published files or packages are not there.
+        ConfigError: Training data are unnamed or missing, or published files or packages are missing.
         FileNotFoundError: A model, images or statistics do not exist.
     """
     _check_packages(cfg, config)
@@ -133,7 +133,7 @@ def check_files(cfg: DictConfig, config: str) -> None:
 
 
 def check_space(cfg: DictConfig) -> None:
-    """Refuses to train a denoiser on the input of a decoder that is not named, or without the statistics that name it.
+    """Refuses to train a denoiser on a decoder's input if that decoder, or the statistics that name it, is not given.
 
     Raises:
         ConfigError: Says what to give.
@@ -149,7 +149,7 @@ def check_space(cfg: DictConfig) -> None:
 
 
 def check_denoiser(cfg: DictConfig) -> None:
-    """Refuses a condition or a guidance that the configuration's denoiser cannot take.
+    """Rejects a condition or a guidance that the configuration's denoiser does not support.
 
     Raises:
         ConfigError: Names both.
@@ -171,13 +171,13 @@ def check_denoiser(cfg: DictConfig) -> None:
 
 
 def _may_be_on_the_hub(source: str) -> bool:
-    """A hub id is ``owner/name``; where a folder of that owner's name lies here, a path is meant."""
+    """Whether a source may be a hub id, ``owner/name``; if a local folder has the owner's name, it is a path."""
     owner, slash, _ = source.partition("/")
     return bool(slash) and not Path(source).expanduser().is_absolute() and not Path(owner).is_dir()
 
 
 def data_sets(data: DictConfig | None) -> dict[str, DictConfig]:
-    """The configuration of a data set by its key, and those of all that it mixes; none where there is none."""
+    """Configurations of a data set and of all that it mixes, by key; empty if there is none."""
     if not isinstance(data, DictConfig) or data._is_none():
         return {}
     sources = data.get("sources")
@@ -187,10 +187,10 @@ def data_sets(data: DictConfig | None) -> dict[str, DictConfig]:
 
 
 def check_paths(data: DictConfig | None) -> None:
-    """Refuses data that are not there, before networks are built and their weights looked for.
+    """Rejects data that do not exist, before networks are built and their weights loaded.
 
-    Addresses and patterns of several files are left to the data set, and so is everything of data sets from elsewhere, whose paths
-    may mean something else.
+    URLs and glob patterns are left to the data set, and so are all paths of third-party data sets, where they may mean
+    something else.
 
     Raises:
         ConfigError: A path does not exist.
@@ -205,7 +205,7 @@ def check_paths(data: DictConfig | None) -> None:
 
 
 def refuse_existing(cfg: DictConfig, *files: Path) -> None:
-    """The rule of all commands about results (``files``) that are there: they are replaced with ``force=true`` alone.
+    """Applies the rule of all commands that existing results (``files``) are replaced only with ``force=true``.
 
     Raises:
         ConfigError: One of them exists.
@@ -216,14 +216,14 @@ def refuse_existing(cfg: DictConfig, *files: Path) -> None:
 
 
 def _guides_by(cfg: DictConfig, kind: str) -> bool:
-    """Whether a kind of guidance is chosen, alone or as a part."""
+    """Whether a kind of guidance is chosen, alone or as part of a composition."""
     node = cfg.get("guidance")
     described = OmegaConf.to_container(node) if isinstance(node, DictConfig) else None
     return any(name.endswith(f".{kind}") for name in targets_of(described))
 
 
 def check_published(cfg: DictConfig) -> None:
-    """Refuses a composition whose files are not there.
+    """Rejects a published model whose files are missing.
 
     Raises:
         ConfigError: Names them, and the command that fetches them.
@@ -232,7 +232,7 @@ def check_published(cfg: DictConfig) -> None:
     encoder = OmegaConf.select(cfg, "encoder.checkpoint", throw_on_missing=False)
     if encoder is not None and Path(encoder).is_relative_to(cfg.collection):
         wanted.append("encoder.checkpoint")
-    if _guides_by(cfg, "AutoGuidance"):  # which needs a guide
+    if _guides_by(cfg, "AutoGuidance"):  # needs a guide
         wanted.append("guide_checkpoint")
     found = {key: OmegaConf.select(cfg, key) for key in wanted}
     absent = [

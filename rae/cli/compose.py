@@ -1,4 +1,4 @@
-"""Composing configurations through Hydra's Python interface, and walking through them."""
+"""Composes configurations through Hydra's Python API, and walks through them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rae.cli.groups import VERSION_BASE, conf_dir, normalise
 from rae.cli.help import help_groups, help_keys
 
-_LONGEST_NAME = 150  # characters of a folder's name
+_LONGEST_NAME = 150  # characters in a folder's name
 
 
 def _divide(numerator: int, denominator: int) -> int:
@@ -25,24 +25,24 @@ def _divide(numerator: int, denominator: int) -> int:
 
 
 def _workers(most: int) -> int:
-    """Processes that load ahead: ``most``, or one a core where there are fewer; results do not depend on it."""
+    """Number of loader processes: ``most``, or one per core if there are fewer cores; does not affect results."""
     return min(most, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _folder_name(overrides: str) -> str:
-    """Turns the swept keys and values into the name of one folder, with signs that need no quotes."""
+    """Turns the swept keys and values into one folder name, without characters that need quotes."""
     name = re.sub(r"[^\w.+-]+", "-", re.sub("[\"']", "", overrides)).strip("-")
     return name[:_LONGEST_NAME]
 
 
 def _latent_channels(*, _root_: Any) -> str:
-    """The key that holds the channels of the latents, in the space that ``latent.space`` names."""
+    """The key that holds the latents' channel count in the space that ``latent.space`` names."""
     lifted = OmegaConf.select(_root_, "latent.space", throw_on_missing=False) == "decoder_input"
     return "decoder.width" if lifted else "encoder.channels"
 
 
 def register_resolvers() -> None:
-    """Makes the resolvers that conf/README.md lists known to OmegaConf."""
+    """Registers with OmegaConf the resolvers that conf/README.md lists."""
     resolvers: dict[str, Callable[..., Any]] = {
         "div": _divide,
         "mul": lambda a, b: a * b,
@@ -58,9 +58,9 @@ def register_resolvers() -> None:
 
 
 def compose_plainly(config: str, overrides: Iterable[str], folders: Sequence[Path] = ()) -> DictConfig:
-    """Composes a root config through Hydra's Python interface, whatever Hydra is doing otherwise; errors are Hydra's own.
+    """Composes a root config through Hydra's Python API, even while Hydra is running; errors are Hydra's own.
 
-    ``overrides`` are as on the command line, ``folders`` config folders beside the project's own.
+    ``overrides`` are as on the command line; ``folders`` are config folders besides the project's own.
     """
     register_resolvers()
     state = GlobalHydra.instance()
@@ -75,7 +75,7 @@ def compose_plainly(config: str, overrides: Iterable[str], folders: Sequence[Pat
 
 
 def walk(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every node of a configuration with its dotted key, those in lists too; nothing below one that refers to another."""
+    """Yields every node of a configuration, also inside lists, with its dotted key; does not descend into interpolations."""
     for name in range(len(cfg)) if OmegaConf.is_list(cfg) else list(cfg):
         node, key = cfg._get_node(name), f"{prefix}{name}"
         yield key, node

@@ -1,4 +1,4 @@
-"""Configurations completed, compared and written."""
+"""Completes, compares and writes configurations."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _PATHS = (
 )
 _OF_DATA = ("train_path", "val_path", "repo")
 _NETWORKS = ("stage", "encoder", "text_encoder", "latent", "decoder", "discriminator", "denoiser", "alignment.encoder")
-"""Sections in which a run that is continued must be what it was."""
+"""Sections that must not change when a run is resumed."""
 _LISTED = 3  # differences that an error spells out
 
 
 def check_complete(cfg: DictConfig, config: str = "train") -> None:
-    """Refuses a configuration, composed from the root config of a name, with values still to be given.
+    """Rejects a configuration, composed from the root config ``config``, that has missing values.
 
     Raises:
-        ConfigError: Names every missing value and what it is, as its comment in the YAML file says.
+        ConfigError: Names every missing value, with the comment from its YAML file.
     """
     if missing := [key for key, node in walk(cfg) if node._is_missing()]:
         wanted = [f"{key}=… ({note})" if (note := comment_of(key, config)) else f"{key}=…" for key in missing]
@@ -46,7 +46,7 @@ def comment_of(key: str, config: str) -> str:
 
 
 def absolute_paths(cfg: DictConfig) -> None:
-    """Makes the paths that a run depends on absolute, so that its config.yaml serves from any directory."""
+    """Makes the paths that a run depends on absolute, so that its config.yaml works from any directory."""
     inner = [f"{key}.{name}" for key in data_sets(cfg.get("data")) for name in _OF_DATA]
     for key in (*_PATHS, *weight_files(cfg), *inner):
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
@@ -55,7 +55,7 @@ def absolute_paths(cfg: DictConfig) -> None:
 
 
 def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> None:
-    """Refuses to continue the run in a folder, begun with the configuration ``before``, whose networks were others.
+    """Refuses to resume the run in ``folder`` if its networks differ from those of its first configuration, ``before``.
 
     Raises:
         ConfigError: Names the first keys that differ, with both values.
@@ -75,7 +75,7 @@ def check_same_run(cfg: DictConfig, before: Mapping[str, Any], folder: str) -> N
 
 
 def _section(config: Any, key: str) -> Any:
-    """What stands under a dotted key; None where nothing does."""
+    """The value under a dotted key; None if there is none."""
     for name in key.split("."):
         config = config.get(name) if isinstance(config, Mapping) else None
     return config
@@ -95,7 +95,7 @@ def save_config(cfg: DictConfig, folder: str | Path) -> Path:
 
 
 def remove_empty(cfg: DictConfig) -> None:
-    """Removes the folder that Hydra made for a command's results, and that of all results, where nothing is in them."""
+    """Removes the folder that Hydra made for a command's results, then the folder of all results, if empty."""
     with contextlib.suppress(OSError):  # they are not empty
         Path(cfg.output_dir).rmdir()
         if Path(cfg.paths.outputs).resolve() == Path(cfg.output_dir).parent:

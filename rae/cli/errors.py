@@ -1,4 +1,4 @@
-"""One clear line for every fault of the user's: what was given, and the nearest right thing."""
+"""One clear line for every user error: what was given, and the nearest valid alternative."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rae.cli.groups import conf_dir, config_groups, normalise, read_choice
 from rae.cli.help import stages_with
 from rae.io.errors import ConfigError
 
-# Of Lightning, torch and wandb, known by name to spare the import.
+# Errors of Lightning, torch and wandb, matched by name to avoid the imports.
 _FOREIGN = ("MisconfigurationException", "OutOfMemoryError", "UsageError")
 
 _RESOLVING = re.compile(r"^\w+ (raised )?while resolving interpolation: ")
@@ -28,15 +28,15 @@ def compose(config: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
     """Composes a configuration as the command line does.
 
     Args:
-        config: Name of a root config (``train``, ``stats``, ``sample``, …), or directly an override of ``train`` such
-            as ``"experiment=digits_stage2"``.
+        config: Name of a root config (``train``, ``stats``, ``sample``, …), or an override of ``train``, such as
+            ``"experiment=digits_stage2"``.
         overrides: Overrides as on the command line, e.g. ``["optimizer.lr=1e-4", "guidance=cfg"]``.
 
     Returns:
-        The configuration, closed to unknown keys.
+        The configuration, which rejects unknown keys.
 
     Raises:
-        ConfigError: An unknown config, group, choice or key; the message names the nearest right one.
+        ConfigError: An unknown config, group, choice or key; the message suggests the nearest valid one.
     """
     overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     if "=" in config:
@@ -48,14 +48,14 @@ def compose(config: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether the message alone tells the user what to do, so that no trace is wanted."""
+    """Whether the message alone tells the user what to do, so that no traceback is needed."""
     if isinstance(error, (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)):
         return True
     return type(error).__module__.startswith("rae.") or type(error).__name__ in _FOREIGN
 
 
 def describe(error: BaseException) -> str:
-    """The message of an error, without the wrapping of Hydra and OmegaConf."""
+    """An error's message, without Hydra's and OmegaConf's wrapping."""
     if isinstance(error, InstantiationException):
         place = str(error).rpartition("full_key: ")
         where = f" [{place[2].strip()}]" if place[1] else ""
@@ -73,13 +73,13 @@ def describe(error: BaseException) -> str:
 
 
 def blame(text: str, overrides: Iterable[str]) -> str:
-    """A message with the key of the value that it speaks of in front, where it names that value of an override alone."""
+    """Prefixes a message with ``key=value`` of the first override whose value it mentions without the key."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         value = value.strip("'\"")
         if value in ("null", "none", "true", "false"):
             continue
-        # Lists hold other numbers, say of samples.
+        # Numbers in lists mean something else, such as samples.
         searched = re.sub(r"\[[^]]*\]", "", text) if value.isdigit() else text
         whole = re.search(rf"(?<!\w){re.escape(value)}(?!\w)", searched)
         named = whole or ("/" in value and str(Path(value).resolve()) in text)
@@ -100,9 +100,9 @@ RENAMED = {"float32": "matmul", "encoder.reduce": "encoder.fusion"}
 
 
 def explain(error: Exception, config: str, overrides: Sequence[str], folders: Sequence[Path] = ()) -> str:
-    """Says which override of a root config a failed composition is due to, and what was probably meant.
+    """Explains which override of a root config made composition fail, and what was probably meant.
 
-    ``error`` is what Hydra raised; ``folders`` are config folders beside the project's own.
+    ``error`` is what Hydra raised; ``folders`` are config folders besides the project's own.
     """
     roots = sorted(file.stem for file in conf_dir().glob("*.yaml"))
     if config not in roots:
@@ -134,14 +134,14 @@ def explain(error: Exception, config: str, overrides: Sequence[str], folders: Se
 
 
 def _choices(override: Override) -> list[str]:
-    """The files that a group override names."""
+    """Files that a group override names."""
     value = override.value()
     items = value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else [value]
     return [item.text if isinstance(item, QuotedString) else str(item) for item in items if item is not None]
 
 
 def _unused_group(error: Exception, choices: Sequence[Override]) -> str | None:
-    """The group that was chosen from although nothing in the configuration makes use of it."""
+    """The group that an override sets although nothing in the configuration uses it."""
     text = str(error)
     if "No match in the defaults list" not in text:
         return None
@@ -160,12 +160,12 @@ def _unknown_key(
     groups: dict[str, list[str]],
     folders: Sequence[Path],
 ) -> str | None:
-    """The first override of a key that the configuration, composed from the chosen groups alone, does not have."""
+    """Finds the first overridden key that is missing from the configuration composed from the chosen groups alone."""
     fixed = [override.input_line for override in choices if override.input_line and not override.is_sweep_override()]
     try:
         cfg = compose_plainly(config, fixed, folders)
     except Exception:
-        return None  # the fault lies in a file, and the original message names it
+        return None  # the error is in a file, which the original message names
     for override in values:
         key = override.key_or_group
         if key.startswith("hydra.") or override.is_add() or override.is_force_add() or _exists(cfg, key):
@@ -185,7 +185,7 @@ def _unknown_key(
 def _group_lacks(
     config: str, key: str, cfg: DictConfig, choices: Sequence[Override], groups: dict[str, list[str]]
 ) -> str | None:
-    """Why a group has no such key: it is not in use, or another of its choices has the key; None for other reasons."""
+    """Why a group lacks a key: the group is not in use, or only another of its choices has the key; None for other reasons."""
     head, _, rest = key.partition(".")
     if head not in groups or not rest:
         return None
@@ -202,22 +202,22 @@ def _group_lacks(
 
 
 def _choices_with(group: str, key: str) -> list[str]:
-    """The choices of a group that have a key, such as ``guidance=cfg`` for ``scale``."""
+    """Choices of a group that have a key, such as ``guidance=cfg`` for ``scale``."""
     own = [choice for choice in config_groups().get(group, []) if (conf_dir() / group / f"{choice}.yaml").is_file()]
     return [f"{group}={one}" for one in own if _exists(OmegaConf.create(read_choice(group, one)), key)] if key else []
 
 
 def _exists(cfg: DictConfig, key: str) -> bool:
-    """Whether a dotted key is there, null or still to be given included."""
+    """Whether a dotted key exists, even if null or missing a value."""
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, throw_on_resolution_failure=False, throw_on_missing=False) if parent else cfg
     if OmegaConf.is_list(node):
         return name.isdigit() and int(name) < len(node)
-    return OmegaConf.is_dict(node) and name in node.keys()  # noqa: SIM118 (`in` hides values still to be given)
+    return OmegaConf.is_dict(node) and name in node.keys()  # noqa: SIM118 (`in` hides missing values)
 
 
 def _nearest(wrong: str, right: Sequence[str], otherwise: str | None = None) -> str:
-    """A guess at what was meant; failing that, ``otherwise`` or what there is."""
+    """A guess at what was meant; failing that, ``otherwise`` or the list of valid names."""
     parent, _, name = wrong.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in right if key.rpartition(".")[0] == parent}
     elsewhere = {key.rpartition(".")[2]: key for key in reversed(right)}

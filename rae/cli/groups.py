@@ -1,4 +1,4 @@
-"""The config groups: where they live, and what they offer."""
+"""The config groups: where they are, and the choices they offer."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import yaml
 
 VERSION_BASE = "1.3"
 OWN: list[Path] = []
-"""Config folders of the user's own, from ``--config-dir``."""
+"""The user's own config folders, from ``--config-dir``."""
 _NUMBERS = re.compile(r"\d+(,\d+)*")
 _KEY = re.compile(r"^(\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$")
 
 
 def conf_dir() -> Path:
-    """Folder of the YAML files: inside the package where it was installed, beside it in the repository."""
+    """Folder of the YAML files: inside the installed package, or beside it in the repository."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
 def config_groups(folders: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Every config group and its choices, alphabetically, of the project and of further ``folders``; ``_…`` are bases of others."""
+    """Every config group of the project and of ``folders``, with its choices, sorted; omits ``_…``, the bases of others."""
     found: dict[str, set[str]] = {}
     for root in (conf_dir(), *OWN, *folders):
         for file in root.rglob("*.yaml"):
@@ -35,11 +35,11 @@ def config_groups(folders: Sequence[Path] = ()) -> dict[str, list[str]]:
 
 
 SHARED = ("weights", "compute")
-"""Groups whose keys are a command's own: the trained model that it opens, and the devices that it runs on."""
+"""Groups whose keys belong to a command: the trained model that it opens, and the devices that it runs on."""
 
 
 def command_files(config: str) -> list[Path]:
-    """The files that hold a command's own keys: its root config, whose keys win, and what that takes of :data:`SHARED`."""
+    """Files with a command's own keys: its root config, which takes precedence, and the :data:`SHARED` groups that it uses."""
     root = conf_dir() / f"{config}.yaml"
     chosen = chosen_in(root)
     shared = [conf_dir() / group / f"{chosen[group]}.yaml" for group in SHARED if group in chosen]
@@ -47,19 +47,19 @@ def command_files(config: str) -> list[Path]:
 
 
 def documented(file: Path) -> list[tuple[str, str, str]]:
-    """Outermost keys of a YAML file, with their defaults as they are written, and their comments; both may be empty."""
+    """Top-level keys of a YAML file, with their defaults as written and their comments; both may be empty."""
     found = map(_KEY.match, file.read_text().splitlines() if file.is_file() else ())
     return [(line[1], line[2], line[3] or "") for line in found if line]
 
 
 def chosen_in(file: Path) -> dict[str, Any]:
-    """The groups that the defaults list of a YAML file names, with the choices that it makes."""
+    """Groups that a YAML file's defaults list names, with their choices."""
     named = [pair for entry in _defaults(file) if isinstance(entry, dict) for pair in entry.items()]
     return {group.lstrip("/").split("@")[0]: choice for group, choice in named}
 
 
 def _with_bases(file: Path) -> list[Path]:
-    """A file of a group behind the files of it that its defaults list names."""
+    """A group's file, preceded by the bases from the same group that its defaults list names."""
     bases = [base for base in _defaults(file) if isinstance(base, str) and base != "_self_"]
     return [*(found for base in bases for found in _with_bases(file.with_name(f"{base}.yaml"))), file]
 
@@ -69,7 +69,7 @@ def _defaults(file: Path) -> list[Any]:
 
 
 def read_choice(group: str, choice: str) -> dict[str, Any]:
-    """The content of a choice's file over that of the bases that its defaults list names; interpolations stay."""
+    """The content of a choice's file merged over its bases from the defaults list; interpolations stay unresolved."""
     merged: dict[str, Any] = {}
     for file in _with_bases(conf_dir() / group / f"{choice}.yaml"):
         merged |= yaml.safe_load(file.read_text()) or {}
@@ -78,7 +78,7 @@ def read_choice(group: str, choice: str) -> dict[str, Any]:
 
 
 def normalise(overrides: Iterable[str]) -> list[str]:
-    """Quotes choices that are numbers (``stage=2``), which Hydra would not take for names of files."""
+    """Quotes choices that are numbers (``stage=2``), which Hydra would not treat as file names."""
     groups = config_groups()
     out = []
     for override in overrides:

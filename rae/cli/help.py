@@ -1,4 +1,4 @@
-"""What ``--help`` says of the config groups."""
+"""The ``--help`` text: config groups, keys and experiments."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ from collections.abc import Mapping
 from rae.cli.groups import SHARED, chosen_in, command_files, conf_dir, config_groups, documented
 
 GROUPS = {
-    "stage": "what is trained: 0 an encoder of your own, 1 the decoder, 2 the diffusion transformer",
-    "experiment": "a complete recipe; chosen last, so that it may change all others",
-    "model": "a published model, from the files that rae-download fetches",
+    "stage": "what to train: 0 your own encoder, 1 the decoder, 2 the diffusion transformer",
+    "experiment": "a complete recipe; applied last, so it can override all other groups",
+    "model": "a published model, from files that rae-download fetches",
     "encoder": "frozen network whose patch tokens are the latents",
     "latent": "normalisation of the latents",
-    "decoder": "network from latents back to images",
-    "discriminator": "adversary of the decoder",
-    "loss": "loss of the decoder",
-    "condition": "what a denoiser is told in context: label, text, navigation",
-    "text_encoder": "frozen network that makes features of captions and prompts",
+    "decoder": "network that maps latents back to images",
+    "discriminator": "discriminator for the decoder's adversarial loss",
+    "loss": "the decoder's loss",
+    "condition": "what a denoiser is conditioned on in context: label, text, navigation",
+    "text_encoder": "frozen network that encodes captions and prompts",
     "denoiser": "diffusion transformer on the latents",
-    "alignment": "further loss of the denoiser on the tokens of one block: REPA",
+    "alignment": "auxiliary loss on the tokens of one denoiser block: REPA",
     "flow": "path between data and noise, prediction, training times, shift",
-    "guidance": "guidance of the samples",
+    "guidance": "guidance while sampling",
     "sampler": "solver that goes from noise to data",
     "data": "images",
     "metric": "scores",
-    "detector": "frozen network in whose features the scores are computed",
+    "detector": "frozen network whose features the scores use",
     "training": "the LightningModule and its arguments",
     "optimizer": "optimiser",
     "scheduler": "learning rate over time",
     "trainer": "devices, length, precision: Lightning's Trainer",
-    "strategy": "how devices share the work",
+    "strategy": "how devices split the work",
     "callbacks": "checkpoints, averages, previews",
-    "evaluation": "scores while training, at steps or epochs",
-    "logger": "where curves and pictures go",
-    "card": "what a card can do, for rae-cost",
-    "weights": "the trained model of a command",
+    "evaluation": "scores during training, every so many steps or epochs",
+    "logger": "where to log curves and images",
+    "card": "a GPU's speed and memory, for rae-cost",
+    "weights": "the trained model that a command opens",
     "compute": "where a command runs",
     "paths": "folders",
-    "debug": "short runs that look for faults",
+    "debug": "short runs for debugging",
     "hydra": "Hydra itself",
 }
-"""One line on every folder in ``conf/``."""
+"""One line about every folder in ``conf/``."""
 
 _WIDTH = 118
 _INDENT = " " * 17
-_WIDE = 26  # of a key with its default
+_WIDE = 26  # width of a key with its default
 
 
 def help_keys(config: str) -> str:
-    """Lists the own keys of a command, by its root config, with defaults and what comments say; the model's come first."""
+    """Lists a command's own keys, given its root config, with defaults and comments; the model's come first."""
     keys: dict[str, tuple[bool, str]] = {}
     for file in command_files(config):
         for key, default, comment in documented(file):
@@ -63,7 +63,7 @@ def help_keys(config: str) -> str:
 
 
 def experiments() -> list[dict[str, str]]:
-    """What the header of every experiment says: ``name``, ``about``, ``Size``, ``Hardware``, ``Hours``, ``Expected``, …"""
+    """Fields in the header of every experiment: ``name``, ``about``, ``Size``, ``Hardware``, ``Hours``, ``Expected``, …."""
     found = []
     for file in sorted((conf_dir() / "experiment").glob("*.yaml")):
         head = [line.removeprefix("# ") for line in file.read_text().splitlines() if line.startswith("# ")]
@@ -73,7 +73,7 @@ def experiments() -> list[dict[str, str]]:
 
 
 def list_experiments() -> str:
-    """What ``rae-train --list`` prints: every experiment with size, hardware, hours and published score."""
+    """Text that ``rae-train --list`` prints: every experiment with size, hardware, hours and published score."""
     lines = ["rae-train experiment=NAME trains one of these; the commands are in conf/experiment/NAME.yaml.", ""]
     for one in experiments():
         lines += [
@@ -86,7 +86,7 @@ def list_experiments() -> str:
 
 
 def help_groups(choices: Mapping[str, object]) -> str:
-    """Lists the groups of a command with their choices, those made (``choices`` by group, Hydra's record) in brackets."""
+    """Lists a command's groups with their options, the chosen ones (``choices``, Hydra's record by group) in brackets."""
     available = config_groups()
     chosen = {group.split("@")[0]: choice for group, choice in choices.items() if "hydra/" not in group}
     lines = []
@@ -97,17 +97,17 @@ def help_groups(choices: Mapping[str, object]) -> str:
         lines.append(f"  {group:<14} {description}" + (f" (with stage={elsewhere[0]})" if elsewhere else ""))
         options = [f"[{option}]" if option == str(chosen.get(group)) else option for option in available[group]]
         lines += _wrapped("  ".join(options), _INDENT, _INDENT)
-    # Hydra puts the text through string.Template.
+    # Hydra passes the text through string.Template.
     return "\n".join(lines).replace("$", "$$")
 
 
 def _wrapped(text: str, first: str, others: str) -> list[str]:
-    """The lines of a text, with what the first one and the others begin with."""
+    """Wraps a text into lines; ``first`` and ``others`` are the prefixes of the first line and the rest."""
     wrap = textwrap.TextWrapper(_WIDTH, first, others, replace_whitespace=False)
     wrap.break_on_hyphens = wrap.break_long_words = False
     return wrap.wrap(text)
 
 
 def stages_with(group: str) -> list[str]:
-    """The stages whose defaults list names a group."""
+    """Stages whose defaults list names a group."""
     return [file.stem for file in sorted((conf_dir() / "stage").glob("*.yaml")) if group in chosen_in(file)]

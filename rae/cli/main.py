@@ -1,6 +1,6 @@
-"""Console scripts: Hydra's command line with errors in one line, folders of our own and Ctrl-C.
+"""Console scripts: Hydra's command line with one-line errors, custom config folders and Ctrl-C handling.
 
-A command is named by text and imported once its configuration is composed and checked, so that ``--help`` and errors come at once.
+A command is named by a string and imported only after its configuration is composed and checked: ``--help`` and errors are instant.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from rae.cli.schema import check_values
 from rae.io.describe import trust
 from rae.report.job import Job
 
-# Idle OpenMP threads are to spin but briefly: on a CPU that other work shares, the default made a training step up to 40 times
-# slower; not spinning at all makes it half as fast on an idle one.
+# Idle OpenMP threads should spin only briefly: on a shared CPU, the default made a training step up to 40 times slower;
+# without any spinning, steps take twice as long on an idle one.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _command: list[str] = []
-"""The command's name where it is an argument, as in ``rae train``."""
+"""The command's name if given as an argument, as in ``rae train``."""
 USER_ERROR, TASK_ERROR, INTERRUPTED = 2, 1, 130
 _FLAGS_WITH_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"),
@@ -49,7 +49,7 @@ _FLAGS_WITH_VALUE = (
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or another signal, with a message that says where the work stands, and the exit code."""
+    """Raised on Ctrl-C or another signal; carries a message about the state of the work and the exit code."""
 
     def __init__(self, text: str, code: int = INTERRUPTED) -> None:
         super().__init__(text)
@@ -59,14 +59,14 @@ class Interrupted(KeyboardInterrupt):
 def entry(config: str, target: str, after_sweep: str = "", complete: bool = True) -> Callable[[], None]:
     """Makes a console script.
 
-    The exit code is 0, 1 (the task failed; one line says why), 2 (the command line is wrong; one line names the nearest
-    right one) or 130 (Ctrl-C). ``RAE_TRACEBACK=1`` or ``hydra.verbose=true`` shows full traces.
+    The exit code is 0, 1 (the task failed; one line says why), 2 (the command line is wrong; one line suggests the nearest
+    valid one) or 130 (Ctrl-C). ``RAE_TRACEBACK=1`` or ``hydra.verbose=true`` shows full tracebacks.
 
     Args:
         config: Name of the root config in ``conf/``.
         target: ``module:function``; the function receives the composed configuration, whose ``output_dir`` is absolute and exists.
-        after_sweep: Likewise; called with all jobs once a sweep is over.
-        complete: Whether a configuration with values still to be given is refused.
+        after_sweep: Also ``module:function``; called with all jobs after a sweep.
+        complete: Whether to reject a configuration with missing values.
     """
     return functools.partial(_main, config, target, after_sweep, complete)
 
@@ -80,7 +80,7 @@ def _main(config: str, target: str, after_sweep: str, complete: bool) -> None:
     for folder in folders:
         _use_own_folder(folder)
     sys.argv[1:] = _without_fixed_keys(normalise(given))
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, which are put in words below
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors, which are explained below
     jobs: list[Job] = []
 
     def guarded(cfg: DictConfig) -> None:
@@ -98,7 +98,7 @@ def _main(config: str, target: str, after_sweep: str, complete: bool) -> None:
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
-            raise SystemExit(TASK_ERROR) from None  # as other programs do, without a word
+            raise SystemExit(TASK_ERROR) from None  # silently, as other programs do
         if _wants_trace():
             raise
         text = explain(error, arguments.config_name or config, arguments.overrides, folders)
@@ -109,12 +109,12 @@ def _main(config: str, target: str, after_sweep: str, complete: bool) -> None:
 
 
 def _run(cfg: DictConfig, config: str, target: str, program: str, complete: bool) -> BaseException | None:
-    """Runs one job; returns its error, already reported, so that the other jobs of a sweep still run."""
+    """Runs one job; reports and returns its error, so that the other jobs of a sweep still run."""
     job = HydraConfig.get()
     sweeping = job.mode == RunMode.MULTIRUN
     cfg.output_dir = job.runtime.output_dir if sweeping else str(Path(str(cfg.output_dir)).expanduser().resolve())
     arguments, environment = sys.argv, dict(os.environ)
-    # Processes that a strategy starts repeat the command line: in a sweep, for them it is this one job's.
+    # Processes that a strategy launches rerun the command line: in a sweep, they get this job's.
     repeated = arguments[1:]
     if sweeping:
         repeated = [*job.overrides.hydra, *job.overrides.task, f"output_dir='{cfg.output_dir}'"]
@@ -123,7 +123,7 @@ def _run(cfg: DictConfig, config: str, target: str, program: str, complete: bool
     try:
         if complete:
             check_complete(cfg, job.job.config_name or config)
-        check_files(cfg, config)  # before the classes are imported, whose annotations say what a value may be
+        check_files(cfg, config)  # before check_values imports the classes, whose annotations give the valid types
         check_values(cfg, job.job.config_name or config)
         absolute_paths(cfg)
         pkgutil.resolve_name(target)(cfg)
@@ -146,7 +146,7 @@ def _run(cfg: DictConfig, config: str, target: str, program: str, complete: bool
 
 
 def _use_own_folder(folder: Path) -> None:
-    """With ``--config-dir``: lists its choices, imports classes from the current folder, and lets files build those it names."""
+    """Registers a ``--config-dir``: lists its choices; classes that it names may be built, also from the current folder."""
     OWN.append(folder)
     sys.path.insert(0, str(Path.cwd()))
     for file in folder.rglob("*.yaml"):
@@ -154,18 +154,18 @@ def _use_own_folder(folder: Path) -> None:
 
 
 def _reader_left() -> bool:
-    """Whether nobody reads the standard output any more, as after ``| head``; what is still to be written goes nowhere then."""
+    """Whether the reader of standard output is gone, as after ``| head``; if so, discards any further output."""
     gone = False
     try:
         sys.stdout.flush()
-        # A write that failed leaves nothing behind that flushing would tell. Windows has no poll.
+        # After a failed write, flushing no longer raises; hence poll, which Windows lacks.
         if hasattr(select, "poll"):
             watch = select.poll()
             watch.register(sys.stdout.fileno(), 0)
             gone = any(event & select.POLLERR for _, event in watch.poll(0))
     except BrokenPipeError:
         gone = True
-    except (OSError, ValueError):  # no file, as in a notebook
+    except (OSError, ValueError):  # not a file, as in a notebook
         return False
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -173,14 +173,14 @@ def _reader_left() -> bool:
 
 
 def _say(text: str) -> None:
-    """Prints a text; without a word where nobody reads it, as after ``| head``."""
+    """Prints a text; silent if the reader is gone, as after ``| head``."""
     with contextlib.suppress(BrokenPipeError):
         print(text)
     _reader_left()
 
 
 def _leave_process_group(environment: dict[str, str]) -> None:
-    """Lets the next job of a sweep start its processes anew."""
+    """Destroys the process group and restores the environment, so that the next job of a sweep can launch its own processes."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -197,7 +197,7 @@ def _is_sweep(arguments: list[str]) -> bool:
 
 
 def _flags_first(arguments: list[str]) -> list[str]:
-    """Flags may stand anywhere among the overrides, which argparse by itself does not allow."""
+    """Moves flags to the front: they may stand anywhere among the overrides, which argparse alone does not allow."""
     flags, overrides, takes_value = [], [], False
     for argument in arguments:
         is_flag = argument.startswith("-")
@@ -210,7 +210,7 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 
 def _without_fixed_keys(arguments: list[str]) -> list[str]:
-    """In a sweep, leaves the overrides that all jobs share out of the names of the jobs' folders."""
+    """In a sweep, omits overrides that all jobs share from the job folders' names."""
     if not _is_sweep(arguments):
         return arguments
     parser = OverridesParser.create()
@@ -221,7 +221,7 @@ def _without_fixed_keys(arguments: list[str]) -> list[str]:
         try:
             override = parser.parse_override(argument)
         except HydraException:
-            return arguments  # Hydra says what is wrong
+            return arguments  # Hydra reports the error
         if not override.is_sweep_override() and not override.is_hydra_override():
             fixed.append(override.get_key_element())
     keys = ",".join(f"'{key}'" for key in fixed)
@@ -235,7 +235,7 @@ _LIST_JOBS = "rae.report.sweep:list_jobs"
 
 
 def _config_file() -> bool:
-    """``rae-convert config FILE`` stands for ``config=FILE``; whether a configuration is to be converted."""
+    """Rewrites ``rae-convert config FILE`` as ``config=FILE``; returns whether to convert a configuration."""
     arguments = sys.argv[1:]
     if "config" in arguments:
         at = arguments.index("config")
@@ -254,20 +254,20 @@ def train() -> None:
 
 
 def shard() -> None:
-    """Images to tar shards; ``--verify`` stands for ``verify=true images=none``."""
+    """Packs images into tar shards; ``--verify`` stands for ``verify=true images=none``."""
     if "--verify" in sys.argv:
         sys.argv = [argument for argument in sys.argv if argument != "--verify"] + ["verify=true", "images=none"]
     entry("shard", "rae.commands.shard:shard")()
 
 
 def convert() -> None:
-    """Models to other formats; with ``config=FILE``, a configuration of the authors' code to ours."""
+    """Converts models to other formats; with ``config=FILE``, a configuration of the authors' code to ours."""
     name = "convert_config" if _config_file() else "convert"
     entry(name, f"rae.commands.convert:{name}")()
 
 
 def demo() -> None:
-    """Both stages on handwritten digits."""
+    """Trains all stages on a small data set: handwritten digits, or pictures from sentences."""
     pkgutil.resolve_name("rae.demo.command:main")()
 
 
@@ -285,28 +285,28 @@ cost = entry("cost", "rae.commands.cost:cost", complete=False)
 COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
     "demo": (
         demo,
-        "all stages on small real pictures, from nothing to a picture and scores, on a CPU: digits or pictures",
+        "trains all stages from scratch on a CPU, on small real images (digits or pictures), up to samples and scores",
     ),
-    "download": (download, "fetches the files of a published model"),
+    "download": (download, "downloads the files of a published model"),
     "shard": (shard, "packs images into tar shards"),
-    "train": (train, "trains an encoder of your own, a decoder (stage 1) or a diffusion transformer (stage 2)"),
-    "stats": (stats, "mean and variance of the latents over a data set"),
+    "train": (train, "trains your own encoder (stage 0), a decoder (stage 1) or a diffusion transformer (stage 2)"),
+    "stats": (stats, "computes mean and variance of the latents over a data set"),
     "cache-latents": (cache_latents, "encodes a data set once, for stage 2"),
-    "reconstruct": (reconstruct, "images through encoder and decoder, and how far they are from the originals"),
-    "sample": (sample, "draws images"),
-    "reference": (reference, "statistics of real images that scores compare with"),
-    "evaluate": (evaluate, "scores of samples or reconstructions, from files or from a model"),
-    "probe": (probe, "what can be seen of an encoder and a decoder before a denoiser is trained on them"),
-    "convert": (convert, "models to other formats, configurations of the authors' code to ours"),
-    "cost": (cost, "operations, memory and hours of a training, before it is begun"),
-    "app": (app, "a web page that reconstructs uploaded images and draws samples"),
+    "reconstruct": (reconstruct, "encodes and decodes images, and compares them with the originals"),
+    "sample": (sample, "generates images"),
+    "reference": (reference, "computes the statistics of real images that scores compare with"),
+    "evaluate": (evaluate, "scores samples or reconstructions, from files or from a model"),
+    "probe": (probe, "analyses an encoder and decoder before you train a denoiser on them"),
+    "convert": (convert, "converts models to other formats, and configurations of the authors' code to ours"),
+    "cost": (cost, "estimates operations, memory and hours of a training run before you start it"),
+    "app": (app, "serves a web page that reconstructs uploaded images and generates samples"),
 }
-"""Every command, in the order in which they are used, and what it does."""
+"""Every command, in order of use, and what it does."""
 _HEADING = "Each of these commands explains itself with --help; rae-train --list lists the experiments:"
 
 
 def rae() -> None:
-    """``rae COMMAND …`` is ``rae-COMMAND …``; without a command it lists them all."""
+    """Runs ``rae COMMAND …`` as ``rae-COMMAND …``; without a command, lists them all."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  rae-{command:<14} {about}" for command, (_, about) in COMMANDS.items()]

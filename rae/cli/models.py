@@ -1,4 +1,4 @@
-"""Trained models of every kind, opened for the commands: runs, exports, diffusers' folders, published files."""
+"""Opens trained models of every kind for the commands: runs, exports, diffusers folders, published files."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from rae.io.errors import ConfigError
 
 
 def load(source: str | Path, overrides: Sequence[str] = (), encode: bool = True) -> RAE | Generator:
-    """Opens a trained model for use from Python, whatever it is: as the commands do with ``checkpoint=…``.
+    """Opens a trained model of any kind for use from Python, as the commands do with ``checkpoint=…``.
 
     Args:
-        source: Folder or ``.ckpt`` of a run, an exported folder, diffusers' folder, the hub id of either, or the name of a
+        source: Folder or ``.ckpt`` of a run, an exported folder, a diffusers folder, the hub id of either, or the name of a
             published model, e.g. ``dit_dh_xl_256``, whose files rae-download has put into ``collection`` (``models``).
-        overrides: As for ``rae-sample``, e.g. ``["guidance=cfg", "guidance.scale=2"]``. Sampler and guidance are those of the
-            run or export where no override names them.
-        encode: Whether the encoder's weights are needed; sampling does without them.
+        overrides: As for ``rae-sample``, e.g. ``["guidance=cfg", "guidance.scale=2"]``. Sampler and guidance default to
+            those of the run or export.
+        encode: Whether the encoder's weights are needed; sampling does not need them.
 
     Returns:
-        A generator where the source holds a denoiser, else an autoencoder; in evaluation mode, on the CPU.
+        A generator if the source holds a denoiser, else an autoencoder; in evaluation mode, on the CPU.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
-        ConfigError: An unknown override, or something else must be given too.
+        FileNotFoundError: Nothing of that name exists.
+        ConfigError: An override is unknown, or something else must be given too.
         ValueError: The weights do not fit.
     """
     overrides = [overrides] if isinstance(overrides, str) else overrides
     published = str(source) in config_groups()["model"] and not Path(source).exists()
     cfg = compose("sample", [f"model={source}", *overrides] if published else overrides)
     if not published:
-        cfg.checkpoint = str(source)  # no override, whose grammar knows special signs
+        cfg.checkpoint = str(source)  # not as an override, whose grammar has special characters
     for group in ("sampler", "guidance"):
         if not published and not any(override.startswith((f"{group}=", f"{group}.")) for override in overrides):
             cfg[group] = None
@@ -52,15 +52,15 @@ def load(source: str | Path, overrides: Sequence[str] = (), encode: bool = True)
 def open_model(cfg: DictConfig, encode: bool = True, keep_guide: bool = False) -> tuple[RAE | Generator, DictConfig]:
     """The trained model that ``checkpoint`` names, or that ``model=…`` composes from published files.
 
-    ``encode`` says whether the encoder's weights are needed; ``keep_guide``, whether an export's guide stays where ``guidance``
-    names a kind that does without one.
+    ``encode``: whether the encoder's weights are needed; ``keep_guide``: whether to keep an export's guide even if ``guidance``
+    names a kind that needs none.
 
     Returns:
-        A generator where the source holds a denoiser, else an autoencoder, in evaluation mode; and the configuration that says
-        how it came about, with that of the run where it is one.
+        A generator if the source holds a denoiser, else an autoencoder, in evaluation mode; and the configuration that
+        describes its origin, including the run's own if it is a run.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
+        FileNotFoundError: Nothing of that name exists.
         ConfigError: Something else must be given too.
         ValueError: The weights do not fit.
     """
@@ -69,7 +69,7 @@ def open_model(cfg: DictConfig, encode: bool = True, keep_guide: bool = False) -
 
 
 def _bundle(cfg: DictConfig, keep_guide: bool = False) -> Bundle:
-    """The model of a command's configuration, not built yet."""
+    """The model that a command's configuration describes, not built yet."""
     if cfg.get("decoder") is not None or "collection" in cfg:  # a composition: published files
         check_published(cfg)
     averaged = cfg.get("averaged", True)
@@ -78,7 +78,7 @@ def _bundle(cfg: DictConfig, keep_guide: bool = False) -> Bundle:
 
 
 def open_generator(cfg: DictConfig, device: torch.device | str = "cpu") -> tuple[Generator, DictConfig]:
-    """As :func:`open_model`, for sampling on a device.
+    """Like :func:`open_model`, for sampling on a device.
 
     Raises:
         ConfigError: The model has no denoiser.
@@ -90,7 +90,7 @@ def open_generator(cfg: DictConfig, device: torch.device | str = "cpu") -> tuple
 
 
 def open_autoencoder(cfg: DictConfig, device: torch.device | str = "cpu") -> tuple[RAE, DictConfig]:
-    """As :func:`open_model`, for encoding and decoding on a device; a denoiser is not built."""
+    """Like :func:`open_model`, for encoding and decoding on a device; does not build the denoiser."""
     bundle = _bundle(cfg)
     autoencoder = assemble(bundle.without("denoiser", "guide"), make=make_part)
     assert isinstance(autoencoder, RAE)

@@ -1,4 +1,4 @@
-"""What a command's own keys take: told by default and by the choices in the comment, or listed here where these do not tell."""
+"""Types of a command's own keys: from the default and the choices in the comment, or listed here if these do not tell."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rae.cli.groups import command_files, conf_dir, documented
 _CHOICES = re.compile(r"^([\w-]+(?: \| [\w-]+)+)(?=[:,;]| \(|$)")
 _TYPES: dict[str, Any] = {
     "name": str | int,
-    "device": str,  # cuda:1 is one too; rae.jobs.processes.pick_device says which there are
+    "device": str,  # also cuda:1; rae.jobs.processes.pick_device checks which exist
     "devices": int | Literal["auto"],
     "labels": str,
     "classes": str | int | list[int],
     "samples_per_class": int,
     "count": int | None,
-    "prompt": Any,  # 7 is one too
+    "prompt": Any,  # may be a number, such as 7
     "num_workers": int,
     "layout": Literal["geneval", "dpg"] | None,
     "compile": bool | str,
@@ -36,7 +36,7 @@ _TYPES: dict[str, Any] = {
     "names": list[str],
     "port": int | None,
 }
-"""What a command's own keys take where their default does not tell; one that is null by default takes a text else."""
+"""Types of a command's own keys whose default does not tell; other keys that default to null accept text."""
 _ELSEWHERE: dict[tuple[str, str], Any] = {
     ("reference", "images"): bool,
     ("shard", "images"): str,
@@ -44,11 +44,11 @@ _ELSEWHERE: dict[tuple[str, str], Any] = {
     ("cost", "samples"): int,
     ("convert_config", "name"): str | None,
 }
-"""The same of keys that mean something else in one command."""
+"""Types of keys that mean something else in one command."""
 
 
 def own_keys(config: str) -> dict[str, Any]:
-    """The kinds of a command's own keys."""
+    """Types of a command's own keys, by key."""
     hints: dict[str, Any] = {}
     roots = [config, "train"] if config == "cost" else [config]
     files = [file for root in roots for file in command_files(root)]

@@ -1,7 +1,7 @@
-"""Whether every value of a configuration is of a kind that its key takes.
+"""Type checks of every value in a configuration.
 
-What a key takes is said in one place: a command's own keys by their default and the choices in its comment, everything else by the
-annotations of the class that the node builds.
+A key's type is declared in one place: for a command's own keys, by the default and the choices in the comment; for everything
+else, by the annotations of the class that the node builds.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from rae.io.errors import ConfigError
 _LARGEST, _LARGEST_SEED = 2**31, 2**63
 _UNTYPED = (Any, inspect.Parameter.empty)
 _ELSEWHERE_RUN = ("cost", "convert_config")
-"""Commands that speak of other machines."""
+"""Commands whose configuration describes another machine."""
 _BUILD_NOTHING = ("download", "convert_config")
-"""Commands for which the classes that a configuration names are words alone."""
+"""Commands that never import or build the classes that a configuration names."""
 _FROM_ZERO = ("seed", "stage", "num_workers", "kept")
-"""Integers among them that may be 0."""
+"""A command's own integer keys that may be 0."""
 _SETS = ("callbacks", "logger")
 """Groups of objects by name."""
 _SPECIAL: dict[str, Any] = {"_target_": str, "_partial_": bool, "_recursive_": bool, "_convert_": str, "_args_": list}
@@ -39,21 +39,21 @@ _SPECIAL: dict[str, Any] = {"_target_": str, "_partial_": bool, "_recursive_": b
 _NETWORKS = ("encoder", "decoder", "denoiser", "discriminator", "guide")
 _SIZED = (*_NETWORKS, "detector", "sampler", "metric")
 _MOST_IN_NETWORKS, _MOST_BLOCKS, _MOST_WORKERS, _MOST_NODES, _MOST_ELSEWHERE = 2**16, 1_000, 1_024, 10_000, 1_000_000
-"""Bounds of sizes, far above any in use, below those that a machine would be asked for in vain."""
+"""Upper bounds of sizes: far above any in use, but below those that no machine could provide."""
 
 
 def check_values(cfg: DictConfig, config: str) -> None:
-    """Refuses values of a kind that their key does not take, before anything is built from them.
+    """Rejects values of the wrong type before anything is built from them.
 
-    The configuration, of the root config of that name, is complete.
+    ``cfg`` is complete and composed from the root config ``config``.
 
     Raises:
-        ConfigError: Names the first such key, its value and what it takes.
+        ConfigError: Names the first such key, its value and what it accepts.
     """
     if config not in _ELSEWHERE_RUN:
         _check_processes(cfg)
     own = own_keys(config)
-    for name in sorted(cfg, key=lambda name: name not in own):  # the command's own first: classes take time to import
+    for name in sorted(cfg, key=lambda name: name not in own):  # the command's own first: importing classes takes time
         key, value = str(name), _value(cfg, name)
         if key == "hydra" or (config in _BUILD_NOTHING and isinstance(value, DictConfig)):
             continue
@@ -80,7 +80,7 @@ def _check_processes(cfg: DictConfig) -> None:
 
 
 def _value(node: Any, name: Any) -> Any:
-    """A value within a node; ``...`` where it is filled in later, such as the flow's path of a run that is sampled from."""
+    """A node's value; ``...`` if it is filled in later, such as the flow's path, which comes from the run sampled from."""
     try:
         return node[name]
     except (InterpolationResolutionError, InterpolationToMissingValueError, MissingMandatoryValue):
@@ -88,7 +88,7 @@ def _value(node: Any, name: Any) -> Any:
 
 
 def _source(node: Any, name: Any, key: str) -> str:
-    """The key that a value is given by: the one that it refers to, else its own."""
+    """The key that sets a value: the one that it refers to, else its own."""
     inner = node._get_node(name)
     if inner is None or not inner._is_interpolation():
         return key
@@ -97,7 +97,7 @@ def _source(node: Any, name: Any, key: str) -> str:
 
 
 def _inner_hint(hint: Any, name: str) -> Any:
-    """What a mapping's value may be."""
+    """Type of a mapping's value."""
     for one in (hint, *typing.get_args(hint)):
         if typing.is_typeddict(one):
             return typing.get_type_hints(one).get(name, Any)
@@ -110,13 +110,13 @@ def _inner_hint(hint: Any, name: str) -> Any:
 
 
 def _check(key: str, value: Any, hint: Any) -> None:
-    """Refuses a value, or one within it."""
+    """Rejects an invalid value, or one with an invalid value inside."""
     _check_plainly(key, value)
     if value is ...:
         return
     if isinstance(value, DictConfig) and not value._is_none() and "_target_" in value:
         built = _check_arguments(key, value)
-        if isinstance(built, type) and not _takes_objects(hint):  # functions make plain values too
+        if isinstance(built, type) and not _takes_objects(hint):  # functions may return plain values
             raise ConfigError(f"{key} is a mapping with _target_: must be {_words(hint)}")
         return
     if not _fits(value, hint):
@@ -133,7 +133,7 @@ def _check(key: str, value: Any, hint: Any) -> None:
 
 
 def _check_plainly(key: str, value: Any) -> None:
-    """Refuses what no key takes."""
+    """Rejects what no key accepts."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}={value}: must be a finite number")
     if isinstance(value, str) and not value.strip():
@@ -144,7 +144,7 @@ def _check_plainly(key: str, value: Any) -> None:
 
 
 def _largest(key: str) -> int:
-    """The largest integer that makes sense."""
+    """The largest integer that makes sense for a key."""
     parts = key.split(".")
     last = parts[-1]
     in_network = not {*parts}.isdisjoint(_NETWORKS)
@@ -158,7 +158,7 @@ def _largest(key: str) -> int:
 
 
 def _check_arguments(key: str, node: DictConfig) -> Any:
-    """Refuses arguments that a node's class, or function, does not take; returns it."""
+    """Rejects arguments that a node's class or function does not accept; returns the class or function."""
     target = _value(node, "_target_")
     try:
         if not isinstance(target, str):
@@ -178,7 +178,7 @@ def _check_arguments(key: str, node: DictConfig) -> Any:
 
 
 def _arguments(built: Any) -> tuple[dict[str, Any], bool]:
-    """Annotations by name of what a class or function takes, and whether it takes other names too."""
+    """Annotations by name of a class's or function's arguments, and whether it accepts other names too."""
     found: dict[str, Any] = {}
     for owner in built.__mro__ if isinstance(built, type) else (built,):
         function = owner.__dict__.get("__init__") if isinstance(owner, type) else owner
@@ -188,19 +188,19 @@ def _arguments(built: Any) -> tuple[dict[str, Any], bool]:
         try:
             parameters = inspect.signature(function).parameters.values()
             hints = typing.get_type_hints(function)
-        except (TypeError, ValueError, NameError):  # of a builtin, or of names that only type checkers import
+        except (TypeError, ValueError, NameError):  # a builtin, or annotations that only type checkers import
             return found, True
         named = [p.name for p in parameters if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         found = {name: hints.get(name, Any) for name in named} | found
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return found, False
-        if not str(getattr(function, "__module__", "")).startswith("rae."):  # who knows what it does with them
+        if not str(getattr(function, "__module__", "")).startswith("rae."):  # its **kwargs may go anywhere
             return found, True
     return found, True
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a kind."""
+    """Whether a value matches an annotation."""
     if isinstance(value, DictConfig) and value._is_none():
         value = None
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -224,7 +224,7 @@ def _fits(value: Any, hint: Any) -> bool:
         fits = isinstance(value, DictConfig)
     elif _is_list(hint):
         fits = isinstance(value, ListConfig) and _items_fit(value, origin, arguments)
-    else:  # an object: a node that builds it, which is looked at on its own
+    else:  # an object: needs a node that builds it, which is checked separately
         fits = isinstance(value, DictConfig) and "_target_" in value
     return fits
 
@@ -252,7 +252,7 @@ def _is_list(hint: Any) -> bool:
 
 
 def _takes_objects(hint: Any) -> bool:
-    """Whether anything but plain values is meant."""
+    """Whether an annotation allows anything but plain values."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         return any(_takes_objects(one) for one in typing.get_args(hint))
     plain = (bool, int, float, str, None, type(None))
@@ -263,7 +263,7 @@ def _takes_objects(hint: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
-    """What a key takes."""
+    """Describes what a key accepts."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     known = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null", None: "null"}
     if origin in (Union, types.UnionType):
