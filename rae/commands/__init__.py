@@ -1,1 +1,1 @@
-"""The commands, one verb a file."""
+"""The commands, one per file."""

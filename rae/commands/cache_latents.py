@@ -1,4 +1,4 @@
-"""rae-cache-latents: encodes a data set once, for stage 2 to train from."""
+"""rae-cache-latents: encodes a data set once, for stage 2 to train on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuses what cannot be cached, and switches the flips off, of which both sides are encoded.
+    """Rejects data that cannot be cached, and turns off the data set's flips: ``flips=both`` encodes both versions.
 
     Raises:
         ConfigError: Names the key.
@@ -42,7 +42,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def required_bytes(cfg: DictConfig, shape: tuple[int, ...], images: int) -> int:
-    """Bytes of all latents C×h×w, or K×C×h×w of stacked layers, of a number of images."""
+    """Bytes of the latents, C×h×w or K×C×h×w of stacked layers, of a number of images."""
     return DTYPES[cfg.dtype].itemsize * (2 if cfg.flips == "both" else 1) * math.prod(shape) * images
 
 
@@ -54,13 +54,13 @@ def cache_split(
     split: str,
     text_encoder: TextEncoder | None = None,
 ) -> None:
-    """Writes the latents of ``train`` or ``val`` that are not there yet, and their description once all are.
+    """Writes the missing latents of ``train`` or ``val``, and their description once all exist.
 
-    Each process encodes its share of the parts. Features of captions, made by ``text_encoder``, are kept too.
+    Each process encodes its share of the parts. Caption features from ``text_encoder`` are stored too.
 
     Raises:
         ValueError: The folder holds latents of another encoder or of other images.
-        OSError: The disk is too small.
+        OSError: The disk has too little space.
     """
     folder = Path(cfg.output_dir) / split
     images = data.samples(split)
@@ -122,7 +122,7 @@ def _texts(text_encoder: TextEncoder, batch: Any, dtype: torch.dtype) -> list[to
     """Features L×C of every caption of a batch, without padding.
 
     Raises:
-        ConfigError: The data hold no captions.
+        ConfigError: The data have no captions.
     """
     if "caption" not in batch:
         raise ConfigError("text=true: the data hold no captions; add data.captions=…")
@@ -131,10 +131,10 @@ def _texts(text_encoder: TextEncoder, batch: Any, dtype: torch.dtype) -> list[to
 
 
 def _announce(cfg: DictConfig, folder: Path, shape: tuple[int, ...], images: int, parts: int) -> None:
-    """Says how much is about to be written, and refuses to begin what does not fit.
+    """Logs how much will be written, and refuses to start if it does not fit.
 
     Raises:
-        OSError: The disk is too small.
+        OSError: The disk has too little space.
     """
     needed = required_bytes(cfg, shape, images)
     there = sum(file.stat().st_size for file in folder.glob("latents-*.safetensors"))
@@ -157,7 +157,7 @@ def cache_latents(cfg: DictConfig) -> None:
     """Encodes training and validation images, each once.
 
     Raises:
-        ConfigError: See :func:`check`; or none of the splits has images, or there are no layers to stack.
+        ConfigError: See :func:`check`; also if no split has images or there are no layers to stack.
     """
     check(cfg)
     fabric = start(cfg)

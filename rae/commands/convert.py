@@ -1,4 +1,4 @@
-"""rae-convert: a trained model from one format to another; and a configuration of the original project to one of ours."""
+"""rae-convert: converts a trained model to another format, or a configuration of the original project to ours."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ WRITTEN = {
     "onnx": onnx.FILES,
     **original.LAYOUTS,
 }
-"""What is written, by the format."""
+"""Contents of the output folder, by format."""
 
 
 def convert(cfg: DictConfig) -> None:
-    """Opens the model, whatever it is stored as, and writes it in the wanted format.
+    """Opens a model in any format and writes it in the requested one.
 
     Raises:
-        ConfigError: An unknown format, or an upload of another one than ours.
+        ConfigError: The format is unknown, or an upload is requested in a format other than ours.
     """
     if cfg.to not in WRITTEN:
         raise ConfigError(f"to={cfg.to!r} is unknown; choose one of {', '.join(WRITTEN)}")
@@ -62,7 +62,7 @@ def convert(cfg: DictConfig) -> None:
     refuse_existing(cfg, *written)
     model, _ = open_model(cfg, encode=cfg.to in ("rae", "diffusers"))
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # what is refused replaces nothing
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # a rejected model replaces nothing
         made = Path(scratch) / "model"
         _save(cfg, model, made)
         for file in written:
@@ -83,12 +83,12 @@ def convert(cfg: DictConfig) -> None:
 
 
 def _card(cfg: DictConfig) -> dict[str, Any]:
-    """What the model's card is to say."""
+    """Facts for the model card."""
     return {name: cfg[name] for name in ("scores", "license", "trained_on")}
 
 
 def _save(cfg: DictConfig, model: RAE | Generator, folder: Path) -> None:
-    """Writes the model in the wanted format into a new folder."""
+    """Writes the model in the requested format into a new folder."""
     if cfg.to == "rae":
         model.save_pretrained(
             folder, cfg.store_encoder, source=cfg.push_to_hub or Path(cfg.output_dir).name, **_card(cfg)
@@ -106,12 +106,12 @@ def _save(cfg: DictConfig, model: RAE | Generator, folder: Path) -> None:
 
 
 def convert_config(cfg: DictConfig) -> None:
-    """Translates a YAML file of the original project and says what has no counterpart.
+    """Translates a YAML file of the original project and lists what has no counterpart.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        FileExistsError: The file to be written is there already.
-        ConfigError: It is no file of the original, or asks for what cannot be had.
+        FileNotFoundError: The file does not exist.
+        FileExistsError: The output file already exists.
+        ConfigError: It is not a file of the original project, or asks for something unsupported.
     """
     origin = Path(cfg.config)
     name = cfg.name or re.sub(r"\W+", "_", origin.stem).strip("_").lower()
@@ -132,11 +132,11 @@ def convert_config(cfg: DictConfig) -> None:
 
 
 def read_original(path: str | Path) -> Mapping[str, Any]:
-    """A YAML file of the original project, with its interpolations resolved.
+    """Reads a YAML file of the original project and resolves its interpolations.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ConfigError: It is no YAML file of the original.
+        FileNotFoundError: The file does not exist.
+        ConfigError: It is not a YAML file of the original project.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -155,5 +155,5 @@ def read_original(path: str | Path) -> Mapping[str, Any]:
 
 
 def compose_training(overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration of ``rae-train`` for overrides, as plain values."""
+    """The configuration of ``rae-train`` for some overrides, as plain values."""
     return plain(compose("train", overrides))

@@ -1,4 +1,4 @@
-"""rae-cost: what a training and its samples cost, estimated from the networks of a configuration, without data or weights."""
+"""rae-cost: estimates the cost of training and sampling from a configuration's networks, without data or weights."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _NOT_LOADED = {"pretrained": False, "checkpoint": None, "stats": "none", "compil
 
 
 def without_weights(cfg: DictConfig) -> DictConfig:
-    """The configuration with all that loads a file, and compilation, taken out of it; a frozen text encoder is not counted."""
+    """The configuration without compilation or anything that loads a file; a frozen text encoder is not counted."""
     bare = cfg.copy()
     OmegaConf.set_struct(bare, False)
     for key in ("decoder_checkpoint", "discriminator_checkpoint", "init_checkpoint", "teacher_checkpoint"):
         bare[key] = None
     if bare.get("denoiser") is not None and bare.get("text_encoder") is not None:
-        bare.condition = OmegaConf.to_container(bare.condition, resolve=True)  # it speaks of the text encoder
+        bare.condition = OmegaConf.to_container(bare.condition, resolve=True)  # it refers to the text encoder
         bare.text_encoder = None
     for group in ("encoder", "text_encoder", "discriminator", "latent", "loss.perceptual", "training"):
         node = OmegaConf.select(bare, group)
         for key, value in _NOT_LOADED.items() if node is not None and "_target_" in node else ():
-            if key in list(node) or (key == "pretrained" and group == "encoder"):  # ??? is among the former
+            if key in list(node) or (key == "pretrained" and group == "encoder"):  # list(node) includes ???
                 node[key] = value
     return bare
 
@@ -47,18 +47,18 @@ def cost(cfg: DictConfig) -> None:
         job = HydraConfig.get().job
         is_first = OmegaConf.is_missing(job, "num") or job.num == 0
         lines = markdown([row(figures)]).splitlines()
-        print("\n".join(lines if is_first else lines[2:]))  # one heading for a whole sweep
+        print("\n".join(lines if is_first else lines[2:]))  # one heading for the whole sweep
     else:
         print(text(figures))
     write_json(Path(cfg.output_dir) / "cost.json", figures)
 
 
 def estimate(cfg: DictConfig) -> dict[str, Any]:
-    """All figures, as ``cost.json`` holds them: operations are FLOPs, memory is bytes, times are hours.
+    """All figures, as in ``cost.json``: operations in FLOPs, memory in bytes, times in hours.
 
     Raises:
-        ConfigError: A value that is missing or not allowed.
-        ValueError: A precision that cannot be trained in.
+        ConfigError: A value is missing or not allowed.
+        ValueError: The precision does not support training.
     """
     check_precision(cfg.trainer.precision)
     autocast = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
@@ -67,7 +67,7 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
 
     with torch.device("meta"):
         module: Any = build_module(without_weights(cfg))
-        if cfg.get("teacher_checkpoint") is not None:  # it counts as one of the denoiser's own size
+        if cfg.get("teacher_checkpoint") is not None:  # counted as a network of the denoiser's size
             module.teacher = Teacher(make(cfg.denoiser), FlowMatching())
         module = to_meta(module)
     networks = _networks(module)
@@ -125,7 +125,7 @@ def _networks(module: Any) -> dict[str, Any]:
 
 
 def _count(devices: Any) -> int:
-    """Devices of a Trainer's argument; one where only the machine knows."""
+    """Device count from a Trainer argument; 1 if it depends on the machine."""
     if OmegaConf.is_list(devices):
         return len(devices)
     return max(1, int(devices)) if str(devices).lstrip("-").isdigit() else 1

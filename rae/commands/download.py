@@ -1,4 +1,4 @@
-"""rae-download: files of the published collection, where model=… looks for them."""
+"""rae-download: fetches files of the published collection to where model=… looks for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FILES = ("checkpoint", "decoder_checkpoint", "latent.stats")
 
 
 def files_of(cfg: DictConfig) -> list[str]:
-    """Names inside the collection of the files that a model needs.
+    """Names, relative to the collection, of the files that a model needs.
 
     Raises:
         ConfigError: No model is given.
@@ -40,13 +40,13 @@ def files_of(cfg: DictConfig) -> list[str]:
 
 
 def download(cfg: DictConfig) -> None:
-    """Fetches the files, those that are there already excepted; compares them with the hub's hashes and says the licence.
+    """Fetches the missing files, verifies all against the hub's hashes and logs the licence.
 
-    A file or folder below one that is named as the repository is kept there: it is the repository's own folder.
+    If all files belong in a folder named like the repository, that folder holds the repository's contents.
 
     Raises:
-        FileNotFoundError: The hub cannot be reached or does not have a file.
-        ValueError: A file is not the hub's.
+        FileNotFoundError: The hub cannot be reached or lacks a file.
+        ValueError: A file differs from the hub's.
     """
     folder, own = Path(cfg.collection).expanduser(), str(cfg.repository).rpartition("/")[2]
     names = None if cfg.everything else files_of(cfg)
@@ -65,13 +65,13 @@ def download(cfg: DictConfig) -> None:
 
 
 def licence_of_files(cfg: DictConfig) -> str:
-    """The licence of a model's files, and that of its encoder where there is one."""
+    """Licences of a model's files and, if there is one, of its encoder."""
     encoder = licence_of(cfg.encoder) if "encoder" in cfg else None
     return f"files: {cfg.licence}; encoder: {encoder}" if encoder else str(cfg.licence)
 
 
 def _verify(cfg: DictConfig, folder: Path, names: list[str] | None) -> None:
-    """Compares the files below a folder with the hub's hashes; without a connection, says that they were not compared."""
+    """Compares a folder's files with the hub's hashes; without a connection, warns that they were not compared."""
     try:
         hashes = published_hashes(cfg.repository, names, cfg.revision)
     except FileNotFoundError as error:

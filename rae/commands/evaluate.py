@@ -1,4 +1,4 @@
-"""rae-evaluate: scores of generated images or of reconstructions, from files or directly from a trained model."""
+"""rae-evaluate: scores generated images or reconstructions, from files or directly from a trained model."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 
 
 def check_given(cfg: DictConfig) -> None:
-    """Refuses what can be refused before networks are built and their weights looked for.
+    """Checks what can be checked before networks are built and their weights loaded.
 
     Raises:
-        ConfigError: Neither samples nor a model are given, or both; a metric lacks its reference or originals; or an empty batch.
+        ValueError: A metric lacks its reference or originals, latents and decoders do not match, or the batch size is below 1.
         FileNotFoundError: The samples, the originals or the reference do not exist.
     """
     if cfg.batch_size < 1:
@@ -56,10 +56,10 @@ def check_given(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Feeds all images to the metric in one pass and writes what it computes, with all that identifies it.
+    """Feeds all images to the metric in one pass and writes the scores, with everything that identifies them.
 
     Raises:
-        ConfigError: A metric that cannot be shared out, or see :func:`check_given`.
+        ConfigError: The metric cannot run on several processes, or see :func:`check_given`.
     """
     folder = Path(cfg.output_dir)
     if cfg.report is not None:
@@ -70,7 +70,7 @@ def evaluate(cfg: DictConfig) -> None:
     check_given(cfg)
     refuse_existing(cfg, folder / ("scores.json" if cfg.latents is None else "decoders.csv"))
     fabric = start(cfg)
-    metric = open_metric(cfg, cfg, fabric)  # before the images: what does not fit is to be said at once
+    metric = open_metric(cfg, cfg, fabric)  # before the images, to report mismatches at once
     if cfg.latents is not None:
         _compare_decoders(cfg, fabric, metric, folder)
         return
@@ -90,16 +90,16 @@ def evaluate(cfg: DictConfig) -> None:
             for line in differences(identity["protocol"]):
                 print(f"differs from the protocol: {line}")
             log.info("scores.json and scores.csv are in %s", folder)
-    if is_first and cfg.neighbours:  # the others end: they would not wait for long
+    if is_first and cfg.neighbours:  # the other processes exit: they would time out waiting
         _write_neighbours(cfg, source, metric, shown, folder)
 
 
 def _scored(
     cfg: DictConfig, fabric: Fabric, metric: Any, source: Source
 ) -> tuple[dict[str, float], dict[str, Any], list[Any]]:
-    """The scores of all images, all that identifies them, and the first images for the sheet of neighbours.
+    """Scores of all images, everything that identifies them, and the first images, for the sheet of neighbours.
 
-    Of a mixture the scores of each source follow, ``psnr/NAME``, by the names that they have in training.
+    For a mixture, adds the scores of each source as ``psnr/NAME``, named as in training.
     """
     shown: list[Any] = []
     scores: dict[str, float] = {}
@@ -118,7 +118,7 @@ def _scored(
 
 
 def _compare_decoders(cfg: DictConfig, fabric: Fabric, metric: Any, folder: Path) -> None:
-    """The same latents through several decoders: ``decoders.csv`` and, by the decoder's number, ``scores.json`` of each."""
+    """Scores the same latents with several decoders: writes ``decoders.csv`` and, by decoder number, each ``scores.json``."""
     rows = []
     for number, (name, source) in enumerate(from_latents(cfg, fabric, metric)):
         metric.reset()
@@ -136,12 +136,12 @@ def _compare_decoders(cfg: DictConfig, fabric: Fabric, metric: Any, folder: Path
 
 
 def training_images(cfg: DictConfig, run: DictConfig) -> Iterator[Tensor]:
-    """The images that ``neighbours_of`` names, or those that ``run`` was trained on, cropped as they are but never mirrored.
+    """Images that ``neighbours_of`` names, or else those that ``run`` was trained on, centre-cropped and never flipped.
 
     Batches are uint8 B×3×H×W.
 
     Raises:
-        ConfigError: Nothing is named and the model does not say what it was trained on.
+        ConfigError: None are named and the model does not record its training data.
     """
     if cfg.neighbours_of is not None:
         _, batches = open_images("neighbours_of", cfg.neighbours_of, cfg.batch_size)
@@ -167,7 +167,7 @@ def _write_neighbours(cfg: DictConfig, source: Source, metric: Any, samples: Seq
 
 
 def _keep_or_remove(cfg: DictConfig, source: Source, folder: Path) -> None:
-    """Packs the samples where that is wanted; without it they have served."""
+    """Packs the samples if requested, then deletes their parts."""
     assert source.parts is not None
     if cfg.keep_samples:
         write_npz(folder / "samples.npz", source.parts, source.labels)

@@ -1,4 +1,4 @@
-"""rae-probe: what can be seen of an encoder and a decoder before a denoiser is trained on them."""
+"""rae-probe: analyses an encoder and a decoder before a denoiser is trained on them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from rae.rng import normal, sample_seed
 log = logging.getLogger(__name__)
 
 MOST = 1000
-"""Images that are taken where no number is given: their latents are kept in memory."""
+"""Default number of images: their latents are kept in memory."""
 
 
 def probe(cfg: DictConfig) -> None:
-    """Describes the latents of held-out images, and draws them with noise and between one another.
+    """Describes the latents of held-out images, and decodes them with noise and interpolated.
 
     Raises:
-        ConfigError: Levels outside their range, fewer than two images, several devices, or a metric of samples.
+        ConfigError: Levels out of range, fewer than two images, several devices, or a metric for samples.
     """
     for name, low, high in (("noise", 0.0, 1.0), ("interpolation", 0.0, 0.5)):
         if not cfg[name] or any(not low <= level <= high for level in cfg[name]):
@@ -89,24 +89,24 @@ def probe(cfg: DictConfig) -> None:
 
 @dataclass
 class Curve:
-    """Images drawn from changed latents against the originals: what the metric says, and the cycle error.
+    """Compares images decoded from changed latents with the originals: the metric's scores, and the cycle error.
 
-    The cycle error is ‖E(D(z)) − z‖² / ‖z‖² in normalised latents: how far the drawn image's own latent is from the one it
-    was drawn from.
+    The cycle error is ‖E(D(z)) − z‖² / ‖z‖² in normalised latents: how far the decoded image's own latent is from the one
+    it was decoded from.
     """
 
     cfg: DictConfig
     autoencoder: RAE
     """The model, on its device."""
     metric: Any
-    """Of reconstructions and originals."""
+    """A metric of reconstructions and originals."""
     latents: Tensor
     """Normalised, N×C×h×w, on the CPU."""
     originals: Tensor
     """Images uint8 N×3×H×W, on the CPU."""
 
     def noisy(self, sigma: float) -> Callable[[range], Tensor]:
-        """Latents with noise of a standard deviation, the same for an image at every level."""
+        """Latents with Gaussian noise of standard deviation ``sigma``; an image has the same noise at every level."""
 
         def changed(numbers: range) -> Tensor:
             seeds = [sample_seed(self.cfg.seed, "probe", number) for number in numbers]
@@ -115,7 +115,7 @@ class Curve:
         return changed
 
     def between(self, alpha: float) -> Callable[[range], Tensor]:
-        """Latents on the way to that of the next image; the last one's next is the first."""
+        """Latents interpolated towards the next image's (``alpha`` from 0 to 1); the first image follows the last."""
 
         def changed(numbers: range) -> Tensor:
             others = torch.tensor([(number + 1) % len(self.latents) for number in numbers])
@@ -124,7 +124,7 @@ class Curve:
         return changed
 
     def __call__(self, changed: Callable[[range], Tensor]) -> dict[str, float]:
-        """All scores by name."""
+        """Computes all scores by name."""
         self.metric.reset()
         error, size = 0.0, 0.0
         for begin in range(0, len(self.latents), self.cfg.batch_size):

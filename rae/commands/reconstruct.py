@@ -1,4 +1,4 @@
-"""rae-reconstruct: images through encoder and decoder, beside the originals, with scores."""
+"""rae-reconstruct: encodes and decodes images, shows them beside the originals, and scores them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def open_data(run: DictConfig, image_size: int) -> ImageDataModule:
-    """The folder or shards that ``images`` names, or the run's data, whose held-out images are meant; of a side in pixels.
+    """The folder or shards that ``images`` names, or else the run's data, for its held-out images; ``image_size`` in pixels.
 
     Raises:
         ConfigError: The run has no held-out images.
@@ -57,7 +57,7 @@ def open_data(run: DictConfig, image_size: int) -> ImageDataModule:
 
 
 def checked_count(data: ImageDataModule, count: int | None) -> int:
-    """How many of the held-out images are meant: the first ``count``, or all of them where it is None.
+    """Number of held-out images to use: the first ``count``, or all if it is None.
 
     Raises:
         ConfigError: There are fewer, or ``count`` is below 1.
@@ -69,11 +69,11 @@ def checked_count(data: ImageDataModule, count: int | None) -> int:
 
 
 def open_metric(cfg: DictConfig, run: DictConfig, fabric: Fabric) -> Any:
-    """The metric that ``run`` names, on this process's device where it can be moved.
+    """The metric that ``run`` names, on this process's device if it can be moved.
 
     Raises:
-        ConfigError: It cannot, and there are several processes.
-        ValueError: It is no metric, see :func:`rae.metric.check_contract`.
+        ConfigError: It cannot be moved, and there are several processes.
+        ValueError: It is not a metric, see :func:`rae.metric.check_contract`.
     """
     metric = make(run.metric)
     check_contract(metric)
@@ -85,7 +85,7 @@ def open_metric(cfg: DictConfig, run: DictConfig, fabric: Fabric) -> Any:
 
 
 def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[str, Any]:
-    """What tells the reconstructions of this model and of the images that ``run`` names from others."""
+    """Identifies the reconstructions that this model makes of the images that ``run`` names."""
     images = str(run.images) if run.images is not None else plain(run)["data"]
     weights = state_hash(
         {**autoencoder.decoder.state_dict(), "mean": autoencoder.latent.mean, "var": autoencoder.latent.var}
@@ -103,7 +103,7 @@ def model_identity(cfg: DictConfig, run: DictConfig, autoencoder: RAE) -> dict[s
 
 
 def reconstruct(cfg: DictConfig) -> None:
-    """Rebuilds the run's autoencoder, reconstructs the images in parts on disk, and writes scores, a grid and what is asked for.
+    """Rebuilds the run's autoencoder, reconstructs the images in parts on disk, and writes scores, a grid and optional outputs.
 
     Raises:
         ConfigError: There are no such images, fewer than ``count``, or too few for ``interpolations``.
@@ -114,7 +114,7 @@ def reconstruct(cfg: DictConfig) -> None:
     refuse_existing(cfg, folder / "scores.json")
     fabric = start(cfg)
     autoencoder, run = open_autoencoder(cfg, fabric.device)
-    metric = open_metric(cfg, run, fabric)  # before the images: what does not fit is to be said at once
+    metric = open_metric(cfg, run, fabric)  # before the images, to report mismatches at once
     data = open_data(run, autoencoder.image_size)
     count = checked_count(data, cfg.count)
     if cfg.interpolations and min(count, cfg.grid_pairs) < 2:
@@ -127,7 +127,7 @@ def reconstruct(cfg: DictConfig) -> None:
     parts = Parts(folder / "parts", {**identity, "png": cfg.png}, count, cfg.part_size, ".npy")
     draw_parts(cfg, fabric, autoencoder, data, parts, folder / "images" if cfg.png else None)
     originals, found = score_parts(cfg, fabric, metric, data, parts)
-    labels = found if run.images is None else None  # images of a folder are read without their classes
+    labels = found if run.images is None else None  # images from a folder are read without classes
     scores = metric.compute()
     fabric.barrier()
     with first(fabric) as is_first:
@@ -135,7 +135,7 @@ def reconstruct(cfg: DictConfig) -> None:
             return
         save_config(run, folder)
         for file in sorted((folder / "images").glob("*.png")) if cfg.png else ():
-            if file.stem.isdigit() and int(file.stem) >= count:  # of results that are replaced
+            if file.stem.isdigit() and int(file.stem) >= count:  # left over from replaced results
                 file.unlink()
         if cfg.npz:
             write_npz(folder / "reconstructions.npz", parts, labels)
@@ -152,9 +152,9 @@ def reconstruct(cfg: DictConfig) -> None:
 def draw_parts(
     cfg: DictConfig, fabric: Fabric, autoencoder: RAE, data: ImageDataModule, parts: Parts, png: Path | None
 ) -> None:
-    """Reconstructs what is not there yet: .npy files uint8 n×H×W×3 and, where there is a folder ``png`` for them, PNG files.
+    """Reconstructs the missing images: .npy files uint8 n×H×W×3 and, if the folder ``png`` is given, PNG files.
 
-    Each process takes its share of the parts, all of which are done when this returns.
+    Each process takes its share of the parts; all parts are done when this returns.
     """
     for part, batches in batches_of(data, "val", parts, begin(fabric, parts, png), fabric, "reconstructing"):
         pairs = reconstructions(autoencoder, batches, fabric.device, cfg.precision, cfg.quantize)
@@ -162,17 +162,17 @@ def draw_parts(
         if png is not None:
             for number, image in zip(parts.items(part), images, strict=True):
                 save_png(image, png / f"{number:06d}.png")
-        save_part(parts.path(part), images.permute(0, 2, 3, 1).numpy())  # last: it says that the part is done
+        save_part(parts.path(part), images.permute(0, 2, 3, 1).numpy())  # last: it marks the part as done
     fabric.barrier()
 
 
 def score_parts(
     cfg: DictConfig, fabric: Fabric, metric: Any, data: ImageDataModule, parts: Parts
 ) -> tuple[Tensor, list[int]]:
-    """Gives this process's stretch of the pairs (originals of ``data``, reconstructions in ``parts``) to the metric.
+    """Feeds this process's range of pairs (originals of ``data``, reconstructions in ``parts``) to the metric.
 
     Returns:
-        The originals of the grid, uint8 n×3×H×W, on the first process (another may have none), and the labels of all images.
+        The grid's originals, uint8 n×3×H×W, on the first process (others may have none), and the labels of all images.
     """
     mine = share_range(parts.count, fabric.global_rank, fabric.world_size)
     shown: list[Tensor] = []
@@ -190,9 +190,9 @@ def score_parts(
 
 
 def write_grid(originals: Tensor, parts: Parts, labels: list[int] | None, folder: Path) -> None:
-    """``grid.png``: pairs of the first originals, uint8 n×3×H×W, and their reconstructions, with class and PSNR.
+    """Writes ``grid.png``: pairs of the first originals, uint8 n×3×H×W, and their reconstructions, with class and PSNR.
 
-    Where the labels of all images are not known (None), numbers stand in the place of classes.
+    If the labels are unknown (None), numbers replace the classes.
     """
     numbers = range(len(originals))
     copies = pick(parts, numbers)
@@ -206,9 +206,9 @@ def write_grid(originals: Tensor, parts: Parts, labels: list[int] | None, folder
 def write_interpolations(
     cfg: DictConfig, autoencoder: RAE, originals: Tensor, device: torch.device, folder: Path
 ) -> None:
-    """``interpolations.png``: rows from one image to the next, decoded from points on the line between their latents.
+    """Writes ``interpolations.png``: rows from one image to the next, decoded from points on the line between their latents.
 
-    Each row is between two of the originals, uint8 n×3×H×W, n ≥ 2; both ends are counted.
+    Each row is between two of the originals, uint8 n×3×H×W, n ≥ 2; the count includes both ends.
     """
     count = cfg.interpolations
     with torch.no_grad():

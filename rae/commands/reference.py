@@ -1,4 +1,4 @@
-"""rae-reference: statistics of images that samples or reconstructions are compared with."""
+"""rae-reference: computes the statistics of images with which samples or reconstructions are compared."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def reference(cfg: DictConfig) -> None:
-    """Builds a reference from a data set, or reads one (ADM's, say) and writes it with all that it says of itself.
+    """Builds a reference from a data set, or reads one (such as ADM's) and writes it with its metadata.
 
     Raises:
-        ConfigError: The file exists and ``force`` is false, or the images are not the same in every epoch.
+        ConfigError: The file exists and ``force`` is false, or the images change from epoch to epoch.
     """
     target = Path(cfg.output_dir) / f"{cfg.name}.npz"
     refuse_existing(cfg, target)
@@ -50,15 +50,15 @@ def reference(cfg: DictConfig) -> None:
 
 
 def build(cfg: DictConfig, fabric: Fabric) -> tuple[Reference, np.ndarray | None]:
-    """The reference of a data set's training or validation images, each process its share; and the images to keep.
+    """The reference of a data set's training or validation images, split over the processes; and the images to keep.
 
-    The data's flips are switched off in the configuration. The images are uint8 n×H×W×3 on disk; None where none are kept.
+    Turns off flips in the data's configuration. The images are uint8 n×H×W×3 on disk; None if none are kept.
 
     Raises:
-        ConfigError: The data are no images, or others in every epoch.
+        ConfigError: The data are not images, or change from epoch to epoch.
     """
     check_images(cfg, "references")
-    without_flips(cfg.data, exact=True, fast_decode=False)  # the published statistics are of Pillow's pixels, unflipped
+    without_flips(cfg.data, exact=True, fast_decode=False)  # published statistics use Pillow's pixels, unflipped
     kind = cfg.kind or ("training" if cfg.split == "train" else "validation")
     data = make(cfg.data)
     data.setup("fit" if cfg.split == "train" else "validate")
@@ -86,7 +86,7 @@ def _scratch(cfg: DictConfig) -> Path:
 
 
 def _open_scratch(cfg: DictConfig, fabric: Fabric, builder: ReferenceBuilder, side: int) -> np.memmap:
-    """A file on disk for the images to keep, which all processes write into."""
+    """A file on disk for the images to keep, which all processes write to."""
     path = _scratch(cfg)
     with first(fabric) as is_first:
         if is_first:

@@ -1,4 +1,4 @@
-"""rae-sample: images of given classes or prompts from a trained model, as PNG files, .npz or shards, with a labelled grid."""
+"""rae-sample: generates images of given classes or prompts, as PNG files, .npz or shards, with a labelled grid."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def sample(cfg: DictConfig) -> None:
-    """Rebuilds the model, draws what is not there yet and writes the results.
+    """Rebuilds the model, generates the missing samples and writes the results.
 
     Raises:
-        ConfigError: The model has no denoiser, the labels or prompts are not right, or the folder holds other samples.
+        ConfigError: The model has no denoiser, the labels or prompts are invalid, or the folder holds other samples.
     """
     check_interpolations(cfg)
     prompts = prompt_list(cfg)
@@ -86,7 +86,7 @@ def sample(cfg: DictConfig) -> None:
 
 
 def write_sheets(cfg: DictConfig, parts: Parts, labels: Wanted, folder: Path) -> None:
-    """``grid.png``, one class or prompt a row, and with ``sheets`` a picture of every one with all its samples."""
+    """Writes ``grid.png``, one class or prompt per row, and with ``sheets`` a sheet of all samples for each."""
     by_class: dict[int | str, list[int]] = {}
     told: list[int | str] = [*labels]
     for number, label in enumerate(told):
@@ -103,9 +103,9 @@ def write_sheets(cfg: DictConfig, parts: Parts, labels: Wanted, folder: Path) ->
 
 
 def write_interpolations(cfg: DictConfig, generator: Generator, labels: Wanted, folder: Path) -> None:
-    """``interpolations.png``: two samples of a class or prompt and, between them, what is drawn from noise between theirs.
+    """Writes ``interpolations.png``: two samples of a class or prompt and, between them, samples from interpolated noise.
 
-    The first ``grid_rows`` classes or prompts get a row each.
+    One row for each of the first ``grid_rows`` classes or prompts.
     """
     classes = list(dict.fromkeys(labels))[: cfg.grid_rows]
     rows = []

@@ -1,4 +1,4 @@
-"""rae-shard: images to tar shards with an index and checksums, resumable and in parallel."""
+"""rae-shard: packs images into tar shards with an index and checksums, resumable and in parallel."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 def shard(cfg: DictConfig) -> None:
-    """Packs the images, or verifies shards that are there.
+    """Packs the images, or verifies existing shards.
 
     Raises:
-        ValueError: Images, labels or folder are not as they should be.
+        ValueError: The images, labels or folder are invalid.
         RuntimeError: Too many images cannot be read.
     """
     folder = Path(cfg.output_dir)

@@ -1,4 +1,4 @@
-"""What rae-evaluate scores: files, samples or reconstructions that a model makes now, or kept latents through several decoders."""
+"""Sources of images for rae-evaluate: files, new samples or reconstructions, or stored latents through several decoders."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ _OF_MODELS = (
 
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments."""
+"""Positional and keyword arguments of the metric's ``update``."""
 
 
 @dataclass
 class Source:
-    """What is scored."""
+    """Images to score."""
 
     batches: Iterator[Batch]
-    """Arguments of the metric's ``update``: those of this process."""
+    """This process's arguments of the metric's ``update``."""
     count: int
     """Images in these batches."""
     identity: dict[str, Any]
-    """What tells these images from others."""
+    """Identifies these images."""
     described: DictConfig
-    """The configuration that says how they came about."""
+    """The configuration that describes their origin."""
     parts: Parts | None = None
-    """Where samples that were drawn for this lie; None for files."""
+    """Where samples generated for this are stored; None for files."""
     labels: Wanted = ()
     """Labels or prompts of these samples."""
     alone: Mapping[str, Source] = field(default_factory=dict)
-    """Of a mixture of data sets each by its name, which is scored by itself too."""
+    """For a mixture of data sets: each of them by name, to be scored separately too."""
 
 
 def from_files(cfg: DictConfig, fabric: Fabric, metric: Any, pairs: bool) -> Source:
-    """Images of files, with their originals where ``pairs`` are wanted; each process reads its share of the batches."""
+    """Images from files, with their originals if ``pairs``; each process reads its share of the batches."""
     share_of = (cfg.batch_size, fabric.global_rank, fabric.world_size)
     identity = {"samples": describe_samples(cfg.samples)}
     described = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _OF_MODELS])
@@ -74,12 +74,12 @@ def from_files(cfg: DictConfig, fabric: Fabric, metric: Any, pairs: bool) -> Sou
 
 
 def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callable[..., None]) -> Source:
-    """Samples that a model draws now, in parts on disk: a run that was stopped goes on with them.
+    """Samples that a model generates now, in parts on disk, so that a stopped run can resume.
 
-    Each process draws and scores its share of the parts. ``prepare`` is told the images' size, number and classes before.
+    Each process generates and scores its share of the parts. ``prepare`` is called first, with image size, count and classes.
 
     Raises:
-        ConfigError: The model has no denoiser, or the labels are not right.
+        ConfigError: The model has no denoiser, or the labels are invalid.
     """
     generator, run = open_generator(cfg, fabric.device)
     labels = wanted(cfg, generator, prompt_list(cfg))
@@ -95,9 +95,9 @@ def from_generator(cfg: DictConfig, fabric: Fabric, metric: Any, prepare: Callab
 def _of_parts(
     cfg: DictConfig, fabric: Fabric, metric: Any, parts: Parts, labels: Wanted, images_of: Callable[[Tensor], Tensor]
 ) -> tuple[Iterator[Batch], int]:
-    """The batches of this process's share of some parts, and how many images are in them.
+    """Batches of this process's share of some parts, and the number of images in them.
 
-    ``images_of`` makes uint8 B×3×H×W of what the parts hold.
+    ``images_of`` converts the parts' content into uint8 B×3×H×W.
     """
     mine = share(range(len(parts)), fabric.global_rank, fabric.world_size)
 
@@ -110,9 +110,9 @@ def _of_parts(
 
 
 def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., None]) -> Source:
-    """Reconstructions that a model makes now of a folder, shards or the held-out images of its data; of a mixture, each source too.
+    """Reconstructions that a model makes now, of a folder, shards or its held-out images; for a mixture, each source too.
 
-    Each process takes a stretch of the images. ``prepare`` is told their size and number before.
+    Each process takes a contiguous range of the images. ``prepare`` is called first, with their size and count.
 
     Raises:
         ConfigError: There are no such images, or fewer than ``count``.
@@ -130,16 +130,16 @@ def from_autoencoder(cfg: DictConfig, fabric: Fabric, prepare: Callable[..., Non
         return Source(((pair, {}) for pair in pairs), len(part), identity, run, alone=alone)
 
     within = {name: range(numbers.start, min(numbers.stop, count)) for name, numbers in data.val_ranges().items()}
-    alone = {name: of(numbers, {}) for name, numbers in within.items() if len(numbers) > 1}  # rFID is not of one
+    alone = {name: of(numbers, {}) for name, numbers in within.items() if len(numbers) > 1}  # rFID needs at least two
     return of(range(count), alone)
 
 
 def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple[str, Source]]:
-    """Kept latents decoded by each of ``decoders``, which are all opened before the first of them decodes.
+    """Stored latents decoded by each of ``decoders``; all are opened before the first one decodes.
 
     Raises:
-        FileNotFoundError: There are no such latents, or no such decoder.
-        ConfigError: A decoder is of another encoder, takes latents of another shape, or is not the one whose input they are.
+        FileNotFoundError: The latents or a decoder do not exist.
+        ConfigError: A decoder belongs to another encoder or takes another shape, or the latents are another decoder's input.
     """
     parts, known = latent_parts(cfg.latents)
     shape = np.load(parts.path(0), mmap_mode="r").shape[1:]
@@ -148,7 +148,7 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
     for name in cfg.decoders:
         held = read(name)
         if "decoder" not in held.states and held.description.get("decoder_checkpoint") is not None:
-            held = complete(held)  # a run of stage 2, which names its decoder
+            held = complete(held)  # a stage-2 run, which names its decoder
         other = held.description.get("encoder")
         if other and (found := changes(*(_without_places(one) for one in (described["encoder"], other)))):
             raise ConfigError(
@@ -191,15 +191,15 @@ def from_latents(cfg: DictConfig, fabric: Fabric, metric: Any) -> Iterator[tuple
 
 
 def _without_places(described: Any) -> Any:
-    """An encoder's description without where its weights came from."""
+    """An encoder's description without the source of its weights."""
     places = ("checkpoint", "pretrained", "hub_id", "revision", "dtype")
     return {key: value for key, value in described.items() if key not in places}
 
 
 def open_source(cfg: DictConfig, fabric: Fabric, metric: Any) -> Source:
-    """The images that are named, or that the model makes.
+    """The images that the configuration names or that the model makes.
 
-    The metric says whether it takes reconstructions with their originals, and may check what it is about to get.
+    The metric declares whether it takes reconstructions with their originals, and may check its input in advance.
     """
     pairs = getattr(metric, "takes_originals", False)
     if cfg.samples is not None:

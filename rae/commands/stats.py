@@ -1,4 +1,4 @@
-"""rae-stats: exact mean and variance of an encoder's latents, whatever the batch size, order or number of processes."""
+"""rae-stats: exact mean and variance of an encoder's latents, independent of batch size, order and number of processes."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from rae.latent import SPACES, RunningMoments
 log = logging.getLogger(__name__)
 
 _HOW = ("batch_size", "num_workers", "pin_memory", "index_folder", "stream", "max_bad_share")
-"""Keys of data on which results do not depend."""
+"""Data keys that do not affect results."""
 _OF_CLASS = "class_"
-"""Begins the names of what is of the class token."""
+"""Prefix of the names of the class token's statistics."""
 
 
 def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[str, Any]:
-    """The configuration of data, less what the images of a split do not depend on, and a hash of their names and labels.
+    """The data's configuration, without keys that do not affect a split's images, plus a hash of their names and labels.
 
     ``split`` is ``train`` or ``val``.
     """
@@ -46,9 +46,9 @@ def describe_data(cfg: DictConfig, data: ImageDataModule, split: str) -> dict[st
 
 
 def merged(parts: Parts, shape: tuple[int, ...], prefix: str = "") -> RunningMoments:
-    """The moments of all parts together, joined in their order: of latents C×h×w, or of class tokens C.
+    """Moments over all parts, merged in order: of latents C×h×w, or of class tokens C.
 
-    ``prefix`` begins their names in the parts' files.
+    Their names in the parts' files begin with ``prefix``.
     """
     total = RunningMoments(shape)
     for part in range(len(parts)):
@@ -60,10 +60,10 @@ def merged(parts: Parts, shape: tuple[int, ...], prefix: str = "") -> RunningMom
 
 
 def statistics_file(moments: RunningMoments, per_channel: bool) -> dict[str, Tensor]:
-    """Mean and variance at every position as the original's file holds them, float32 C×H×W; or the same at all of a channel."""
+    """Mean and variance per position as in the original's file, float32 C×H×W; or one value per channel at all positions."""
     mean, var = moments.mean, moments.var
     if per_channel:
-        # The variance over all positions is the mean of theirs and the spread of their means.
+        # The variance over all positions is the mean of their variances plus the variance of their means.
         channel = mean.mean((1, 2), keepdim=True)
         var = (var + (mean - channel).square()).mean((1, 2), keepdim=True).expand_as(mean)
         mean = channel.expand_as(mean)
@@ -71,10 +71,10 @@ def statistics_file(moments: RunningMoments, per_channel: bool) -> dict[str, Ten
 
 
 def lifted(cfg: DictConfig) -> RAE | None:
-    """The autoencoder whose decoder's input the statistics are of; None where they are of the encoder's latents.
+    """The autoencoder whose decoder input the statistics describe; None if they describe the encoder's latents.
 
     Raises:
-        ConfigError: An unknown ``latent.space``, or one of a decoder that is not given or not described.
+        ConfigError: ``latent.space`` is unknown, or is that of a decoder that is not given or not described.
     """
     if cfg.latent.space not in SPACES:
         raise ConfigError(f"latent.space={cfg.latent.space} is unknown; choose one of {', '.join(SPACES)}")
@@ -93,14 +93,14 @@ def lifted(cfg: DictConfig) -> RAE | None:
 def of_part(
     batches: Iterable[Any], encoder: Encoder, decoder: ViTDecoder | None, shape: Sequence[int], class_token: bool
 ) -> dict[str, Tensor]:
-    """The moments of one part as its file holds them: of the latents, and of the encoder's class token where that is wanted.
+    """Moments of one part, as in its file: of the latents and, if ``class_token``, of the encoder's class token.
 
-    The latents, of a shape, are the encoder's, or the decoder's input where there is one.
+    The latents, of shape ``shape``, are the encoder's, or the decoder's input if there is a decoder.
     """
     moments, of_class = RunningMoments(shape), RunningMoments((encoder.channels,))
     device = encoder.image_mean.device
     for batch in batches:
-        if not len(batch["index"]):  # none of its images can be read
+        if not len(batch["index"]):  # none of its images could be read
             continue
         images = to_float(batch["image"].to(device))
         if class_token:
@@ -115,12 +115,12 @@ def of_part(
 def stats(cfg: DictConfig) -> None:
     """Encodes the data set once, in parts, and writes ``stat.pt`` (mean and var) with a description beside it.
 
-    With ``latent.space=decoder_input`` they are of the tokens that enter the decoder's blocks, the file holds their ``class_token``
-    too, and the description tells the decoder.
+    With ``latent.space=decoder_input`` they describe the tokens that enter the decoder's blocks, the file also holds their
+    ``class_token``, and the description identifies the decoder.
 
     Raises:
-        ConfigError: ``stat.pt`` exists and ``force`` is false, the data are no images or random crops, or see :func:`lifted`.
-        ValueError: ``class_token`` is true, and the encoder hands over none.
+        ConfigError: ``stat.pt`` exists and ``force`` is false, the data are not images or are random crops, or see :func:`lifted`.
+        ValueError: ``class_token`` is true, but the encoder does not return one.
     """
     target = Path(cfg.output_dir) / "stat.pt"
     refuse_existing(cfg, target)
@@ -162,7 +162,7 @@ def stats(cfg: DictConfig) -> None:
             "per_channel": cfg.per_channel,
             **plan,
         }
-        # In this order a stop in between never leaves statistics whose description is missing or of others.
+        # In this order, an interruption never leaves statistics with a missing or wrong description.
         target.unlink(missing_ok=True)
         write_json(target.with_suffix(".json"), description)
         content = statistics_file(moments, cfg.per_channel)

@@ -1,4 +1,4 @@
-"""rae-train: trains an encoder, a decoder or a denoiser, whichever the stage says."""
+"""rae-train: trains an encoder, a decoder or a denoiser, depending on the stage."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from rae.training.resume import AgreeOnResume
 log = logging.getLogger(__name__)
 
 _KNOWN_WARNINGS = (
-    ".*LeafSpec.* is deprecated",  # Lightning's own business
+    ".*LeafSpec.* is deprecated",  # internal to Lightning
     ".*module\\(s\\) in eval mode",  # the frozen networks
     ".*smaller than the logging interval",  # steps are counted over epochs
-    ".*overridden `(on_before_batch_transfer|transfer_batch_to_device)`",  # labels are looked at, keys stay on the CPU
-    ".*Trying to infer the `batch_size`",  # captions are lists; what is logged says the size itself
+    ".*overridden `(on_before_batch_transfer|transfer_batch_to_device)`",  # labels are inspected, keys stay on the CPU
+    ".*Trying to infer the `batch_size`",  # captions are lists; logging passes the size explicitly
     ".*Total length of .* across ranks is zero",  # a run without validation images
 )
 
 
 def resume_from(cfg: DictConfig) -> str | None:
-    """The checkpoint that the run continues from; None to start anew.
+    """The checkpoint to resume from; None to start from scratch.
 
     Raises:
         FileNotFoundError: ``resume`` names a file that does not exist.
-        ValueError: The folder holds a run of another configuration, or holds a run although ``resume`` is false.
+        ValueError: The folder holds a run with a different configuration, or any run while ``resume`` is false.
     """
     if isinstance(cfg.resume, str):
         return str(readable(find_checkpoint(cfg.resume)))
@@ -52,7 +52,7 @@ def resume_from(cfg: DictConfig) -> str | None:
 
 
 def readable(checkpoint: Path) -> Path:
-    """The checkpoint, which must be whole and of a training run.
+    """Returns the checkpoint, which must be intact and from a training run.
 
     Raises:
         ValueError: It is not; names the newest one beside it that is.
@@ -76,10 +76,10 @@ def readable(checkpoint: Path) -> Path:
 
 
 def fit(run: Run, checkpoint: str | None) -> None:
-    """Trains, from a checkpoint or anew; Ctrl-C becomes :class:`~rae.cli.main.Interrupted` with a word on the last checkpoint.
+    """Trains from a checkpoint or from scratch; Ctrl-C raises :class:`~rae.cli.main.Interrupted`, which names the last checkpoint.
 
     Raises:
-        ValueError: The processes would not continue from the same checkpoint.
+        ValueError: The processes would not resume from the same checkpoint.
         Interrupted: Ctrl-C, or a signal that ends the run.
     """
     trainer = run.trainer
@@ -97,8 +97,8 @@ def fit(run: Run, checkpoint: str | None) -> None:
 
 
 def quieten_lightning() -> None:
-    """Leaves Lightning's warnings on the screen; what else it has to say is said below, or is advertising."""
-    logging.getLogger("lightning").handlers.clear()  # else every line comes twice
+    """Keeps only Lightning's unexpected warnings; its other messages are logged below or are advertising."""
+    logging.getLogger("lightning").handlers.clear()  # else every line appears twice
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for known in _KNOWN_WARNINGS:
@@ -112,7 +112,7 @@ def train(cfg: DictConfig) -> None:
     checkpoint = resume_from(cfg)
     quieten_lightning()
     run = build(cfg, reader, resumed=checkpoint is not None)
-    reader.cache_clear()  # what it has read takes room
+    reader.cache_clear()  # frees the memory of what it has read
     trainer = run.trainer
     say = rank_zero_only(log.info)
     rank_zero_only(save_config)(cfg, cfg.output_dir)
