@@ -1,4 +1,4 @@
-"""Building a reference from images, over any number of processes."""
+"""Builds a reference from images, over any number of processes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from rae.metric.manifold import KeptFeatures
 from rae.metric.reference import Reference, ReferenceInfo, Statistics, statistics_hash
 
 KEPT = 10_000
-"""Images that ADM's references keep for precision and recall."""
+"""Number of images that ADM's references keep for precision and recall."""
 
 
 class ReferenceBuilder(MetricGroup):
-    """Collects moments and features of images and makes them a reference.
+    """Collects moments and features of images and turns them into a reference.
 
     Args:
         detector: The detector.
         kind: ``training`` or ``validation``.
         crop: How the images were cropped, for the record.
-        total: Number of images that there will be; needed to choose the kept ones evenly.
-        kept: Features to keep for precision and recall, evenly spread over the indices; 0 for none.
+        total: Total number of images; needed to choose the kept ones evenly.
+        kept: Number of features to keep for precision and recall, evenly spaced over the indices; 0 for none.
 
     Raises:
-        ValueError: An unknown kind, or features to keep of an unknown total.
+        ValueError: The kind is unknown, or features are to be kept and ``total`` is not given.
     """
 
     detector: Detector
@@ -54,12 +54,12 @@ class ReferenceBuilder(MetricGroup):
             self.parts["kept"] = KeptFeatures(detector.width)
 
     def reset(self) -> None:
-        """Forgets all images."""
+        """Discards all images."""
         super().reset()
         self.size = None
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the images that another builder of the same kind has seen; raises ValueError for images of another size."""
+        """Adds the images that another builder of the same kind has seen; raises ValueError if their size differs."""
         super().merge_state(incoming_state)
         self._set_size(cast("ReferenceBuilder", incoming_state).size)
 
@@ -69,14 +69,14 @@ class ReferenceBuilder(MetricGroup):
         self.size = size or self.size
 
     def chosen(self, index: Tensor) -> Tensor:
-        """Whether each number is that of an image whose features are kept, bool B."""
+        """Whether the features of each image number are kept, bool B."""
         total = self.total or 0
         if self.kept >= total:
             return torch.ones_like(index, dtype=torch.bool)
         return (index + 1) * self.kept // total != index * self.kept // total
 
     def update(self, images: Tensor, index: Tensor | None = None) -> None:
-        """Adds images uint8 B×3×H×W with their numbers in the data set, B; None counts them, process by process in turn."""
+        """Adds images uint8 B×3×H×W with their indices in the data set, B; if None, counts them, interleaving processes."""
         check_images(images)
         self._set_size((int(images.shape[2]), int(images.shape[3])))
         if index is None:
@@ -91,7 +91,7 @@ class ReferenceBuilder(MetricGroup):
             self.parts["kept"].update(seen.pool[chosen.to(seen.pool.device)], index[chosen])
 
     def compute(self) -> Reference:
-        """The reference of the images of all processes; raises ValueError for another number than announced."""
+        """The reference of all processes' images; raises ValueError if there are not ``total`` of them."""
         found = {name: part.compute() for name, part in self.parts.items()}
         count = found["pool"].samples
         if self.total is not None and count != self.total:

@@ -1,4 +1,4 @@
-"""CLIPScore: how well images fit their prompts, by CLIP (arXiv 2104.08718)."""
+"""CLIPScore: how well images match their prompts, according to CLIP (arXiv 2104.08718)."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from rae.metric.functional.exact import exact_float32
 
 
 class ClipScore(SummedMetric):
-    """The mean of 100·max(cos, 0) between CLIP's embeddings of an image and of its prompt.
+    """The mean of 100·max(cos, 0) between CLIP's embeddings of an image and its prompt.
 
-    Images are resized to a square, bicubic with antialiasing; prompts are cut at the model's 77 tokens.
+    Images are resized to a square, bicubic with antialiasing; prompts are truncated to the model's 77 tokens.
 
     Args:
         model: Name of the open_clip architecture; ``-quickgelu`` for OpenAI's weights.
-        input_size: Side that images are resized to.
-        pretrained: Whether weights are loaded; False leaves random ones, for tests.
+        input_size: Side to which images are resized.
+        pretrained: Whether to load weights; False leaves them random, for tests.
         checkpoint: Local file of the whole model, in open_clip's naming.
         hub_id: Hub repository of such a file.
         revision: Branch, tag or commit of that repository.
 
     Raises:
-        ValueError: An unknown model, or weights that do not fit.
-        FileNotFoundError: The weights cannot be had.
+        ValueError: The model is unknown, or the weights do not fit.
+        FileNotFoundError: The weights are not available.
     """
 
     takes_originals = False
@@ -53,14 +53,14 @@ class ClipScore(SummedMetric):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        open_clip: Any = importlib.import_module("open_clip")  # it brings transformers along: seconds
+        open_clip: Any = importlib.import_module("open_clip")  # also imports transformers, which takes seconds
         if model not in open_clip.list_models():
             raise ValueError(f"metric.model={model!r} is unknown to open_clip; see open_clip.list_models()")
         network = open_clip.create_model(model, pretrained=None, force_image_size=input_size, device="cpu")
         if pretrained:
             weights = read_weights(checkpoint, hub_id, revision, "metric.checkpoint", ("open_clip_model.safetensors",))
             load_strict(network, weights, str(checkpoint or hub_id))
-        # No submodule: its weights stay out of checkpoints.
+        # Not a submodule, to keep its weights out of checkpoints.
         object.__setattr__(self, "network", network.requires_grad_(False).eval())
         self.colours = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
         self.tokenizer = open_clip.get_tokenizer(model)
@@ -86,7 +86,7 @@ class ClipScore(SummedMetric):
         """Adds images uint8 B×3×H×W with their B prompts.
 
         Raises:
-            ValueError: There are no prompts, or not one for each image.
+            ValueError: Prompts are missing, or there is not one per image.
         """
         check_images(images)
         if prompts is None or len(prompts) != len(images):

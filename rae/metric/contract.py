@@ -1,4 +1,4 @@
-"""What a metric offers to the commands and to the evaluation during training; a class of your own needs no base."""
+"""The interface that commands and the evaluation during training expect of a metric; your own class needs no base class."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _METHODS = ("update", "compute", "reset")
 
 
 class Scores(Protocol):
-    """Images in, numbers by name out.
+    """Images in, named numbers out.
 
-    ``update(images, labels, index=…)`` adds samples uint8 B×3×H×W, their labels B, None where they have none, and their numbers B;
-    ``update(images, originals)`` adds reconstructions where the class says ``takes_originals = True``. ``compute()`` gives floats
-    by name, ``reset()`` forgets all images. A metric that runs on several processes or on a GPU also has ``to(device)`` and
+    ``update(images, labels, index=…)`` adds samples uint8 B×3×H×W, their labels B, or None if they have none, and their indices B;
+    ``update(images, originals)`` adds reconstructions if the class sets ``takes_originals = True``. ``compute()`` returns floats
+    by name; ``reset()`` discards all images. A metric that runs on several processes or on a GPU also has ``to(device)`` and
     sums its state over the processes, as torchmetrics' do.
     """
 
@@ -23,7 +23,7 @@ class Scores(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What tells its scores from others: plain values, written to ``scores.json``. May be left out."""
+        """What identifies its scores: plain values, written to ``scores.json``. Optional."""
 
 
 def check_contract(metric: Any) -> None:

@@ -1,4 +1,4 @@
-"""Frozen detectors: images uint8 B×3×H×W => features float32 of every image.
+"""Frozen detectors: images uint8 B×3×H×W => float32 features of every image.
 
 A detector is always in evaluation mode, without gradients, in float32 without TF32 or autocast, and takes bytes, so
 that a score depends neither on the caller's precision nor, up to rounding, on the batch size.
@@ -22,15 +22,15 @@ from rae.metric.functional.exact import exact_float32
 
 
 class Features(NamedTuple):
-    """What a detector sees in B images; None where it has no such output."""
+    """A detector's outputs for B images; None for outputs that it lacks."""
 
-    pool: Tensor  # features of the image as a whole, B×D
-    spatial: Tensor | None = None  # features of its places, flattened, B×S
-    probabilities: Tensor | None = None  # of classes, B×K, rows sum to 1
+    pool: Tensor  # features of the whole image, B×D
+    spatial: Tensor | None = None  # features per position, flattened, B×S
+    probabilities: Tensor | None = None  # class probabilities, B×K; rows sum to 1
 
 
 def check_images(images: Tensor, name: str = "images") -> Tensor:
-    """Returns images as they are; raises ValueError, with their name, unless they are a non-empty uint8 batch B×3×H×W."""
+    """Returns images unchanged; raises ValueError, with their name, unless they are a non-empty uint8 batch B×3×H×W."""
     if images.dtype != torch.uint8:
         raise ValueError(
             f"{name} must be bytes (torch.uint8 in 0…255), got {images.dtype}: float images would be scored without "
@@ -44,14 +44,14 @@ def check_images(images: Tensor, name: str = "images") -> Tensor:
 
 
 class Detector(nn.Module, ABC):
-    """The contract of every detector.
+    """Base class of all detectors.
 
     Args:
         name: Names the scores: ``inception`` gives ``fid``, any other name ``fd_<name>``.
         width: Number of features D.
         spatial_width: Number of spatial features S, or None.
         classes: Number of classes K, or None.
-        batch_size: Images that go through the network at once.
+        batch_size: Images per forward pass.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class Detector(nn.Module, ABC):
 
     @property
     def published(self) -> bool:
-        """Whether these are the features that published references hold."""
+        """Whether these are the features in published references."""
         return False
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells this detector's features from another's, apart from its weights."""
+        """What identifies this detector's features, apart from its weights."""
         return {"class": type(self).__name__, "name": self.name, "width": self.width}
 
     @cached_property
@@ -91,7 +91,7 @@ class Detector(nn.Module, ABC):
         """Features of a batch, uint8 B×3×H×W on the detector's device."""
 
     def freeze(self) -> None:
-        """Ends all gradients once the network is complete; raises ValueError for weights that are not float32."""
+        """Disables all gradients once the network is complete; raises ValueError for weights that are not float32."""
         odd = sorted({str(p.dtype) for p in self.parameters() if p.is_floating_point() and p.dtype != torch.float32})
         if odd:
             raise ValueError(
@@ -105,7 +105,7 @@ class Detector(nn.Module, ABC):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Features:
-        """Images uint8 B×3×H×W => features, float32; raises ValueError for features of another shape than announced."""
+        """Images uint8 B×3×H×W => features, float32; raises ValueError if their shape is not the declared one."""
         check_images(images)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False), exact_float32():
             parts = [self.extract(part) for part in images.split(self.batch_size)]
@@ -124,13 +124,13 @@ class Detector(nn.Module, ABC):
 
 
 def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Parts of an output that a detector has or has not."""
+    """Joins the parts of an output, which a detector may lack."""
     held = [part for part in parts if part is not None]
     return torch.cat(held).float() if held else None
 
 
 class CallableDetector(Detector):
-    """Any function of images float B×3×H×W in [0, 1] as a detector; see :class:`Detector` for the other arguments.
+    """Wraps any function of images float B×3×H×W in [0, 1] as a detector; see :class:`Detector` for the other arguments.
 
     It returns features B×D, or features B×D and class probabilities B×K. A module is copied and frozen.
     """
@@ -158,13 +158,13 @@ class EncoderDetector(Detector):
     """A representation encoder as a detector: the mean over its tokens, as in FD-DINOv2 or FD-CLIP.
 
     Published FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675) uses the class token of DINOv2-L, which encoders drop:
-    numbers are comparable among themselves only.
+    these numbers are comparable only with each other.
 
     Args:
         encoder: Frozen, float32; images float B×3×H×W in [0, 1] => B×D×h×w.
         name: Names the scores, e.g. ``dinov2``.
         width: Number of features D; None for ``encoder.channels``.
-        batch_size: Images that go through at once.
+        batch_size: Images per forward pass.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class EncoderDetector(Detector):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The encoder's identity too."""
+        """Includes the encoder's identity."""
         return super().identity | {"encoder": getattr(self.encoder, "identity", type(self.encoder).__name__)}
 
     def weights_hash(self) -> str:
@@ -188,5 +188,5 @@ class EncoderDetector(Detector):
         return super().weights_hash() if own is None else str(own())
 
     def extract(self, images: Tensor) -> Features:
-        """Averages the latents over their places."""
+        """Averages the latents over all positions."""
         return Features(self.encoder(images.float() / 255).mean((2, 3)))

@@ -16,7 +16,7 @@ from rae.metric.functional.frechet import Moments, check_width, frechet_distance
 class SummedMetric(Metric):
     """A metric whose states are sums in float64, so that parts can be merged in any order.
 
-    They stay float64 whatever the module around them is cast to, and on the CPU where a device has none (Apple's MPS).
+    They stay float64 even if the surrounding module is cast, and on the CPU if the device lacks float64 (Apple's MPS).
     """
 
     full_state_update = False
@@ -29,7 +29,7 @@ class SummedMetric(Metric):
         return super()._apply(lambda tensor: tensor.to(moved.device), exclude_state)
 
     def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
-        """Registers a state of the given shape, zero at first and summed over processes."""
+        """Registers a state of the given shape, initially zero and summed over processes."""
         self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
 
@@ -55,14 +55,14 @@ class FeatureMoments(SummedMetric):
         self.count += len(values)
 
     def compute(self) -> Moments:
-        """Mean, covariance (divided by N−1) and N; raises ValueError for fewer than two samples or features not finite."""
+        """Mean, covariance (divided by N−1) and N; raises ValueError for fewer than two samples or non-finite features."""
         return moments_from_sums(self.total, self.outer, int(self.count))
 
 
 class FrechetDistance(FeatureMoments):
-    """Fréchet distance of features to those of a reference with the given moments.
+    """Fréchet distance between features and a reference with the given moments.
 
-    (torchmetrics' ``FrechetInceptionDistance`` sums the same moments, but takes images for its reference and no stored
+    (torchmetrics' ``FrechetInceptionDistance`` sums the same moments, but accepts only images as its reference, not stored
     statistics, has no spatial features, and needs a device with float64.)
     """
 
@@ -78,13 +78,13 @@ class FrechetDistance(FeatureMoments):
 
 
 def distance(first: Moments, second: Moments) -> Tensor:
-    """Fréchet distance of two sets of moments, on the device of the first."""
+    """Fréchet distance between two sets of moments, on the device of the first."""
     mean, covariance = (x.to(first.mean.device) for x in second[:2])
     return frechet_distance(first.mean, first.covariance, mean, covariance)
 
 
 def score(found: Moments, reference: Moments, name: str) -> float:
-    """Fréchet distance to a reference; warns where there are too few samples for a covariance of full rank."""
+    """Fréchet distance to a reference; warns if there are too few samples for a full-rank covariance."""
     width = found.mean.numel()
     if found.samples <= width:
         rank_zero_warn(

@@ -21,42 +21,42 @@ from rae.metric.reference import Reference, Statistics, open_reference
 
 NAMES = ("fid", "sfid", "inception_score", *manifold.NAMES, "mind")
 NEEDS = {"fid": "moments", "sfid": "spatial"} | dict.fromkeys((*manifold.NAMES, "mind"), "features")
-"""What each metric needs of the reference."""
+"""What each metric needs from the reference."""
 SPLIT_RULES = ("ordered", "permuted")
-"""Splits of the Inception Score: consecutive samples (ADM's suite), or ten of a permutation (RAEv2)."""
+"""Splits for the Inception Score: consecutive samples (ADM's suite), or ten splits of a permutation (RAEv2)."""
 PROTOCOLS = {
     "adm": {"split_rule": "ordered", "distance_precision": "float16"},
     "raev2": {"split_rule": "permuted", "distance_precision": "float32"},
     "ours": {"split_rule": "ordered", "distance_precision": "float32"},
 }
-"""Rules that belong together: ADM's suite, RAEv2's evaluation, and ours."""
+"""Sets of matching rules: ADM's suite, RAEv2's evaluation, and ours."""
 
 
 class GenerationMetrics(MetricGroup):
     """FID, sFID, Inception Score, precision, recall, density, coverage, kernel distance and MIND of generated images.
 
     Args:
-        detector: The detector; :class:`rae.metric.CallableDetector` makes one of any function.
-        reference: What to compare with: a file, a published name (:data:`rae.io.references.PUBLISHED`) or statistics; None where
+        detector: The detector; :class:`rae.metric.CallableDetector` turns any function into one.
+        reference: What to compare with: a file, a published name (:data:`rae.io.references.PUBLISHED`) or statistics; None if
             only the Inception Score is wanted. A mapping of several by name, ``{adm: …, jit: …}``, gives ``fid_adm`` and
-            ``fid_jit`` in one pass; what needs more than moments is against the first. None in it leaves one out.
+            ``fid_jit`` in one pass; metrics that need more than moments use the first. A None entry is skipped.
         metrics: Which of fid, sfid, inception_score, precision, recall, density, coverage, kid and mind.
-        reference_kind: Kind that the reference must be of: ``training`` for gFID, ``validation`` for held-out images.
-        assume_kind: Kind of a reference file that does not say it.
-        neighbours: Neighbours that the balls of precision and recall reach.
-        density_neighbours: Neighbours that the balls of density and coverage reach.
-        distance_precision: Arithmetic of the distances: ``float32``, ``float64``, or ``float16`` as ADM's suite; None for that
-            of the protocol.
-        split_size: Samples of an ordered split of the Inception Score.
-        split_rule: ``ordered``: consecutive samples; ``permuted``: ten equal splits of the samples in a random order; None for
-            that of the protocol.
-        protocol: Whose rules are taken where none is given: ``adm``, ``raev2`` or ``ours``.
-        num_classes: Number of classes, where labels are counted.
-        balanced: Whether equally many samples of every class are claimed; needs ``num_classes`` and labels.
-        samples: Number of samples that are claimed, or None.
+        reference_kind: Required kind of reference: ``training`` for gFID, ``validation`` for held-out images.
+        assume_kind: Kind of a reference file that does not state it.
+        neighbours: k of the nearest-neighbour balls for precision and recall.
+        density_neighbours: k of the nearest-neighbour balls for density and coverage.
+        distance_precision: Precision of the distances: ``float32``, ``float64``, or ``float16`` as in ADM's suite; None for the
+            protocol's.
+        split_size: Samples per ordered split of the Inception Score.
+        split_rule: ``ordered``: consecutive samples; ``permuted``: ten equal splits of the samples in random order; None for
+            the protocol's.
+        protocol: Supplies the rules that are not given: ``adm``, ``raev2`` or ``ours``.
+        num_classes: Number of classes, if labels are counted.
+        balanced: Requires equally many samples of every class; needs ``num_classes`` and labels.
+        samples: Required number of samples, or None.
 
     Raises:
-        ValueError: Unknown metrics, a reference that does not fit, or one that is missing.
+        ValueError: Unknown metrics, or a reference that does not fit or is missing.
         FileNotFoundError: The reference does not exist.
     """
 
@@ -108,7 +108,7 @@ class GenerationMetrics(MetricGroup):
         self.density_neighbours = density_neighbours
         self.distance_precision = distance_precision
         self._resolved: dict[str, Statistics] | None = None
-        # Moments are taken in any case: they count the samples and show features that are not finite.
+        # Moments are always computed: they count the samples and reveal non-finite features.
         self.parts["pool"] = FeatureMoments(detector.width)
         if "sfid" in self.names:
             self.parts["spatial"] = FeatureMoments(detector.spatial_width or 0)
@@ -126,7 +126,7 @@ class GenerationMetrics(MetricGroup):
 
     @classmethod
     def check_reference(cls, metrics: Sequence[str], reference: object) -> None:
-        """Raises ValueError where metrics are asked for that need a reference and there is none."""
+        """Raises ValueError if a metric needs a reference and there is none."""
         needing = [name for name in metrics if name in NEEDS]
         if needing and not _by_name(reference):
             raise ValueError(
@@ -135,10 +135,10 @@ class GenerationMetrics(MetricGroup):
             )
 
     def prepare(self, image_size: int, count: int | None = None, labels: Sequence[int] | None = None) -> None:
-        """Checks all that can be before there are images, and computes what is missing of the reference.
+        """Checks all that can be checked before there are images, and computes missing statistics of the reference.
 
-        It raises what :meth:`update` and :meth:`compute` would say of ``count`` images of a side and labels, where these are
-        known.
+        Raises what :meth:`update` and :meth:`compute` would raise for ``count`` images of side ``image_size`` with ``labels``,
+        if these are known.
         """
         for reference in self.references.values():
             reference.check_size(image_size, image_size)
@@ -156,7 +156,7 @@ class GenerationMetrics(MetricGroup):
             )
 
     def _resolve(self) -> dict[str, Statistics]:
-        """Every reference's numbers by its name; those not stored are computed once, from its images."""
+        """Every reference's statistics by name; those not stored are computed once, from its images."""
         if self._resolved is None:
             found = {}
             for name, reference in self.references.items():
@@ -170,7 +170,7 @@ class GenerationMetrics(MetricGroup):
         return self._resolved
 
     def _check_pairs(self, found: Mapping[str, Statistics], count: int | None) -> None:
-        """Raises ValueError unless MIND's two sets are of one size."""
+        """Raises ValueError unless MIND's two sets have the same size."""
         kept = next((one.features for one in found.values()), None)
         if "mind" in self.names and kept is not None and count not in (None, len(kept)):
             raise ValueError(
@@ -179,10 +179,10 @@ class GenerationMetrics(MetricGroup):
             )
 
     def update(self, images: Tensor, labels: Tensor | None = None, index: Tensor | None = None) -> None:
-        """Adds generated images uint8 B×3×H×W and the classes that they were asked to show, B.
+        """Adds generated images uint8 B×3×H×W and the classes that they were conditioned on, B.
 
-        ``index`` is the number of every sample among all that are drawn, B; with it the Inception Score's splits are the same
-        for any order and number of processes. None counts them.
+        ``index``, B, numbers each sample among all that are generated, which makes the Inception Score's splits independent of
+        order and number of processes. If None, samples are counted.
         """
         check_images(images)
         for reference in self.references.values():
@@ -203,7 +203,7 @@ class GenerationMetrics(MetricGroup):
             self.feed(labels=labels)
 
     def compute(self) -> dict[str, float]:
-        """All scores over the images of all processes, by name, and their number ``samples``; not without what is claimed."""
+        """All scores over all processes' images, by name, and their number ``samples``; raises ValueError if requirements fail."""
         statistics = self._resolve()
         count = self.parts["pool"].compute().samples
         self._check_count(count)
@@ -211,7 +211,7 @@ class GenerationMetrics(MetricGroup):
             self.parts["labels"].check_balance()
         self._check_pairs(statistics, count)
         first = next(iter(self.references), "")
-        scores: dict[str, dict[str, float]] = {}  # of every metric, by the reference
+        scores: dict[str, dict[str, float]] = {}  # of every metric, by reference
         for reference, numbers in statistics.items():
             for name, part, moments in (("fid", "pool", numbers.moments), ("sfid", "spatial", numbers.spatial)):
                 if name in self.names and moments is not None and (name == "fid" or reference == first):
@@ -230,7 +230,7 @@ class GenerationMetrics(MetricGroup):
         return named | {"samples": float(count)}
 
     def score_name(self, name: str, reference: str = "") -> str:
-        """``fid`` for the published features, ``fd_<detector>`` for others, likewise the other metrics; then the reference."""
+        """``fid`` for Inception, ``fd_<detector>`` for other detectors, likewise for other metrics; then the reference's name."""
         detector = self.detector.name
         if detector != "inception":
             name = f"fd_{detector}" if name == "fid" else f"{name}_{detector}"
@@ -254,13 +254,13 @@ class GenerationMetrics(MetricGroup):
 
 
 def _by_name(reference: object) -> dict[str, Any]:
-    """The references that are given, by name; the name is empty where there is but one."""
+    """The given references by name; a single one has an empty name."""
     given = reference if isinstance(reference, Mapping) else {"": reference}
     return {str(name): one for name, one in given.items() if one}
 
 
 def _check_names(names: Sequence[str], detector: Detector) -> None:
-    """Raises ValueError for unknown metrics, or such that the detector has no output for."""
+    """Raises ValueError for unknown metrics, or metrics for which the detector has no output."""
     unknown = [name for name in names if name not in NAMES]
     if unknown or not names:
         raise ValueError(f"metrics={list(names)} must be one or more of {', '.join(NAMES)}")

@@ -1,4 +1,4 @@
-"""What all collections of scores share: a detector, a reference, and parts whose states can be merged."""
+"""Base class of collections of scores: a detector, a reference, and parts whose states can be merged."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from rae.metric.reference import Reference
 class MetricGroup(WrapperMetric):
     """Metrics that share a detector; their ``parts`` hold all state, so that those of two processes can be merged.
 
-    The detector is no submodule, so that its weights stay out of checkpoints; it is moved to the collection's device when
-    used.
+    The detector is not a submodule, to keep its weights out of checkpoints; it moves to the collection's device when used.
     """
 
     full_state_update = False
@@ -33,26 +32,26 @@ class MetricGroup(WrapperMetric):
         self._numbers = Numbers()
 
     def features_of(self, images: Tensor) -> Features:
-        """What the detector sees in images uint8 B×3×H×W, on the collection's device."""
+        """The detector's features of images uint8 B×3×H×W, on the collection's device."""
         assert self.detector is not None
         features: Features = self.detector.to(self.device)(images.to(self.device))
         return features
 
     def feed(self, **values: Any) -> None:
-        """Updates the parts of these names, where there are such."""
+        """Updates the parts with these names, if they exist."""
         for name, value in values.items():
             if name in self.parts:
                 self.parts[name].update(value)
 
     def reset(self) -> None:
-        """Forgets all images, and counts from 0 again those that come without numbers."""
+        """Discards all images, and restarts at 0 the count of images without indices."""
         super().reset()
         for part in self.parts.values():
             part.reset()
         self._numbers = Numbers()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the images that another collection has seen; raises ValueError unless it is of the same kind and metrics."""
+        """Adds the images that another collection has seen; raises ValueError unless its class and metrics are the same."""
         if not isinstance(incoming_state, type(self)) or incoming_state.parts.keys() != self.parts.keys():
             raise ValueError(f"only a {type(self).__name__} of the same metrics can be merged, got {incoming_state!r}")
         for name, part in self.parts.items():
@@ -60,7 +59,7 @@ class MetricGroup(WrapperMetric):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells these scores from others: detector and reference."""
+        """What identifies these scores: detector and reference."""
         return {
             "detector": None if self.detector is None else self.detector.identity | {"hash": self.detector.hash},
             "reference": None if self.reference is None else self.reference.identity,

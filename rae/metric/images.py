@@ -1,4 +1,4 @@
-"""Images to be scored, batch by batch: from an .npz without reading it whole, or from the files of a folder."""
+"""Images to score, batch by batch: from an .npz, without loading all of it, or from the files of a folder."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from torch import Tensor
 from rae.image import FORMATS, IMAGE_ENDINGS
 
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
-"""Pillow's modes of 8 bits or fewer; others (16-bit, float, CMYK) would be changed by a conversion to RGB."""
+"""Pillow's modes of 8 bits or fewer; converting others (16-bit, float, CMYK) to RGB would change their values."""
 
 BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
-"""What reading a damaged archive raises."""
+"""Exceptions from reading a damaged archive."""
 
 
 class ImageBatch(NamedTuple):
-    """Images uint8 B×3×H×W, and their labels int64 B where there are any."""
+    """Images uint8 B×3×H×W, and their labels int64 B, if any."""
 
     images: Tensor
     labels: Tensor | None
 
 
 class NpzShape(NamedTuple):
-    """What an archive of images holds."""
+    """Number and size of the images in an archive."""
 
     images: int
     height: int
@@ -40,7 +40,7 @@ class NpzShape(NamedTuple):
 
 
 def open_npz(path: str | Path) -> zipfile.ZipFile:
-    """Opens an .npz archive, whose members are .npy files; raises ValueError if it is none, or its end is missing."""
+    """Opens an .npz archive, whose members are .npy files; raises ValueError if it is not one or is truncated."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist: give the path of an .npz file")
@@ -53,7 +53,7 @@ def open_npz(path: str | Path) -> zipfile.ZipFile:
 
 
 def _open_images(archive: zipfile.ZipFile, path: Path) -> tuple[IO[bytes], NpzShape]:
-    """The .npy file ``arr_0``, left at its first pixel, and what its header says."""
+    """The .npy file ``arr_0``, positioned at its first pixel, and the contents of its header."""
     names = archive.namelist()
     if "arr_0.npy" not in names:
         held = ", ".join(sorted(name.removesuffix(".npy") for name in names)) or "nothing"
@@ -75,7 +75,7 @@ def _open_images(archive: zipfile.ZipFile, path: Path) -> tuple[IO[bytes], NpzSh
 
 
 def npz_shape(path: str | Path) -> NpzShape:
-    """Number and size of the images in an archive, from its header alone; errors as in :func:`iterate_npz`."""
+    """Number and size of the images in an archive, read from its header; raises the same errors as :func:`iterate_npz`."""
     with open_npz(path) as archive:
         file, shape = _open_images(archive, Path(path))
         file.close()
@@ -83,14 +83,14 @@ def npz_shape(path: str | Path) -> NpzShape:
 
 
 def iterate_npz(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
-    """Batches of ``arr_0``, uint8 N×H×W×3, with ``arr_1``, integers N, as labels where it exists.
+    """Batches of ``arr_0``, uint8 N×H×W×3, with ``arr_1``, integers N, as labels if it exists.
 
-    Only one batch is held at a time; the last one may be smaller.
+    Only one batch is in memory at a time; the last one may be smaller.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: No archive, no ``arr_0``, images of another type or shape, labels of another number, or the file
-            ends early.
+        FileNotFoundError: The file does not exist.
+        ValueError: It is not an archive, lacks ``arr_0``, or is truncated; or the images' type or shape, or the number of
+            labels, is wrong.
     """
     path = Path(path).expanduser()
     if batch_size < 1:
@@ -120,7 +120,7 @@ def iterate_npz(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
 
 
 def read_array(archive: zipfile.ZipFile, path: Path, name: str) -> NDArray[Any] | None:
-    """An array of an archive by its name; None where there is none; raises ValueError where it is damaged."""
+    """An array of an archive, by name; None if it does not exist; raises ValueError if it is damaged."""
     if f"{name}.npy" not in archive.namelist():
         return None
     try:
@@ -140,7 +140,7 @@ def _read_labels(archive: zipfile.ZipFile, path: Path) -> Tensor | None:
 
 
 def folder_files(path: str | Path) -> list[Path]:
-    """The image files of a folder and its subfolders, by name, hidden ones left out; raises FileNotFoundError for none."""
+    """Image files in a folder and its subfolders, sorted by name, except hidden ones; raises FileNotFoundError for none."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"folder {str(path)!r} does not exist")
@@ -152,7 +152,7 @@ def folder_files(path: str | Path) -> list[Path]:
 
 
 def decode_image(file: Path | IO[bytes], name: str) -> Tensor:
-    """An image file as uint8 3×H×W; ValueError tells its name where it is damaged or holds more than 8 bits per channel."""
+    """An image file as uint8 3×H×W; raises ValueError, with its name, if it is damaged or has over 8 bits per channel."""
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.mode not in MODES:
@@ -166,7 +166,7 @@ def decode_image(file: Path | IO[bytes], name: str) -> Tensor:
 def iterate_files(
     files: Iterable[tuple[str, Path | IO[bytes]]], batch_size: int, labels: Tensor | None = None
 ) -> Iterator[ImageBatch]:
-    """Batches of image files, given with their names, and their labels N; raises ValueError unless all are of one size."""
+    """Batches of image files, given with names, and their labels N; raises ValueError unless all images have the same size."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     first, shape, done = "", torch.Size(), 0
@@ -186,5 +186,5 @@ def iterate_files(
 
 
 def iterate_folder(path: str | Path, batch_size: int = 64) -> Iterator[ImageBatch]:
-    """Batches of the images of a folder, in the order of their names; raises ValueError unless all are of one size."""
+    """Batches of a folder's images, in order of name; raises ValueError unless all images have the same size."""
     yield from iterate_files(((str(file), file) for file in folder_files(path)), batch_size)

@@ -1,9 +1,9 @@
-"""Inception-v3 as converted from the 2015 TensorFlow graph, with which every published FID was computed.
+"""Inception-v3 converted from the 2015 TensorFlow graph, with which every published FID was computed.
 
 The blocks and their weights are those of torch-fidelity's ``inception-v3-compat``. ADM's suite reads three tensors of
-the graph: ``pool_3`` (the 2048 features), ``mixed_6/conv`` (the 1×1 branch of the third block on 17×17 places, which
-here is ``Mixed_6d``; its first 7 channels are the spatial features) and the weights of the softmax, which it applies
-without their bias.
+the graph: ``pool_3`` (the 2048 features), ``mixed_6/conv`` (the 1×1 branch of the third block at 17×17 positions, here
+``Mixed_6d``; its first 7 channels are the spatial features) and the weights of the softmax layer, which it applies
+without the bias.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 HASH_PREFIX = "6726825d"
-"""How the SHA-256 of the published file begins."""
+"""Start of the published file's SHA-256."""
 
 SIDE = 299
 SPATIAL_CHANNELS = 7
@@ -30,7 +30,7 @@ CLASSES = 1008
 
 
 class InceptionV3(nn.Module):
-    """The network: images uint8 B×3×H×W => pool B×2048, spatial B×2023, logits without bias B×1008."""
+    """The network: images uint8 B×3×H×W => pool B×2048, spatial features B×2023, logits without bias B×1008."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bytes => pool, spatial features flattened in the order row, column, channel, and logits without bias."""
+        """Bytes => pool, spatial features flattened in row, column, channel order, and logits without bias."""
         x = self._resize(images.float(), size=(SIDE, SIDE), align_corners=False)
         x = (x - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # B×64×147×147
@@ -72,17 +72,17 @@ class InceptionV3(nn.Module):
 
 
 class InceptionDetector(Detector):
-    """The detector of FID, sFID, Inception Score, precision and recall.
+    """The detector for FID, sFID, Inception Score, precision and recall.
 
     Weights are looked up in the file given, then in torch's hub cache, then downloaded.
 
     Args:
         checkpoint: Local file of torch-fidelity's weights.
         pretrained: False leaves the weights random, for tests.
-        batch_size: Images that go through the network at once.
+        batch_size: Images per forward pass.
 
     Raises:
-        FileNotFoundError: The weights cannot be had.
+        FileNotFoundError: The weights are not available.
         ValueError: The file does not hold this network.
     """
 
@@ -98,7 +98,7 @@ class InceptionDetector(Detector):
             load_strict(self.network, read_file(file), f"Inception weight file {str(file)!r}")
             self._published = file_hash(file).startswith(HASH_PREFIX)
         else:
-            for module in self.network.modules():  # keep the size of activations through all layers
+            for module in self.network.modules():  # preserves the scale of activations through all layers
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         self.freeze()

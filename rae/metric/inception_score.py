@@ -22,8 +22,8 @@ from rae.metric.numbers import Numbers
 class InceptionScore(SummedMetric):
     """Inception Score over splits of samples, from sums over every split.
 
-    A sample belongs to split ``index // split_size``, so that the score depends neither on batches nor on which process
-    saw which sample, if the caller says the indices. Otherwise they are counted, process by process in turn.
+    A sample belongs to split ``index // split_size``. If the caller passes indices, the score depends neither on batches
+    nor on which process saw which sample. Otherwise samples are counted, interleaving processes.
 
     There is room for ``splits`` splits.
     """
@@ -47,12 +47,12 @@ class InceptionScore(SummedMetric):
         self.add_sum("count", splits, dtype=torch.int64)
 
     def reset(self) -> None:
-        """Forgets all samples."""
+        """Discards all samples."""
         super().reset()
         self._numbers = Numbers()
 
     def update(self, probabilities: Tensor, index: Tensor | None = None) -> None:
-        """Adds class probabilities B×K and the number of every sample among all that are drawn, B; None counts them."""
+        """Adds class probabilities B×K and each sample's index among all generated, B; if None, samples are counted."""
         check_probabilities(probabilities)
         if index is None:
             index = self._numbers.following(len(probabilities))
@@ -73,7 +73,7 @@ class InceptionScore(SummedMetric):
         self.count.index_add_(0, split, torch.ones_like(split))
 
     def compute(self) -> dict[str, float]:
-        """``inception_score`` and, over the splits, its ``inception_score_std``."""
+        """``inception_score`` and its standard deviation over the splits, ``inception_score_std``."""
         most = int(self.count.max())
         if most > self.split_size:
             raise ValueError(
@@ -86,19 +86,19 @@ class InceptionScore(SummedMetric):
 
 
 class PermutedInceptionScore(KeptFeatures):
-    """Inception Score over ten equal splits of the samples in a random order (RAEv2's evaluation); the remainder is left out.
+    """Inception Score over ten equal splits of the samples in random order (RAEv2's evaluation); drops the remainder.
 
-    The probabilities of all samples are kept: 4 kB each with 1000 classes.
+    Stores the probabilities of all samples: 4 kB each with 1000 classes.
     """
 
     def compute(self) -> dict[str, float]:  # type: ignore[override]
-        """``inception_score`` and, over the splits, its ``inception_score_std``; raises ValueError for fewer than ten samples."""
+        """``inception_score`` and, over the splits, ``inception_score_std``; raises ValueError for fewer than ten samples."""
         mean, deviation = permuted_inception_score(super().compute())
         return {"inception_score": mean.item(), "inception_score_std": deviation.item()}
 
 
 class LabelCounts(SummedMetric):
-    """How many samples of each class there are."""
+    """Counts the samples of each class."""
 
     count: Tensor
 
@@ -110,7 +110,7 @@ class LabelCounts(SummedMetric):
         self.add_sum("count", num_classes, dtype=torch.int64)
 
     def update(self, labels: Tensor) -> None:
-        """Adds labels B; raises ValueError for one outside 0…num_classes−1."""
+        """Adds labels B; raises ValueError for any outside 0…num_classes−1."""
         labels = torch.as_tensor(labels, dtype=torch.int64).cpu()
         if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= self.num_classes):
             raise ValueError(

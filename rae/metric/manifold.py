@@ -1,7 +1,7 @@
 """Precision, recall, density, coverage and kernel distance, from features that stay on the process that saw them.
 
-Every process keeps the features of its own samples. To compare them with all samples, blocks travel from process to
-process one at a time; what is gathered are counts and one truth value per reference point.
+Every process keeps the features of its own samples. To compare them with all samples, processes exchange blocks, one
+at a time; only counts and one boolean per reference point are gathered.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ NAMES = ("precision", "recall", "density", "coverage", "kid")
 
 
 class ManifoldMetrics(Metric):
-    """Metrics of ``names`` that compare single samples with single reference points, both B×width.
+    """The metrics in ``names``, which compare individual samples with individual reference points, both B×width.
 
     The other arguments are those of :class:`~rae.metric.GenerationMetrics`.
 
     Raises:
-        ValueError: An unknown name or precision, or neighbours below 1.
+        ValueError: A name or the precision is unknown, or neighbours are below 1.
     """
 
     full_state_update = False
@@ -60,7 +60,7 @@ class ManifoldMetrics(Metric):
         self.add_state("features", [], dist_reduce_fx="cat")
 
     def set_reference(self, reference: Tensor) -> None:
-        """Sets the features of the reference, M×D; raises ValueError for another shape or values that are not finite."""
+        """Sets the reference's features, M×D; raises ValueError for a wrong shape or non-finite values."""
         check_width(check_features(reference, "reference features"), self.width)
         self.reference = reference.cpu().float()
         self._reference_radii = None
@@ -70,7 +70,7 @@ class ManifoldMetrics(Metric):
         self.features.append(check_width(features, self.width).detach().float())
 
     def compute(self) -> dict[str, float]:
-        """All scores over the samples of all processes, by name."""
+        """All scores over all processes' samples, by name."""
         if self.reference is None:
             raise ValueError(f"{', '.join(self.names)} need features of a reference: call set_reference first")
         own = torch.cat(self.features) if self.features else torch.empty(0, self.width)
@@ -96,7 +96,7 @@ class ManifoldMetrics(Metric):
         return found.scores(sum(counts), self.density_neighbours)
 
     def _radii_of_reference(self, reference: Tensor) -> Tensor:
-        """Squared distances to the nearest neighbours, computed once."""
+        """Squared distances of reference points to their nearest neighbours, computed once."""
         if self._reference_radii is None:
             most = max(self.neighbours, self.density_neighbours)
             self._reference_radii = nearest_distances(reference, most, precision=self.precision).cpu()
@@ -116,7 +116,7 @@ def in_processes() -> bool:
 
 
 def counts_of_processes(count: int, device: torch.device) -> list[int]:
-    """Samples that each process holds, of which this one holds ``count``; the processes exchange tensors on ``device``."""
+    """Sample counts of all processes; this one has ``count``; processes exchange tensors on ``device``."""
     if not in_processes():
         return [count]
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
@@ -125,9 +125,9 @@ def counts_of_processes(count: int, device: torch.device) -> list[int]:
 
 
 def blocks_of_processes(own: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
-    """Blocks of the features of all processes, in the same order on each; one of another is held at a time.
+    """Blocks of all processes' features, in the same order on each; only one block of another process is in memory at a time.
 
-    ``own`` are the features n×D of this process, ``counts`` the samples of every one, from :func:`counts_of_processes`.
+    ``own`` are this process's features, n×D; ``counts`` are all sample counts, from :func:`counts_of_processes`.
     """
     if not in_processes():
         yield from own.split(BLOCK)
@@ -143,7 +143,7 @@ def blocks_of_processes(own: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
 
 
 def add_processes(found: Overlap) -> Overlap:
-    """The overlap of the samples of all processes."""
+    """Combines the overlaps of all processes' samples."""
     if not in_processes():
         return found
     device = found.reference_inside.device
@@ -155,7 +155,7 @@ def add_processes(found: Overlap) -> Overlap:
 
 
 class KeptFeatures(Metric):
-    """Features B×width of chosen samples, in the order of their index, whichever process saw them."""
+    """Features B×width of chosen samples, ordered by index, independent of which process saw them."""
 
     full_state_update = False
     features: list[Tensor]
@@ -168,12 +168,12 @@ class KeptFeatures(Metric):
         self.add_state("index", [], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, index: Tensor) -> None:
-        """Keeps features B×D and their numbers B."""
+        """Adds features B×D and their indices B."""
         self.features.append(check_width(features, self.width).detach().float())
         self.index.append(index.to(features.device, torch.int64)[:, None])
 
     def compute(self) -> Tensor:
-        """Features N×D of all processes, on the CPU."""
+        """All processes' features N×D, on the CPU."""
         features = torch.cat([torch.empty(0, self.width), *(part.cpu() for part in self.features)])
         index = torch.cat([torch.empty(0, 1, dtype=torch.int64), *(part.cpu() for part in self.index)])
         counts = counts_of_processes(len(features), self.device)

@@ -1,4 +1,4 @@
-"""Numbers of samples that come without."""
+"""Indices for samples that come without any."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class Numbers:
-    """Counts samples as they come; those of several processes take turns."""
+    """Numbers samples as they arrive, interleaving those of several processes."""
 
     def __init__(self) -> None:
         self.seen = 0
 
     def following(self, count: int) -> Tensor:
-        """The numbers of the next ``count`` samples of this process, int64."""
+        """Indices of this process's next ``count`` samples, int64."""
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         numbers = (self.seen + torch.arange(count)) * world + rank
         self.seen += count

@@ -1,4 +1,4 @@
-"""The protocol of scores: every rule that moves them, beside the scores, and where it differs from a published one."""
+"""The protocol stored with scores: every rule that affects them, and its differences from a published protocol."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _SAMPLES: dict[str, dict[str, Any]] = {
     "raev2": {"labels": "balanced", "bytes": "floor"},
     "ours": {"labels": "balanced", "bytes": "floor", "precision": "32-true"},
 }
-"""What the protocols ask of the samples; what they ask of the metric: :data:`rae.metric.generation.PROTOCOLS`."""
+"""The protocols' requirements on samples; for those on the metric, see :data:`rae.metric.generation.PROTOCOLS`."""
 _REFERENCES = {"adm": ("adm_imagenet256", "adm_imagenet512"), "raev2": ("jit_imagenet256",)}
-"""References of the published numbers."""
+"""References used for the published numbers."""
 
 
 def protocol_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The rules of scores, from what identifies them; of a set of metrics, those of every metric by its name.
+    """The rules behind scores, from their identity; for a set of metrics, those of every metric by name.
 
-    Of samples in files that do not say how they came about, what is not known is ``unknown``.
+    For samples from files that do not record how they were generated, unknown rules are ``unknown``.
     """
     samples, metric = identity.get("samples") or {}, identity.get("metric") or {}
     rules = {
@@ -62,7 +62,7 @@ def _metric_rules(metric: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[s
 
 
 def in_words(rules: Mapping[str, Any]) -> str:
-    """The rules in one line below a table: ``labels balanced, bytes floor, …``; of a set of metrics, what is common to all."""
+    """The rules as one line below a table: ``labels balanced, bytes floor, …``; for a set of metrics, those common to all."""
     words = [f"{name} {rules[name]}" for name in ("labels", "bytes", "precision")]
     guidance, counts = rules["guidance"], rules["evaluations"]
     if isinstance(guidance, Mapping):
@@ -74,13 +74,13 @@ def in_words(rules: Mapping[str, Any]) -> str:
 
 
 def _strength(guidance: Mapping[str, Any]) -> str:
-    """Kind and scale of a guidance."""
+    """A guidance's kind and scale."""
     kind = str(guidance.get("_target_")).rpartition(".")[2]
     return f"{kind} {guidance['scale']:g}" if "scale" in guidance else kind
 
 
 def differences(rules: Mapping[str, Any]) -> list[str]:
-    """All differences from the protocols that were asked for, a line each."""
+    """All differences from the requested protocols, one per line."""
     found = [str(line) for line in rules.get("differences", [])]
     for name, inner in rules.items():
         if isinstance(inner, Mapping):

@@ -24,7 +24,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
 class ImageMeans(SummedMetric):
-    """Means over images of scores that each image has, by name."""
+    """Means over images of per-image scores, by name."""
 
     total: Tensor
     count: Tensor
@@ -36,7 +36,7 @@ class ImageMeans(SummedMetric):
         self.add_sum("count", dtype=torch.int64)
 
     def update(self, scores: dict[str, Tensor], count: int) -> None:
-        """Adds the scores of ``count`` images, by name, B each; raises ValueError for other names or another number."""
+        """Adds the scores of ``count`` images, by name, B each; raises ValueError if names or number differ."""
         shapes = {name: tuple(values.shape) for name, values in scores.items()}
         if shapes != dict.fromkeys(self.names, (count,)):
             raise ValueError(f"scores must be {', '.join(self.names)} of shape ({count},), got {shapes}")
@@ -45,7 +45,7 @@ class ImageMeans(SummedMetric):
         self.count += count
 
     def compute(self) -> dict[str, float]:
-        """The means, and the number of ``images``; raises ValueError for no image or scores that are not finite."""
+        """The means, and the number of ``images``; raises ValueError for no images or non-finite scores."""
         count = int(self.count)
         if not count:
             raise ValueError("there is no image to score; call update first")
@@ -58,17 +58,17 @@ class ImageMeans(SummedMetric):
 class ReconstructionMetrics(MetricGroup):
     """PSNR (dB), SSIM, LPIPS and rFID of reconstructions; the first three are means over images.
 
-    All images are scored as bytes, so that scores of a model equal those of the files that it writes.
+    All images are scored as bytes, so that a model's scores equal those of the files it writes.
 
     Args:
-        detector: Detector of rFID; None leaves rFID out.
-        perceptual: Perceptual distance of images in [0, 1]; None leaves LPIPS out.
-        reference: What rFID compares with, or its file: of kind ``validation``. None for the originals themselves.
-        assume_kind: Kind of a reference file that does not say it.
-        structural: Whether SSIM is computed; it needs images of at least 11×11 pixels.
+        detector: Detector for rFID; None omits rFID.
+        perceptual: Perceptual distance of images in [0, 1]; None omits LPIPS.
+        reference: Reference for rFID, or its file: of kind ``validation``. None for the originals themselves.
+        assume_kind: Kind of a reference file that does not state it.
+        structural: Whether to compute SSIM; it needs images of at least 11×11 pixels.
 
     Raises:
-        ValueError: A reference without a detector, or of another kind.
+        ValueError: The reference comes without a detector or is of another kind.
         FileNotFoundError: The reference does not exist.
     """
 
@@ -88,7 +88,7 @@ class ReconstructionMetrics(MetricGroup):
             )
         super().__init__(detector, None if reference is None else open_reference(reference, "validation", assume_kind))
         self.perceptual: Perceptual | None
-        object.__setattr__(self, "perceptual", perceptual)  # no submodule, like the detector
+        object.__setattr__(self, "perceptual", perceptual)  # not a submodule, like the detector
         self.structural = structural
         if isinstance(perceptual, nn.Module):
             perceptual.requires_grad_(False).eval()
@@ -100,7 +100,7 @@ class ReconstructionMetrics(MetricGroup):
                 self.parts["originals"] = FeatureMoments(detector.width)
 
     def prepare(self, image_size: int, count: int | None = None, labels: Sequence[int] | None = None) -> None:
-        """See :meth:`GenerationMetrics.prepare`; any number of images, and any labels, will do."""
+        """See :meth:`GenerationMetrics.prepare`; accepts any number of images and any labels."""
         if self.structural:
             ssim(*torch.zeros(2, 1, 3, image_size, image_size))
         if self.reference is not None:
@@ -108,7 +108,7 @@ class ReconstructionMetrics(MetricGroup):
             self._wanted()
 
     def _wanted(self) -> Moments:
-        """Moments of the features of what the reconstructions should equal."""
+        """Moments of the features that the reconstructions are compared with."""
         if self.reference is None:
             originals: Moments = self.parts["originals"].compute()
             return originals
@@ -148,7 +148,7 @@ class ReconstructionMetrics(MetricGroup):
             return self.perceptual(images, originals).flatten()
 
     def compute(self) -> dict[str, float]:
-        """``psnr``, ``ssim``, ``lpips``, ``rfid`` (``rfd_<detector>`` for others), and the number of ``images``."""
+        """``psnr``, ``ssim``, ``lpips``, ``rfid`` (``rfd_<detector>`` for other detectors), and the number of ``images``."""
         scores: dict[str, float] = dict(self.parts["means"].compute())
         count = scores.pop("images")
         if self.detector is not None:
@@ -164,15 +164,15 @@ class ReconstructionMetrics(MetricGroup):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Detector, reference, and which scores."""
+        """Detector, reference and computed scores."""
         return {**super().identity, "metrics": self.parts["means"].names + ["rfid"] * (self.detector is not None)}
 
 
 def _to_bytes(images: Tensor, name: str, checked: bool = False) -> Tensor:
-    """Images as bytes; float ones by the rule of all published scores, the lower grey level, and ``checked`` for their range.
+    """Images as bytes; floats are rounded down, as in all published scores, and if ``checked``, their range is checked.
 
     Raises:
-        ValueError: Images that are not finite or, where ``checked``, outside [0, 1]; or see :func:`check_images`.
+        ValueError: Images are not finite or, if ``checked``, outside [0, 1]; or see :func:`check_images`.
     """
     if not images.is_floating_point():
         return check_images(images, name)

@@ -1,7 +1,7 @@
-"""Reference statistics: what samples are compared with, and the refusal of what they must not be compared with.
+"""Reference statistics to compare samples with, and checks that reject unsuitable ones.
 
 A reference is an .npz with any of ADM's entries ``mu``, ``sigma`` (moments of the pool features), ``mu_s``, ``sigma_s``
-(of the spatial ones) and ``arr_0`` (images uint8 N×H×W×3), and of ours: ``features`` (pool features N×D for precision
+(of the spatial features) and ``arr_0`` (images uint8 N×H×W×3), and of ours: ``features`` (pool features N×D for precision
 and recall) and ``metadata`` (JSON: kind, image size, crop, count, detector, hashes).
 """
 
@@ -32,22 +32,22 @@ KINDS = {
 }
 
 ENTRIES = {"mu", "sigma", "mu_s", "sigma_s", "ref_mu", "ref_sigma", "features", "metadata"}
-"""Entries that are read at once; ``arr_0`` is read where needed, batch by batch."""
+"""Entries that are read immediately; ``arr_0`` is read when needed, batch by batch."""
 
 ADM_PREFIX = "VIRTUAL_"
-"""How the names of ADM's references begin; all of them describe training sets."""
+"""Prefix of the file names of ADM's references; all of them describe training sets."""
 
 
 @dataclass(frozen=True)
 class ReferenceInfo:
-    """What a reference says about itself: of which images it is, and what took their features."""
+    """A reference's metadata: which images it describes, and which detector extracted their features."""
 
     kind: str  # training or validation
     image_size: tuple[int, int] | None = None  # height and width
     crop: str | None = None  # e.g. center
-    count: int | None = None  # images that the moments are of
+    count: int | None = None  # number of images behind the moments
     detector: dict[str, Any] | None = None  # its identity
-    detector_hash: str | None = None  # None for ADM's files, which the published Inception made
+    detector_hash: str | None = None  # None for ADM's files, made with the published Inception
     hash: str | None = None  # of the statistics
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class ReferenceInfo:
 
 
 class Statistics(NamedTuple):
-    """Numbers of one detector; None where a reference has none."""
+    """Statistics for one detector; None for those that a reference lacks."""
 
     moments: Moments | None = None
     spatial: Moments | None = None
@@ -64,7 +64,7 @@ class Statistics(NamedTuple):
 
     @property
     def empty(self) -> bool:
-        """Whether there are no numbers at all."""
+        """Whether there are no statistics at all."""
         return all(part is None for part in self)
 
 
@@ -74,19 +74,19 @@ class Reference:
 
     info: ReferenceInfo
     statistics: Statistics
-    path: Path | None = None  # the file, where it comes from one
-    published: str | None = None  # its name, where it is a published one
-    has_images: bool = False  # whether the file holds images, from which other detectors' numbers can be computed
+    path: Path | None = None  # its file, if any
+    published: str | None = None  # its name, if it is a published one
+    has_images: bool = False  # whether the file holds images, from which other detectors' statistics can be computed
     _computed: dict[str, Statistics] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
-        """How messages call the reference."""
+        """The reference's name in messages."""
         return repr(str(self.path)) if self.path is not None else "in memory"
 
     @property
     def hash(self) -> str:
-        """Hash of the statistics, or of the file where it holds images alone."""
+        """Hash of the statistics, or of the file if it holds only images."""
         stated = self.info.hash or statistics_hash(self.statistics)
         if stated is None and self.path is None:
             raise ValueError("a reference without statistics and file has no hash")
@@ -94,7 +94,7 @@ class Reference:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells it from others, for the record."""
+        """What identifies the reference, for the record."""
         known = {name: getattr(self.info, name) for name in ("kind", "image_size", "crop", "count")}
         named = {} if self.published is None else {"name": self.published}
         return {**named, "path": None if self.path is None else str(self.path), "hash": self.hash, **known}
@@ -111,7 +111,7 @@ class Reference:
             )
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError if the reference's images are of another size."""
+        """Raises ValueError if the reference's images have a different size."""
         size = self.info.image_size
         if size is not None and tuple(size) != (height, width):
             raise ValueError(
@@ -122,10 +122,10 @@ class Reference:
     def for_detector(
         self, detector: Detector, needs: Collection[str], device: torch.device | str = "cpu"
     ) -> Statistics:
-        """The numbers of one detector: those stored, and of what ``needs`` names the others from the stored images.
+        """Statistics for one detector: those stored, plus those in ``needs``, computed from the stored images if missing.
 
         Raises:
-            ValueError: Needed numbers are of another detector or missing, and there are no images to compute them from.
+            ValueError: Needed statistics are missing or of another detector, and there are no images to compute them from.
         """
         space = PUBLISHED[self.published].detector if self.published is not None else None
         if space not in (None, detector.name):
@@ -149,7 +149,7 @@ class Reference:
         return stored
 
     def _held_instead(self, detector: Detector) -> str:
-        """What a reference holds that has not all numbers of a detector, in words."""
+        """Describes what the reference holds, if it lacks some of a detector's statistics."""
         info, stored = self.info, self.statistics
         if not stored.empty and info.detector_hash not in (None, detector.hash):
             name = (info.detector or {}).get("name")
@@ -159,7 +159,7 @@ class Reference:
         return f"holds {' and '.join(held) or 'no numbers'} {'' if self._stored(detector).empty else 'alone '}".rstrip()
 
     def _stored(self, detector: Detector) -> Statistics:
-        """The stored numbers if they are this detector's, else nothing."""
+        """The stored statistics if they are this detector's, else empty ones."""
         stored = self.statistics
         made_by = self.info.detector_hash
         if stored.empty:
@@ -182,7 +182,7 @@ class Reference:
         return stored
 
     def _extract(self, detector: Detector, device: torch.device | str) -> Statistics:
-        """Runs the detector over the stored images."""
+        """Runs the detector on the stored images."""
         assert self.path is not None
         detector = detector.to(device)
         pool = FeatureMoments(detector.width).to(device)
@@ -198,13 +198,13 @@ class Reference:
 
 
 def statistics_hash(statistics: Statistics) -> str | None:
-    """SHA-256 of all stored numbers, None where there are none."""
+    """SHA-256 of all statistics; None if there are none."""
     held = {key: torch.from_numpy(value) for key, value in _arrays(statistics).items()}
     return state_hash(held) if held else None
 
 
 def _arrays(statistics: Statistics) -> dict[str, np.ndarray]:
-    """Entries of the file."""
+    """The file's entries, by name."""
     arrays = {}
     for moments, suffix in ((statistics.moments, ""), (statistics.spatial, "_s")):
         if moments is not None:
@@ -216,12 +216,12 @@ def _arrays(statistics: Statistics) -> dict[str, np.ndarray]:
 
 
 def write_reference(path: str | Path, reference: Reference, images: np.ndarray | None = None) -> Path:
-    """Writes a reference as .npz, atomically, with images uint8 N×H×W×3, which may be a memory map, as ``arr_0``.
+    """Writes a reference as .npz, atomically, with images uint8 N×H×W×3 (possibly memory-mapped) as ``arr_0``.
 
-    ADM's evaluator can read it where it has images.
+    ADM's evaluator can read it if it has images.
 
     Raises:
-        ValueError: Another suffix than .npz, or images of another type, shape or size.
+        ValueError: The suffix is not .npz, or the images have a wrong type, shape or size.
     """
     path = Path(path).expanduser()
     if path.suffix != ".npz":
@@ -236,19 +236,19 @@ def write_reference(path: str | Path, reference: Reference, images: np.ndarray |
     if not arrays:
         raise ValueError("a reference without statistics and images says nothing: give at least one of them")
     arrays["metadata"] = np.array(json.dumps(info))
-    save: Callable[..., None] = np.savez  # whose type takes the names of arrays for its own arguments
+    save: Callable[..., None] = np.savez  # np.savez's type confuses array names with its own arguments
     return write_atomically(path, lambda file: save(file, **arrays))
 
 
 def open_reference(reference: Reference | str | Path, wanted: str, assumed: str | None) -> Reference:
-    """A reference, read where it is a file or a published name; raises ValueError unless it is of the wanted kind."""
+    """A reference, read from disk if given as a file or published name; raises ValueError unless it is of the wanted kind."""
     opened = reference if isinstance(reference, Reference) else read_reference(reference, assumed)
     opened.check_kind(wanted)
     return opened
 
 
 def _compare_hash(reference: Reference) -> None:
-    """Records the hash of a published reference beside its file at the first use, and compares it afterwards."""
+    """Records a published reference's hash beside its file on first use, and compares it afterwards."""
     assert reference.path is not None
     record = reference.path.with_name(f"{reference.path.name}.hash")
     if not record.is_file():
@@ -263,12 +263,12 @@ def _compare_hash(reference: Reference) -> None:
 def read_reference(path: str | Path, kind: str | None = None) -> Reference:
     """Reads a reference: a published one by name, ours, ADM's, or any .npz with images or moments.
 
-    ``kind``, ``training`` or ``validation``, is for files that do not say it; ADM's (VIRTUAL_….npz) are of training sets.
+    ``kind``, ``training`` or ``validation``, is for files that do not state it; ADM's (VIRTUAL_….npz) describe training sets.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: No archive, truncated, neither moments nor ``arr_0``, moments that do not fit or are not finite, a
-            file that was changed after it was written or since its first use, or an unknown kind.
+        FileNotFoundError: The file does not exist.
+        ValueError: It is not an archive, is truncated, has neither moments nor ``arr_0``, has mismatched or non-finite
+            moments, was changed after it was written or since its first use, or its kind is unknown.
     """
     file, published = reference_file(path)
     if published is None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class MetricSet(nn.Module):
-    """Gives every image to all of its metrics, given by name; None leaves one out.
+    """Feeds every image to all of its metrics, given by name; a metric that is None is skipped.
 
     Raises:
-        ValueError: There is none, or only some of them take originals.
+        ValueError: There are no metrics, or only some of them take originals.
     """
 
     def __init__(self, **metrics: Any) -> None:
@@ -29,19 +29,19 @@ class MetricSet(nn.Module):
         self.takes_prompts = any(getattr(metric, "takes_prompts", False) for metric in chosen.values())
 
     def prepare(self, *args: Any, **options: Any) -> None:
-        """Lets all metrics check what can be before there are images; arguments as theirs."""
+        """Lets all metrics check what they can before there are images; takes their arguments."""
         for metric in self.metrics.values():
             if hasattr(metric, "prepare"):
                 metric.prepare(*args, **options)
 
     def update(self, *images: Any, **options: Any) -> None:
-        """Adds a batch to all metrics; arguments as theirs, ``prompts`` for those that take them."""
+        """Adds a batch to all metrics; takes their arguments, with ``prompts`` for those that accept them."""
         prompts = {"prompts": options.pop("prompts")} if "prompts" in options else {}
         for metric in self.metrics.values():
             metric.update(*images, **options, **(prompts if getattr(metric, "takes_prompts", False) else {}))
 
     def compute(self) -> dict[str, float]:
-        """All scores by name; raises ValueError where two metrics give a score the same name and another value."""
+        """All scores by name; raises ValueError if two metrics give different values for the same name."""
         scores: dict[str, float] = {}
         for name, metric in self.metrics.items():
             for key, value in metric.compute().items():
@@ -53,22 +53,22 @@ class MetricSet(nn.Module):
         return scores
 
     def reset(self) -> None:
-        """Forgets all images."""
+        """Discards all images."""
         for metric in self.metrics.values():
             metric.reset()
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Identity of every metric by name."""
+        """Every metric's identity by name."""
         return {name: metric.identity for name, metric in self.metrics.items()}
 
 
 def update_arguments(
     metric: Any, images: Tensor, told: Sequence[Any] | Tensor | None, numbers: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a metric's ``update`` for samples: their labels, or their prompts where it takes these.
+    """Arguments of a metric's ``update`` for samples: their labels, or their prompts if it accepts prompts.
 
-    Images are uint8 B×3×H×W, ``told`` B labels or prompts, or None where they are not known, the samples' numbers int64 B.
+    Images are uint8 B×3×H×W; ``told`` holds B labels or prompts, or is None if they are unknown; ``numbers`` are int64 B.
     """
     if isinstance(told, list) and told and isinstance(told[0], str):
         prompts = {"prompts": list(told)} if getattr(metric, "takes_prompts", False) else {}
@@ -84,20 +84,20 @@ NORMALISERS = {
     "siglip_cls": 0.60,
     "clip_cls": 5.60,
 }
-"""Fréchet distances of ImageNet's validation images to its training set, with the digits that RAEv2's evaluation divides by."""
+"""Fréchet distances between ImageNet's validation and training images, to the digits that RAEv2's evaluation divides by."""
 
 
 class FDr6(MetricSet):
-    """Fréchet distances in six feature spaces, each beside its ratio to that of real images, and the ratios' mean (RAEv2).
+    """Fréchet distances in six feature spaces, each with its ratio to that of real images, and the ratios' mean (RAEv2).
 
-    ``fdr6`` is given where all six spaces are; the ratio of a space is ``fdr_<space>``, of the distance to its first reference
-    where it has several. Of samples beside 50,000 of ImageNet at 256 pixels the ratios are no published numbers.
+    ``fdr6`` needs all six spaces; a space's ratio is ``fdr_<space>``, using the distance to its first reference if it has
+    several. Ratios are comparable with published ones only for 50,000 samples of ImageNet at 256 pixels.
 
     Args:
         metrics: By space (inception, convnext, dinov2_cls, mae_cls, siglip_cls, clip_cls), each with ``fid`` among its metrics.
 
     Raises:
-        ValueError: A space that has no normaliser, or a detector of another name.
+        ValueError: A space has no normaliser, or its detector has another name.
     """
 
     def __init__(self, **metrics: Any) -> None:
@@ -112,7 +112,7 @@ class FDr6(MetricSet):
                 )
 
     def compute(self) -> dict[str, float]:
-        """Raw distances and all other scores, then the ratios and, of all six, their mean."""
+        """Raw distances and all other scores, then the ratios and, if all six exist, their mean."""
         scores = super().compute()
         named = {
             space: metric.score_name("fid", next(iter(metric.references))) for space, metric in self.metrics.items()
@@ -121,6 +121,6 @@ class FDr6(MetricSet):
 
 
 def fdr(distances: Mapping[str, float], normalisers: Mapping[str, float] = NORMALISERS) -> dict[str, float]:
-    """Fréchet distances by space => ``fdr_<space>``, divided by its normaliser; of all spaces ``fdr6``, the mean."""
+    """Fréchet distances by space => ``fdr_<space>``, divided by the space's normaliser; for all spaces also ``fdr6``, the mean."""
     ratios = {f"fdr_{space}": value / normalisers[space] for space, value in distances.items()}
     return ratios | ({"fdr6": sum(ratios.values()) / len(ratios)} if len(ratios) == len(normalisers) else {})

@@ -13,15 +13,15 @@ from rae.metric.functional.spectrum import class_share, condition_number, effect
 
 
 class LatentSpectrum(SummedMetric):
-    """Effective rank, condition number, kurtosis, spread over positions and share of variance between classes.
+    """Effective rank, condition number, kurtosis, spread over positions and fraction of variance between classes.
 
-    Channels are the variables; every position of every image is a sample of them, but the classes compare images' means over
-    the positions.
+    Channels are the variables; every position of every image is one sample, except that the between-class variance uses each
+    image's mean over positions.
 
     Args:
         shape: Channels, height and width of the latents.
-        classes: Number of classes; 0 leaves the labels out.
-        kwargs: Options of torchmetrics.
+        classes: Number of classes; 0 ignores the labels.
+        kwargs: Options for torchmetrics.
     """
 
     moments: Tensor
@@ -47,7 +47,7 @@ class LatentSpectrum(SummedMetric):
         self.add_sum("count", dtype=torch.int64)
 
     def update(self, latents: Tensor, labels: Tensor | None = None) -> None:
-        """Adds latents B×C×h×w and their labels B, which are needed where there are classes."""
+        """Adds latents B×C×h×w and their labels B, which are required if there are classes."""
         values = latents.detach().to(self.outer.device).double()
         flat = values.permute(0, 2, 3, 1).flatten(0, 2)
         self.moments += torch.stack([(flat**power).sum(0) for power in (1, 2, 3, 4)])
@@ -62,17 +62,17 @@ class LatentSpectrum(SummedMetric):
             self.pooled_square += (pooled**2).sum(0)
 
     def eigenvalues(self) -> Tensor:
-        """Of the covariance of the channels, the largest first, float64 C."""
+        """Eigenvalues of the channels' covariance, in descending order, float64 C."""
         positions = int(self.count) * self.position_total[0].numel()
         return torch.linalg.eigvalsh(moments_from_sums(self.moments[0], self.outer, positions).covariance).flip(0)
 
     def position_variance(self) -> Tensor:
-        """Mean variance of the channels at every position, float64 h×w."""
+        """Variance at every position, averaged over channels, float64 h×w."""
         mean = self.position_total / self.count
         return (self.position_square / self.count - mean**2).mean(0)
 
     def compute(self) -> dict[str, float]:
-        """All of them by name; ``position_spread`` is the largest variance of a position divided by the smallest."""
+        """All of them by name; ``position_spread`` is the largest variance at a position divided by the smallest."""
         eigenvalues, variance = self.eigenvalues(), self.position_variance()
         positions = int(self.count) * variance.numel()
         found = {

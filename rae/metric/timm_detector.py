@@ -1,4 +1,4 @@
-"""Networks of timm as detectors, as RAEv2's evaluation has them: FDr6 and MIND."""
+"""timm networks as detectors, as in RAEv2's evaluation: FDr6 and MIND."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ POOLS = ("class", "mean", "attention")
 
 
 class TimmDetector(Detector):
-    """One feature vector of an image from a network of timm.
+    """One feature vector per image from a timm network.
 
-    Bytes are resized bicubically with antialiasing, as floats that are not clamped, then normalised; sides that the patches do not
-    divide are padded.
+    Bytes are resized bicubically with antialiasing, as unclamped floats, then normalised; sides that are not a multiple of
+    the patch size are padded.
 
     Args:
         model: Name of the timm architecture.
         name: Names the scores: ``fd_<name>``.
-        side: Side that images are resized to.
+        side: Side to which images are resized.
         pool: ``class`` (the class token), ``mean`` (over the positions) or ``attention`` (the network's pooling of tokens).
-        mean: Mean of the images in [0, 1], per colour.
-        std: Their standard deviation, per colour.
-        bfloat16: Whether the network runs under autocast to bfloat16.
-        pretrained: False leaves the weights random: scores mean nothing then.
+        mean: Mean of the images in [0, 1], per colour channel.
+        std: Standard deviation, per colour channel.
+        bfloat16: Whether the network runs under bfloat16 autocast.
+        pretrained: False leaves the weights random, which makes scores meaningless.
         checkpoint: Local weight file.
         hub_id: Hub repository of the weights; None for timm's own.
-        revision: Branch, tag or commit of it.
-        batch_size: Images that go through the network at once.
+        revision: Branch, tag or commit of that repository.
+        batch_size: Images per forward pass.
         arguments: Further sizes of the network.
 
     Raises:
-        ValueError: An unknown network or pooling, or weights that do not fit.
-        FileNotFoundError: The weights cannot be had.
+        ValueError: The network or pooling is unknown, or the weights do not fit.
+        FileNotFoundError: The weights are not available.
     """
 
     image_mean: Tensor
@@ -65,7 +65,7 @@ class TimmDetector(Detector):
     ) -> None:
         if pool not in POOLS:
             raise ValueError(f"detector.pool={pool!r} is unknown; choose one of {', '.join(POOLS)}")
-        timm: Any = importlib.import_module("timm")  # 50 MB that FID does without
+        timm: Any = importlib.import_module("timm")  # 50 MB that FID does not need
         if not timm.is_model(model):
             raise ValueError(f"detector.model={model!r} is unknown to timm; see timm.list_models()")
         network: Any = timm.create_model(model, pretrained=False, **(arguments or {}))
@@ -81,7 +81,7 @@ class TimmDetector(Detector):
         if pretrained:
             source = hub_id or network.pretrained_cfg.get("hf_hub_id")
             state = read_weights(checkpoint, source, revision, option="detector.checkpoint")
-            state.pop("mask_token", None)  # of DINOv2's pretraining
+            state.pop("mask_token", None)  # from DINOv2's pretraining
             load_strict(network, state, str(checkpoint or source))
         self.network = network
         self.register_buffer("image_mean", torch.tensor(list(mean)).view(3, 1, 1), persistent=False)
@@ -90,7 +90,7 @@ class TimmDetector(Detector):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Network, side, pooling and arithmetic too."""
+        """Includes network, side, pooling and precision."""
         return super().identity | self.settings
 
     def extract(self, images: Tensor) -> Features:

@@ -1,4 +1,4 @@
-"""Arithmetic of the metrics: features, probabilities or images in, numbers out."""
+"""Functional metrics: features, probabilities or images in, numbers out."""
 
 from rae.metric.functional.exact import exact_float32
 from rae.metric.functional.frechet import Moments, frechet_distance, moments, moments_from_sums

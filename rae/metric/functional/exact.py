@@ -1,4 +1,4 @@
-"""float32 that is float32: no TF32 or bfloat16 shortcuts and no autocast, whatever the program has set."""
+"""Exact float32: no TF32 or bfloat16 shortcuts and no autocast, whatever the program's settings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Matrix products and convolutions inside keep float32 and are not autotuned; the settings come back afterwards.
+    """Keeps matrix products and convolutions in float32, without autotuning; restores the settings afterwards.
 
-    It also decorates functions.
+    Also works as a decorator.
     """
     cudnn, mkldnn = (cast("Any", backend) for backend in (torch.backends.cudnn, torch.backends.mkldnn))
     backends = (torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Mean [D], covariance [D, D] divided by N−1, and N (0 where a file does not say it)."""
+    """Mean [D], covariance [D, D] divided by N−1, and N (0 if a file does not state it)."""
 
     mean: Tensor
     covariance: Tensor
@@ -17,7 +17,7 @@ class Moments(NamedTuple):
 
 
 def check_features(features: Tensor, name: str = "features") -> Tensor:
-    """Returns features N×D as they are; raises ValueError, with their name, unless they are finite floats."""
+    """Returns features N×D unchanged; raises ValueError, with their name, unless they are finite floats."""
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"{name} must be floats of shape N×D, got {features.dtype} of shape {tuple(features.shape)}")
     broken = int((~features.isfinite()).any(1).sum())
@@ -27,14 +27,14 @@ def check_features(features: Tensor, name: str = "features") -> Tensor:
 
 
 def check_width(features: Tensor, width: int) -> Tensor:
-    """Returns features as they are; raises ValueError unless they are of shape B×width."""
+    """Returns features unchanged; raises ValueError unless their shape is B×width."""
     if features.ndim != 2 or features.shape[1] != width:
         raise ValueError(f"features must be of shape B×{width}, got {tuple(features.shape)}")
     return features
 
 
 def moments(features: Tensor) -> Moments:
-    """Moments of features N×D, taken in float64; raises ValueError for fewer than two rows or values that are not finite."""
+    """Moments of features N×D, computed in float64; raises ValueError for fewer than two rows or non-finite values."""
     check_features(features)
     if len(features) < 2:
         raise ValueError(f"features must have at least 2 rows for a covariance, got {len(features)}")
@@ -48,7 +48,7 @@ def moments_from_sums(total: Tensor, outer: Tensor, count: int) -> Moments:
     """Moments from the sum of features [D] and of their outer products [D, D], both float64, over ``count`` samples.
 
     Raises:
-        ValueError: Fewer than two samples, or sums that are not finite.
+        ValueError: There are fewer than two samples, or the sums are not finite.
     """
     if count < 2:
         raise ValueError(f"moments need at least 2 samples, got {count}; call update with more images first")
@@ -64,11 +64,11 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
 
     Means are [D], covariances [D, D].
 
-    With Σ₁ = R Rᵀ the last trace is the sum of the square roots of the eigenvalues of Rᵀ Σ₂ R, which is symmetric. R
-    keeps the directions in which Σ₁ is not zero up to rounding, so that covariances of few samples are no special case.
+    With Σ₁ = R Rᵀ, the last trace is the sum of the square roots of the eigenvalues of Rᵀ Σ₂ R, which is symmetric. R
+    keeps the directions in which Σ₁ is non-zero up to rounding, so covariances of few samples need no special case.
 
     Raises:
-        ValueError: Shapes that do not fit, or values that are not finite.
+        ValueError: Shapes do not match, or values are not finite.
     """
     width = mean1.numel()
     given = [tuple(x.shape) for x in (mean1, covariance1, mean2, covariance2)]

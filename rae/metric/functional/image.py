@@ -8,14 +8,14 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from rae.metric.functional.exact import exact_float32
 
 PSNR_LIMIT = 100.0
-"""Decibels that stand for the infinite ratio of equal images."""
+"""Decibels that represent the infinite ratio of identical images."""
 
 WINDOW = 11
-"""Side of the Gaussian window of SSIM."""
+"""Side of SSIM's Gaussian window."""
 
 
 def check_pair(images: Tensor, originals: Tensor) -> None:
-    """Raises ValueError unless both are floats B×3×H×W of one shape."""
+    """Raises ValueError unless both are floats B×3×H×W of the same shape."""
     for name, values in (("images", images), ("originals", originals)):
         if values.ndim != 4 or values.shape[1] != 3 or not values.is_floating_point():
             raise ValueError(
@@ -38,8 +38,8 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
     """Structural similarity of every image B×3×H×W in [0, 1], B (Wang et al. 2004): Gaussian window of 11, σ 1.5, on RGB.
 
-    The mean is over windows inside the image, as its authors define it; averages over a padded image differ. Images that
-    are smaller than the window raise ValueError.
+    The mean is over windows inside the image, as its authors define it; averages over a padded image differ. Raises
+    ValueError for images smaller than the window.
     """
     check_pair(images, originals)
     if min(images.shape[2:]) < WINDOW:
@@ -47,8 +47,8 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
             f"SSIM needs images of at least {WINDOW}×{WINDOW} pixels, got {tuple(images.shape[2:])}; leave ssim out"
         )
     edge = WINDOW // 2
-    with exact_float32():  # variances are differences of convolutions, which TF32 would spoil
+    with exact_float32():  # variances are differences of convolutions, for which TF32 is too coarse
         _, values = structural_similarity_index_measure(
             images.float(), originals.float(), sigma=1.5, data_range=1.0, reduction="none", return_full_image=True
         )
-    return values[..., edge:-edge, edge:-edge].mean((1, 2, 3))  # windows that lie inside the image, without padding
+    return values[..., edge:-edge, edge:-edge].mean((1, 2, 3))  # only windows inside the image, without padding

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 SPLIT_SIZE = 5000
-"""Samples of a split in ADM's evaluation suite."""
+"""Samples per split in ADM's evaluation suite."""
 
 
 def check_probabilities(probabilities: Tensor) -> Tensor:
-    """Returns class probabilities as they are; raises ValueError unless they are floats N×K with at least one row."""
+    """Returns class probabilities unchanged; raises ValueError unless they are floats N×K with at least one row."""
     if probabilities.ndim != 2 or not probabilities.is_floating_point() or not len(probabilities):
         raise ValueError(
             f"probabilities must be floats of shape N×K with N ≥ 1, got {probabilities.dtype} of shape "
@@ -28,11 +28,11 @@ def negative_entropy(probabilities: Tensor) -> Tensor:
 def score_from_sums(total: Tensor, entropy: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Inception Score, mean and (population) standard deviation over the splits, float64 [], from sums over every split.
 
-    The sums are of probabilities p, S×K, of Σ p log p, S, and of samples, S; splits without samples are left out. The mean
-    divergence KL(p‖q) of a split, with q the mean of its p, is mean(Σ p log p) − Σ q log q.
+    The sums are of probabilities p, S×K, of Σ p log p, S, and of samples, S; splits without samples are skipped. A split's
+    mean divergence KL(p‖q), with q the mean of its p, is mean(Σ p log p) − Σ q log q.
 
     Raises:
-        ValueError: There is no sample, or probabilities that are not finite.
+        ValueError: There are no samples, or the probabilities are not finite.
     """
     used = count > 0
     if not used.any():
@@ -48,7 +48,7 @@ def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> tupl
     """Mean and standard deviation, float64 [], of the Inception Score of probabilities N×K over consecutive splits of rows.
 
     Raises:
-        ValueError: Probabilities of another shape or not finite, or ``split_size`` below 1.
+        ValueError: The probabilities have a wrong shape or are not finite, or ``split_size`` is below 1.
     """
     check_probabilities(probabilities)
     if split_size < 1:
@@ -62,10 +62,10 @@ def inception_score(probabilities: Tensor, split_size: int = SPLIT_SIZE) -> tupl
 
 
 def permuted_inception_score(probabilities: Tensor, splits: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The same over equal splits of the rows in NumPy's random order of a seed; the remainder is left out (RAEv2's evaluation).
+    """The same over equal splits of the rows, shuffled by NumPy with ``seed``; drops the remainder (RAEv2's evaluation).
 
     Raises:
-        ValueError: Probabilities of another shape or not finite, or fewer rows than splits.
+        ValueError: The probabilities have a wrong shape or are not finite, or there are fewer rows than splits.
     """
     check_probabilities(probabilities)
     size = len(probabilities) // splits

@@ -35,10 +35,10 @@ def self_kernel_sum(points: Tensor) -> Tensor:
 
 
 def distance_from_sums(sums: Tensor, count: int, reference: Tensor) -> Tensor:
-    """Unbiased estimate of the distance of ``count`` samples to a reference M×D; it can be slightly negative.
+    """Unbiased estimate of the distance between ``count`` samples and a reference M×D; can be slightly negative.
 
-    The three sums of the kernel are over all pairs of samples, over every sample with itself, and over all pairs of a sample
-    and a reference point. Fewer than two points in a set raise ValueError.
+    The three kernel sums are over all pairs of samples, over every sample with itself, and over all pairs of a sample and a
+    reference point. Raises ValueError if a set has fewer than two points.
     """
     n, m = count, len(reference)
     if min(n, m) < 2:
@@ -51,7 +51,7 @@ def distance_from_sums(sums: Tensor, count: int, reference: Tensor) -> Tensor:
 def kernel_distance(samples: Tensor, reference: Tensor) -> Tensor:
     """Kernel distance over all pairs of samples N×D and reference points M×D, float64 [].
 
-    The usual mean over random subsets estimates the same quantity; all pairs need no draw and vary less.
+    The usual mean over random subsets estimates the same quantity; using all pairs needs no random choice and varies less.
     """
     sums = [kernel_sum(samples, samples), self_kernel_sum(samples), kernel_sum(samples, reference)]
     return distance_from_sums(torch.stack(sums), len(samples), reference)

@@ -1,10 +1,10 @@
-"""Precision, recall, density and coverage of sets of features by balls around nearest neighbours.
+"""Precision, recall, density and coverage of sets of features, from nearest-neighbour balls.
 
-Every point of a set spans a ball that reaches its k-th nearest *other* point of the set. Precision is the share of
-samples inside at least one reference ball, recall the share of reference points inside at least one sample ball
-(Kynkäänniemi et al. 2019, arXiv 1904.06991). Density and coverage count reference balls (Naeem et al. 2020, arXiv
-2002.09797). Distances are squared and a point on a sphere is inside. Work goes block by block, so that memory does not
-grow with the number of points.
+Every point of a set is the centre of a ball that reaches its k-th nearest *other* point in the set. Precision is the
+fraction of samples inside at least one reference ball, recall the fraction of reference points inside at least one sample
+ball (Kynkäänniemi et al. 2019, arXiv 1904.06991). Density and coverage count reference balls (Naeem et al. 2020, arXiv
+2002.09797). Distances are squared, and a point on the sphere counts as inside. Distances are computed block by block, so
+memory does not grow with the number of points.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from rae.metric.functional.exact import exact_float32
 
 BLOCK = 4096
-"""Rows and columns of the largest block of distances that is ever held."""
+"""Maximum number of rows and columns in a block of distances."""
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
 def check_precision(precision: str) -> None:
-    """Raises ValueError for an unknown arithmetic of the distances."""
+    """Raises ValueError for an unknown precision of the distances."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
 
@@ -33,8 +33,8 @@ def check_precision(precision: str) -> None:
 def squared_distances(first: Tensor, second: Tensor, precision: str = "float32") -> Tensor:
     """Squared Euclidean distances N×M of points N×D and M×D, as ‖x‖² − 2xy + ‖y‖².
 
-    They are float32, or float64 if that is the precision. ``float16`` is the arithmetic of ADM's suite: points, norms,
-    products and distances are rounded to half precision, unless a distance overflows; then the block is done in float32.
+    They are float32, or float64 if that is the precision. ``float16`` works as in ADM's suite: points, norms, products
+    and distances are rounded to half precision; if a distance overflows, the block is computed in float32.
     """
     check_precision(precision)
     if precision == "float16":
@@ -52,14 +52,14 @@ def squared_distances(first: Tensor, second: Tensor, precision: str = "float32")
 def nearest_distances(
     points: Tensor, neighbours: int, others: Iterable[Tensor] | None = None, precision: str = "float32"
 ) -> Tensor:
-    """Squared distances of every point of N×D to its nearest other points, N×neighbours, ascending.
+    """Squared distances from each of the points N×D to its nearest other points, N×neighbours, ascending.
 
-    Column k−1 holds the squared radius that reaches the k-th neighbour. ``others`` are blocks that together hold the whole
-    set, the points included, where ``points`` is a part of it. The smallest distance of each row is a point's own and left
-    out.
+    Column k−1 holds the squared radius that reaches the k-th neighbour. If ``points`` is only part of the set, ``others``
+    are blocks that together hold the whole set, including the points. Each row's smallest distance, from the point to
+    itself, is dropped.
 
     Raises:
-        ValueError: The set has no more points than ``neighbours``.
+        ValueError: The set has at most ``neighbours`` points.
     """
     best: Tensor | None = None
     total = 0
@@ -79,21 +79,21 @@ def nearest_distances(
 
 
 def _smallest(distances: Tensor, count: int) -> Tensor:
-    """The smallest values of every row, ascending; all of them where there are fewer."""
+    """The ``count`` smallest values of each row, ascending; all of them if there are fewer."""
     return distances.topk(min(count, distances.shape[1]), dim=1, largest=False, sorted=True).values
 
 
 @dataclass
 class Overlap:
-    """Which points of two sets lie in balls of the other."""
+    """Which points of each of two sets lie in the other's balls."""
 
     samples_inside: int  # samples in at least one reference ball
-    pairs_inside: int  # pairs of a sample and a reference ball that holds it
+    pairs_inside: int  # pairs of a sample and a reference ball that contains it
     reference_inside: Tensor  # whether each reference point lies in at least one sample ball, bool M
-    reference_covered: Tensor  # whether each reference ball holds at least one sample, bool M
+    reference_covered: Tensor  # whether each reference ball contains at least one sample, bool M
 
     def scores(self, samples: int, density_neighbours: int) -> dict[str, float]:
-        """All four of so many samples, where the balls of density reach so many neighbours."""
+        """All four scores, given the number of samples and the k of density's balls."""
         return {
             "precision": self.samples_inside / samples,
             "recall": self.reference_inside.double().mean().item(),
@@ -112,8 +112,8 @@ def overlap(
 ) -> Overlap:
     """Compares samples N×D with reference points M×D, block by block.
 
-    Radii are squared: of every sample's ball, N, and of every reference point's for precision, M, and for density and
-    coverage, M; None there takes those for precision.
+    Radii are squared: N for the samples' balls, M for the reference balls of precision, and M for those of density and
+    coverage; if None, the latter use precision's.
     """
     density_radii = reference_radii if density_radii is None else density_radii
     inside = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
@@ -136,7 +136,7 @@ def overlap(
 def precision_recall(
     samples: Tensor, reference: Tensor, neighbours: int = 3, precision: str = "float32"
 ) -> tuple[float, float]:
-    """Improved precision and recall of features N×D of samples against M×D of real images."""
+    """Improved precision and recall of sample features N×D against real features M×D."""
     radii = [nearest_distances(points, neighbours, precision=precision)[:, -1] for points in (samples, reference)]
     scores = overlap(samples, radii[0], reference, radii[1], precision=precision).scores(len(samples), neighbours)
     return scores["precision"], scores["recall"]
@@ -145,7 +145,7 @@ def precision_recall(
 def density_coverage(
     samples: Tensor, reference: Tensor, neighbours: int = 5, precision: str = "float32"
 ) -> tuple[float, float]:
-    """Density and coverage of features N×D of samples against M×D of real images."""
+    """Density and coverage of sample features N×D against real features M×D."""
     radii = nearest_distances(reference, neighbours, precision=precision)[:, -1]
     nothing = torch.zeros(len(samples), dtype=radii.dtype, device=radii.device)
     scores = overlap(samples, nothing, reference, radii, precision=precision).scores(len(samples), neighbours)

@@ -1,4 +1,4 @@
-"""MIND: the sliced Wasserstein distance of two sets of features, scaled to compare dimensions (RAEv2's evaluation)."""
+"""MIND: sliced Wasserstein distance between two sets of features, scaled to be comparable across dimensions (RAEv2)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from rae.metric.functional.exact import exact_float32
 from rae.metric.functional.frechet import check_features
 
 DIRECTIONS, SEED = 1000, 2020
-"""Of the published numbers."""
+"""Settings of the published numbers."""
 
 
 def mind(samples: Tensor, reference: Tensor, directions: int = DIRECTIONS, seed: int = SEED) -> Tensor:
     """MIND, float32 []: 3·D times the mean squared difference of sorted projections over random unit directions.
 
-    For two Gaussians that differ by a shift Δ it tends to 3·‖Δ‖². One CPU generator draws, in this order: which rows of the larger
-    set are used, then the directions. The features are N×D and M×D.
+    For two Gaussians that differ by a shift Δ, it tends to 3·‖Δ‖². One CPU generator samples first the rows of the larger set
+    to use, then the directions. The features are N×D and M×D.
 
     Raises:
-        ValueError: Features that are not finite floats of one width, or no direction.
+        ValueError: The features are not finite floats of the same width, or there are no directions.
     """
     check_features(samples, "samples")
     check_features(reference, "reference")
@@ -42,7 +42,7 @@ def mind(samples: Tensor, reference: Tensor, directions: int = DIRECTIONS, seed:
 
 @exact_float32()
 def sliced_distance(first: Tensor, second: Tensor, units: Tensor) -> Tensor:
-    """The same of N×D and N×D on given unit vectors K×D, float32 []."""
+    """The same for N×D and N×D with given unit vectors K×D, float32 []."""
     units = units.to(first.device)
     total = torch.zeros((), device=first.device)
     for part in units.split(100):  # 50,000 samples on 100 directions take 20 MB

@@ -1,4 +1,4 @@
-"""What describes a set of latents: how many directions they use, how heavy their tails are, how far apart classes lie."""
+"""Statistics of a set of latents: how many directions they use, how heavy their tails are, how far apart classes lie."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def effective_rank(eigenvalues: Tensor) -> Tensor:
-    """Exponential of the entropy of the eigenvalues' shares, 1…D (Roy & Vetterli 2007); D equal ones give D.
+    """Exponential of the entropy of the normalised eigenvalues, 1…D (Roy & Vetterli 2007); D equal ones give D.
 
-    They are those of a covariance, D; if all are zero, ValueError is raised.
+    They are the D eigenvalues of a covariance; raises ValueError if all are zero.
     """
     values = eigenvalues.double().clamp(min=0)
     if not values.any():
@@ -19,18 +19,18 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
 
 
 def condition_number(eigenvalues: Tensor, floor: float = 1e-9) -> Tensor:
-    """Largest eigenvalue of a covariance divided by the smallest that is more than ``floor`` times the largest.
+    """Largest eigenvalue of a covariance divided by the smallest one above ``floor`` times the largest.
 
-    A LayerNorm leaves one direction without variance, the sum of the channels; it does not count.
+    A LayerNorm leaves one direction, the sum of the channels, without variance; this does not count.
     """
     values = eigenvalues.double()
     return values.max() / values[values > floor * values.max()].min()
 
 
 def kurtosis(moments: Tensor) -> Tensor:
-    """Fourth central moment over the squared variance D, 3 for a Gaussian, from the means of x, x², x³ and x⁴, 4×D.
+    """Fourth central moment divided by the squared variance, D, from the means of x, x², x³ and x⁴, 4×D; 3 for a Gaussian.
 
-    It is NaN where the variance is zero.
+    NaN where the variance is zero.
     """
     first, second, third, fourth = moments.double()
     variance = second - first**2
@@ -39,10 +39,10 @@ def kurtosis(moments: Tensor) -> Tensor:
 
 
 def class_share(totals: Tensor, counts: Tensor, square: Tensor) -> Tensor:
-    """Share of the variance of vectors that lies between their classes, 0…1.
+    """Fraction of the vectors' variance that lies between classes, 0…1.
 
-    Of every class the sum of the vectors, K×D, and their number, K, are given, and the sum of squares of all vectors, D. Without
-    vectors, or where they do not vary, ValueError is raised.
+    Takes the sum of the vectors in each class, K×D, their number, K, and the sum of squares of all vectors, D. Raises
+    ValueError if there are no vectors or they do not vary.
     """
     counts, totals = counts.double(), totals.double()
     held = counts > 0
