@@ -1,1 +1,1 @@
-"""Long work shared out over processes: sampling, reconstructing, reading images."""
+"""Long jobs split over processes: sampling, reconstructing, reading images."""

@@ -1,4 +1,4 @@
-"""Images to be scored, from whatever holds them: an .npz, a folder of files, tar shards."""
+"""Images to score, from any source: an .npz, a folder of files, tar shards."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from rae.metric import ImageBatch, iterate_npz
 from rae.metric.images import folder_files, iterate_files, npz_shape, open_npz, read_array
 
 Batch = tuple[Tensor, Any, Tensor]
-"""Images uint8 B×3×H×W, their labels B or a list of prompts where there are any, and their numbers B."""
+"""Images uint8 B×3×H×W, their labels B or a list of prompts, if any, and their indices B."""
 
 Found = tuple[int, Iterator[ImageBatch], list[str] | None]
-"""Number of images, their batches, and their prompts in the same order where there are any."""
+"""Number of images, their batches, and their prompts in the same order, if any."""
 
 
 def checked_path(key: str, given: str) -> Path:
-    """Where the images are that a key of the configuration names.
+    """The path of the images that a configuration key names.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
+        FileNotFoundError: The path does not exist.
         ConfigError: It is a trained run.
     """
     path = Path(given).expanduser()
@@ -43,15 +43,15 @@ def checked_path(key: str, given: str) -> Path:
 def open_images(
     key: str, given: str, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> tuple[int, Iterator[Batch]]:
-    """How many of the images that a key of the configuration names fall to a process, and its share of their batches.
+    """This process's share of the images that a configuration key names: their number and their batches.
 
     The value may be an .npz, a folder of images, or a folder of tar shards.
 
     Raises:
-        FileNotFoundError: There is nothing of that name, or a folder without images.
+        FileNotFoundError: The path does not exist, or the folder holds no images.
         ConfigError: It is a trained run.
-        ValueError: Another number of prompts than of images; with the batches, images of several sizes, of another type, or
-            damaged files.
+        ValueError: The numbers of prompts and images differ; or, while reading batches, images differ in size, have a wrong
+            type, or are damaged.
     """
     path = checked_path(key, given)
     if path.is_file():
@@ -83,7 +83,7 @@ def _npz(path: Path, batch_size: int) -> Found:
 
 
 def _shards(path: Path, batch_size: int) -> Found:
-    """Images of a folder of tar shards, in the order of names and keys; raises ValueError where there are none."""
+    """Images in a folder of tar shards, in order of names and keys; raises ValueError if there are none."""
     entries = [(str(shard), entry) for shard in sorted(path.glob("*.tar")) for entry in sorted(read_index(shard, TEXT))]
     if not entries:
         raise ValueError(f"the shards of {str(path)!r} hold no image")
@@ -102,7 +102,7 @@ def _content(shard: str, entry: Entry) -> io.BytesIO:
 
 
 def _folder(path: Path, batch_size: int) -> Found:
-    """Images of a folder, with the prompts that ``rae-sample`` wrote beside them; raises ValueError where one has none."""
+    """Images in a folder, with the prompts that ``rae-sample`` wrote beside them; raises ValueError if one has none."""
     files, prompts = folder_files(path), None
     if (path / CAPTIONS).is_file():
         known = read_captions(path / CAPTIONS)
@@ -116,7 +116,7 @@ def _folder(path: Path, batch_size: int) -> Found:
 def open_pairs(
     samples: str, originals: str, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> tuple[int, Iterator[tuple[Tensor, Tensor]]]:
-    """How many pairs fall to a process, and reconstructions uint8 B×3×H×W with their originals, paired in order.
+    """This process's number of pairs, and its reconstructions uint8 B×3×H×W with their originals, paired in order.
 
     See :func:`open_images`.
 
@@ -136,7 +136,7 @@ def open_pairs(
 
 
 def describe_samples(given: str) -> dict[str, Any]:
-    """What is known of samples in files: their path, and what ``rae-sample`` wrote of how they were drawn."""
+    """What is known about samples in files: their path, and how ``rae-sample`` says they were generated."""
     path = Path(given).expanduser()
     for file in (path / "samples.json", path.parent / "samples.json"):
         if file.is_file():

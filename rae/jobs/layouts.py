@@ -1,4 +1,4 @@
-"""Samples of prompts in the layouts that benchmarks and data sets read."""
+"""Writes samples of prompts in the layouts that benchmarks and data sets read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rae.jobs.wanted import Prompt
 
 
 def write_captions(folder: Path, prompts: Sequence[str]) -> Path:
-    """Writes ``metadata.jsonl`` beside the PNG files of samples: a folder for ``data=folder data.captions=metadata.jsonl``."""
+    """Writes ``metadata.jsonl`` beside samples' PNG files, as ``data=folder data.captions=metadata.jsonl`` reads it."""
     lines = [caption_line(png_name(number, prompt), prompt) for number, prompt in enumerate(prompts)]
     return write_text(folder / CAPTIONS, "\n".join(lines) + "\n")
 
@@ -26,10 +26,10 @@ def write_geneval(folder: Path, parts: Parts, prompts: Sequence[Prompt], per_pro
     """Writes samples as GenEval reads them: ``00000/metadata.jsonl`` with the prompt's own line, ``00000/samples/00000.png`` ….
 
     Args:
-        folder: Where to.
+        folder: Output folder.
         parts: The samples, prompt by prompt.
-        prompts: With the lines that they came from.
-        per_prompt: Samples of each.
+        prompts: The prompts, with their original lines.
+        per_prompt: Samples per prompt.
     """
     for number, prompt in enumerate(prompts):
         place = folder / f"{number:05d}"
@@ -39,13 +39,13 @@ def write_geneval(folder: Path, parts: Parts, prompts: Sequence[Prompt], per_pro
 
 
 def write_dpg(folder: Path, parts: Parts, prompts: Sequence[Prompt], per_prompt: int) -> None:
-    """Writes samples as DPG-Bench reads them: one picture a prompt, by the name of its file, with four samples two by two.
+    """Writes samples as DPG-Bench reads them: one picture per prompt, named after its file, with four samples two by two.
 
     Args:
-        folder: Where to.
+        folder: Output folder.
         parts: The samples, prompt by prompt.
-        prompts: With the names of their files.
-        per_prompt: Samples of each: 4.
+        prompts: The prompts, with their file names.
+        per_prompt: Samples per prompt: 4.
     """
     for number, prompt in enumerate(prompts):
         images = pick(parts, range(number * per_prompt, (number + 1) * per_prompt))
@@ -54,4 +54,4 @@ def write_dpg(folder: Path, parts: Parts, prompts: Sequence[Prompt], per_prompt:
 
 
 WRITERS = {"geneval": write_geneval, "dpg": write_dpg}
-"""By the name of ``layout``."""
+"""Writers by ``layout``."""

@@ -1,4 +1,4 @@
-"""Work in parts on one or several processes: started by Lightning's Fabric, torchrun or SLURM, stopped and continued at will."""
+"""Resumable work in parts on one or several processes, launched by Lightning's Fabric, torchrun or SLURM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is the best there is.
+    """The device with the given name; ``auto`` picks the best available.
 
     Raises:
         ValueError: The device is unknown or absent.
@@ -39,10 +39,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_matmul(cfg: DictConfig) -> None:
-    """Sets how GPUs multiply float32 matrices from here on, as ``matmul`` says; those of scores stay exact in any case.
+    """Sets the global precision of float32 matrix products on GPUs from ``matmul``; scores always use exact ones.
 
     Raises:
-        ConfigError: An unknown choice.
+        ConfigError: The choice is unknown.
     """
     choices = {"fp32": "highest", "tf32": "high"}
     if cfg.get("matmul", "fp32") not in choices:
@@ -51,12 +51,12 @@ def set_matmul(cfg: DictConfig) -> None:
 
 
 def processes_of(devices: Any, num_nodes: int, prefix: str = "") -> tuple[Any, int]:
-    """Devices of a machine, each with a process, and machines: as configured, or as many as torchrun has started.
+    """Number of devices per machine, one process each, and of machines: as configured, or as torchrun has started.
 
-    ``devices`` of 1 or ``auto`` and ``num_nodes`` of 1 leave the number to torchrun; ``prefix`` stands before both in messages.
+    With ``devices`` of 1 or ``auto`` and ``num_nodes`` of 1, torchrun decides; ``prefix`` precedes both keys in messages.
 
     Raises:
-        ConfigError: torchrun or SLURM has started another number of processes than configured.
+        ConfigError: torchrun or SLURM has started a different number of processes than configured.
     """
     if TorchElasticEnvironment.detect():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -78,12 +78,12 @@ def processes_of(devices: Any, num_nodes: int, prefix: str = "") -> tuple[Any, i
 
 
 def start(cfg: DictConfig) -> Fabric:
-    """Starts as many processes as ``devices`` and ``num_nodes`` say, or joins those that torchrun or SLURM has started.
+    """Starts ``devices`` × ``num_nodes`` processes, or joins those that torchrun or SLURM has started.
 
-    Each of them runs the rest of the command, from the same ``seed``.
+    Each process runs the rest of the command, with the same ``seed``.
 
     Raises:
-        ConfigError: A number below 1, or another one than torchrun or SLURM has started.
+        ConfigError: A number is below 1, or differs from what torchrun or SLURM has started.
         ValueError: The device is unknown or absent.
     """
     for key in ("devices", "num_nodes"):
@@ -103,16 +103,16 @@ def start(cfg: DictConfig) -> Fabric:
         num_nodes=num_nodes,
         strategy="ddp" if several else "auto",
     )
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # every process would say its rank, twice
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # else every process prints its rank, twice
     fabric.launch()
     seed_everything(int(cfg.seed), workers=True, verbose=False)
     if not fabric.is_global_zero:
-        logging.getLogger().setLevel(logging.WARNING)  # one process tells the story; each, what it cannot read
+        logging.getLogger().setLevel(logging.WARNING)  # one process logs progress; all log unreadable files
     return fabric
 
 
 def begin(fabric: Fabric, parts: Parts, *folders: Path | None) -> list[int]:
-    """Claims the folder of some work, and further ones that it writes into, and gives the parts left to this process.
+    """Locks the job's folder, and further ones that it writes to, and returns this process's unfinished parts.
 
     Raises:
         ValueError: The folder holds other work.
@@ -120,7 +120,7 @@ def begin(fabric: Fabric, parts: Parts, *folders: Path | None) -> list[int]:
     with first(fabric) as is_first:
         if is_first:
             parts.lock(*folders)
-    missing = fabric.broadcast(parts.missing())  # what the first one sees: others may be at work already
+    missing = fabric.broadcast(parts.missing())  # as the first process sees it: others may already be working
     if len(missing) < len(parts) and fabric.is_global_zero:
         log.info("%d of %d parts are there already", len(parts) - len(missing), len(parts))
     return share(missing, fabric.global_rank, fabric.world_size)
@@ -128,7 +128,7 @@ def begin(fabric: Fabric, parts: Parts, *folders: Path | None) -> list[int]:
 
 @contextmanager
 def first(fabric: Fabric) -> Iterator[bool]:
-    """What the first process does while the others wait; if it fails or is stopped, they end too, without a word."""
+    """Lets the first process work while the others wait; if it fails or is stopped, they exit silently."""
     error: BaseException | None = None
     if fabric.is_global_zero:
         try:
@@ -147,9 +147,9 @@ def first(fabric: Fabric) -> Iterator[bool]:
 def batches_of(
     data: ImageDataModule, split: str, parts: Parts, mine: list[int], fabric: Fabric, what: str, replace: bool = True
 ) -> Iterator[tuple[int, Iterator[dict[str, Any]]]]:
-    """Every part of this process (``mine``) with its batches, loaded ahead over the ends of parts, with a progress bar.
+    """Each of this process's parts (``mine``) with its batches, prefetched across parts, with a progress bar.
 
-    ``what`` names the bar, which the first process shows for all; ``replace`` is that of
+    ``what`` labels the bar, which only the first process shows; ``replace`` is that of
     :meth:`~rae.data.ImageDataModule.range_dataloader`.
     """
     ranges = [parts.items(part) for part in mine]

@@ -1,4 +1,4 @@
-"""Samples of a model in parts on disk: streamed, resumable, shared out among processes, the same however they are divided."""
+"""A model's samples in parts on disk: streamed, resumable, split over processes, and independent of the split."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from rae.jobs.wanted import hash_of
 
 Wanted = Sequence[int] | Sequence[str]
 """Class or prompt of every sample."""
-_WRITERS = 2  # threads that compress and write while the next images are sampled
-_WAITING = 4  # parts that may wait for them
-_MOST_INTERPOLATIONS = 1_000  # images in a row of one picture
+_WRITERS = 2  # threads that compress and write while sampling continues
+_WAITING = 4  # parts that may wait for a writer
+_MOST_INTERPOLATIONS = 1_000  # images per row
 
 
 def check_interpolations(cfg: DictConfig) -> None:
-    """Refuses rows of pictures without one in the middle, before the work that they come at the end of.
+    """Rejects interpolation rows without an intermediate image, before the long work that precedes them.
 
     Raises:
-        ConfigError: ``interpolations`` is below 3, or no picture's width.
+        ConfigError: ``interpolations`` is below 3, or too many for one row.
     """
     if cfg.interpolations is not None and not 3 <= cfg.interpolations <= _MOST_INTERPOLATIONS:
         raise ConfigError(
@@ -51,7 +51,7 @@ def check_interpolations(cfg: DictConfig) -> None:
 
 
 def plan_of(cfg: DictConfig, generator: Generator, labels: Wanted) -> dict[str, Any]:
-    """All that the samples depend on: weights (without encoder), sampler, guidance, what is drawn, seed, precision, bytes' rule."""
+    """All that samples depend on: weights (without encoder), sampler, guidance, labels or prompts, seed, precision, rounding."""
     weights = {
         key: value for key, value in generator.state_dict().items() if not key.startswith("autoencoder.encoder.")
     }
@@ -84,21 +84,21 @@ def draw(
     shards: Path | None = None,
     latents: Path | None = None,
 ) -> Parts:
-    """Draws what is not there yet, part by part, while finished parts are compressed and written by threads.
+    """Generates the missing samples, part by part, while threads compress and write finished parts.
 
     Args:
         cfg: Configuration with ``seed``, ``batch_size``, ``part_size``, ``precision`` and ``quantize``.
-        fabric: The processes; each draws its share of the parts, all of which are done when it returns.
-        generator: Draws.
+        fabric: The processes; each generates its share of the parts; all parts are done when this returns.
+        generator: The generator.
         labels: Class or prompt of every sample.
-        folder: Where the parts are kept: .npy files uint8 n×H×W×3.
+        folder: Folder for the parts: .npy files uint8 n×H×W×3.
         plan: From :func:`plan_of`.
-        png: Folder for one PNG a sample; None for none.
-        shards: Folder for tar shards of PNGs with labels or prompts, one a part; None for none.
-        latents: Folder for the latents, one file a part, see :func:`latent_parts`; None for none.
+        png: Folder for one PNG per sample; None for none.
+        shards: Folder for tar shards of PNGs with labels or prompts, one per part; None for none.
+        latents: Folder for the latents, one file per part, see :func:`latent_parts`; None for none.
 
     Raises:
-        ValueError: A sample holds NaN or infinity, or ``folder`` holds other work.
+        ValueError: A sample contains NaN or infinity, or ``folder`` holds other work.
     """
     asked = {"png": png is not None, "shards": shards is not None} | ({"latents": True} if latents is not None else {})
     parts = Parts(folder, {**plan, **asked}, len(labels), cfg.part_size, ".npy")
@@ -137,7 +137,7 @@ def draw(
 
 
 def _to_host(images: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """The images on their way to host memory, and the event that tells when they are there; None where they are there."""
+    """Copies images to host memory asynchronously; also returns the event of their arrival, None if they are already there."""
     if images.device.type != "cuda":
         return images.cpu(), None
     host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
@@ -155,7 +155,7 @@ def _write(
     png: Path | None,
     shards: Path | None,
 ) -> None:
-    """Writes a part, once its batches have come; its own file, which says that it is done, is written last."""
+    """Writes a part once its batches have arrived; the part's own file, which marks it as done, comes last."""
     for _, arrival in batches:
         if arrival is not None:
             arrival.synchronize()
@@ -194,7 +194,7 @@ LATENTS = "latents.json"
 def describe_latents(
     folder: Path, plan: Mapping[str, Any], labels: Wanted, model: Mapping[str, Any], size: int, autoencoder: RAE
 ) -> None:
-    """Says beside kept latents how they were drawn, labels or prompts, encoder and decoder, and how many are in a part."""
+    """Records beside stored latents how they were generated, labels or prompts, encoder and decoder, and the part size."""
     parts = {name: model.get(name) for name in ("encoder", "decoder")}
     known = {"samples": dict(plan), "labels": list(labels), "part_size": size, "model": parts}
     if space := autoencoder.space:
@@ -204,11 +204,11 @@ def describe_latents(
 
 
 def latent_parts(folder: str | Path) -> tuple[Parts, dict[str, Any]]:
-    """The latents float32 n×C×h×w that ``rae-sample keep_latents=true`` wrote, and what is said of them.
+    """The latents float32 n×C×h×w that ``rae-sample keep_latents=true`` wrote, and their description.
 
     Raises:
-        FileNotFoundError: There are no such latents, or files are missing.
-        ValueError: They are not of samples.
+        FileNotFoundError: There are no latents, or files are missing.
+        ValueError: They are not latents of samples.
     """
     root = Path(folder).expanduser()
     if not (root / LATENTS).is_file():
@@ -236,7 +236,7 @@ def _png(image: NDArray[np.uint8]) -> bytes:
 def read_parts(
     parts: Parts, batch_size: int, wanted: Sequence[int] | None = None
 ) -> Iterator[tuple[NDArray[Any], range]]:
-    """Images uint8 n×H×W×3, or latents, with their numbers, of all parts or those wanted, ``batch_size`` of one part at once."""
+    """Batches of images uint8 n×H×W×3, or latents, with their indices, from all or the ``wanted`` parts; none spans two parts."""
     for part in range(len(parts)) if wanted is None else wanted:
         items = parts.items(part)
         images = np.load(parts.path(part), mmap_mode="r")
@@ -245,9 +245,9 @@ def read_parts(
 
 
 def write_npz(path: Path, parts: Parts, labels: Wanted | None) -> Path:
-    """Packs all parts into an .npz as the evaluation suites read it, part by part: ``arr_0`` uint8 N×H×W×3, ``arr_1`` int64 N.
+    """Packs all parts into an .npz for evaluation suites, part by part: ``arr_0`` uint8 N×H×W×3, ``arr_1`` int64 N.
 
-    Without labels there is no ``arr_1``; prompts are ``prompts``, texts N.
+    Without labels, there is no ``arr_1``; prompts go to ``prompts``, N strings.
     """
     _, height, width, _ = np.load(parts.path(0), mmap_mode="r").shape
 
@@ -269,16 +269,16 @@ def write_npz(path: Path, parts: Parts, labels: Wanted | None) -> Path:
 
 
 def pick(parts: Parts, numbers: Sequence[int]) -> torch.Tensor:
-    """The samples of these numbers, uint8 n×3×H×W."""
+    """The samples with these indices, uint8 n×3×H×W."""
     rows = [np.load(parts.path(number // parts.size), mmap_mode="r")[number % parts.size] for number in numbers]
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
 
 
 def finished(description: Path, plan: dict[str, Any]) -> bool:
-    """Whether the folder of a ``samples.json`` holds the very samples of this plan already.
+    """Whether the folder of a ``samples.json`` already holds exactly the samples of this plan.
 
     Raises:
-        ConfigError: It holds other ones.
+        ConfigError: It holds different samples.
     """
     if not description.is_file():
         return False

@@ -1,4 +1,4 @@
-"""What is to be drawn: a class or a prompt for every sample, from the keys of a command."""
+"""What to generate: a class or a prompt for every sample, from a command's keys."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from rae.io.files import parse_json_lines
 from rae.rng import sample_seed
 
 LAYOUTS = ("geneval", "dpg")
-"""Layouts of benchmarks of texts: GenEval (arXiv 2310.11513) and DPG-Bench (arXiv 2403.05135)."""
+"""Layouts of text-to-image benchmarks: GenEval (arXiv 2310.11513) and DPG-Bench (arXiv 2403.05135)."""
 DPG_PICTURES = 4
-"""Samples of a prompt in one picture of DPG-Bench, two by two."""
+"""Samples per prompt in one DPG-Bench picture, two by two."""
 
 
 _LABELS = {"equal": "balanced", "random": "random"}
 
 
 class Prompt(NamedTuple):
-    """A text, the name of what it came from, and what else was said of it there."""
+    """A text, the name of its source, and what else the source says about it."""
 
     text: str
     name: str
@@ -36,15 +36,15 @@ class Prompt(NamedTuple):
 
 
 def wanted(cfg: DictConfig, generator: Generator, prompts: Sequence[Prompt]) -> list[int] | list[str]:
-    """The class or the prompt of every sample, which depends on the configuration alone.
+    """The class or the prompt of every sample, which depends only on the configuration.
 
     Args:
         cfg: Configuration with the keys of :func:`label_list` and :func:`prompt_list`.
-        generator: Says what it is told.
+        generator: Determines whether samples are conditioned on classes or text.
         prompts: From :func:`prompt_list`.
 
     Raises:
-        ConfigError: A number below 1; prompts for a model that is told classes, classes for one that is told texts, or none at all.
+        ConfigError: A number is below 1, or a class-conditional model gets prompts, or a text-conditional one classes or nothing.
     """
     for key in ("batch_size", "part_size"):
         if cfg[key] < 1:
@@ -70,14 +70,14 @@ def _told(generator: Generator) -> str:
 
 
 def prompt_list(cfg: DictConfig) -> list[Prompt]:
-    """The prompts that ``prompt`` or ``prompts`` name; empty where neither does.
+    """The prompts that ``prompt`` or ``prompts`` gives; empty if neither is given.
 
-    ``prompts`` is a text file with a prompt a line, a ``.jsonl`` whose lines hold ``prompt`` (GenEval) or ``text``, or a folder of
-    text files with one prompt each (DPG-Bench).
+    ``prompts`` is a text file with one prompt per line, a ``.jsonl`` whose lines hold ``prompt`` (GenEval) or ``text``, or a
+    folder of text files with one prompt each (DPG-Bench).
 
     Raises:
-        ConfigError: Both are given, a prompt is empty, a line holds none, or the layout does not go with them.
-        FileNotFoundError: There is no such file.
+        ConfigError: Both are given, a prompt is empty, a line holds none, or ``samples_per_prompt`` is below 1.
+        FileNotFoundError: The file does not exist.
     """
     if cfg.prompt is not None and cfg.prompts is not None:
         raise ConfigError("prompt and prompts are both given: give one of them")
@@ -96,10 +96,10 @@ def prompt_list(cfg: DictConfig) -> list[Prompt]:
 
 
 def check_layout(cfg: DictConfig, prompts: Sequence[Prompt]) -> None:
-    """Refuses prompts that a benchmark's layout cannot hold.
+    """Rejects prompts that a benchmark's layout cannot hold.
 
     Raises:
-        ConfigError: Says what it needs.
+        ConfigError: Says what the layout needs.
     """
     if cfg.layout is None:
         return
@@ -140,16 +140,16 @@ def _text(path: Path) -> str:
             f"prompts={str(path)!r} does not exist: give a text file, a .jsonl file, or a folder of text files"
         )
     try:
-        return path.read_text("utf-8-sig")  # without the mark that some editors put first
+        return path.read_text("utf-8-sig")  # drops the byte order mark that some editors write
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts={str(path)!r} is no text file: {error}") from error
 
 
 def class_list(classes: object, num_classes: int) -> list[int]:
-    """The classes to draw: ``all``, or the list given.
+    """The classes to generate: all for ``all``, or those listed.
 
     Raises:
-        ConfigError: Neither of the two, or a class outside the range.
+        ConfigError: It is neither, or a class is out of range.
     """
     if classes == "all":
         return list(range(num_classes))
@@ -162,14 +162,14 @@ def class_list(classes: object, num_classes: int) -> list[int]:
 
 
 def label_list(cfg: DictConfig, num_classes: int) -> list[int]:
-    """The label of every sample, which depends on the configuration alone.
+    """The label of every sample, which depends only on the configuration.
 
-    ``labels=equal`` draws ``samples_per_class`` of each of the ``classes``, class by class; ``random`` draws ``count`` labels,
-    each from the seed and the sample's number; a file lists them (text, .npy, or an .npz with ``arr_1``).
+    ``labels=equal`` gives ``samples_per_class`` of each of the ``classes``, class by class; ``random`` draws ``count`` labels,
+    each from the seed and the sample's index; a file lists them (text, .npy, or an .npz with ``arr_1``).
 
     Raises:
-        ConfigError: A number below 1, or a label outside the range or no whole number.
-        FileNotFoundError: There is no such file.
+        ConfigError: A number is below 1, or a label is out of range or not an integer.
+        FileNotFoundError: The file does not exist.
     """
     classes = class_list(
         OmegaConf.to_container(cfg.classes) if OmegaConf.is_list(cfg.classes) else cfg.classes, num_classes
@@ -216,7 +216,7 @@ def hash_of(wanted: Sequence[int] | Sequence[str]) -> str:
 
 
 def how_sampled(labels: str, generator: Generator) -> dict[str, Any]:
-    """The rule of the labels, or "prompts", and how often a sample passes through the networks, for ``samples.json``."""
+    """The rule behind the labels, or "prompts", and the network evaluations per sample, for ``samples.json``."""
     counts = None
     if generator.sampler.evaluations is not None:
         counts = evaluations(generator.sampler, generator.guidance, generator.flow.shift)
