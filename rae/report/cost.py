@@ -1,4 +1,4 @@
-"""The figures of ``rae-cost`` as text: a table of all, or one row of a Markdown table."""
+"""The figures of ``rae-cost`` as text: a table of all figures, or one row of a Markdown table."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 from rae.report.table import columns, size
 
 _PHASES = {"perceptual": "LPIPS", "discriminator": "discriminator", "gan": "GAN loss"}
-"""Of stage 1, and what comes on in each."""
+"""Phases of stage 1, and what each adds."""
 
 
 def count(value: float) -> str:
-    """A number of things: 838.4 M."""
+    """A count in millions: 838.4 M."""
     return f"{value / 1e6:,.1f} M"
 
 
 def giga(value: float) -> str:
-    """Operations: 323.2 GFLOP."""
+    """Operations in GFLOP, without the unit: 323.2."""
     return f"{value / 1e9:,.1f}" if value >= 1e10 or not value else f"{value / 1e9:.3g}"
 
 
 def hours(value: float) -> str:
-    """Hours, with decimals where they are few."""
+    """Hours, with decimals if below 100."""
     return f"{value:,.0f} h" if value >= 100 else f"{value:.2g} h" if value < 10 else f"{value:.1f} h"
 
 
 def text(figures: dict[str, Any]) -> str:
-    """All figures."""
+    """All figures as blocks of text."""
     card, memory, found = figures["card"], figures["memory"], figures["parameters"]
     parts = ", ".join(f"{name} {giga(flops)}" for name, flops in figures["shares"].items())
     fits = "fit" if memory["total"] <= card["memory"] else "DO NOT FIT"
@@ -81,7 +81,7 @@ def _block(*rows: Sequence[str]) -> str:
 
 
 def row(figures: dict[str, Any]) -> dict[str, str]:
-    """One row of a Markdown table; its GFLOP are an image's in a training step, in stage 1 one with all losses on."""
+    """One row of a Markdown table; its GFLOP are per image and training step, in stage 1 with all losses active."""
     training, all_in = figures["training"], figures["training"]["card_hours_all_in"]
     trained, frozen = (sum(one[kind] for one in figures["parameters"].values()) for kind in ("trained", "frozen"))
     return {

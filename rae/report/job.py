@@ -12,8 +12,8 @@ class Job:
     """One job of a sweep."""
 
     overrides: Sequence[str]
-    """Swept ones and fixed ones, as ``key=value``."""
+    """Swept and fixed overrides, as ``key=value``."""
     folder: Path
-    """Where its results are."""
+    """Folder of its results."""
     failed: bool
-    """Whether it ended in an error."""
+    """Whether it ended with an error."""

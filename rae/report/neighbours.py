@@ -1,4 +1,4 @@
-"""Samples beside the training images that are nearest to them: whether a model copies can be seen."""
+"""Samples beside their nearest training images, to see whether a model copies."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rae.image import grid_scale, label_rows, save_png
 from rae.metric import Detector, MetricSet
 
 COUNT = 5
-"""Neighbours that are shown of every sample."""
+"""Neighbours shown per sample."""
 
 
 class Nearest:
-    """The nearest of many images to each of a few, in some features; the many come batch by batch.
+    """Finds, for each query, the nearest of many images in some feature space; the many arrive batch by batch.
 
     Args:
-        features: Images uint8 B×3×H×W => features B×D, whose Euclidean distance counts.
-        queries: The few images, uint8 Q×3×H×W.
-        count: Neighbours of each to keep.
+        features: Images uint8 B×3×H×W => features B×D, compared by Euclidean distance.
+        queries: The query images, uint8 Q×3×H×W.
+        count: Neighbours to keep per query.
     """
 
     def __init__(self, features: Any, queries: Tensor, count: int = COUNT) -> None:
@@ -33,10 +33,10 @@ class Nearest:
         self.images = queries.cpu().new_full((len(queries), count, *queries.shape[1:]), 255)
 
     def update(self, images: Tensor) -> None:
-        """Looks at further images, uint8 B×3×H×W.
+        """Adds candidate images, uint8 B×3×H×W.
 
         Raises:
-            ValueError: They are of another size than the queries.
+            ValueError: Their size differs from the queries'.
         """
         if images.shape[1:] != self.images.shape[2:]:
             raise ValueError(
@@ -53,9 +53,10 @@ class Nearest:
 
 
 def feature_function(metric: Any) -> tuple[Any, str]:
-    """A function of images uint8 B×3×H×W to features B×D, in which neighbours are sought, and the features' name.
+    """A function from images uint8 B×3×H×W to features B×D, in which to search for neighbours, and the features' name.
 
-    They are those of the metric's detector, or of the first of several metrics, on its device; else the pixels.
+    They come from the metric's detector (the first metric's, if there are several), on its device; without a detector, they
+    are the pixels.
     """
     if isinstance(metric, MetricSet):
         metric = next(iter(metric.metrics.values()))
@@ -68,10 +69,10 @@ def feature_function(metric: Any) -> tuple[Any, str]:
 
 
 def write_sheet(many: Iterable[Tensor], metric: Any, samples: Tensor, path: Path) -> str:
-    """Writes a PNG file with a sample in front of each row, followed by its nearest training images, the nearest first.
+    """Writes a PNG file whose rows show a sample, followed by its nearest training images, nearest first.
 
-    Samples are uint8 n×3×H×W, the many training images batches uint8 B×3×H×W. The features of the metric's detector are compared;
-    returns their name.
+    Samples are uint8 n×3×H×W; ``many`` yields batches of training images uint8 B×3×H×W. Compares the features of
+    :func:`feature_function` and returns their name.
     """
     features, name = feature_function(metric)
     nearest = Nearest(features, samples)

@@ -1,4 +1,4 @@
-"""One page of plots of what rae-probe has found."""
+"""One page of plots of rae-probe's results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TITLES = {
 
 
 def plot_probe(found: Mapping[str, Any], path: Path) -> None:
-    """Spectrum, variance by position, and every score against noise and against interpolation, as a PNG file.
+    """Plots spectrum, variance by position, and every score against noise and against interpolation, as a PNG file.
 
     ``found`` has ``eigenvalues``, ``position_variance``, ``encoder``, and the rows ``noise`` and ``interpolation``.
     """

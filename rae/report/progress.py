@@ -1,4 +1,4 @@
-"""Scores that runs were given while they trained: curves, and the epoch at which a score was good enough (EP_FID@k of RAEv2)."""
+"""Scores of runs during training: curves, and the epoch at which a score reaches a threshold (EP_FID@k of RAEv2)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rae.report.table import markdown, write_csv
 
 
 def read_progress(run: str | Path, score: str) -> tuple[list[tuple[float, float]], bool]:
-    """Epochs and values of a score of a training run, in order, and whether the samples were unguided.
+    """Epochs and values of a training run's score, in order, and whether the samples were unguided.
 
     Raises:
-        FileNotFoundError: There is no such run, or it was not scored while it trained.
-        ConfigError: It was scored without this score, or by a version that did not note epochs.
+        FileNotFoundError: The run does not exist, or it was not scored during training.
+        ConfigError: It was scored without this score, or by a version that did not record epochs.
     """
     folder = Path(run).expanduser() / "evaluation"
     files = sorted(folder.glob("step_*.json"))
@@ -41,10 +41,10 @@ def read_progress(run: str | Path, score: str) -> tuple[list[tuple[float, float]
 
 
 def epochs_to(rows: Sequence[tuple[float, float]], limit: float) -> dict[str, float | None]:
-    """The first epoch at which the score is at most ``limit``, the same interpolated, and the epochs between evaluations there.
+    """First epoch at which the score is at most ``limit``, its interpolated epoch, and the epochs between evaluations there.
 
-    None where it never is. The interpolation is linear between the last evaluation above the limit and the first at or below it;
-    where the first evaluation of all is, it is that one.
+    All are None if it never is. Interpolates linearly between the last evaluation above the limit and the first at or below
+    it; if the very first evaluation is, its epoch is used.
     """
     at = next((number for number, (_, value) in enumerate(rows) if value <= limit), None)
     if at is None:
@@ -64,7 +64,7 @@ def report_runs(runs: Sequence[str], score: str, limit: float, folder: Path) -> 
     """Writes ``report.csv`` and ``report.png`` of several runs' curves.
 
     Returns:
-        A table in Markdown: of every run the best score and the epochs until it is at most ``limit``.
+        A Markdown table: each run's best score and the epochs until the score is at most ``limit``.
     """
     curves = {run: read_progress(run, score) for run in runs}
     rows: list[Mapping[str, Any]] = []

@@ -1,4 +1,4 @@
-"""The end of a sweep: one table and one plot of the scores of all its jobs."""
+"""Summary of a sweep: one table and one plot of all jobs' scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def list_jobs(jobs: Sequence[Job]) -> None:
-    """Prints a row for every job: what tells it from the others, how it ended, and its folder."""
+    """Prints a row for every job: how it differs from the others, its outcome, and its folder."""
     rows = [
         {**setting, "result": "failed" if job.failed else "finished", "folder": str(job.folder)}
         for job, setting in zip(jobs, swept(jobs), strict=True)
@@ -29,14 +29,14 @@ def list_jobs(jobs: Sequence[Job]) -> None:
 def summarise(jobs: Sequence[Job]) -> None:
     """Writes ``sweep.csv`` and ``sweep.png`` beside the jobs' folders, and prints the table.
 
-    Jobs that failed are left out of both and named.
+    Omits jobs that failed or have no scores, and names them.
     """
     settings = swept(jobs)
     rows = []
     for job, setting in zip(jobs, settings, strict=True):
         if job.failed:
             log.warning("left out of the table, since it failed: %s", job.folder)
-        elif not (job.folder / "scores.json").is_file():  # of decoders or reports, which have tables of their own
+        elif not (job.folder / "scores.json").is_file():  # of decoders or reports, which have their own tables
             log.warning("left out of the table, since it holds no scores.json: %s", job.folder)
         else:
             rows.append({**setting, **read_scores(job.folder)[0]})
@@ -51,7 +51,7 @@ def summarise(jobs: Sequence[Job]) -> None:
 
 
 def swept(jobs: Sequence[Job]) -> list[dict[str, str | float]]:
-    """What tells each job from the others: keys whose values differ, numbers as numbers."""
+    """How each job differs from the others: keys whose values differ, with numbers as floats."""
     pairs = [dict(override.lstrip("+").split("=", 1) for override in job.overrides if "=" in override) for job in jobs]
     keys = list(dict.fromkeys(key for pair in pairs for key in pair))
     differing = [key for key in keys if len({pair.get(key) for pair in pairs}) > 1] or keys[:1]
@@ -66,12 +66,12 @@ def _number(text: str) -> str | float:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> Path:
-    """A panel for every score that differs, over the swept number of the most values; a line for every choice of the others.
+    """Plots a panel per differing score, over the swept number with the most values; one line per choice of the other keys.
 
-    ``rows`` are settings and scores of every job, ``keys`` the names of the settings.
+    ``rows`` are every job's settings and scores; ``keys`` are the names of the settings.
     """
     names = [name for name in names_of(rows) if name not in keys and not name.endswith("_std")]
-    # What is the same everywhere (the number of samples, scores of real images) makes no curve.
+    # Constant values (the number of samples, scores of real images) make no curve.
     scores = [name for name in names if len({row.get(name) for row in rows}) > 1] or names
     numeric = [key for key in keys if all(isinstance(row[key], float) for row in rows)]
     axis = max(numeric, key=lambda key: len({row[key] for row in rows})) if numeric else keys[0]
@@ -86,7 +86,7 @@ def plot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], path: Path) -> 
     for number, score in enumerate(scores):
         panel = figure.add_subplot(height, columns, number + 1)
         for name, members in lines.items():
-            held = [row for row in members if score in row]  # jobs may have been given other metrics
+            held = [row for row in members if score in row]  # jobs may have different metrics
             ordered = sorted(held, key=lambda row: row[axis]) if axis in numeric else held
             panel.plot([row[axis] for row in ordered], [row[score] for row in ordered], "o-", label=name)
         panel.set_title(score)

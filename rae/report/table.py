@@ -1,4 +1,4 @@
-"""What the commands write about results: scores with all that identifies them, as JSON and CSV; and tables of anything."""
+"""Output of results: scores with everything that identifies them, as JSON and CSV; and general tables."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _PACKAGES = ("rae", "torch", "torchmetrics", "timm", "numpy", "pillow")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
+    """Versions of Python and of the packages that affect the numbers."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # run from a folder that was not installed
+        except PackageNotFoundError:  # run from a folder without installation
             found[package] = "unknown"
     return found
 
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 def write_scores(folder: Path, scores: Mapping[str, float], identity: Mapping[str, Any]) -> None:
     """Writes ``scores.json`` (``scores`` and ``identity``) and ``scores.csv`` (the same in one row).
 
-    ``identity`` is all that tells these scores from others: samples, reference, detector, seed, sampler, versions, ….
+    ``identity`` is everything that identifies these scores: samples, reference, detector, seed, sampler, versions, ….
     """
     write_json(folder / "scores.json", {"scores": dict(scores), "identity": dict(identity)})
     write_csv(folder / "scores.csv", [{**scores, **{key: _cell(value) for key, value in flat(identity).items()}}])
@@ -43,17 +43,17 @@ def read_scores(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
 
 
 def _cell(value: Any) -> Any:
-    """A value as a cell of a table holds it."""
+    """A value as a table cell."""
     return value if value is None or isinstance(value, str | int | float) else json.dumps(value)
 
 
 def names_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names that any of the rows has."""
+    """Names that occur in any row, in order."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes rows under the names that any of them has."""
+    """Writes rows as CSV, with all names that occur in any of them as columns."""
     text = io.StringIO()
     writer = csv.DictWriter(text, names_of(rows), lineterminator="\n")
     writer.writeheader()
@@ -62,7 +62,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a table in Markdown under the names that any of them has, numbers with five digits."""
+    """Rows as a Markdown table, with all names that occur in any of them as columns; floats have five significant digits."""
     names = names_of(rows)
     lines = [names, ["---"] * len(names)]
     for row in rows:
@@ -72,7 +72,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def columns(rows: Iterable[Sequence[Any]], right: bool = False) -> str:
-    """Rows as lines of text in columns; all columns but the first to the right where asked for."""
+    """Rows as lines of text in columns; if ``right``, all columns but the first are right-aligned."""
     table = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     aligned = [
@@ -83,11 +83,11 @@ def columns(rows: Iterable[Sequence[Any]], right: bool = False) -> str:
 
 
 _COUNTS = ("images", "samples")
-"""What is beside the scores: how many images they are of."""
+"""Entries beside the scores: the number of images behind them."""
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """Scores as lines of text, numbers with four digits; how many images they are of, as a whole number."""
+    """Scores as lines of text, with four decimals; numbers of images as integers."""
     return columns(
         (name, f"{value:.{0 if name in _COUNTS else 4}f}" if isinstance(value, float) else value)
         for name, value in scores.items()
@@ -95,7 +95,7 @@ def table(scores: Mapping[str, Any]) -> str:
 
 
 def by_source(scores: Mapping[str, Any], sources: Iterable[str]) -> str:
-    """Scores of several sources, called ``score/source``, as lines of text, a source each; empty where there are none."""
+    """Scores of several sources, named ``score/source``, as lines of text, one per source; empty if there are none."""
     found: dict[str, dict[str, str]] = {source: {} for source in sources}
     for name, value in scores.items():
         score, _, source = name.rpartition("/")
@@ -107,5 +107,5 @@ def by_source(scores: Mapping[str, Any], sources: Iterable[str]) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes: 16.77 GB, or MB below one."""
+    """Bytes as text: 16.77 GB, or in MB below 1 GB."""
     return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.1f} MB"
