@@ -55,8 +55,7 @@ class Nearest:
 def feature_function(metric: Any) -> tuple[Any, str]:
     """A function from images uint8 B×3×H×W to features B×D, in which to search for neighbours, and the features' name.
 
-    They come from the metric's detector (the first metric's, if there are several), on its device; without a detector, they
-    are the pixels.
+    They come from the detector of the metric, or of the first of several, on its device; without a detector, from the pixels.
     """
     if isinstance(metric, MetricSet):
         metric = next(iter(metric.metrics.values()))
