@@ -1,1 +1,1 @@
-"""Both stages on handwritten digits, and the judge of the digits drawn."""
+"""The demos, on handwritten digits and on pictures with sentences, and the judges of their samples."""

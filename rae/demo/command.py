@@ -1,4 +1,4 @@
-"""rae-demo: all stages on small real pictures, from nothing to a picture and a table of scores, on a CPU."""
+"""rae-demo: trains all stages from scratch on a CPU, on small real images, and ends with samples and a table of scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEMOS = {"digits": digits, "pictures": pictures}
 
 
 def run(title: str, command: list[str]) -> float:
-    """Prints and runs one command in a process of its own; returns its wall-clock seconds.
+    """Prints one command and runs it in a separate process; returns its wall-clock seconds.
 
     Raises:
         SystemExit: The command failed.

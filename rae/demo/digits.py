@@ -17,7 +17,7 @@ PICTURES = ("reconstructions", "samples", "samples_cfg")
 
 
 def commands(folder: Path, guidance: float) -> dict[str, list[str]]:
-    """The demo as ordinary commands by title, each of which can be copied and run alone; all results go to ``folder``."""
+    """The demo as ordinary commands by title; each can be copied and run on its own; all results go to ``folder``."""
     encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
     parts = [encoder, f"decoder_checkpoint={folder}/stage1", f"latent.stats={folder}/stats/stat.pt"]
     drawn = [f"checkpoint={folder}/stage2", "samples_per_class=36", "force=true"]
@@ -51,9 +51,9 @@ def commands(folder: Path, guidance: float) -> dict[str, list[str]]:
 
 
 def small_model(folder: str | Path = "outputs/small") -> Path:
-    """A small model of digits, trained in this process within about a minute, without a word: for notebooks and first steps.
+    """A small digits model, trained silently in this process in about a minute, for notebooks and first steps.
 
-    What is there already is not made again, so that all notebooks of a folder share one. Returns the stage-2 run's folder, for
+    Existing parts are not trained again, so all notebooks in a folder share one model. Returns the stage-2 run's folder, for
     ``rae.load``; the stage-1 run is ``stage1`` beside it.
     """
     folder = Path(folder).resolve()
@@ -70,13 +70,13 @@ def small_model(folder: str | Path = "outputs/small") -> Path:
             continue
         cfg = compose(command, [f"experiment=digits_small_{name}", *overrides, f"output_dir={folder / name}"])
         task = getattr(import_module(f"rae.commands.{command}"), command)
-        with contextlib.redirect_stderr(io.StringIO()):  # bars; errors are raised
+        with contextlib.redirect_stderr(io.StringIO()):  # hides progress bars; errors are still raised
             task(cfg)
     return folder / "stage2"
 
 
 def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:
-    """Rows (what, measured, yardstick) from the files that the commands wrote, and the seconds that they took."""
+    """Rows (what, measured, target) from the files that the commands wrote, and from the seconds that they took."""
     encoder, stage1, stage2 = (read_json(folder / run / "summary.json") for run in ("encoder", "stage1", "stage2"))
     plain, guided, reconstruction = (
         read_json(folder / run / "scores.json") for run in ("scores", "scores_cfg", "reconstructions")

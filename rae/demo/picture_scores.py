@@ -1,4 +1,4 @@
-"""The judge of drawn scenes: it saw pictograms as they are rendered, and nothing of what the models learned."""
+"""The judge of generated scenes: it knows the pictograms as rendered, and nothing that the models learned."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from rae.data.pictures import BACKGROUNDS, PicturesDataset, places, read_caption, sprite, things
 
-_REACH = 2  # pixels around its place in which a thing is looked for
+_REACH = 2  # search range around a thing's place, in pixels
 
 
 class PictureScores:
     """Whether samples show what their prompts say: both things, each in its place, and the background's colour.
 
-    In each quarter of the picture the judge takes that thing whose rendered picture, on the colour that it found for the background
-    and moved by up to two pixels, has the smallest squared distance; "nothing" is one of them. Two quarters must hold the prompt's
-    things as its relation says, the other two nothing. The background is the colour that is nearest to the median of the edge.
+    In each quarter of the picture, the judge picks the thing whose rendered picture, on the detected background colour and
+    shifted by up to two pixels, has the smallest squared distance; "nothing" is one choice. Two quarters must hold the prompt's
+    things in its relation, the other two nothing. The background is the colour nearest to the median of the edge.
 
     Args:
         image_size: Side of the samples, in pixels.
-        real: How many real scenes of held-out triples the judge itself is tested on.
+        real: Number of real scenes of held-out triples on which the judge itself is tested.
     """
 
     takes_originals = False
@@ -40,7 +40,7 @@ class PictureScores:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all samples."""
+        """Discards all samples."""
         self._found: list[dict[str, bool]] = []
 
     def update(
@@ -49,7 +49,7 @@ class PictureScores:
         """Adds samples uint8 B×3×H×W, H = W = ``image_size``, with their prompts.
 
         Raises:
-            ValueError: Images of another kind, samples without prompts, or a prompt of another kind.
+            ValueError: The images have a wrong type or shape, or a prompt is missing or not a caption of a scene.
         """
         side = self.image_size
         if prompts is None:
@@ -72,7 +72,7 @@ class PictureScores:
             )
 
     def look(self, image: Tensor) -> tuple[list[list[str]], str]:
-        """What a picture H×W×3 shows: the thing in each quarter, row by row, "" for none, and the background."""
+        """What a picture H×W×3 shows: the thing in each quarter, row by row ("" for none), and the background."""
         edge = torch.cat([image[0], image[-1], image[:, 0], image[:, -1]])
         colour = edge.median(0).values
         background = list(BACKGROUNDS)[int((self._colours - colour).square().sum(1).argmin())]
@@ -81,7 +81,7 @@ class PictureScores:
         return [[self._thing(image, wanted, row, column) for column in (0, 1)] for row in (0, 1)], background
 
     def _thing(self, image: Tensor, wanted: Tensor, row: int, column: int) -> str:
-        """The thing in a quarter."""
+        """Name of the thing in a quarter."""
         size, moves = self.image_size // 2, range(-_REACH, _REACH + 1)
         corners = {
             tuple(min(max(place * size + move, 0), size) for place, move in ((row, dy), (column, dx)))
@@ -93,7 +93,7 @@ class PictureScores:
 
     @staticmethod
     def read(quarters: Sequence[Sequence[str]], relation: str) -> tuple[str, str] | None:
-        """The two things that stand in a relation; None where none does, or others are there too."""
+        """The two things in the given relation; None if there are none, or if there are others too."""
         for lane in (0, 1):
             pair = [quarters[row][column] for row, column in places(relation, lane)]
             others = [quarters[row][column] for row, column in places(relation, 1 - lane)]
@@ -102,14 +102,14 @@ class PictureScores:
         return None
 
     def compute(self) -> dict[str, float]:
-        """Shares of all samples, and of those whose triple was held out from training or was not.
+        """Fractions of correct samples: of all, and of those whose triple was held out from training or was not.
 
         Returns:
-            ``right`` (both things, each in its place), ``things`` (both, in whatever order), ``background``; the first also as
-            ``right_held_out`` and ``right_trained``; ``judge`` (what the judge says of real scenes), and ``samples``.
+            ``right`` (both things, each in its place), ``things`` (both, in any place), ``background``; the first also as
+            ``right_held_out`` and ``right_trained``; ``judge`` (the judge's accuracy on real scenes), and ``samples``.
 
         Raises:
-            ValueError: Nothing was added.
+            ValueError: No samples were added.
         """
         if not self._found:
             raise ValueError("no sample was given to the scores; call update first")
@@ -124,7 +124,7 @@ class PictureScores:
         return {**scores, "judge": self._of_real(), "samples": float(len(self._found))}
 
     def _of_real(self) -> float:
-        """Share of real scenes that the judge reads as they are meant."""
+        """Fraction of real scenes that the judge reads correctly."""
         scenes = PicturesDataset(self.real, self.image_size, True, 1)
         right = 0
         for number in range(self.real):

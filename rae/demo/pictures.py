@@ -1,4 +1,4 @@
-"""The demo on pictures and sentences: OpenMoji's pictograms, two in a scene, drawn from captions; its commands and its table."""
+"""The demo on pictures and sentences: scenes of two OpenMoji pictograms, generated from captions; its commands and table."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NOTE = (
 )
 PICTURES = ("reconstructions", "samples", "samples_cfg")
 _PROMPTS = 200  # of each kind
-_SHOWN = 5  # held-out prompts in the picture, each followed by the one with its things swapped
-_UNSEEN = 10**6  # number of a scene far behind those that are trained on
+_SHOWN = 5  # held-out prompts in the picture, each followed by the same with its things swapped
+_UNSEEN = 10**6  # number of a scene far beyond those in training
 
 
 def scenes(held_out: bool, count: int) -> list[Scene]:
-    """Different scenes, whose triples are all held out or none."""
+    """Distinct scenes, whose triples are either all held out or all trained on."""
     data = PicturesDataset(2 * _UNSEEN, 48, held_out, 0)
     found: dict[Scene, None] = {}
     number = _UNSEEN
@@ -32,7 +32,7 @@ def scenes(held_out: bool, count: int) -> list[Scene]:
 
 
 def write_prompts(folder: Path) -> None:
-    """Writes ``held_out.txt``, ``trained.txt``, ``swapped.txt`` (the held-out ones, their things exchanged) and ``shown.txt``."""
+    """Writes ``held_out.txt``, ``trained.txt``, ``swapped.txt`` (the held-out ones with their things swapped) and ``shown.txt``."""
     unseen = scenes(True, _PROMPTS)
     shown = [scene for pair in ((scene, scene.swapped) for scene in unseen[:_SHOWN]) for scene in pair]
     lists = {
@@ -47,7 +47,7 @@ def write_prompts(folder: Path) -> None:
 
 
 def commands(folder: Path, guidance: float) -> dict[str, list[str]]:
-    """The demo as ordinary commands by title, each of which can be copied and run alone; all results go to ``folder``."""
+    """The demo as ordinary commands by title; each can be copied and run on its own; all results go to ``folder``."""
     write_prompts(folder)
     encoder = f"encoder.checkpoint={folder}/encoder/encoder.safetensors"
     text = f"text_encoder.checkpoint={folder}/encoder/text_encoder.safetensors"
@@ -95,7 +95,7 @@ def commands(folder: Path, guidance: float) -> dict[str, list[str]]:
 
 
 def table(folder: Path, wall: float, cpu: float) -> list[tuple[str, str, str]]:
-    """Rows (what, measured, yardstick) from the files that the commands wrote, and the seconds that they took."""
+    """Rows (what, measured, target) from the files that the commands wrote, and from the seconds that they took."""
     encoder, stage1, stage2 = (read_json(folder / run / "summary.json") for run in ("encoder", "stage1", "stage2"))
     held_out, swapped, trained, guided = (
         read_json(folder / f"scores_{name}" / "scores.json") for name in ("held_out", "swapped", "trained", "cfg")

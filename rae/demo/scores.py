@@ -1,4 +1,4 @@
-"""Scores of generated handwritten digits, judged by a classifier that saw real training digits only."""
+"""Scores of generated handwritten digits, judged by a classifier trained only on real training digits."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _PEAK = 16.0  # the data set's largest grey value
 class DigitsScores:
     """Label accuracy, Fréchet distance, distance to the training digits and variety of generated digits.
 
-    Samples and real digits take the same way: images of ``image_size``, averaged down to 8×8 grey values. (The averaging
-    blurs: comparing blurred samples with the untouched digits would find a difference between real digits and themselves.)
+    Samples and real digits are processed alike: images of ``image_size``, averaged down to 8×8 grey values. (Averaging
+    blurs: comparing blurred samples with unblurred digits would find a difference even between real digits and themselves.)
     The judge is a multilayer perceptron on these values, fitted on the real training digits; its hidden activations are the
     features of the Fréchet distance. It has nothing in common with the autoencoder's encoder. The held-out digits are
-    used as the reference only, never for fitting.
+    used only as the reference, never for fitting.
 
     Args:
         hidden: Width of the judge's hidden layer.
-        seed: Seed of the judge and of the choice of real digits for the yardstick.
+        seed: Seed of the judge and of the choice of real digits for the baseline.
         image_size: Side of the samples, in pixels, a multiple of 8.
     """
 
@@ -39,7 +39,7 @@ class DigitsScores:
         train, held_out = (DigitsDataset(split, image_size) for split in ("train", "held_out"))
         self.train_pixels, self.train_labels = _grey(train.images), np.asarray(train.labels)
         self.held_pixels, self.held_labels = _grey(held_out.images), np.asarray(held_out.labels)
-        # An extra: digits refuse without it.
+        # An optional dependency: the digits data set raises without it.
         classifier = importlib.import_module("sklearn.neural_network").MLPClassifier
         self.judge = classifier((hidden,), alpha=1e-2, max_iter=400, random_state=seed)
         with warnings.catch_warnings():
@@ -48,7 +48,7 @@ class DigitsScores:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all samples."""
+        """Discards all samples."""
         self._images: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
 
@@ -56,7 +56,7 @@ class DigitsScores:
         """Adds samples uint8 B×3×H×W, H = W = ``image_size``, with the digits that they should show, B; in any order.
 
         Raises:
-            ValueError: Images that are no bytes or of another size, samples without labels, or labels that are no digits.
+            ValueError: Images are not bytes or have a wrong size, labels are missing, or labels are not digits.
         """
         if labels is None:
             raise ValueError("samples without labels cannot be judged: give an .npz with arr_1, or a run")
@@ -70,21 +70,21 @@ class DigitsScores:
         self._labels.append(digits)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
-        """Hidden activations N×hidden of the judge for grey values N×64 in [0, 16]."""
+        """The judge's hidden activations N×hidden for grey values N×64 in [0, 16]."""
         return np.maximum(pixels / _PEAK @ self.judge.coefs_[0] + self.judge.intercepts_[0], 0)
 
     def compute(self) -> dict[str, float]:
-        """All scores of what was added.
+        """All scores of the samples added.
 
         Returns:
             ``judge_accuracy`` (of the judge on held-out digits), ``accuracy`` of the samples and of the worst class,
-            ``frechet`` to the held-out digits and its yardstick ``frechet_real`` (as many real training digits of the same
-            classes, or all where there are fewer), median nearest-neighbour distances to the training digits (samples, held-out
-            digits, and the share of samples closer than any held-out digit), and the mean distance within a class (samples, real
-            digits).
+            ``frechet`` to the held-out digits and its baseline ``frechet_real`` (for as many real training digits of the same
+            classes, or all if there are fewer), median nearest-neighbour distances to the training digits (samples, held-out
+            digits, and the fraction of samples closer than any held-out digit), and the mean distance within a class (samples,
+            real digits).
 
         Raises:
-            ValueError: Nothing was added.
+            ValueError: No samples were added.
         """
         if not self._images:
             raise ValueError("no sample was given to the scores; call update first")
@@ -125,7 +125,7 @@ def _frechet(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _nearest(points: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Euclidean distance of every point to the nearest of the others."""
+    """Euclidean distance from each point to the nearest of the others."""
     return torch.cdist(torch.as_tensor(points).double(), torch.as_tensor(others).double()).min(1).values.numpy()
 
 

@@ -1,4 +1,4 @@
-"""What the demos share: their commands' form, and what their tables are made of."""
+"""Helpers shared by the demos, for their commands and tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def read_json(path: Path) -> dict[str, float]:
 
 
 def rae_command(folder: Path, name: str, *overrides: str, to: str) -> list[str]:
-    """A command whose results go to a place in the demo's folder."""
+    """A command that writes its results to a subfolder of the demo's folder."""
     return [f"rae-{name}", *overrides, f"output_dir={folder}/{to}"]
 
 
 def whole_run(wall: float, cpu: float, most: int) -> list[tuple[str, str, str]]:
-    """Rows of the seconds that a demo took, which should be at most so many minutes."""
+    """Rows for a demo's wall-clock and CPU time, given in seconds; ``most`` is the target in minutes."""
     return [
         ("whole run", f"{wall / 60:.1f} min", f"≤ {most} min on two idle cores"),
         ("whole run, CPU time", f"{cpu / 60:.1f} min", ""),
