@@ -1,4 +1,4 @@
-"""rae-app: a web page on this machine that reconstructs uploaded images and draws samples."""
+"""rae-app: a local web page that reconstructs uploaded images and generates samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def app(cfg: DictConfig) -> None:
-    """Opens the model and serves the page until Ctrl-C, or writes a Space that does.
+    """Opens the model and serves the page until Ctrl-C, or writes a Space that serves it.
 
     Raises:
         ConfigError: See :func:`open_viewer`, :func:`serve` and :func:`rae.app.space.write_space`.
@@ -45,19 +45,19 @@ def app(cfg: DictConfig) -> None:
 
 
 def open_space(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The page, Gradio's ``Blocks``, in a folder that ``space_dir`` wrote, and the arguments with which it is launched there."""
+    """The page (Gradio ``Blocks``) in a folder that ``space_dir`` wrote, and the arguments to launch it with."""
     cfg = read_space(folder)
     viewer, _ = open_viewer(cfg)
     return build_page(viewer, folder.resolve().name, limits_of(cfg)), launch_options(cfg, viewer)
 
 
 def limits_of(cfg: DictConfig) -> Limits:
-    """What the page first offers and at most allows."""
+    """The page's initial values and upper limits."""
     return Limits(cfg.count, cfg.max_count, cfg.max_steps, cfg.max_scale, cfg.seed)
 
 
 def launch_options(cfg: DictConfig, viewer: Viewer) -> dict[str, Any]:
-    """Arguments of ``launch``: where the page is served, to whom, and its look."""
+    """Arguments of ``launch``: address, access and appearance."""
     names = [*cfg.names, ".gradio.live"] if cfg.share else list(cfg.names)
     return {
         "server_name": cfg.host,
@@ -70,14 +70,14 @@ def launch_options(cfg: DictConfig, viewer: Viewer) -> dict[str, Any]:
 
 
 def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
-    """The model behind the page, and a line that says what it is.
+    """The model behind the page, and a line that describes it.
 
     Raises:
-        ConfigError: There would be nothing to show.
+        ConfigError: The page would have nothing to show.
     """
     device = pick_device(cfg.device)
     set_matmul(cfg)
-    model, _ = open_model(cfg, cfg.encode, keep_guide=True)  # so that the page can offer autoguidance
+    model, _ = open_model(cfg, cfg.encode, keep_guide=True)  # keeps the guide, so the page can offer autoguidance
     if isinstance(model, RAE) and not cfg.encode:
         raise ConfigError(
             f"checkpoint={cfg.checkpoint} is an autoencoder, which only reconstructs: leave out encode=false"
@@ -90,7 +90,7 @@ def open_viewer(cfg: DictConfig) -> tuple[Viewer, str]:
 
 
 def open_perceptual(vgg_checkpoint: str | None) -> PerceptualLoss | None:
-    """LPIPS where the weights of its VGG-16 are at hand, in a file or torch's hub cache; nothing is downloaded."""
+    """LPIPS if its VGG-16 weights are available in a file or in torch's hub cache, else None; downloads nothing."""
     if vgg_checkpoint is None and not cached_file(VGG_URL).is_file():
         log.info("no LPIPS: VGG-16 is not in %s; vgg_checkpoint=… names another file", cached_file(VGG_URL))
         return None
@@ -98,13 +98,13 @@ def open_perceptual(vgg_checkpoint: str | None) -> PerceptualLoss | None:
 
 
 def serve(cfg: DictConfig, viewer: Viewer, about: str, limits: Limits, folder: str) -> None:
-    """Serves the page until Ctrl-C or SIGTERM; uploaded and drawn images are kept in ``folder`` meanwhile.
+    """Serves the page until Ctrl-C or SIGTERM; until then, ``folder`` holds uploaded and generated images.
 
     Raises:
-        ConfigError: The address or port cannot be listened on.
+        ConfigError: The server cannot listen on the address or port.
     """
     os.environ["GRADIO_TEMP_DIR"] = folder
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is up
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio polls its own server
     page = build_page(viewer, about, limits)
     try:
         _, url, public = page.launch(prevent_thread_lock=True, **launch_options(cfg, viewer))

@@ -1,4 +1,4 @@
-"""Between the network and the web page: only the page itself may talk to its server, and only in small, whole requests."""
+"""Guards the web page's server: only the page itself may talk to it, and only in small, well-formed requests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger(__name__)
 
 UPLOAD = 64 * 2**20
-"""Largest upload, in bytes."""
+"""Maximum upload size in bytes."""
 _ENVELOPE = 2**16  # bytes around the file in an upload: boundaries and headers
-_SETTINGS = 2**18  # bytes of any other request: a few numbers
+_SETTINGS = 2**18  # maximum bytes of any other request: a few numbers
 
 
 class RefusedError(Exception):
-    """A request that is answered with a status and a sentence."""
+    """Raised to reject a request with a status code and a sentence."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -30,15 +30,15 @@ class RefusedError(Exception):
 
 
 class Guard:
-    """ASGI middleware that refuses requests of foreign pages, too large ones and damaged ones, each in a sentence.
+    """ASGI middleware that rejects requests from other sites and oversized or malformed ones, each with a sentence.
 
-    A page of another site can send requests to a server on this machine: with its own ``Origin``, or, when its name is made to
+    A page of another site can send requests to a server on this machine: with its own ``Origin``, or, if its name is made to
     point here (DNS rebinding), with a foreign ``Host``. Names are therefore checked; numeric addresses cannot be rebound.
 
     Args:
-        app: The server of the page.
-        names: Names under which the page may be reached, beside numeric addresses, ``localhost`` and this machine's own name;
-            one that begins with a dot stands for all names that end in it.
+        app: The page's server.
+        names: Host names that may serve the page, besides numeric addresses, ``localhost`` and this machine's own name; one
+            that begins with a dot matches all names that end with it.
     """
 
     def __init__(self, app: ASGIApp, names: Sequence[str] = ()) -> None:
@@ -47,7 +47,7 @@ class Guard:
         self.names = {name.lower() for name in own.union(names)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers it."""
+        """Passes the request on, or rejects it."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -66,7 +66,7 @@ class Guard:
         except Exception as error:
             if started:
                 raise
-            if not isinstance(error, RefusedError):  # the server stumbled over what it was sent
+            if not isinstance(error, RefusedError):  # the server failed on what it was sent
                 log.warning("%s %s failed: %s: %s", scope["type"], scope["path"], type(error).__name__, error)
                 error = RefusedError(400, "the request cannot be read; reload the page and try again")
             if scope["type"] == "websocket":
@@ -102,10 +102,10 @@ def _name(host: str) -> str:
 
 
 async def _checked(scope: Scope, receive: Receive) -> Receive:
-    """The body of a request, as its reader gets it.
+    """A ``receive`` that yields the request's checked body.
 
     Raises:
-        RefusedError: It is too large, or no JSON where that is meant.
+        RefusedError: The body is too large, or declared as JSON but invalid.
     """
     headers = Headers(scope=scope)
     is_upload = headers.get("content-type", "").startswith("multipart/")
@@ -113,7 +113,7 @@ async def _checked(scope: Scope, receive: Receive) -> Receive:
     length = headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > limit:
         raise _too_large(limit)
-    if is_upload:  # read piece by piece, into a file
+    if is_upload:  # streamed to a file
         return _counted(receive, limit)
     counted, body, more = _counted(receive, limit), b"", True
     while more:
@@ -133,7 +133,7 @@ async def _checked(scope: Scope, receive: Receive) -> Receive:
 
 
 def _counted(receive: Receive, limit: int) -> Receive:
-    """The same body, refused as soon as it is longer than its limit, whatever its length was said to be."""
+    """The same body, rejected as soon as it exceeds its limit, whatever its declared length."""
     seen = 0
 
     async def count() -> Message:
@@ -152,10 +152,10 @@ def _too_large(limit: int) -> RefusedError:
 
 
 def _check_json(body: bytes) -> None:
-    """Refuses what the page would never send.
+    """Rejects what the page would never send.
 
     Raises:
-        RefusedError: No JSON, numbers that JSON does not know, or nesting without end.
+        RefusedError: It is not a JSON object, contains NaN or infinity, or is nested too deeply.
     """
 
     def refuse(constant: str) -> NoReturn:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: it is to talk to nobody
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before importing gradio, so that it contacts nobody
 
 import gradio as gr
 import numpy as np
@@ -31,16 +31,16 @@ _CSS = """
 .picture img, #samples .grid-wrap img { object-fit: contain; }
 """
 _CSS_OF_SMALL = ".picture img, #samples img { image-rendering: pixelated; }"
-_SMALL = 128  # pixels: smaller images are shown with hard pixels, larger ones smoothly
+_SMALL = 128  # pixels: smaller images are shown pixelated, larger ones smoothed
 
-_BUTTONS: Any = ["download", "fullscreen"]  # without "share", which would send pictures to the hub
+_BUTTONS: Any = ["download", "fullscreen"]  # no "share", which would send images to the hub
 _NAMES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
 _DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the page first offers and at most allows."""
+    """The page's initial values and upper limits."""
 
     count: int = 8
     max_count: int = 64
@@ -50,9 +50,9 @@ class Limits:
 
 
 def look(viewer: Viewer) -> dict[str, Any]:
-    """Arguments of ``launch`` that make up the look, and keep the page on this machine."""
+    """Arguments of ``launch`` that set the page's appearance and keep it free of outside services."""
     return {
-        # Fonts of the machine: Gradio's own would come from Google.
+        # System fonts: Gradio would load its own from Google.
         "theme": gr.themes.Default(
             primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         ),
@@ -67,7 +67,7 @@ def look(viewer: Viewer) -> dict[str, Any]:
 
 
 def build_page(viewer: Viewer, about: str, limits: Limits | None = None) -> gr.Blocks:
-    """The page, to be launched; ``about`` is a line that says what the model is."""
+    """Builds the page, ready to launch; ``about`` is a line that describes the model."""
     with gr.Blocks(title="rae", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# Representation autoencoder\n{about}: {_facts(viewer)}")
         with gr.Tabs():
@@ -97,10 +97,10 @@ def _facts(viewer: Viewer) -> str:
 
 
 def in_words(function: Callable[P, R]) -> Callable[P, R]:
-    """Shows the user's faults as one message on the page instead of a trace in the log.
+    """Decorator that shows user errors as a message on the page instead of a traceback in the log.
 
     Raises:
-        gradio.Error: The function, when it is called, raised a fault of the user.
+        gradio.Error: The function, when called, raised a user error.
     """
 
     @functools.wraps(function)
@@ -116,7 +116,7 @@ def in_words(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def pixels(image: Tensor) -> NDArray[np.uint8]:
-    """Turns uint8 3×H×W into what Gradio shows, H×W×3."""
+    """Converts uint8 3×H×W to H×W×3, as Gradio expects."""
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
@@ -126,7 +126,7 @@ def pixels(image: Tensor) -> NDArray[np.uint8]:
 def _reconstruction(viewer: Viewer) -> None:
     side = viewer.autoencoder.image_size
     with gr.Row():
-        # As uploaded: Gradio would convert it, and forget its orientation and transparency in doing so.
+        # Unprocessed: Gradio's conversion would lose orientation and transparency.
         upload = gr.Image(
             label="Your image", sources=["upload", "clipboard"], image_mode=None, height=340, elem_id="upload"
         )
@@ -147,10 +147,10 @@ def _reconstruction(viewer: Viewer) -> None:
 
 
 def uploaded(payload: dict[str, Any], folder: str) -> Path:
-    """The path of an uploaded file: what a browser says is believed only below the folder of the uploads.
+    """The path of an uploaded file; the browser's claim is accepted only inside the upload folder.
 
     Raises:
-        ValueError: Another path.
+        ValueError: The path is elsewhere.
     """
     path = Path(str(payload.get("path"))).resolve()
     if not path.is_relative_to(Path(folder).resolve()):
@@ -159,7 +159,7 @@ def uploaded(payload: dict[str, Any], folder: str) -> Path:
 
 
 def score_table(scores: dict[str, float], has_lpips: bool) -> str:
-    """Scores by name as a table in Markdown; where LPIPS cannot be measured, the reason."""
+    """Scores by name as a Markdown table; if LPIPS is unavailable, adds the reason."""
     table = markdown([{_NAMES[name]: f"{value:.{_DIGITS[name]}f}" for name, value in scores.items()}])
     return table if has_lpips else f"{table}\n\nNo LPIPS: the weights of its VGG-16 are not on this machine."
 
@@ -190,7 +190,7 @@ def _samples(viewer: Viewer, limits: Limits) -> None:
             most = max(limits.max_steps, points)
             steps = gr.Slider(
                 1, most, points, step=1, label="Sampler steps", visible=not adaptive, elem_id="steps"
-            )  # an adaptive sampler chooses them itself
+            )  # an adaptive sampler chooses its own steps
             count = gr.Slider(1, limits.max_count, limits.count, step=1, label="Samples", elem_id="count")
             seed = gr.Number(limits.seed, label="Seed", precision=0, elem_id="seed")
             button = gr.Button("Draw samples", variant="primary", elem_id="draw")
@@ -215,12 +215,12 @@ def _samples(viewer: Viewer, limits: Limits) -> None:
         steps: int,
         count: int,
         seed: int,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 (by this default Gradio knows it)
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (Gradio recognises this default)
     ) -> gr.Gallery:
         def on_progress(done: int, total: int, doing: str) -> None:
             progress((done, total), desc=doing, unit="steps")
 
-        checked_integer("count", count, 1, limits.max_count)  # a request need not come from the sliders
+        checked_integer("count", count, 1, limits.max_count)  # requests may bypass the sliders
         chosen = None if adaptive else checked_integer("steps", steps, 1, most)
         within("guidance scale", scale, min(1, strength), strongest)
         images = viewer.sample(told, guidance, scale, chosen, seed, count, on_progress, away or None)
@@ -230,5 +230,5 @@ def _samples(viewer: Viewer, limits: Limits) -> None:
         return gr.Gallery([pixels(image) for image in images], label=title)
 
     settings = [told, away, guidance, scale, steps, count, seed]
-    # As sent: the checks above answer in words, Gradio's own would leave a trace in the log.
+    # Unprocessed: the checks above show a message, while Gradio's own would log a traceback.
     button.click(sample, settings, gallery, preprocess=False, api_visibility="private")

@@ -1,4 +1,4 @@
-"""A folder that runs as a Hugging Face Space: the page with a model, this library's source, and what it requires."""
+"""Writes a folder that runs as a Hugging Face Space: the page with a model, this library's source, and its requirements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KEPT = (
     *("sampler", "guidance", "encode", "batch_size", "count", "max_count", "max_steps", "max_scale"),
     *("precision", "matmul", "seed"),
 )
-"""Keys of ``rae-app`` that the Space's page has too."""
+"""Keys of ``rae-app`` that also apply to the Space's page."""
 _APP = '''"""The page of rae-app. `rae-app space_dir=…` wrote this folder."""
 
 from pathlib import Path
@@ -41,17 +41,17 @@ if __name__ == "__main__":
 def write_space(cfg: DictConfig) -> Path:
     """Writes the folder ``space_dir``: ``app.py``, ``requirements.txt``, ``README.md``, ``space.json``, the library and the model.
 
-    A model that the hub has is named; any other is exported into the folder.
+    A model on the hub is referenced by its id; any other is exported into the folder.
 
     Raises:
-        ConfigError: The folder holds something already, or the library's requirements are not known.
+        ConfigError: The folder is not empty, or the library's requirements are unknown.
     """
     folder = Path(cfg.space_dir).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"space_dir={cfg.space_dir} holds something already: give a new or an empty folder")
     settings = {key: plain(cfg)[key] for key in _KEPT}
     if _is_on_the_hub(cfg):
-        text, settings["checkpoint"] = True, cfg.checkpoint  # it may be told a text
+        text, settings["checkpoint"] = True, cfg.checkpoint  # it may be text-conditional
     else:
         model, _ = open_model(cfg, keep_guide=True)
         text = isinstance(model, Generator) and model.text_encoder is not None
@@ -73,7 +73,7 @@ def write_space(cfg: DictConfig) -> Path:
 
 
 def read_space(folder: Path) -> DictConfig:
-    """The configuration of the page in a folder that :func:`write_space` wrote, served to the Space's visitors."""
+    """The page's configuration in a folder that :func:`write_space` wrote, open to the Space's visitors."""
     settings = read_json(folder / SETTINGS)
     cfg = compose("app", ["host=0.0.0.0", "names=[.hf.space]"])
     if settings["checkpoint"] == MODEL:
@@ -84,10 +84,10 @@ def read_space(folder: Path) -> DictConfig:
 
 
 def requirements(extras: list[str]) -> list[str]:
-    """The packages that this library requires, with those of some extras.
+    """Packages that this library requires, including those of the given extras.
 
     Raises:
-        ConfigError: The library is not installed, so that nothing says them.
+        ConfigError: The library is not installed, so its requirements are unknown.
     """
     try:
         lines = metadata.requires("rae") or []
@@ -102,7 +102,7 @@ def requirements(extras: list[str]) -> list[str]:
 
 
 def _is_on_the_hub(cfg: DictConfig) -> bool:
-    """Whether the checkpoint is a hub id, with nothing to be put in place of its parts."""
+    """Whether the checkpoint is a hub id and no part of the model is replaced."""
     changed = [cfg.get(key) for key in ("decoder", "decoder_checkpoint", "guide_checkpoint", "negative_prompt")]
     return not any(changed) and not Path(cfg.checkpoint).expanduser().exists()
 

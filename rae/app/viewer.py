@@ -1,4 +1,4 @@
-"""What the web page shows: one image through the autoencoder with its scores, and samples of one class step by step."""
+"""The web page's content: reconstructions of one image with scores, and samples of one class or prompt with progress."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ GUIDANCES = {
     "internal": InternalGuidance,
     "composed": ComposedGuidance,
 }
-"""Kinds of guidance by the names that they have in ``conf/guidance``."""
+"""Kinds of guidance by their names in ``conf/guidance``."""
 
-_SMALLEST_FOR_SSIM = 11  # pixels: the side of its window
+_SMALLEST_FOR_SSIM = 11  # pixels: the side of SSIM's window
 OnProgress = Callable[[int, int, str], None]
-"""Called with the steps done, all steps, and what is being done."""
+"""Called with the number of finished steps, the total, and a description."""
 
 
 class Reconstruction(NamedTuple):
-    """An image as the model receives it and as it gives it back, uint8 3×H×W, and the scores by name."""
+    """An image as the model receives it, its reconstruction, both uint8 3×H×W, and the scores by name."""
 
     original: Tensor
     picture: Tensor
@@ -52,16 +52,16 @@ class Reconstruction(NamedTuple):
 
 
 class Viewer:
-    """A trained model with what people do to it on the page; it knows nothing of web servers.
+    """A trained model with the operations that the page offers; independent of web servers.
 
     Args:
         model: A generator, or an autoencoder, which only reconstructs.
-        perceptual: Perceptual distance of images in [0, 1] for LPIPS; None leaves it out.
-        precision: ``32-true`` or ``bf16-mixed``: arithmetic of the networks.
-        batch_size: Samples at once.
+        perceptual: Perceptual distance of images in [0, 1] for LPIPS; None omits it.
+        precision: ``32-true`` or ``bf16-mixed``: precision of the networks.
+        batch_size: Samples per batch.
 
     Raises:
-        ValueError: An unknown precision, or a batch size below 1.
+        ValueError: The precision is unknown, or the batch size is below 1.
     """
 
     def __init__(
@@ -84,29 +84,29 @@ class Viewer:
 
     @property
     def encodes(self) -> bool:
-        """Whether the encoder's weights are there, so that images can be reconstructed."""
+        """Whether the encoder is loaded, so that images can be reconstructed."""
         return self.autoencoder.encoder is not None
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder's weights are."""
+        """The device of the decoder's weights."""
         return next(self.autoencoder.decoder.parameters()).device
 
     # --- reconstruction ----------------------------------------------------------------------------------------------
 
     def reconstruct(self, file: str | Path | IO[bytes], name: str | None = None) -> Reconstruction:
-        """One image file, cropped to a square as in validation, through encoder and decoder.
+        """Encodes and decodes one image file, cropped to a square as in validation.
 
-        The scores are ``psnr`` in dB, ``ssim`` from images of 11×11 pixels on, and ``lpips`` where there is a perceptual
-        distance; messages call the file ``name``.
+        The scores are ``psnr`` in dB, ``ssim`` for images of at least 11×11 pixels, and ``lpips`` if there is a perceptual
+        distance; ``name`` is the file's name in messages.
 
         Raises:
-            ValueError: The file is no image, a damaged one, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+            ValueError: The file is not an image, is damaged, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
         """
         try:
             image = open_rgb(file, most=Image.MAX_IMAGE_PIXELS)
         except (OSError, SyntaxError, ValueError) as error:
-            # Pillow's message ends with the path, which for an upload is that of a copy.
+            # Pillow's message ends with the path, which for an upload is a temporary copy.
             reason = "" if "cannot identify" in str(error) else f" ({error})"
             raise ValueError(
                 f"{str(name or file)!r} is no readable image{reason}; give a PNG, JPEG, WebP or similar file"
@@ -126,7 +126,7 @@ class Viewer:
 
     @property
     def guidances(self) -> list[str]:
-        """The kinds of guidance that this model can do: a composition only where it came with one."""
+        """The kinds of guidance that this model supports: a composition only if the model came with one."""
         own = self.generator
         able = {
             "apg": own is not None and isinstance(own.flow.path, LinearPath) and own.sampler.stages == 1,
@@ -147,23 +147,23 @@ class Viewer:
         on_progress: OnProgress | None = None,
         negative_prompt: str | None = None,
     ) -> Tensor:
-        """Samples of one class or prompt: sample i is that of :class:`~rae.generator.Generator` with the same seed and number.
+        """Samples of one class or prompt: sample i equals that of :class:`~rae.generator.Generator` with the same seed and index.
 
         Args:
-            told: The class, in [0, num_classes), or for models that are told a text the prompt.
-            guidance: One of ``guidances``; the interval is that of the model's own guidance.
-            scale: Strength of the guidance; 1 is none.
-            steps: Steps of the sampler, at least 1; None for the sampler's own number.
+            told: The class, in [0, num_classes), or the prompt for text-conditional models.
+            guidance: One of ``guidances``; uses the interval of the model's own guidance.
+            scale: Guidance scale; 1 is none.
+            steps: Sampler steps, at least 1; None for the sampler's own number.
             seed: Seed of the set of samples.
-            count: Samples, at least 1.
-            on_progress: Told of every step.
+            count: Number of samples, at least 1.
+            on_progress: Called after every step.
             negative_prompt: What classifier-free guidance steers away from; None or empty for the null text.
 
         Returns:
             Images uint8 count×3×H×W.
 
         Raises:
-            ValueError: The model has no denoiser, or one of the arguments is outside its range.
+            ValueError: The model has no denoiser, or an argument is out of range.
         """
         generator = self._set(guidance, scale, steps, negative_prompt or None)
         if generator.text_encoder is None:
@@ -187,7 +187,7 @@ class Viewer:
         return torch.cat(images)
 
     def _set(self, guidance: str, scale: float, steps: int | None, negative_prompt: str | None) -> Generator:
-        """The model with another guidance, number of steps and negative prompt; the networks are shared."""
+        """The model with the given guidance, number of steps and negative prompt; shares the networks."""
         own = self.generator
         if own is None:
             raise ValueError("the model has no denoiser: samples are drawn by a model of stage 2")
@@ -209,11 +209,11 @@ class Viewer:
 
     @property
     def takes_text(self) -> bool:
-        """Whether the model is told a text."""
+        """Whether the model is conditioned on text."""
         return self.generator is not None and self.generator.text_encoder is not None
 
     def title_of(self, label: int | str) -> str:
-        """A prompt, or a class as its number, with its name where that is known."""
+        """The prompt, or the class number, with the class name if known."""
         if isinstance(label, str):
             return f"“{label}”"
         names = self.generator.class_names if self.generator is not None else ()
@@ -224,10 +224,10 @@ class Viewer:
 
 
 def checked_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """A whole number (3.0 counts as one) within a range, both ends included.
+    """Returns an integer (3.0 counts as one) within a range, both ends included.
 
     Raises:
-        ValueError: Another value, named with what is allowed.
+        ValueError: Any other value; names it and the allowed range.
     """
     is_whole = not isinstance(value, bool) and isinstance(value, int | float) and float(value).is_integer()
     if not is_whole or value < low or (high is not None and value > high):
@@ -237,10 +237,10 @@ def checked_integer(name: str, value: Any, low: int, high: int | None = None) ->
 
 
 def within(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite number within a range, both ends included.
+    """Returns a finite number within a range, both ends included.
 
     Raises:
-        ValueError: Another value, named with what is allowed.
+        ValueError: Any other value; names it and the allowed range.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not low <= value <= high:
