@@ -1,4 +1,4 @@
-"""What training and sampling cost: parameters, floating-point operations, memory, hours on a card."""
+"""Cost of training and sampling: parameters, floating-point operations, memory, GPU hours."""
 
 from rae.cost.budget import Card, Memory, Plan, optimizer_ratio, static_memory
 from rae.cost.meter import Work, measure, parameters, shares, to_meta

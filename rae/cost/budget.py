@@ -1,4 +1,4 @@
-"""From the cost of one image to that of a training: images, operations, hours, memory."""
+"""From the cost of one image to that of a training run: images, operations, hours, memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from rae.training.muon import takes_names
 
 @dataclass(frozen=True)
 class Card:
-    """What a card can do: operations a second with matrices in each arithmetic, without sparsity, and bytes of memory.
+    """A card's peak: matrix operations per second in each precision, without sparsity, and bytes of memory.
 
     Raises:
-        ValueError: A number that is not above 0.
+        ValueError: A number is not above 0.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Card:
                 raise ValueError(f"card.{name}={getattr(self, name)} must be above 0")
 
     def seconds(self, flops: Mapping[str, float], mfu: float) -> float:
-        """Time of operations, given by the arithmetic they are in, at a share of the peak.
+        """Seconds for operations, given by precision, at the fraction ``mfu`` of the peak.
 
         Raises:
-            ValueError: A share outside (0, 1].
+            ValueError: The fraction lies outside (0, 1].
         """
         if not 0 < mfu <= 1:
             raise ValueError(
@@ -51,7 +51,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a training is: images of an epoch and of an optimiser step (over all cards), and the earlier of two ends."""
+    """Length of a training run: images per epoch and per optimiser step (over all cards), and limits in epochs and steps."""
 
     images: int
     batch: int
@@ -60,15 +60,15 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch, the last one filled up."""
+        """Optimiser steps per epoch, counting a partial last one."""
         return max(1, -(-self.images // self.batch))
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the training.
+        """Optimiser steps of the whole training run.
 
         Raises:
-            ValueError: The training has no end.
+            ValueError: Neither epochs nor steps are limited.
         """
         ends = [] if self.epochs is None else [round(self.epochs * self.steps_per_epoch)]
         ends += [] if self.steps is None else [self.steps]
@@ -78,12 +78,12 @@ class Plan:
 
     @property
     def total_images(self) -> int:
-        """Images that the training sees, repeated ones counted again."""
+        """Images seen in training, counting repeats."""
         by_steps = self.total_steps * self.batch
         return by_steps if self.epochs is None else min(by_steps, round(self.epochs * self.images))
 
     def phases(self, loss: Stage1Loss | None = None) -> list[tuple[float, Phases]]:
-        """Shares of the training and the phases that are on in each."""
+        """Fractions of the training run and the phases active in each."""
         if loss is None:
             return [(1.0, ALL)]
         total = self.total_steps
@@ -95,7 +95,7 @@ class Plan:
         ]
 
     def flops(self, step: Step, loss: Stage1Loss | None = None) -> dict[str, float]:
-        """Operations of the whole training by the network whose precision they are in; stage 1's loss says when phases start."""
+        """Operations of the whole training run, by the network whose precision they use; stage 1's loss sets when phases start."""
         phases = self.phases(loss)
         return {
             network: self.total_images * sum(share * step.flops(network, phase) for share, phase in phases)
@@ -105,18 +105,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on every card, apart from activations."""
+    """Bytes per card, apart from activations."""
 
     weights: int
     gradients: int
     optimizer: int
     average: int
     gathered: int = 0
-    """What is put together for a while of a network whose weights the cards share out."""
+    """Temporarily gathered weights and gradients of a sharded network."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.weights + self.gradients + self.optimizer + self.average + self.gathered
 
 
@@ -127,15 +127,15 @@ def static_memory(
     shared: nn.Module | None = None,
     cards: int = 1,
 ) -> Memory:
-    """Memory of networks that are each held once on every card, but for the shared one.
+    """Memory of networks that are each replicated on every card, except the sharded one.
 
     Args:
-        networks: All of them.
-        averaged: The one with a moving average on the card; None for none.
-        ratio: Bytes of the optimiser's state for a byte of trained weights, see :func:`optimizer_ratio`.
-        shared: The one whose weights, gradients, optimiser's state and average the cards share out, as
-            :func:`rae.training.strategy.shard` does; None for none.
-        cards: How many share.
+        networks: All networks.
+        averaged: The network with a moving average on the card; None for none.
+        ratio: Bytes of optimiser state per byte of trained weights, see :func:`optimizer_ratio`.
+        shared: The network whose weights, gradients, optimiser state and average are sharded over the cards, as by
+            :func:`rae.training.strategy.shard`; None for none.
+        cards: Number of cards.
     """
     weights = gradients = gathered = average = 0
     for network in networks:
@@ -153,14 +153,14 @@ def static_memory(
 
 
 def _gathered(network: nn.Module) -> int:
-    """Bytes of whole weights and gradients at a time: two blocks', as the next is fetched while one runs, and what is in none."""
+    """Bytes of unsharded weights and gradients at a time: of two blocks (one runs, one is prefetched) and all outside blocks."""
     blocks = [parameters(block)["trained_bytes"] for block in denoiser_blocks(network)]
     outside = parameters(network)["trained_bytes"] - sum(blocks)
     return 2 * (outside + 2 * max(blocks, default=0))
 
 
 def optimizer_ratio(factory: Callable[[Any], torch.optim.Optimizer]) -> float:
-    """Bytes of an optimiser's state for a byte of weights, found by one step on a small matrix: 2 with AdamW."""
+    """Bytes of optimiser state per byte of weights, measured by one step on a small matrix: 2 for AdamW."""
     weight = nn.Parameter(torch.zeros(64, 64))
     weight.grad = torch.ones_like(weight)
     optimizer = factory([("weight", weight)] if takes_names(factory) else [weight])

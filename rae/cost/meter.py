@@ -1,10 +1,10 @@
-"""Operations and memory of any piece of work, found by running it on tensors that have shapes and no values.
+"""Measures operations and memory of any piece of work by running it on tensors with shapes but no values.
 
-The work is run as it is written, under PyTorch's fake tensors: nothing is computed and nothing of size is allocated, so a network
-of a billion weights takes seconds. Operations are those of ``torch.utils.flop_counter``: matrix products, convolutions and
-attention, a multiplication and an addition counted as two; all else (norms, activations, the optimiser) is left out, as is usual.
-Attention is that of the fused kernels, which keep no N×N matrix and compute it again in the backward pass: five products there to
-two of the forward pass.
+The code runs unchanged under PyTorch's fake tensors: nothing is computed and nothing large is allocated, so a network of a
+billion weights takes seconds. Operations are counted as in ``torch.utils.flop_counter``: matrix products, convolutions and
+attention, a multiply-add as two; everything else (norms, activations, the optimiser) is omitted, as is usual. Attention is
+that of the fused kernels, which do not store the N×N matrix but recompute it in the backward pass: five products there,
+two in the forward pass.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: 
     return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
-# The CPU's fused attention, which PyTorch's counter passes over, is counted as it counts that of CUDA.
+# The CPU's fused attention, which PyTorch's counter ignores, is counted like CUDA's.
 _ATEN = torch.ops.aten
 if _ATEN._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
     register_flop_formula(_ATEN._scaled_dot_product_flash_attention_for_cpu)(_attention)
@@ -49,14 +49,14 @@ if _ATEN._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
 
 @dataclass(frozen=True)
 class Work:
-    """What a piece of work costs for one image.
+    """Cost of a piece of work for one image.
 
     Attributes:
-        forward: Operations outside of backward passes.
-        backward: Operations of backward passes, what is computed again in them included.
-        kept: Bytes alive when the trained network has run, weights and their gradients not counted.
-        peak: Bytes alive at the highest point, for every further image of the batch.
-        fixed: Bytes at that point whatever the number of images, e.g. weights in another precision.
+        forward: Operations outside backward passes.
+        backward: Operations in backward passes, including recomputation.
+        kept: Bytes alive after the trained network's forward pass, without weights and their gradients.
+        peak: Bytes alive at the peak, per additional image in the batch.
+        fixed: Bytes at the peak independent of the number of images, e.g. weights in another precision.
     """
 
     forward: int
@@ -72,7 +72,7 @@ class Work:
 
 
 class _Meter(TorchDispatchMode):
-    """Counts operations, and the bytes of all storages that come into being inside and are still in use."""
+    """Counts operations, and the bytes of all storages created inside that are still in use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,19 +82,19 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._note(tree_leaves((args, kwargs)), counted=False)  # what was there before: weights, their gradients
+        self._note(tree_leaves((args, kwargs)), counted=False)  # existing tensors: weights, their gradients
         out = func(*args, **kwargs)
         self._note(tree_leaves(out), counted=True)
         if func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-            if torch._C._current_graph_task_id() == -1:  # autograd is not at work
+            if torch._C._current_graph_task_id() == -1:  # not in a backward pass
                 self.forward += flops
             else:
                 self.backward += flops
         return out
 
     def keep(self, *_: Any) -> None:
-        """Notes the bytes alive, when it is first called as a network's hook in training."""
+        """Forward hook that records the bytes alive, at its first call with gradients enabled."""
         if torch.is_grad_enabled() and not self.kept:
             self.kept = self.live
 
@@ -118,19 +118,19 @@ class _Meter(TorchDispatchMode):
 
 @cache
 def _mode() -> FakeTensorMode:
-    """One for all: a tensor of another mode would be taken for a new one."""
+    """One mode for all: a tensor of another mode would count as new."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextmanager
 def _fake() -> Iterator[None]:
-    """Inside, every new tensor has a shape and no values, and values are not looked at."""
+    """Inside, every new tensor has a shape but no values, and checks of values are off."""
     with _mode(), unchecked():
         yield
 
 
 def to_meta(network: nn.Module) -> nn.Module:
-    """Replaces all weights, their gradients and buffers by ones without values; in place. Best of a module made on ``meta``."""
+    """Replaces all weights, gradients and buffers by fake ones without values, in place. Best for a module built on ``meta``."""
     with _mode():
         for module in network.modules():
             for name, parameter in module._parameters.items():
@@ -146,12 +146,12 @@ def to_meta(network: nn.Module) -> nn.Module:
 
 
 def measure(work: Callable[[int], Any], precision: torch.dtype | None = None, trained: nn.Module | None = None) -> Work:
-    """Runs work with one and with two images: the difference tells the memory of an image from what is there once.
+    """Runs work with one and with two images; the difference separates the memory per image from the fixed memory.
 
     Args:
-        work: Makes its inputs for so many images and does all that is to be counted.
-        precision: Precision of autocast; None for none.
-        trained: The network after whose forward pass the bytes alive are ``kept``; None for none.
+        work: Makes its inputs for the given number of images and does everything to be counted.
+        precision: Autocast precision; None for none.
+        trained: The network after whose forward pass the bytes alive are recorded as ``kept``; None for none.
     """
     one, two = (_run(work, images, precision, trained) for images in (1, 2))
     peak = two.peak - one.peak
@@ -159,7 +159,7 @@ def measure(work: Callable[[int], Any], precision: torch.dtype | None = None, tr
 
 
 def operations(work: Callable[[int], Any], precision: torch.dtype | None = None) -> Work:
-    """Runs work with one image, for its operations alone; arguments as of :func:`measure`."""
+    """Runs work with one image and counts only operations; arguments as in :func:`measure`."""
     meter = _run(work, 1, precision, None)
     return Work(meter.forward, meter.backward)
 
@@ -176,11 +176,11 @@ def _run(work: Callable[[int], Any], images: int, precision: torch.dtype | None,
 
 
 def shares(network: nn.Module, work: Callable[[], Any]) -> dict[str, int]:
-    """Operations of every direct part of a network in a forward pass, by name.
+    """Operations of a network's direct submodules in a forward pass, by name.
 
     Args:
         network: The network that ``work`` calls.
-        work: Calls it, on inputs that it makes.
+        work: Makes inputs and calls the network.
     """
     counter = FlopCounterMode(display=False)
     with _fake(), torch.no_grad(), counter:
@@ -195,7 +195,7 @@ def shares(network: nn.Module, work: Callable[[], Any]) -> dict[str, int]:
 
 
 def parameters(network: nn.Module) -> dict[str, int]:
-    """Numbers of trained and frozen parameters, and the bytes of each."""
+    """Numbers of trained and frozen parameters, and their bytes."""
     found = dict.fromkeys(("trained", "frozen", "trained_bytes", "frozen_bytes"), 0)
     for parameter in network.parameters():
         kind = "trained" if parameter.requires_grad else "frozen"

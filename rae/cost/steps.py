@@ -1,4 +1,4 @@
-"""What a training step takes: the training module's own ``training_step``, measured, and from it each piece by its absence."""
+"""Cost of a training step: measures the module's own ``training_step``, and each piece as the difference it makes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _OF_PHASES = {
     "discriminator": "discriminator, its own turn",
     "gan": "discriminator, for the decoder",
 }
-"""What each phase of stage 1 adds to the step, in an order in which one can follow the other."""
-_LATE = 2**62  # a step in which all phases are on that the loss will ever have
+"""What each phase of stage 1 adds to the step, in an order in which they can start."""
+_LATE = 2**62  # a step by which all of the loss's phases have started
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Piece:
     """One piece of a step.
 
     Attributes:
-        name: What it is.
-        forward: Operations of an image outside of backward passes.
-        backward: Operations of an image in backward passes.
-        network: Whose precision it runs in: ``encoder``, which has its own, or ``trained``.
-        phase: The phase in which it takes place; None for always.
+        name: Name of the piece.
+        forward: Operations per image outside backward passes.
+        backward: Operations per image in backward passes.
+        network: The network whose precision it uses: ``encoder``, which has its own, or ``trained``.
+        phase: The phase to which it belongs; None for always.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Step:
     """A whole step.
 
     Attributes:
-        pieces: In an order in which they come on in a training.
-        works: The work for one image with all phases on, without checkpointing and, where there is that choice, with it.
-        work: The one of them that is configured.
+        pieces: All pieces, in the order in which they start in training.
+        works: Work for one image with all phases active, without checkpointing and, if the network supports it, with it.
+        work: The configured one of these.
     """
 
     pieces: tuple[Piece, ...]
@@ -59,7 +59,7 @@ class Step:
     work: Work
 
     def flops(self, network: str | None = None, phases: Phases = ALL) -> int:
-        """Operations for one image, of the pieces in a network's precision (None for all), in a phase of the training."""
+        """Operations for one image of the pieces in a network's precision (None for all), with the given phases active."""
         return sum(
             piece.forward + piece.backward
             for piece in self.pieces
@@ -68,18 +68,18 @@ class Step:
 
 
 def training_step(module: Any, size: int, precision: torch.dtype | None = None, cached: bool = False) -> Step:
-    """Measures the step of a training module without values (:func:`~rae.cost.to_meta`), which no Trainer can use any more.
+    """Measures the step of a training module without values (:func:`~rae.cost.to_meta`); no Trainer can use it afterwards.
 
     Args:
         module: A module of stage 0, 1 or 2.
         size: Side of the images, in pixels.
-        precision: Precision of autocast; None for none.
-        cached: Whether stage 2's latents were encoded beforehand.
+        precision: Autocast precision; None for none.
+        cached: Whether stage 2 trains on cached latents.
     """
     name = next(name for name in ("denoiser", "decoder", "network") if hasattr(module, name))
     network, loss = getattr(module, name), getattr(module, "loss", None)
-    micro_batches = min(2, getattr(module, "accumulate", 1))  # a third would be as the second
-    keys = {images: torch.arange(images) for images in (1, 2)}  # with values: seeds are made from them
+    micro_batches = min(2, getattr(module, "accumulate", 1))  # a third would equal the second
+    keys = {images: torch.arange(images) for images in (1, 2)}  # with values: seeds are derived from them
     last_phases = _NONE if loss is None else loss.phases(_LATE, 1)
     _stand_in(module, micro_batches)
 
@@ -92,7 +92,7 @@ def training_step(module: Any, size: int, precision: torch.dtype | None = None, 
         if name == "denoiser":
             batch |= {key: value for key, value in network.condition.nothing(images).items() if key != "label"}
         elif name == "network":
-            batch["caption"] = ["a caption"] * images  # read by stage 0 with captions alone
+            batch["caption"] = ["a caption"] * images  # only stage 0 with captions reads it
         for number in range(micro_batches):
             if cached:
                 layers = [len(module.autoencoder.encoder.layers)] if module.layer_dropout else []
@@ -112,7 +112,7 @@ def training_step(module: Any, size: int, precision: torch.dtype | None = None, 
         found = of_one_image(operations(work, precision))
         return found.forward, found.backward
 
-    # The pieces: what is always there, and what every phase adds to it.
+    # The pieces: what always runs, and what every phase adds.
     phases = _NONE
     forward, backward = flops_in(phases)
     pieces = [Piece(name.replace("network", "classifier"), forward, backward)]
@@ -125,7 +125,7 @@ def training_step(module: Any, size: int, precision: torch.dtype | None = None, 
             forward, backward = flops_in(phases)
             pieces.append(Piece(label, forward - before[0], backward - before[1], phase=phase))
 
-    # The whole, with the last of these phases on.
+    # The whole step, with all these phases active.
     last_layer = network.last_layer if name == "decoder" else network  # a decoder is trained in two parts
     configured = getattr(network, "checkpointing", False)
     works = {}
@@ -134,12 +134,12 @@ def training_step(module: Any, size: int, precision: torch.dtype | None = None, 
         works[checkpointing] = of_one_image(measure(work, precision, last_layer))
     network.checkpointing = configured
     if loss is not None:
-        del loss.phases  # the class's own again
+        del loss.phases  # restores the class's own
     return Step(tuple(pieces), works, works[configured])
 
 
 def _stand_in(module: Any, batches: int) -> None:
-    """Gives a module a trainer of so many batches, without optimisers and logs, which cost no operations that are counted."""
+    """Gives a module a stub trainer with so many batches; optimisers and logging do nothing, as they would not be counted."""
 
     def nothing(*_: Any, **__: Any) -> None: ...
 
@@ -149,28 +149,28 @@ def _stand_in(module: Any, batches: int) -> None:
     )
     module.log = module.lr_schedulers = nothing
     module.optimizers = lambda *_, **__: [optimizer, optimizer]
-    module.check_finite = lambda *_: True  # there are no values to look at
+    module.check_finite = lambda *_: True  # there are no values to check
 
 
 def encoding(autoencoder: RAE, size: int) -> Work:
-    """Encoding of an image 3×size×size."""
+    """Encoding of one image, 3×size×size."""
     return operations(lambda images: autoencoder.encoder(torch.rand(images, 3, size, size)))
 
 
 @torch.no_grad()
 def decoding(autoencoder: RAE, precision: torch.dtype | None = None) -> Work:
-    """Decoding of a latent, without graph, in the precision of autocast."""
+    """Decoding of one latent, without gradients, in the autocast precision."""
     return operations(lambda images: autoencoder.decoder(torch.randn(images, *autoencoder.encoded_shape)), precision)
 
 
 @torch.no_grad()
 def denoising(denoiser: Denoiser, precision: torch.dtype | None = None, base: bool = False) -> Work:
-    """One evaluation for one latent, without graph, in the precision of autocast; with ``base`` its base head too."""
+    """One evaluation for one latent, without gradients, in the autocast precision; with ``base``, also of the base head."""
     return operations(lambda images: evaluate_once(denoiser, images, base), precision)
 
 
 def evaluate_once(denoiser: Denoiser, images: int, base: bool = False) -> Any:
-    """One evaluation of a denoiser, for so many latents."""
+    """One evaluation of a denoiser, for a batch of ``images`` latents."""
     told = denoiser.condition.nothing(images)
     heads = {"base": True} if base else {}
     return denoiser(torch.randn(images, *denoiser.state_shape), torch.rand(images), **heads, **told)
