@@ -285,7 +285,7 @@ cost = entry("cost", "rae.commands.cost:cost", complete=False)
 COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
     "demo": (
         demo,
-        "trains all stages from scratch on a CPU, on small real images (digits or pictures), up to samples and scores",
+        "trains all stages on small images (digits or pictures), from scratch to samples and scores, on a CPU",
     ),
     "download": (download, "downloads the files of a published model"),
     "shard": (shard, "packs images into tar shards"),
