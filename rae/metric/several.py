@@ -97,7 +97,7 @@ class FDr6(MetricSet):
         metrics: By space (inception, convnext, dinov2_cls, mae_cls, siglip_cls, clip_cls), each with ``fid`` among its metrics.
 
     Raises:
-        ValueError: A space has no normaliser, or its detector has another name.
+        ValueError: A space has no normaliser, or its metric has a detector of another name or lacks ``fid``.
     """
 
     def __init__(self, **metrics: Any) -> None:
