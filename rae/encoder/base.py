@@ -1,9 +1,9 @@
 """The contract of every encoder.
 
-Images float B×3×H×W in [0, 1] => bicubic resize to the input side (only where a side differs; straight to a square, no
-antialias, no clamp) => (x − mean) / std => network => patch tokens of the chosen layers, each after its own LayerNorm, by default
-without affine parameters (so that no layer outweighs another by its scale), fused => latents float32 B×C×h×w, row-major.
-Class and register tokens are dropped. Paper §3; the fusion of several layers: RAEv2, arXiv 2605.18324.
+Images float B×3×H×W in [0, 1] => bicubic resize to the input size (only if the size differs; directly to a square, no
+antialiasing, no clamping) => (x − mean) / std => network => patch tokens of the chosen layers, each after its own LayerNorm, by
+default without affine parameters (so that no layer dominates by its scale), fused => latents float32 B×C×h×w, row-major.
+Class and register tokens are dropped. Paper §3; fusion of several layers: RAEv2, arXiv 2605.18324.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ DTYPES = {None: torch.float32, "float32": torch.float32, "bfloat16": torch.bfloa
 
 
 class Encoder(Described, nn.Module, ABC):
-    """Frozen encoder: no gradients, always in evaluation mode, whatever ``train`` is called with.
+    """Frozen encoder: no gradients, always in evaluation mode, even after ``train()``.
 
     Args:
         channels: Channels of the latent; checked against the network.
-        stride: Pixels that a token spans; checked against the network.
-        input_size: Side that images are resized to, divisible by ``stride``.
-        mean: Mean of the images, subtracted per colour.
-        std: Standard deviation of the images, per colour.
-        layers: Blocks whose outputs make the latent, counted from 0; None for the last one.
-        fusion: What becomes of them: ``last``, ``sum``, ``mean`` or ``mean_plus_pooled``, see :func:`rae.encoder.fusion.fuse`.
+        stride: Pixels per token along each side; checked against the network.
+        input_size: Side to which images are resized; divisible by ``stride``.
+        mean: Mean of the images, per channel.
+        std: Standard deviation of the images, per channel.
+        layers: Blocks whose outputs form the latent, counted from 0; None for the last one.
+        fusion: How they are combined: ``last``, ``sum``, ``mean`` or ``mean_plus_pooled``, see :func:`rae.encoder.fusion.fuse`.
         dtype: Precision of the network: ``float32`` (also None), ``bfloat16`` or ``float16``; independent of the trainer's.
-        pooled_layer: The layer whose mean over the positions ``mean_plus_pooled`` adds; None for the deepest.
-        resize_first: Whether images are resized before they are normalised, or after: the same but for rounding.
+        pooled_layer: The layer whose mean over positions ``mean_plus_pooled`` adds; None for the deepest.
+        resize_first: Whether images are resized before or after normalisation; equal up to rounding.
         interpolation: How they are resized: ``bicubic`` or ``bilinear``.
 
     Raises:
-        ValueError: ``input_size`` is not divisible, ``mean`` or ``std`` not of three colours, an unknown ``fusion``, ``dtype`` or
-            ``interpolation``, or a fusion that does not suit the layers.
+        ValueError: ``input_size`` is not divisible by ``stride``, ``mean`` or ``std`` does not have three values, ``fusion``,
+            ``dtype`` or ``interpolation`` is unknown, or the fusion does not suit the layers.
     """
 
     image_mean: Tensor
     image_std: Tensor
     has_class_token = False
-    """Whether :meth:`layer_tokens` can hand over a class token."""
+    """Whether :meth:`layer_tokens` can provide a class token."""
     _class_tokens: list[Tensor] | None = None
-    """Where it puts the class token B×C of its deepest layer, after the final norm; None where nobody asks for it."""
+    """Where it stores the class token B×C of its deepest layer, after the final norm; None unless requested."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Encoder(Described, nn.Module, ABC):
 
     @classmethod
     def renewed(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """With ``fusion`` where a former version said ``reduce``."""
+        """Renames ``reduce``, used by earlier versions, to ``fusion``."""
         return renewed(arguments)
 
     @property
@@ -115,7 +115,7 @@ class Encoder(Described, nn.Module, ABC):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells this encoder's latents from another's, apart from its weights (see :meth:`weights_hash`)."""
+        """What distinguishes this encoder's latents from another's, apart from its weights (see :meth:`weights_hash`)."""
         return {
             "class": type(self).__name__,
             "channels": self.channels,
@@ -132,28 +132,28 @@ class Encoder(Described, nn.Module, ABC):
 
     @property
     def recoverable(self) -> bool:
-        """Whether the weights can be had again from a hub or a file; runs and exports keep those that cannot."""
+        """Whether the weights can be loaded again from a hub or a file; if not, runs and exports store them."""
         return bool(self.arguments.get("pretrained", False))
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this encoder's latents from another's: :attr:`identity`, precision, and the weights' hash."""
+        """What distinguishes this encoder's latents from another's: :attr:`identity`, precision, and the weights' hash."""
         return {**self.identity, "dtype": str(self.dtype).removeprefix("torch."), "weights": self.weights_hash()}
 
     def weights_hash(self) -> str:
-        """SHA-256 of :meth:`published_state`, with the name of its kind before it: ``published:…``.
+        """SHA-256 of :meth:`published_state`, prefixed with its kind: ``published:…``.
 
-        Weights that were resized for the grid would not do: their last bits depend on the CPU. The grid is in :attr:`identity`.
+        Weights resized for the grid are not hashed: their last bits depend on the CPU. The grid is in :attr:`identity`.
         """
         return _PUBLISHED + state_hash(self.published_state())
 
     def published_state(self) -> dict[str, Tensor]:
-        """The weights before any of them was resized, as they are stored in an export."""
+        """The weights before any resizing, as an export stores them."""
         return dict(self.state_dict())
 
     def differences(self, described: Mapping[str, Any], but: Sequence[str] = ()) -> str:
-        """What tells this encoder from the (part of a) fingerprint ``described``, in words; entries ``but`` may differ.
+        """Describes how this encoder differs from the (partial) fingerprint ``described``; entries ``but`` may differ.
 
-        Former versions hashed resized weights; where the fingerprint is of one, so does this.
+        Earlier versions hashed resized weights; against such a fingerprint, so does this method.
         """
         if str(described.get("weights", _PUBLISHED)).startswith(_PUBLISHED):
             return differences(described, self.fingerprint(), but)
@@ -161,7 +161,7 @@ class Encoder(Described, nn.Module, ABC):
         return found and f"{found} (a hash of a former version, which depends on the CPU: make it anew)"
 
     def record(self) -> dict[str, Any]:
-        """What a run keeps of its encoder: the fingerprint, and the weights where they cannot be had again."""
+        """What a run stores of its encoder: the fingerprint, and the weights unless they can be loaded again."""
         record: dict[str, Any] = {"fingerprint": self.fingerprint()}
         if not self.recoverable:
             record["weights"] = {key: value.cpu() for key, value in self.published_state().items()}
@@ -170,16 +170,16 @@ class Encoder(Described, nn.Module, ABC):
     def take(
         self, record: Mapping[str, Any] | None, source: str, but: Sequence[str] = (), assign: bool = False
     ) -> None:
-        """Becomes the encoder of a run, which must be this one: takes over such weights as the run alone has.
+        """Checks that a run used this encoder, and loads the weights that only the run has.
 
         Args:
-            record: From :meth:`record`; None where the source holds none.
+            record: From :meth:`record`; None if the source holds none.
             source: Where it comes from, for messages.
             but: Entries of the fingerprint that may differ.
             assign: See :func:`rae.io.tensors.load_strict`.
 
         Raises:
-            ValueError: It is another encoder, or the weights are nowhere.
+            ValueError: The run used a different encoder, or its weights were not stored.
         """
         if not self.recoverable:
             if record is None or "weights" not in record:
@@ -193,30 +193,30 @@ class Encoder(Described, nn.Module, ABC):
             self.check(record["fingerprint"], source, but)
 
     def check(self, described: Mapping[str, Any], source: str, but: Sequence[str] = ()) -> None:
-        """Refuses to be another encoder than the one that ``source`` was made with; see :meth:`differences`.
+        """Checks that ``source`` was made with this encoder; see :meth:`differences`.
 
         Raises:
-            ValueError: Names what differs.
+            ValueError: It was made with a different one; names what differs.
         """
         if found := self.differences(described, but):
             raise ValueError(f"{source} was made with another encoder: {found}; give its weights and options")
 
     def load_published(self, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
-        """Loads what :meth:`published_state` gave, strictly; arguments as of :func:`rae.io.tensors.load_strict`.
+        """Loads the output of :meth:`published_state`, strictly; arguments as in :func:`rae.io.tensors.load_strict`.
 
         Raises:
-            ValueError: Keys or shapes that do not fit, all listed.
+            ValueError: Keys or shapes do not match; lists them all.
         """
         load_strict(self, state, source, assign)
 
     @abstractmethod
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
-        """Patch tokens B×N×C of each layer, in the order of depth, after the final norm, for normalised pixels B×3×S×S."""
+        """Returns patch tokens B×N×C of each layer, shallowest first, after the final norm, for normalised pixels B×3×S×S."""
 
     def freeze(self) -> None:
-        """Casts the weights to the encoder's precision and ends all gradients; called once the network is complete.
+        """Casts the weights to the encoder's precision and disables all gradients; called once the network is complete.
 
-        Buffers (the image's mean, rotary frequencies) keep theirs: bfloat16 positions would be visibly wrong.
+        Buffers (image mean, rotary frequencies) keep their precision: bfloat16 positions would be visibly wrong.
         """
         for parameter in self.parameters():
             parameter.data = parameter.data.to(self.dtype)
@@ -233,7 +233,7 @@ class Encoder(Described, nn.Module, ABC):
             return fuse(self._chosen(pixels), self.fusion, self._pooled)
 
     def _chosen(self, pixels: Tensor) -> list[Tensor]:
-        """Normalised pixels B×3×S×S => patch tokens B×N×C of each layer that makes the latent."""
+        """Normalised pixels B×3×S×S => patch tokens B×N×C of each chosen layer."""
         weight = next(self.parameters(), None)  # a parent's .to(…) may have changed the precision
         dtype = self.dtype if weight is None else weight.dtype
         with torch.autocast(pixels.device.type, enabled=False):
@@ -241,13 +241,13 @@ class Encoder(Described, nn.Module, ABC):
 
     @property
     def _pooled(self) -> int:
-        """Which of the chosen layers is averaged over the positions."""
+        """Index, among the chosen layers, of the one averaged over positions."""
         return -1 if self.pooled_layer is None else sorted(self.layers or []).index(self.pooled_layer)
 
     def fused(self, stacked: Tensor, keep: Tensor | None = None) -> Tensor:
-        """The layers of :meth:`forward` with ``stacked``, B×K×C×h×w => latents B×C×h×w, as :func:`rae.encoder.fusion.fuse`.
+        """Fuses the layers B×K×C×h×w of :meth:`forward` with ``stacked`` to latents B×C×h×w (:func:`rae.encoder.fusion.fuse`).
 
-        ``keep``, bool B×K, says the layers that each latent is of; None for all.
+        ``keep``, bool B×K, selects the layers of each latent; None for all.
         """
         tokens = [grid_to_tokens(layer) for layer in stacked.unbind(1)]
         return tokens_to_grid(fuse(tokens, self.fusion, self._pooled, keep))
@@ -255,10 +255,10 @@ class Encoder(Described, nn.Module, ABC):
     def forward(self, images: Tensor, stacked: bool = False) -> Tensor:
         """Images B×3×H×W in [0, 1] => latents float32 B×C×h×w, not normalised.
 
-        With ``stacked`` they are not fused: B×K×C×h×w, K layers in the order of depth, each after its norm; see :meth:`fused`.
+        With ``stacked`` they are not fused: B×K×C×h×w, K layers, shallowest first, each after its norm; see :meth:`fused`.
 
         Raises:
-            ValueError: ``images`` is no float batch of RGB images.
+            ValueError: ``images`` is not a float batch of RGB images.
         """
         with torch.no_grad():
             pixels = self._pixels(images)
@@ -267,11 +267,11 @@ class Encoder(Described, nn.Module, ABC):
             return tokens_to_grid(self.tokens(pixels))
 
     def differentiable(self, images: Tensor) -> Tensor:
-        """As :meth:`forward`, with gradients with respect to the images; the frozen weights get none."""
+        """Like :meth:`forward`, with gradients with respect to the images; the frozen weights get none."""
         return tokens_to_grid(fuse(self._chosen(self._pixels(images)), self.fusion, self._pooled))
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Images B×3×H×W in [0, 1] => normalised pixels B×3×S×S; raises ValueError as :meth:`forward`."""
+        """Images B×3×H×W in [0, 1] => normalised pixels B×3×S×S; raises ValueError like :meth:`forward`."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
                 f"images must be float of shape B×3×H×W in [0, 1], got {images.dtype} of shape {tuple(images.shape)}"
@@ -282,7 +282,7 @@ class Encoder(Described, nn.Module, ABC):
             return pixels if self.resize_first else self._resized(pixels)
 
     def check_class_token(self) -> None:
-        """Raises ValueError where this encoder hands over no class token."""
+        """Raises ValueError if this encoder provides no class token."""
         if not self.has_class_token:
             raise ValueError(
                 f"this {type(self).__name__} hands over no class token; choose an encoder of timm that has one, such as "
@@ -290,7 +290,7 @@ class Encoder(Described, nn.Module, ABC):
             )
 
     def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`, and beside the latents the class token of the deepest layer, after the same norm, float32 B×C.
+        """Like :meth:`forward`, but also returns the class token of the deepest layer, after the same norm, float32 B×C.
 
         Raises:
             ValueError: See :meth:`check_class_token` and :meth:`forward`.
@@ -311,17 +311,17 @@ class Encoder(Described, nn.Module, ABC):
 
 
 def differences(described: Mapping[str, Any], found: Mapping[str, Any], but: Sequence[str] = ()) -> str:
-    """What tells the fingerprints of the encoder that was described and of the one found apart, in words.
+    """Describes how the fingerprint ``found`` differs from the fingerprint ``described``; empty if it does not.
 
-    The same weights in another precision have another hash, so that hashes are compared within one precision only. Entries
-    ``but``, and those that the description lacks, may differ; the weights it must name. Empty where nothing differs.
+    The same weights have a different hash in another precision, so hashes are compared only within one precision. Entries in
+    ``but``, and those missing from ``described``, may differ; ``described`` must give the weights.
     """
     described, found = renewed(described), renewed(found)
     first, second = described.get("weights"), found.get("weights")
     comparable = described.get("dtype", "float32") == found.get("dtype", "float32") and (
         first is None or second is None or str(first).startswith(_PUBLISHED) == str(second).startswith(_PUBLISHED)
     )
-    # Where weights came from was part of former fingerprints; their hash says what they are.
+    # Earlier fingerprints included the origin of the weights; their hash identifies them.
     passed_over = {"dtype", "hub_id", "revision", *but, *(() if comparable else ("weights",))}
     keys = dict.fromkeys([*described, "weights"])
     differing = [key for key in keys if key not in passed_over and described.get(key) != found.get(key)]

@@ -19,21 +19,21 @@ _UNUSED = ("ln_post.", "proj", "attn_pool.")
 
 
 class ClipEncoder(TransformerEncoder):
-    """The vision transformer of a CLIP model; pooling and projection are left out.
+    """The vision transformer of a CLIP model, without pooling and projection.
 
-    Arguments beside those of :class:`~rae.encoder.base.Encoder`:
+    Arguments in addition to those of :class:`~rae.encoder.base.Encoder`:
         model: Name of the open_clip architecture, e.g. ``ViT-L-14``; ``ViT-L-14-quickgelu`` for OpenAI's weights.
-        pretrained: Whether weights are loaded; False leaves random ones.
+        pretrained: Whether to load weights; False keeps random ones.
         checkpoint: Local weight file in open_clip's or timm's naming.
-        hub_id: Hub repository of such a file.
+        hub_id: Hub repository with such a file.
         revision: Branch, tag or commit of that repository.
         pos_antialias: Whether the position table is resized with antialiasing.
         final_norm: ``plain``, ``affine`` or ``none``, see :func:`rae.encoder.fusion.make_final_norm`.
         final_norm_eps: Its epsilon; None for the network's own.
 
     Raises:
-        ValueError: Unknown model, facts that differ from the network's, or weights that do not fit.
-        FileNotFoundError: The weights cannot be had.
+        ValueError: Unknown model, ``channels`` or ``stride`` unlike the network's, or weights that do not fit.
+        FileNotFoundError: The weights cannot be found.
     """
 
     table_name = "positional_embedding"
@@ -64,7 +64,7 @@ class ClipEncoder(TransformerEncoder):
             channels, stride, input_size, mean, std, layers, fusion, dtype, pooled_layer, resize_first, interpolation
         )
 
-        import open_clip  # noqa: PLC0415 (it brings transformers along: seconds and 150 MB that other encoders do without)
+        import open_clip  # noqa: PLC0415 (imports transformers: seconds and 150 MB that other encoders do not need)
 
         if model not in open_clip.list_models():
             raise ValueError(f"encoder.model={model!r} is unknown to open_clip; see open_clip.list_models()")
@@ -92,7 +92,7 @@ class ClipEncoder(TransformerEncoder):
         self.load_network(kept, 1, source, assign)
 
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
-        """The blocks' outputs through ``ln_post`` as ``final_norm`` has it."""
+        """The blocks' outputs after ``ln_post``, as set by ``final_norm``."""
         chosen = check_layers(layers, len(self.network.transformer.resblocks))
         output = self.network.forward_intermediates(
             pixels, indices=chosen, stop_early=True, output_fmt="NLC", intermediates_only=True

@@ -1,10 +1,10 @@
-"""Encoder weights in other naming to timm's and back: DINOv2 with registers, SigLIP(2), ViT-MAE; timm's CLIP to open_clip's.
+"""Converts encoder weights to and from timm's naming: DINOv2 with registers, SigLIP(2), ViT-MAE; timm's CLIP to open_clip's.
 
-DINOv2 without registers and DINOv3, in transformers' naming and its own, are read only.
+DINOv2 without registers, and DINOv3 in transformers' or its own naming, can only be read.
 
-Both generations of transformers are read and written: up to 4.x (``attention.attention.query``) and from 5.x on
-(``attention.q_proj``). Nothing is dropped but the keys listed in ``_IGNORED``: a key that has no place keeps its name, so that
-strict loading lists it together with all others.
+Both generations of transformers' names are read and written: up to 4.x (``attention.attention.query``) and from 5.x
+(``attention.q_proj``). Only the keys listed in ``_IGNORED`` are dropped: an unknown key keeps its name, so that strict loading
+lists it with all others.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from rae.io.names import Naming, renamed, split
 
 @dataclass(frozen=True)
 class Family:
-    """Names of one model family in transformers; where there are two, up to 4.x and from 5.x on."""
+    """Names of one model family in transformers; if there are two, for up to 4.x and from 5.x."""
 
     marker: str
-    """A key that only this family has."""
+    """A key unique to this family."""
     inner: dict[str, tuple[str, ...]]
     """timm's name inside a block => transformers' name, or both names."""
     outer: dict[str, str]
-    """timm's name => transformers' name outside the blocks."""
+    """timm's name outside the blocks => transformers' name."""
     roots: tuple[str, str] = ("", "")
     """Prefix of all keys of the bare image model."""
     layers: tuple[str, str] = ("encoder.layer.{}.", "encoder.layer.{}.")
@@ -129,10 +129,10 @@ _DINOV3 = {
 }
 _DINOV3_PART = re.compile("|".join(map(re.escape, _DINOV3)))
 _DINOV3_IGNORED = ("mask_token", "local_cls_norm.", "projectors.")
-"""What only the training of DINOv3 and EUPE uses."""
+"""Keys used only for training DINOv3 and EUPE."""
 _WRAPPERS = ("vision_model.", "vit.", "model.", "encoder_model.")
 _IGNORED = ("decoder.", "text_model.", "logit_scale", "logit_bias", "pooler.")
-"""Keys of whole models that the image encoder is no part of: MAE's decoder, SigLIP's text tower and temperature."""
+"""Keys of whole models that do not belong to the image encoder: MAE's decoder, SigLIP's text tower and temperature."""
 _BLOCKS = r"(?:encoder\.)?layers?"
 _TIMM_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
@@ -159,9 +159,9 @@ _CLIP = Naming(
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames a state dict to timm's names; one that is in timm's naming already is returned as it is.
+    """Renames a state dict to timm's names; one already in timm's naming is returned unchanged.
 
-    timm's class token of DINOv2 is the published one plus its position; the position table then has rows for patches only.
+    For DINOv2, timm's class token is the published one plus its position, and its position table has rows for patches only.
     """
     bare = {_unwrap(key): value for key, value in state.items() if not key.startswith(_IGNORED)}
     if "storage_tokens" in bare:
@@ -175,10 +175,10 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv3's own names to timm's; rotary periods stay, under :data:`PERIODS`, to be compared.
+    """Renames DINOv3's own names to timm's; keeps rotary periods under :data:`PERIODS`, for comparison.
 
     Raises:
-        ValueError: Biases of keys, which timm's network does not have.
+        ValueError: There are key biases, which timm's network does not have.
     """
     out: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -200,17 +200,17 @@ def from_timm(
 ) -> dict[str, Tensor]:
     """Renames timm's weights to those of transformers' bare image model, the inverse of :func:`to_timm`.
 
-    DINOv2's class token keeps the position that timm adds to it, so its row of the table is 0: the sum is the same.
+    DINOv2's class token keeps the position that timm added to it, and its row of the table is 0: the sum is the same.
 
     Args:
-        state: State dict of a timm encoder without final affine. The position table is written as it is; see
+        state: State dict of a timm encoder without a final affine layer. The position table is written unchanged; see
             :meth:`rae.encoder.TimmEncoder.published_state` for one of the published size.
         family: ``dinov2``, ``siglip2`` or ``mae``.
         generation: Major version of transformers whose names are written, 4 or 5.
-        final_norm: Whether the final norm is written, as the identity, since the encoder does without its affine part.
+        final_norm: Whether to write the final norm, as the identity, since the encoder does not use its affine part.
 
     Raises:
-        ValueError: Unknown family or generation, or a key that the family has no name for.
+        ValueError: Unknown family or generation, or a key for which the family has no name.
     """
     if family not in FAMILIES:
         raise ValueError(f"family={family!r} is unknown; choose one of {', '.join(FAMILIES)}")
@@ -241,10 +241,10 @@ def from_timm(
 
 
 def installed_generation(family: str) -> int:
-    """The ``generation`` of names that the installed transformers gives a family; 4, the published one, without it."""
+    """The ``generation`` of names that the installed transformers uses for a family; 4, as published, if not installed."""
     if find_spec("transformers") is None:
         return 4
-    transformers = importlib.import_module("transformers")  # slow; only exports need it, and do without
+    transformers = importlib.import_module("transformers")  # slow; only exports use it, and can do without
     kinds = {"dinov2": "Dinov2WithRegisters", "siglip2": "SiglipVision", "mae": "ViTMAE"}
     settings = getattr(transformers, f"{kinds[family]}Config")(
         hidden_size=64, num_attention_heads=1, num_hidden_layers=1
@@ -256,7 +256,7 @@ def installed_generation(family: str) -> int:
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The image tower of a CLIP model in open_clip's names without ``visual.``, from timm's names or open_clip's."""
+    """Renames the image tower of a CLIP model, in timm's or open_clip's names, to open_clip's without ``visual.``."""
     if any(key.startswith("visual.") for key in state):
         return {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
     if "patch_embed.proj.weight" not in state:
@@ -270,15 +270,15 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unwrap(key: str) -> str:
-    """Takes the model's own prefixes off a key."""
+    """Removes the model's own prefixes from a key."""
     while wrapper := next((wrapper for wrapper in _WRAPPERS if key.startswith(wrapper)), None):
         key = key.removeprefix(wrapper)
     return key
 
 
 def _settled(state: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """Gives class token, positions and what has several parts timm's form."""
-    if family is _DINOV3_THERE:  # keys have no bias, and a gated feed-forward layer has two first parts
+    """Converts class token, positions and weights stored in several parts to timm's form."""
+    if family is _DINOV3_THERE:  # keys have no bias, and a gated feed-forward layer has two input projections
         names = {"attn.query.bias": "attn.q_bias", "attn.value.bias": "attn.v_bias"}
         if any(".mlp.fc1_g." in key for key in state):
             names |= {"mlp.fc1.weight": "mlp.fc1_x.weight", "mlp.fc1.bias": "mlp.fc1_x.bias"}

@@ -1,6 +1,6 @@
-"""How the tokens of several layers become one latent: pure functions (RAEv2, arXiv 2605.18324, encoder section).
+"""Fuses the tokens of several layers into one latent: pure functions (RAEv2, arXiv 2605.18324, encoder section).
 
-Random subsets of the layers, on which decoder and denoiser are trained: FuseReg, arXiv 2609.31620.
+Random subsets of the layers, for training the decoder and denoiser: FuseReg, arXiv 2609.31620.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from torch import Tensor, nn
 
 FUSIONS = ("last", "sum", "mean", "mean_plus_pooled")
 MEANS = ("mean", "mean_plus_pooled")
-"""Of these, layers can be left out without changing the expectation."""
+"""Fusions from which layers can be dropped without changing the expectation."""
 FINAL_NORMS = ("plain", "affine", "none")
 
 
 def fuse(tokens: Sequence[Tensor], fusion: str, pooled: int = -1, keep: Tensor | None = None) -> Tensor:
-    """One latent from the normed patch tokens of the chosen layers.
+    """Fuses the normalised patch tokens of the chosen layers into one latent.
 
     Args:
         tokens: B×N×C each, at least one.
-        fusion: ``last``: the last of them; ``sum``; ``mean``; ``mean_plus_pooled``: the mean, and to every token the mean over
-            all positions of one layer added (RAEv2).
-        pooled: Index in ``tokens`` of the layer that is averaged over its positions.
-        keep: Bool B×K, the layers that each sample's mean is of, one at least; None for all. What is averaged over the positions
-            stays, even where that layer is dropped (FuseReg).
+        fusion: ``last``: the last of them; ``sum``; ``mean``; ``mean_plus_pooled``: the mean, plus one layer's mean over all
+            positions, added to every token (RAEv2).
+        pooled: Index in ``tokens`` of the layer averaged over positions.
+        keep: Bool B×K, the layers in each sample's mean, at least one; None for all. The mean over positions is added even if
+            its layer is dropped (FuseReg).
 
     Returns:
         B×N×C.
 
     Raises:
-        ValueError: Unknown ``fusion``, or ``keep`` with a fusion that is no mean.
+        ValueError: Unknown ``fusion``, or ``keep`` with a fusion that is not a mean.
     """
     check_fusion(fusion, None)
     if keep is not None:
         if fusion not in MEANS:
             raise ValueError(f"keep={tuple(keep.shape)} takes layers out of a mean; fusion={fusion} is none")
-        weights = keep.to(tokens[0].dtype) / keep.sum(1, keepdim=True)  # B×K, a sample's sum is 1
+        weights = keep.to(tokens[0].dtype) / keep.sum(1, keepdim=True)  # B×K, each row sums to 1
         mean = torch.zeros_like(tokens[0])
         for layer, weight in zip(tokens, weights.unbind(1), strict=True):
             mean.addcmul_(layer, weight[:, None, None])
@@ -53,10 +53,10 @@ def fuse(tokens: Sequence[Tensor], fusion: str, pooled: int = -1, keep: Tensor |
 
 
 def check_fusion(fusion: str, layers: Sequence[int] | None, pooled_layer: int | None = None) -> None:
-    """Refuses a fusion that is unknown or does not suit the layers.
+    """Checks that a fusion is known and suits the layers.
 
     Raises:
-        ValueError: Names both values.
+        ValueError: It is not or does not; names both values.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"encoder.fusion={fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
@@ -73,16 +73,16 @@ def check_fusion(fusion: str, layers: Sequence[int] | None, pooled_layer: int | 
 
 
 def kept_layers(draws: Tensor, p: float) -> Tensor:
-    """Which layers each sample keeps: each with probability 1 − p, and where none is left, one of them all (FuseReg).
+    """Which layers each sample keeps: each with probability 1 − p; if none is left, one of the K at random (FuseReg).
 
-    The mean over the kept layers has the mean over all of them as its expectation, as no layer is preferred.
+    No layer is preferred, so the expected mean over the kept layers is the mean over all.
 
     Args:
-        draws: Uniform draws in [0, 1), B×(K+1): one a layer, and the one that chooses where none is left.
+        draws: Uniform draws in [0, 1), B×(K+1): one per layer, and one that picks the layer if none is left.
         p: Probability of dropping a layer, in [0, 1).
 
     Returns:
-        Bool B×K, at least one of each row true.
+        Bool B×K, with at least one true per row.
     """
     keep = draws[:, :-1] >= p
     one = (draws[:, -1:] * keep.shape[1]).long()  # B×1, in 0…K−1
@@ -90,7 +90,7 @@ def kept_layers(draws: Tensor, p: float) -> Tensor:
 
 
 def check_layer_dropout(p: float, fusion: str, layers: Sequence[int] | None) -> None:
-    """Refuses to drop layers at random where there is no mean of several.
+    """Checks that layers are dropped at random only from a mean of several.
 
     Raises:
         ValueError: ``p`` outside [0, 1), or above 0 with another fusion or a single layer.
@@ -106,7 +106,7 @@ def check_layer_dropout(p: float, fusion: str, layers: Sequence[int] | None) -> 
 
 
 def check_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
-    """The chosen layers of ``depth`` blocks, counted from 0, in the order of depth; the last one where none is given.
+    """The chosen layers of ``depth`` blocks, counted from 0, shallowest first; the last one by default.
 
     Raises:
         ValueError: An empty list, a repeated layer, or one that the network does not have.
@@ -120,7 +120,7 @@ def check_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
 
 
 def renewed(described: Mapping[str, Any]) -> dict[str, Any]:
-    """An encoder's arguments or fingerprint of a former version, which said ``reduce``, with ``fusion`` instead.
+    """Renames ``reduce`` to ``fusion`` in an encoder's arguments or fingerprint from an earlier version.
 
     Raises:
         ValueError: Both are given, or ``reduce`` is neither ``sum`` nor ``mean``.
@@ -136,21 +136,21 @@ def renewed(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def simplest(fusion: str, layers: Sequence[int] | None) -> str:
-    """``last`` for a sum or mean of one layer, which is the same; else ``fusion``."""
+    """``last`` for the sum or mean of a single layer, which is equivalent; else ``fusion``."""
     return "last" if fusion in ("sum", "mean") and (layers is None or len(layers) == 1) else fusion
 
 
 def make_final_norm(norm: nn.Module, kind: str, width: int, eps: float | None) -> nn.Module:
-    """The norm that every chosen layer goes through.
+    """Makes the norm applied to every chosen layer.
 
     Args:
         norm: The network's own.
         kind: ``plain``: a LayerNorm without weights; ``affine``: the network's own, weights included; ``none``: none.
         width: Channels.
-        eps: Its epsilon; None for the network's own, and 1e-6 where that has none.
+        eps: Its epsilon; None for the network's own, or 1e-6 if that has no norm.
 
     Raises:
-        ValueError: Unknown ``kind``; ``affine`` of a network that has no final norm; an ``eps`` that is not above 0 or of no norm.
+        ValueError: Unknown ``kind``; ``affine`` without a final norm with weights; ``eps`` not above 0, or given with ``none``.
     """
     if kind not in FINAL_NORMS:
         raise ValueError(f"encoder.final_norm={kind!r} is unknown; choose one of {', '.join(FINAL_NORMS)}")

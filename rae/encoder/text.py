@@ -1,4 +1,4 @@
-"""Frozen text encoders: prompts -> features and mask, the tensors of :class:`rae.condition.TextTokens`."""
+"""Frozen text encoders: prompts -> features and mask, the inputs of :class:`rae.condition.TextTokens`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 EXTRA = "text needs the package transformers: pip install 'rae[text]'"
 ARCHITECTURES = {"auto": "AutoModel", "clip_text": "CLIPTextModel", "t5_encoder": "T5EncoderModel"}
-"""Networks of transformers by the names of ``architecture``: a model whole, or the text part of a larger one."""
+"""Classes of transformers by ``architecture``: a whole model, or the text part of a larger one."""
 
 
 class TextEncoder(Described, nn.Module, ABC):
-    """Prompts to features; frozen.
+    """Frozen encoder of prompts to features.
 
     Args:
         features: Width of the features.
-        tokens: Largest length; longer prompts are cut, which is said once.
+        tokens: Maximum length; longer prompts are truncated, with a single warning.
 
     Raises:
         ConfigError: A size below 1.
@@ -44,21 +44,21 @@ class TextEncoder(Described, nn.Module, ABC):
 
     @abstractmethod
     def token_ids(self, prompt: str) -> list[Any]:
-        """The tokens of a prompt, of whatever length, as rows of :meth:`tokenize`."""
+        """All tokens of a prompt, not truncated, as rows of :meth:`tokenize`."""
 
     @abstractmethod
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Features float32 B×L×features of ids B×L… and mask B×L; what stands at padding is of no consequence."""
+        """Features float32 B×L×features of ids B×L… and mask B×L; values at padding are ignored."""
 
     padding: Any = 0
-    """What stands at padding."""
+    """Token id used for padding."""
 
     def train(self, mode: bool = True) -> TextEncoder:
         """Stays in evaluation mode."""
         return super().train(False)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids int64 B×L… and mask bool B×L, on the CPU; L is the longest prompt's, at least 1."""
+        """Token ids int64 B×L… and mask bool B×L, on the CPU; L is the length of the longest prompt, at least 1."""
         rows = [self.token_ids(prompt) for prompt in prompts]
         long = [(prompt, len(row)) for prompt, row in zip(prompts, rows, strict=True) if len(row) > self.tokens]
         if long and not self._told_of_cuts:
@@ -75,7 +75,7 @@ class TextEncoder(Described, nn.Module, ABC):
         ids, mask = (value.to(device) for value in self.tokenize(prompts))
         with torch.autocast(device.type, enabled=False):
             states = self.states(ids, mask).float()
-        # What stands at padding depends on the attention kernel, and may be NaN where nothing is seen.
+        # Values at padding depend on the attention kernel, and may be NaN where every token is masked.
         return {"text": torch.where(mask[..., None], states, 0.0), "text_mask": mask}
 
     def weights_hash(self) -> str:
@@ -83,7 +83,7 @@ class TextEncoder(Described, nn.Module, ABC):
         return state_hash(self.state_dict())
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this encoder's features from another's."""
+        """What distinguishes this encoder's features from another's."""
         return {
             "class": type(self).__name__,
             "features": self.features,
@@ -92,7 +92,7 @@ class TextEncoder(Described, nn.Module, ABC):
         }
 
     def check(self, described: Mapping[str, Any], source: str) -> None:
-        """Refuses to be another encoder than the one whose :meth:`fingerprint` a source has; ConfigError names what differs."""
+        """Raises ConfigError, naming what differs, unless a source has this encoder's :meth:`fingerprint`."""
         found = self.fingerprint()
         differing = [key for key, value in described.items() if found.get(key) != value]
         if differing:
@@ -103,26 +103,26 @@ class TextEncoder(Described, nn.Module, ABC):
 
     @property
     def recoverable(self) -> bool:
-        """Whether the weights can be had again from the hub; exports store those that cannot."""
+        """Whether the weights can be loaded again from the hub; if not, exports store them."""
         return False
 
 
 class TransformersTextEncoder(TextEncoder):
-    """A language model of transformers; a prompt's features are the last hidden states, after the final norm (RAEv2).
+    """A language model from transformers; a prompt's features are the last hidden states, after the final norm (RAEv2).
 
-    Prompts are tokenised as they stand, without template, and padded at the end. Where the tokenizer adds no tokens of its own,
-    the empty prompt is padding alone: the null text.
+    Prompts are tokenised unchanged, without a template, and padded at the end. If the tokenizer adds no special tokens, the
+    empty prompt is all padding: the null text.
 
     Args:
         model: Hub id or folder of the model and its tokenizer.
         features: Width of the hidden states; checked against the model.
-        tokens: Largest length; longer prompts are cut.
+        tokens: Maximum length; longer prompts are truncated.
         revision: Branch, tag or commit on the hub.
-        pretrained: Whether weights are loaded; False leaves random ones.
-        architecture: ``auto``, or ``clip_text`` and ``t5_encoder`` for the text part of such a model.
+        pretrained: Whether to load weights; False keeps random ones.
+        architecture: ``auto``, or ``clip_text`` or ``t5_encoder`` for the text part of such a model.
 
     Raises:
-        ConfigError: transformers is not installed, the model cannot be had, or its width is another.
+        ConfigError: transformers is not installed, the model cannot be loaded, or its width differs from ``features``.
     """
 
     def __init__(
@@ -168,11 +168,11 @@ class TransformersTextEncoder(TextEncoder):
 
     @property
     def recoverable(self) -> bool:
-        """Whether they come from the hub or a folder."""
+        """Whether the weights come from the hub or a folder."""
         return bool(self.arguments.get("pretrained", True))
 
     def token_ids(self, prompt: str) -> list[int]:
-        """Ids of the model's own tokenizer; cut ones keep its mark of an end."""
+        """Ids from the model's tokenizer; truncation keeps its end token."""
         whole: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
         if len(whole) <= self.tokens:
             return whole
@@ -186,9 +186,9 @@ class TransformersTextEncoder(TextEncoder):
 
 @torch.no_grad()
 def hidden_states(network: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states, after the final norm, of a model of transformers without head: float32 B×L×C, zero at padding.
+    """Last hidden states, after the final norm, of a transformers model without head: float32 B×L×C, zero at padding.
 
-    ``ids`` are B×L, and so is ``mask``: true or 1 for tokens, false for padding.
+    ``ids`` and ``mask`` are B×L; ``mask`` is true or 1 for tokens, false or 0 for padding.
     """
     with torch.autocast(ids.device.type, enabled=False):
         states = network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
@@ -196,22 +196,22 @@ def hidden_states(network: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 class WordTextEncoder(TextEncoder):
-    """A tiny text encoder of one's own: words by their letters, then a transformer; no vocabulary, no download.
+    """A tiny text encoder: words embedded by their letters, then a transformer; no vocabulary, no download.
 
-    A word is the sum of one learned vector for each of its first bytes at its place, through a feed-forward layer. It is trained
-    beside an image encoder by :class:`rae.training.contrastive.ContrastiveModule`.
+    A word is embedded as the sum of one learned vector per (byte, position) of its first bytes, followed by a feed-forward
+    layer. :class:`rae.training.contrastive.ContrastiveModule` trains it together with an image encoder.
 
     Args:
         features: Width of the features.
-        tokens: Largest length, in words; signs of punctuation count as words.
-        depth: Blocks.
-        heads: Attention heads.
-        letters: Bytes of a word that are looked at.
-        checkpoint: Weight file; None leaves random weights.
+        tokens: Maximum length in words; punctuation marks count as words.
+        depth: Number of blocks.
+        heads: Number of attention heads.
+        letters: Number of bytes used per word.
+        checkpoint: Weight file; None keeps random weights.
 
     Raises:
         ConfigError: A size below 1, or heads that do not divide the width.
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The weights do not fit.
     """
 
@@ -245,7 +245,7 @@ class WordTextEncoder(TextEncoder):
         self.eval()
 
     def token_ids(self, prompt: str) -> list[list[int]]:
-        """A row of letters a word, in lower case; 0 stands for no letter."""
+        """One row of letters per word, in lower case; 0 is padding."""
         words = [word.encode()[: self.letters] for word in re.findall(r"\w+|[^\w\s]", prompt.lower())]
         return [
             [1 + 256 * place + letter for place, letter in enumerate(word)] + [0] * (self.letters - len(word))

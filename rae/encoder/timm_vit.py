@@ -1,4 +1,4 @@
-"""Vision transformers of timm: DINOv2, DINOv3, SigLIP2, MAE and any other by name."""
+"""Vision transformers from timm: DINOv2, DINOv3, SigLIP2, MAE and any other by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTan
 
 
 class NetworkArguments(TypedDict, total=False):
-    """Sizes of :class:`timm.models.vision_transformer.VisionTransformer`; its options may be given too."""
+    """Sizes of :class:`timm.models.vision_transformer.VisionTransformer`; its other options are accepted too."""
 
     img_size: int | tuple[int, int]
     patch_size: int | tuple[int, int]
@@ -40,19 +40,19 @@ class NetworkArguments(TypedDict, total=False):
 _MODEL_ARGS = {
     name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind.__init__).parameters if name != "self"
 }
-"""Arguments of networks; others of ``timm.create_model`` would read files of a configuration's choice."""
+"""Allowed arguments: the networks' own. Others of ``timm.create_model`` could read arbitrary files named in a configuration."""
 _UNUSED = ("norm.", "fc_norm.", "head.", "head_dist.", "head_drop.", "attn_pool.", "mask_token")
-"""Keys of published checkpoints that an encoder has no use for: final affine, pooling, classifier, mask token."""
+"""Keys of published checkpoints that an encoder does not use: final affine, pooling, classifier, mask token."""
 
 
 class TimmEncoder(TransformerEncoder):
     """A timm vision transformer as encoder.
 
-    Arguments beside those of :class:`~rae.encoder.base.Encoder`:
+    Arguments in addition to those of :class:`~rae.encoder.base.Encoder`:
         model: Name of the timm architecture.
-        pretrained: Whether weights are loaded; False leaves random ones.
-        checkpoint: Local weight file, in timm's or transformers' naming, or DINOv3's own.
-        hub_id: Hub repository to take the weights from where there is no file; None for timm's own.
+        pretrained: Whether to load weights; False keeps random ones.
+        checkpoint: Local weight file, in timm's, transformers' or DINOv3's own naming.
+        hub_id: Hub repository of the weights, used if there is no file; None for timm's own.
         revision: Branch, tag or commit of that repository.
         act: ``gelu`` (exact) or ``gelu_tanh``; None for timm's.
         norm_eps: Epsilon of all LayerNorms; None for timm's.
@@ -60,12 +60,12 @@ class TimmEncoder(TransformerEncoder):
         model_args: Further arguments of the timm model.
         final_norm: ``plain``, ``affine`` or ``none``, see :func:`rae.encoder.fusion.make_final_norm`.
         final_norm_eps: Its epsilon; None for the network's own.
-        rope_bfloat16: Whether DINOv3's rotary periods are rounded to bfloat16, as its published files hold them and RAEv2 uses
-            them; timm computes unrounded ones.
+        rope_bfloat16: Whether DINOv3's rotary periods are rounded to bfloat16, as in its published files and in RAEv2; timm
+            computes unrounded ones.
 
     Raises:
-        ValueError: Unknown model or option, facts that differ from the network's, or weights that do not fit.
-        FileNotFoundError: The weights cannot be had.
+        ValueError: Unknown model or option, ``channels`` or ``stride`` unlike the network's, or weights that do not fit.
+        FileNotFoundError: The weights cannot be found.
     """
 
     table_name = "pos_embed"
@@ -138,7 +138,7 @@ class TimmEncoder(TransformerEncoder):
                 f"encoder.model_args.{unknown[0]} is refused: model_args are sizes and options of the network itself, such as "
                 "patch_size, embed_dim, depth and num_heads; weights are named by encoder.checkpoint and encoder.hub_id"
             )
-        # Whatever pooling the classifier had: an encoder keeps the tokens.
+        # No pooling, whatever the classifier used: an encoder keeps all tokens.
         arguments |= {"num_classes": 0, "global_pool": "", "img_size": self.input_size}
         try:
             network: Any = timm.create_model(model, pretrained=False, **arguments)
@@ -153,7 +153,7 @@ class TimmEncoder(TransformerEncoder):
         self.check_facts(model, network.embed_dim, network.patch_embed.patch_size[0])
         eps = self.final_norm_eps
         if eps is None and norm_eps is not None and self.final_norm == "plain":
-            eps = norm_eps  # where the network has no final norm of its own
+            eps = norm_eps  # in case the network has no final norm of its own
         network.norm = make_final_norm(network.norm, self.final_norm, network.embed_dim, eps)
         for unused in ("fc_norm", "head", "head_drop"):
             if hasattr(network, unused):
@@ -161,10 +161,10 @@ class TimmEncoder(TransformerEncoder):
         return network
 
     def load_published(self, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
-        """Loads weights in timm's, transformers' or DINOv3's naming, strictly; a position table of another size is resized.
+        """Loads weights in timm's, transformers' or DINOv3's naming, strictly; resizes a position table of another size.
 
         Raises:
-            ValueError: Keys or shapes that do not fit, all listed; rotary periods or biases that the network does not have.
+            ValueError: Keys or shapes do not match (lists them all), or rotary periods or biases that the network lacks.
         """
         own = self.network.state_dict()
         named = to_timm(state)
@@ -179,7 +179,7 @@ class TimmEncoder(TransformerEncoder):
         kept = {
             key: value
             for key, value in named.items()
-            if key in own or not (key.startswith(_UNUSED) or key in without)  # biases that are all zero do nothing
+            if key in own or not (key.startswith(_UNUSED) or key in without)  # all-zero biases have no effect
         }
         prefix = 0 if getattr(self.network, "no_embed_class", False) else self.network.num_prefix_tokens
         self.load_network(kept, prefix, source, assign)
@@ -187,22 +187,22 @@ class TimmEncoder(TransformerEncoder):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimmEncoder:
         moved: TimmEncoder = super()._apply(fn, recurse)
         if self.network_options["rope_bfloat16"]:
-            self._round_periods()  # timm computes them anew where the type changes
+            self._round_periods()  # timm recomputes them when the dtype changes
         return moved
 
     def _round_periods(self) -> None:
-        """Rounds the periods of the rotary positions to bfloat16, and computes positions that are kept from them again."""
+        """Rounds the rotary periods to bfloat16 and recomputes cached positions from them."""
         rope = self.network.rope
-        rope.eval()  # in training the coordinates could vary at random
+        rope.eval()  # in training mode the coordinates could be randomised
         rope.periods.copy_(rope.periods.bfloat16())
         if rope.pos_embed_cached is not None:
             rope.pos_embed_cached.copy_(rope.get_embed(list(self.network.patch_embed.grid_size)))
 
     def _check_periods(self, periods: Tensor, source: str) -> None:
-        """Compares the rotary periods in a file of DINOv3 with the network's.
+        """Compares the rotary periods in a DINOv3 file with the network's.
 
         Raises:
-            ValueError: The network has none, or others.
+            ValueError: The network has none, or different ones.
         """
         rope = getattr(self.network, "rope", None)
         own: Tensor = rope.periods if isinstance(rope, RotaryEmbeddingDinoV3) else torch.empty(0)  # type: ignore[assignment]
@@ -216,16 +216,16 @@ class TimmEncoder(TransformerEncoder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The base's, with what makes the network."""
+        """The base class's, plus the network's options."""
         return super().identity | {"pos_antialias": self.pos_antialias} | self.network_options
 
     @property
     def has_class_token(self) -> bool:  # type: ignore[override]
-        """Whether the network has one, the first of its tokens."""
+        """Whether the network has a class token, which is then its first token."""
         return getattr(self.network, "cls_token", None) is not None
 
     def layer_tokens(self, pixels: Tensor, layers: Sequence[int] | None) -> list[Tensor]:
-        """The blocks' outputs through the norm that ``final_norm`` names."""
+        """The blocks' outputs after the norm set by ``final_norm``."""
         chosen = check_layers(layers, len(self.network.blocks))
         asked = self._class_tokens is not None
         outputs: list[Any] = self.network.forward_intermediates(
@@ -240,7 +240,7 @@ class TimmEncoder(TransformerEncoder):
 def tiny_encoder(
     input_size: int = 32, channels: int = 32, stride: int = 8, depth: int = 2, seed: int = 0
 ) -> TimmEncoder:
-    """A small encoder with random weights, for tests and first steps without downloads."""
+    """A small encoder with random weights, for tests and experiments without downloads."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return TimmEncoder(

@@ -1,4 +1,4 @@
-"""What encoders around a vision transformer share: its facts, final norm and position table."""
+"""Shared code of encoders that wrap a vision transformer: size checks, final norm, position table."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from rae.layers import resize_position_table
 
 
 class TransformerEncoder(Encoder):
-    """An encoder around a vision ``network`` with a position table, which is resized for the grid when weights are loaded."""
+    """An encoder that wraps a vision ``network`` and resizes its position table to the grid when loading weights."""
 
     network: Any
     model_name: str
     hub_id: str | None
-    """Where its weights are on the hub, which exports say."""
+    """Hub repository of its weights, recorded in exports."""
     final_norm: str
-    """What the tokens of each layer go through, see :func:`rae.encoder.fusion.make_final_norm`."""
+    """The norm applied to the tokens of each layer, see :func:`rae.encoder.fusion.make_final_norm`."""
     final_norm_eps: float | None
     """Its epsilon; None for the network's own."""
     pos_antialias: bool
-    """Whether the table is resized with antialiasing."""
+    """Whether the position table is resized with antialiasing."""
     table_name: str
-    """Its key."""
+    """Key of the position table in the state dict."""
     _published_table: Tensor | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The base's, with the final norm and the model."""
+        """The base class's, plus the final norm and the model."""
         norm = {"final_norm": self.final_norm, "final_norm_eps": self.final_norm_eps}
         return super().identity | norm | {"model": self.model_name}
 
     def check_facts(self, model: str, channels: int, stride: int) -> None:
-        """Compares what the configuration says of the network with what it is.
+        """Compares the configured ``channels`` and ``stride`` with the network's.
 
         Raises:
             ValueError: They differ.
@@ -47,15 +47,15 @@ class TransformerEncoder(Encoder):
                 )
 
     def published_state(self) -> dict[str, Tensor]:
-        """The network's weights with the position table as it was loaded, before it was resized."""
+        """The network's weights, with the position table as loaded, before resizing."""
         state = dict(self.network.state_dict())
         return state if self._published_table is None else state | {self.table_name: self._published_table}
 
     def load_network(self, state: dict[str, Tensor], prefix_tokens: int, source: str, assign: bool) -> None:
-        """Loads the network's weights strictly, the position table resized where it has another size.
+        """Loads the network's weights strictly, resizing a position table of another size.
 
         Raises:
-            ValueError: Keys or shapes that do not fit, all listed.
+            ValueError: Keys or shapes do not match; lists them all.
         """
         table, own = state.get(self.table_name), self.network.state_dict().get(self.table_name)
         self._published_table = None
