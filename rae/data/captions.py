@@ -1,4 +1,4 @@
-"""Captions of images in folders: a file of lines beside them, in the layout of Hugging Face's image folders."""
+"""Captions of images in folders: a metadata file beside them, in the format of Hugging Face's image folders."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rae.io.files import parse_json_lines
 CAPTIONS = "metadata.jsonl"
 """The usual name of the file."""
 NAME = "file_name"
-"""The column that names the image."""
+"""The column with the image's file name."""
 
 
 def read_captions(path: Path, column: str = "text") -> dict[str, list[str]]:
-    """Captions by the name of their image, relative to the folder that the file is in.
+    """Reads captions, keyed by the image's name relative to the folder of the file.
 
-    A row of the file has ``file_name`` and the caption's ``column``, in JSON lines a text or a list of texts; an image may have
+    Each row has ``file_name`` and the caption in ``column`` (in JSON lines, a text or a list of texts); an image may have
     several rows.
 
     Args:
@@ -28,7 +28,7 @@ def read_captions(path: Path, column: str = "text") -> dict[str, list[str]]:
         column: Name of the column with the captions.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: A row cannot be read or lacks a column.
     """
     if not path.is_file():
@@ -37,7 +37,7 @@ def read_captions(path: Path, column: str = "text") -> dict[str, list[str]]:
             f"columns {NAME} and {column}"
         )
     try:
-        text = path.read_text("utf-8-sig")  # spreadsheets begin a .csv with a mark
+        text = path.read_text("utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is no text in UTF-8 ({error}); save it anew") from error
     rows: dict[int, Any]
@@ -59,7 +59,7 @@ def read_captions(path: Path, column: str = "text") -> dict[str, list[str]]:
 
 
 def captions_of(names: Sequence[str], path: Path, column: str = "text") -> list[list[str]]:
-    """The captions of each image in such a file, without blank ones; raises ValueError, too, where an image has none left."""
+    """The non-blank captions of each image, see :func:`read_captions`; also raises ValueError if an image has none."""
     texts = {name: [text for text in found if text.strip()] for name, found in read_captions(path, column).items()}
     if bare := [name for name in names if not texts.get(name)]:
         raise ValueError(

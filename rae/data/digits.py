@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: 1797 real images that ship inside a package, for runs that need no download."""
+"""Scikit-learn's handwritten digits: 1797 real images shipped with the package, for runs without downloads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rae.image import to_tensor
 
 SIDE = 8  # pixels of the original images
 _PEAK = 16  # their largest grey value
-_HELD_OUT = 360  # of 1797: about a fifth, split stratified
+_HELD_OUT = 360  # of 1797: about a fifth, stratified by class
 _SPLIT_SEED = 0  # the split never changes, whatever the run's seed
 
 Split = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -29,7 +29,7 @@ def load_split(split: str) -> Split:
     The arrays are shared: do not write to them.
 
     Raises:
-        ValueError: An unknown part, or scikit-learn is not installed.
+        ValueError: Unknown split, or scikit-learn is not installed.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"split {split!r} is unknown; choose train or held_out")
@@ -43,11 +43,11 @@ def load_split(split: str) -> Split:
 
 
 def _held_out(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which digits are held out: of every class its share, chosen by a generator that is the same everywhere."""
+    """Mask of the held-out digits: a proportional number of each class, chosen by a generator with a fixed seed."""
     classes, sizes = np.unique(labels, return_counts=True)
     shares = sizes * _HELD_OUT / len(labels)
     counts = np.floor(shares).astype(int)
-    # What rounding down left over goes to the classes that lost most by it.
+    # The remainder goes to the classes that lost most by rounding down.
     counts[np.argsort(counts - shares, kind="stable")[: _HELD_OUT - counts.sum()]] += 1
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
     mask = np.zeros(len(labels), dtype=bool)
@@ -58,7 +58,7 @@ def _held_out(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 class DigitsDataset(SeededDataset):
-    """Digits, see :func:`load_split`, enlarged to RGB images, held in memory, without augmentation."""
+    """Digits from :func:`load_split`, upscaled to RGB images, held in memory, without augmentation."""
 
     def __init__(self, split: str, image_size: int) -> None:
         pixels, labels = load_split(split)
@@ -69,19 +69,19 @@ class DigitsDataset(SeededDataset):
         return len(self.labels)
 
     def load(self, index: int, seed: int) -> Sample:
-        """The digit at a position; the seed is of no consequence."""
+        """The digit at a position; ignores the seed."""
         return {"image": self.images[index], "label": self.labels[index], "index": index}
 
 
 def _enlarge(values: NDArray[np.float64], size: int) -> Tensor:
-    """64 grey values in 0..16 to uint8 3×size×size, bicubic; Pillow clamps the overshoot."""
+    """Upscales 64 grey values in 0..16 to uint8 3×size×size, bicubic; Pillow clamps the overshoot."""
     grey = np.round(values.reshape(SIDE, SIDE) * 255 / _PEAK).astype(np.uint8)
     image = Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC)
     return to_tensor(image.convert("RGB"))
 
 
 class DigitsDataModule(ImageDataModule):
-    """Handwritten digits: 1437 to train on, 360 held out for validation; see :class:`ImageDataModule` for the arguments."""
+    """Handwritten digits: 1437 for training, 360 held out for validation; see :class:`ImageDataModule` for the arguments."""
 
     def __init__(
         self, batch_size: int = 128, num_workers: int = 0, seed: int = 42, image_size: int = 32, num_classes: int = 10

@@ -1,4 +1,4 @@
-"""Folders of image files, e.g. ImageNet: one subfolder a class, or all images in one folder."""
+"""Folders of image files, e.g. ImageNet: one subfolder per class, or all images in one folder."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ImageFolder(ImageFiles):
     folder, see :func:`~rae.data.captions.read_captions`, and ``caption_key`` its column.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no such file of captions.
-        ValueError: There are no images in it, or one without caption.
+        FileNotFoundError: The folder or the caption file does not exist.
+        ValueError: The folder holds no images, or an image has no caption.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class ImageFolder(ImageFiles):
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the subfolders of a folder, sorted: the classes 0, 1, …; hidden ones (``.cache``) are none."""
+    """Sorted names of a folder's subfolders: the classes 0, 1, …; hidden ones (``.cache``) are skipped."""
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def files_by_class(root: Path) -> dict[str, list[str]]:
-    """Image files by the class folder that they are in, see :func:`image_files`; by "" where there are no subfolders.
+    """Image files by class folder, see :func:`image_files`; under "" if there are no subfolders.
 
-    A class folder without images raises ValueError.
+    Raises ValueError for a class folder without images.
     """
     found = {name: image_files(root, name) for name in class_folders(root) or [""]}
     if empty := next((name for name, files in found.items() if name and not files), None):
@@ -81,7 +81,7 @@ def files_by_class(root: Path) -> dict[str, list[str]]:
 
 
 def image_files(root: Path, below: str) -> list[str]:
-    """Image files at any depth below a subfolder, or "", as sorted paths relative to the root; hidden ones are left out."""
+    """Image files at any depth below a subfolder, or "", as sorted paths relative to the root; skips hidden ones."""
     files = []
     for folder, folders, names in os.walk(root / below, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails and the like
@@ -95,12 +95,12 @@ def image_files(root: Path, below: str) -> list[str]:
 
 
 class ImageFolderDataModule(StoredDataModule):
-    """Images in folders, one subfolder a class; the ``options`` are the arguments of :class:`StoredDataModule`.
+    """Images in folders, one subfolder per class; the ``options`` are the arguments of :class:`StoredDataModule`.
 
-    ``mode``, ``resize``, ``flip``, ``exact`` and ``fast_decode`` say how training images are cropped, see
-    :class:`~rae.data.transforms.ImageTransform`; those for validation are cropped from the centre, exactly and unflipped.
-    ``unlabelled`` gives all images label 0 and ignores subfolders as classes. ``captions`` names a file of captions in either
-    folder (``metadata.jsonl``, with ``file_name`` and the column ``caption_key``): batches then hold ``caption``, B texts.
+    ``mode``, ``resize``, ``flip``, ``exact`` and ``fast_decode`` set how training images are cropped, see
+    :class:`~rae.data.transforms.ImageTransform`; validation images are centre-cropped, with ``exact`` and without flips.
+    ``unlabelled`` gives all images label 0, whatever their subfolders. ``captions`` names a caption file in each folder
+    (``metadata.jsonl``, with ``file_name`` and the column ``caption_key``): batches then hold ``caption``, B texts.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ImageFolderDataModule(StoredDataModule):
         self.val_transform = ImageTransform(self.image_size, "center_crop", exact=True)
 
     def at(self, path: str, train: bool) -> ImageFiles:
-        """The images at a path; raises ValueError where a class has another number for validation than for training."""
+        """The images at a path; raises ValueError if a class has different numbers in training and validation."""
         images = self._images(path, self.train_transform if train else self.val_transform)
         if not train and self.train_path is not None and not self.unlabelled:
             self._check_classes(self._class_names(self.train_path), self._class_names(path))
@@ -133,11 +133,11 @@ class ImageFolderDataModule(StoredDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes: those of their folders, or as ``rae-shard`` noted them."""
+        """Names of the classes: those of their folders, or as recorded by ``rae-shard``."""
         return [] if self.train_path is None or self.unlabelled else self._class_names(self.train_path)
 
     def _class_names(self, path: str) -> list[str]:
-        """Names of the classes of a path, where they are known without a search."""
+        """Names of the classes at a path, if known without searching it."""
         root = Path(path).expanduser()
         return class_folders(root) if root.is_dir() else []
 

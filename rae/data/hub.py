@@ -1,4 +1,4 @@
-"""Hugging Face data sets of images: Parquet and Arrow files, here or on the hub, read by row (``pip install 'rae[hub]'``)."""
+"""Hugging Face image data sets: Parquet and Arrow files, local or on the hub, read by row (``pip install 'rae[hub]'``)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class HubImages(ImageFiles):
 
     Args:
         files: The files; see :class:`~rae.data.tables.Tables`.
-        transform: Makes squares of the images.
+        transform: Crops the images to squares.
         image_column: Name of the column with the images: bytes, or ``bytes`` within it, as Hugging Face's ``Image`` stores them.
         label_column: Name of the column with the classes; None gives all images label 0.
-        captions: Names of columns with a caption each; a sample has one of them that is not null, drawn by its seed.
-        num_classes: Number of classes; None for any.
-        max_bad_share: Largest share of unreadable images.
+        captions: Names of the caption columns; a sample gets one of its captions that are not null, drawn by its seed.
+        num_classes: Maximum number of classes; None for any.
+        max_bad_share: Maximum fraction of unreadable images.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: There are no images; a column is missing or of another kind; or there are more classes.
+        ValueError: There are no images; a column is missing or has the wrong type; or there are too many classes.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class HubImages(ImageFiles):
         self._rows: dict[int, Row] = {}
 
     def _check_column(self, option: str, column: str) -> None:
-        """Raises ValueError where a column is missing in a file, or of a kind that the option does not take."""
+        """Raises ValueError if a column is missing in a file or has a type that the option does not accept."""
         kind = self.tables.type_of(column, option)
         if option == "data.image_column":
             inner = kind.field("bytes").type if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
@@ -84,7 +84,7 @@ class HubImages(ImageFiles):
 
     @property
     def names_hash(self) -> str:
-        """SHA-256 of the names, rows and bytes of the files, and of the columns that are read."""
+        """SHA-256 of the files' names, row counts and sizes, and of the columns read."""
         sizes = [size_of(file) for file in self.tables.files]
         return hashlib.sha256(repr([self.tables.facts, sizes, self.columns]).encode()).hexdigest()
 
@@ -93,7 +93,7 @@ class HubImages(ImageFiles):
         return self.tables.name(position)
 
     def file(self, position: int) -> IO[bytes]:
-        """The content of the image file; raises ValueError where the row holds none."""
+        """The content of the image file; raises ValueError if the row holds none."""
         value = self._row(position)[self._image]
         content = value.get("bytes") if isinstance(value, dict) else value
         if content is None:
@@ -101,7 +101,7 @@ class HubImages(ImageFiles):
         return io.BytesIO(content)
 
     def label(self, position: int) -> int:
-        """The class; raises ValueError for one that is null, negative or too large."""
+        """The class; raises ValueError if it is null, negative or too large."""
         if self._label is None:
             return 0
         value = self._row(position)[self._label]
@@ -123,7 +123,7 @@ class HubImages(ImageFiles):
         return [row[column] for column in self._captions if row[column] is not None]
 
     def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
-        """The samples of a batch; of each row group that they lie in, all are taken at once."""
+        """The samples of a batch; reads each row group once."""
         self._rows = self.tables.rows(indices, self.columns)
         try:
             return super().load_many(indices, seeds)
@@ -138,19 +138,19 @@ class HubImages(ImageFiles):
 class HubDataModule(ImageFolderDataModule):
     """Images of a Hugging Face data set: Parquet and Arrow files in a folder or on the hub.
 
-    Rows are read in any order, so that batches, shares of processes and continued runs are as exact as with folders. With Parquet,
-    one image costs its whole row group. The ``options`` are those of :class:`~rae.data.folder.ImageFolderDataModule`.
+    Rows are read in any order, so batches, sharding over processes and resumed runs are as exact as with folders. In Parquet,
+    reading one image reads its whole row group. The ``options`` are those of :class:`~rae.data.folder.ImageFolderDataModule`.
 
     Args:
         repo: A folder, or the name of a data set on the hub (``owner/name``).
-        train_split: Name of the split for training.
-        val_split: The same for validation; None for none.
+        train_split: Name of the training split.
+        val_split: Name of the validation split; None for none.
         config_name: Which of several data sets in one repository; None for the default one.
         revision: Branch, tag or commit on the hub; None for the newest.
-        stream: Whether Parquet files on the hub are read there, by range requests; else they are downloaded first.
+        stream: Whether to read Parquet files on the hub by range requests instead of downloading them first.
         image_column: Name of the column with the images.
         label_column: Name of the column with the classes.
-        captions: Name of the column with the captions, or names of several, one of which is drawn; None for none.
+        captions: Name of the caption column, or of several, one of which is drawn per sample; None for none.
         unlabelled: Whether all images have label 0.
         options: Further arguments.
 
@@ -185,12 +185,12 @@ class HubDataModule(ImageFolderDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, where the files note them; known once a split is opened."""
+        """Names of the classes, if the files give them; known once a split is opened."""
         opened = [images for images in self._datasets.values() if isinstance(images, HubImages)]
         return opened[0].class_names if opened else []
 
     def at(self, path: str, train: bool) -> HubImages:
-        """The images of a split; raises ValueError where its classes are others than those of the split that was opened before."""
+        """The images of a split; raises ValueError if its classes differ from those of the split opened before."""
         images = HubImages(
             find_tables(self.repo, path, self.config_name, self.revision, self.stream),
             self.train_transform if train else self.val_transform,

@@ -1,4 +1,4 @@
-"""Latents that were encoded once and are read back by stage 2: files of ``rae-cache-latents``."""
+"""Latents encoded once by ``rae-cache-latents`` and read from files by stage 2."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from rae.io.files import parse_json
 log = logging.getLogger(__name__)
 
 INDEX = "latents.json"
-"""Name of the file that describes a folder of latents; it is written last."""
+"""Name of the file that describes a folder of latents; written last."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class CachedLatents(SeededDataset):
-    """Latents of one folder that ``rae-cache-latents`` wrote, as the encoder made them: not normalised.
+    """Latents of one folder written by ``rae-cache-latents``, as output by the encoder: not normalised.
 
-    ``flip`` makes every other sample that of the mirrored image, by the same draws as with images.
+    ``flip`` returns the mirrored image's latent with probability 1/2, using the same draws as for images.
 
     Raises:
         FileNotFoundError: The folder, its description or one of its files is missing.
-        ValueError: The description or a file is damaged, or there are no mirrored latents to flip to.
+        ValueError: The description or a file is damaged, or there are no mirrored latents for ``flip``.
     """
 
     def __init__(self, folder: str | Path, flip: bool) -> None:
@@ -59,7 +59,7 @@ class CachedLatents(SeededDataset):
             )
 
     def _hint(self) -> str:
-        """What a folder without a description may be."""
+        """A hint, for messages, why a folder has no description."""
         if inside := sorted(path.parent.name for path in self.folder.glob(f"*/{INDEX}")):
             return f"; a folder inside it does: give its path ({', '.join(inside[:4])})"
         if self.folder.is_dir():
@@ -73,7 +73,7 @@ class CachedLatents(SeededDataset):
         return {**self.__dict__, "_files": {}}  # open files stay with the process that opened them
 
     def load(self, index: int, seed: int) -> Sample:
-        """The latent C×h×w at a position, or its layers K×C×h×w, as stored; raises ValueError where they are damaged."""
+        """The latent C×h×w at a position, or its layers K×C×h×w, as stored; raises ValueError if damaged."""
         part, row = divmod(index, int(self.index["part"]))
         path = self.folder / self.index["files"][part]["file"]
         name = "mirrored" if self.flip and flip_of(seed) else "latent"
@@ -95,7 +95,7 @@ class CachedLatents(SeededDataset):
         return sample | {"text": self._text(file, row, path)} if self.index.get("text") else sample
 
     def _text(self, file: Any, row: int, path: Path) -> Tensor:
-        """Features L×C of the caption; raises ValueError where they are damaged."""
+        """Features L×C of the caption; raises ValueError if damaged."""
         with _reading(path):
             ends = file.get_slice("text_end")
             start = int(ends[row - 1]) if row else 0
@@ -108,7 +108,7 @@ class CachedLatents(SeededDataset):
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Raises ValueError for what reading a damaged file raises."""
+    """Turns the errors of reading a damaged file into ValueError."""
     try:
         yield
     except (SafetensorError, IndexError, OSError) as error:
@@ -119,7 +119,7 @@ _REMEDY = f"remove it and {INDEX}, and run rae-cache-latents again: it makes onl
 
 
 def checksums(latents: Tensor, labels: Tensor) -> Tensor:
-    """CRC-32, int64 n, of every latent n×C×h×w as it is stored with its label; tells damage of up to 32 neighbouring bits."""
+    """CRC-32, int64 n, of every latent n×C×h×w as stored, with its label; detects damage to up to 32 consecutive bits."""
     rows = latents.contiguous().flatten(1).view(torch.uint8).numpy()
     return torch.tensor(
         [zlib.crc32(row, int(label) & 0xFFFFFFFF) for row, label in zip(rows, labels.tolist(), strict=True)]
@@ -128,11 +128,11 @@ def checksums(latents: Tensor, labels: Tensor) -> Tensor:
 
 _NUMBERS = ("latents", "part", "image_size", "num_classes")
 _KINDS = {**dict.fromkeys(_NUMBERS, int), "files": list, "encoder": dict, "shape": list}
-"""Types of what a description holds; ``encoder`` and ``shape`` may be missing."""
+"""Types of a description's entries; ``encoder`` and ``shape`` may be missing."""
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
-    """The description of a folder of latents; raises ValueError where it is damaged."""
+    """The description of a folder of latents; raises ValueError if damaged."""
     path = Path(folder).expanduser() / INDEX
     index = parse_json(path.read_bytes(), str(path))
     if fault := _fault_of(index):
@@ -143,7 +143,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 
 def _fault_of(index: Any) -> str:
-    """What is wrong with a description; empty where nothing is."""
+    """What is wrong with a description; empty if nothing is."""
     if not isinstance(index, dict):
         return "no mapping"
     missing = [key for key in (*_NUMBERS, "files") if key not in index]
@@ -155,7 +155,7 @@ def _fault_of(index: Any) -> str:
     if not (part > 0 and -(-index["latents"] // part) == len(files) > 0):
         return f"{index['latents']} latents, {part} in a file, in {len(files)} files"
     names = [file.get("file") if isinstance(file, dict) else None for file in files]
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):  # it reads nothing outside
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):  # never reads outside the folder
         return "names that are of no files in this folder"
     return "" if all(isinstance(file.get("bytes"), int) for file in files) else "files without their bytes"
 
@@ -163,8 +163,8 @@ def _fault_of(index: Any) -> str:
 class LatentsDataModule(StoredDataModule):
     """Cached latents in place of images: batches hold ``latent`` B×C×h×w, or layers B×K×C×h×w, instead of ``image``.
 
-    Order, flips and the position within an epoch are those of the images that they were made of. ``flip`` makes every other
-    training sample that of the mirrored image; see :class:`StoredDataModule` for the other arguments.
+    Order, flips and the position within an epoch match training on the images themselves. ``flip`` mirrors training samples
+    with probability 1/2; see :class:`StoredDataModule` for the other arguments.
     """
 
     def __init__(
@@ -185,13 +185,13 @@ class LatentsDataModule(StoredDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes of the images that the latents are of."""
+        """Names of the classes of the encoded images."""
         if self.train_path is None:
             return []
         return list(read_index(self.train_path).get("class_names", []))
 
     def at(self, path: str, train: bool) -> CachedLatents:
-        """The latents at a path; raises ValueError where they are of other images or without mirrored copies."""
+        """The latents at a path; raises ValueError for another image size, too many classes or missing mirrored copies."""
         latents = CachedLatents(path, self.flip and train)
         index = latents.index
         if index["image_size"] != self.image_size:
@@ -206,16 +206,16 @@ class LatentsDataModule(StoredDataModule):
         return latents
 
     def _indices(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The paths that are given, with the descriptions of their latents."""
+        """The configured paths, with the descriptions of their latents."""
         for path in (self.train_path, self.val_path):
             if path is not None:
                 yield path, read_index(path)
 
     def check_text_encoder(self, check: Callable[[Mapping[str, Any], str], None]) -> None:
-        """Lets a text encoder refuse features of another; ``check`` is :meth:`rae.encoder.text.TextEncoder.check`.
+        """Checks that the features are a text encoder's; ``check`` is its :meth:`rae.encoder.text.TextEncoder.check`.
 
         Raises:
-            ValueError: There are no features of captions.
+            ValueError: There are no caption features.
         """
         for path, index in self._indices():
             if not (described := index.get("text")):
@@ -226,7 +226,7 @@ class LatentsDataModule(StoredDataModule):
             check(described, f"the text in {path!r}")
 
     def check_stacked(self, what: str) -> None:
-        """Raises ValueError where the training latents are fused, so that ``what`` finds no layers to choose from."""
+        """Raises ValueError if the training latents are already fused, leaving ``what`` no layers to choose from."""
         if self.train_path is not None and not read_index(self.train_path).get("stacked"):
             raise ValueError(
                 f"{what} takes random subsets of the encoder's layers, but the latents in {self.train_path!r} are fused already: "
@@ -235,9 +235,9 @@ class LatentsDataModule(StoredDataModule):
             )
 
     def check_encoder(self, differences: Callable[[Mapping[str, Any]], str]) -> None:
-        """Raises ValueError for an encoder whose latents these are not; names what differs.
+        """Raises ValueError, naming what differs, unless these are the encoder's latents.
 
-        ``differences`` tells the encoder from a described one, see :meth:`rae.encoder.Encoder.differences`.
+        ``differences`` compares the encoder with a described one, see :meth:`rae.encoder.Encoder.differences`.
         """
         for path, index in self._indices():
             if "encoder" not in index:

@@ -1,4 +1,4 @@
-"""From keys to batches: seeded data sets, collation, a loader that Lightning leaves as it is, broken files."""
+"""From keys to batches: seeded data sets, collation, a loader that Lightning leaves unchanged, broken files."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from rae.rng import sample_seed, uniform
 log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
-"""``image`` (uint8 3×H×W) or ``latent`` (C×H×W), ``label``, ``index`` (int); optionally ``caption`` (text) or ``text`` (its
-features L×C), and ``broken``, (name, reason) of bad files."""
+"""``image`` (uint8 3×H×W) or ``latent`` (C×h×w or K×C×h×w), ``label``, ``index`` (int); optionally ``caption`` (text) or
+``text`` (its features L×C), and ``broken``, (name, reason) of bad files."""
 
 _STACKED = ("image", "latent")
 
 Batches = Sampler[list[Key]]
-"""Says which keys make up each batch; has a length."""
+"""Yields the keys of each batch; has a length."""
 
-_LISTED = 100  # broken files that are named at the end
+_LISTED = 100  # broken files named at the end
 
 
 class BrokenFilesError(RuntimeError):
-    """More files cannot be read than may be."""
+    """Too many files cannot be read."""
 
 
 class SeededDataset(Dataset[Sample], Sized, ABC):
-    """A map-style data set of images whose augmentation depends on a given seed alone."""
+    """A map-style image data set whose augmentation depends only on a given seed."""
 
     @abstractmethod
     def load(self, index: int, seed: int) -> Sample:
-        """The sample at a position, augmented with the draws of a seed."""
+        """The sample at a position, augmented with draws from a seed."""
 
     def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
-        """The samples at the positions of a batch, each with the draws of its seed."""
+        """The samples of a batch, by position, each with draws from its seed."""
         return [self.load(index, seed) for index, seed in zip(indices, seeds, strict=True)]
 
     def augment_seed(self, seed: int, epoch: int, index: int) -> int:
-        """Seed of the augmentation of the sample at a position in an epoch of a run."""
+        """Augmentation seed of the sample at a position, given the run's seed and the epoch."""
         return sample_seed(seed, "augment", epoch, index)
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at a position with one fixed augmentation."""
+        """The sample at a position, with a fixed augmentation."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is outside of the data set's {len(self)} samples")
         index %= len(self)
@@ -66,7 +66,7 @@ class SeededDataset(Dataset[Sample], Sized, ABC):
 
 
 class Names(Sequence[str]):
-    """Many names in two arrays: workers share their memory, where that of a list is copied when its texts are looked at."""
+    """Many names in two arrays: workers share their memory, whereas reading a list's strings would copy it."""
 
     def __init__(self, names: Sequence[str]) -> None:
         encoded = [name.encode(errors="surrogateescape") for name in names]
@@ -77,7 +77,7 @@ class Names(Sequence[str]):
         return len(self._ends) - 1
 
     def __getitem__(self, position: Any) -> Any:
-        """The name at a position, or a list of those of a slice."""
+        """The name at a position, or the list of names in a slice."""
         if isinstance(position, slice):
             return [self[number] for number in range(*position.indices(len(self)))]
         start, end = self._ends[range(len(self))[position]], self._ends[range(len(self))[position] + 1]
@@ -85,10 +85,10 @@ class Names(Sequence[str]):
 
 
 class ImageFiles(SeededDataset):
-    """Labelled images to be opened and transformed; with captions where :meth:`captions` gives some.
+    """Labelled images, opened and transformed on access; with captions if :meth:`captions` gives any.
 
-    One that cannot be read is replaced by the next one that can, the same one in every run, as long as their share is at most
-    ``max_bad_share``.
+    An unreadable image is replaced by the next readable one, the same in every run, as long as the fraction of unreadable
+    images is at most ``max_bad_share``.
     """
 
     def __init__(self, labels: ArrayLike, transform: ImageTransform, max_bad_share: float) -> None:
@@ -98,10 +98,10 @@ class ImageFiles(SeededDataset):
 
     @abstractmethod
     def name(self, position: int) -> str:
-        """What to call the image at a position in a message; its path, unless :meth:`file` says otherwise."""
+        """Name of the image at a position, for messages; its path, unless :meth:`file` is overridden."""
 
     def file(self, position: int) -> str | IO[bytes]:
-        """The image file at a position: a path, or a file opened for reading bytes."""
+        """The image file at a position: a path, or a binary file open for reading."""
         return self.name(position)
 
     def label(self, position: int) -> int:
@@ -112,11 +112,11 @@ class ImageFiles(SeededDataset):
     """Whether there are captions."""
 
     def captions(self, position: int) -> Sequence[str]:
-        """The captions of the image at a position; a sample has one of them, drawn by its seed."""
+        """The captions of the image at a position; a sample gets one of them, drawn by its seed."""
         return ()
 
     def caption(self, position: int, seed: int) -> str:
-        """One of the captions of an image, each as likely; raises ValueError where there is none, or an empty one."""
+        """One of an image's captions, drawn uniformly; raises ValueError if there is none or it is empty."""
         texts = self.captions(position)
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError("it has no caption, or an empty one")
@@ -127,17 +127,17 @@ class ImageFiles(SeededDataset):
 
     @property
     def names_hash(self) -> str:
-        """SHA-256 of all names and labels in their order: says whether two listings are the same."""
+        """SHA-256 of all names and labels in order, to compare two listings."""
         digest = hashlib.sha256()
         for position, label in enumerate(self.labels.tolist()):
             digest.update(f"{self.name(position)}|{label}\n".encode())
         return digest.hexdigest()
 
     def load(self, index: int, seed: int) -> Sample:
-        """The image at a position, or the next one that can be read, with the same draws.
+        """The image at a position, or the next readable one, with the same draws.
 
         Raises:
-            BrokenFilesError: More images in a row are unreadable than may be in the whole data set.
+            BrokenFilesError: More consecutive images are unreadable than are allowed in the whole data set.
         """
         broken: list[tuple[str, str]] = []
         while True:
@@ -147,7 +147,7 @@ class ImageFiles(SeededDataset):
                 image = self.transform(open_for(self.transform, self.file(position)), seed)
             except UnreachableError:
                 raise
-            except Exception as error:  # decoders raise whatever they like on spoiled bytes
+            except Exception as error:  # decoders raise all kinds of errors on damaged bytes
                 broken.append((self.name(position), first_line(error)))
                 check_share(len(broken), len(self), self.max_bad_share, [name for name, _ in broken])
             else:
@@ -155,28 +155,28 @@ class ImageFiles(SeededDataset):
 
 
 class KeyedDataset(Dataset[Sample]):
-    """Looks samples up by (epoch, index) and derives the seed of their augmentation from both and the run's seed."""
+    """Looks up samples by (epoch, index) and derives their augmentation seed from both and the run's seed."""
 
     def __init__(self, dataset: SeededDataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 
     def __getitems__(self, keys: list[Key]) -> list[Sample]:
-        """All samples of a batch, which torch's loader asks for together; or ``error`` alone, see :class:`BatchLoader`."""
+        """All samples of a batch, which torch's loader requests together; or only ``error``, see :class:`BatchLoader`."""
         seeds = [self.dataset.augment_seed(self.seed, epoch, index) for epoch, index in keys]
         try:
             samples = self.dataset.load_many([index for _, index in keys], seeds)
         except (BrokenFilesError, UnreachableError, ValueError) as error:
-            return [{"error": error}]  # raised in a worker, torch would bury its message in the worker's trace
+            return [{"error": error}]  # if raised in a worker, torch would bury its message in a traceback
         return [{**sample, "epoch": epoch} for sample, (epoch, _) in zip(samples, keys, strict=True)]
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
-    """Samples to a batch: ``image`` uint8 B×3×H×W or ``latent`` B×C×h×w; ``label``, ``index``, ``epoch`` int64 B.
+    """Collates samples: ``image`` uint8 B×3×H×W or ``latent`` B×(K×)C×h×w; ``label``, ``index``, ``epoch`` int64 B.
 
-    Captions are ``caption``, a list of B texts, and ``wrong_caption``, texts that nearly fit; their features are
+    Captions are ``caption``, a list of B texts, and ``wrong_caption``, texts that almost match; cached text features are
     ``text`` B×L×C, padded to the longest, and ``text_mask``.
-    ``replaced``, bool B, says whether another image stands in for one that cannot be read; ``broken`` names the latter.
+    ``replaced``, bool B, marks samples that replace an unreadable image; ``broken`` names the unreadable ones.
     """
     if "error" in samples[0]:
         return samples[0]
@@ -198,7 +198,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
 
 
 class BrokenFiles:
-    """Counts the files that could not be read, warns once for each and gives up when their share is above ``max_share``."""
+    """Counts unreadable files, warns once for each and raises once their fraction exceeds ``max_share``."""
 
     def __init__(self, length: int, max_share: float) -> None:
         self.length = length
@@ -206,7 +206,7 @@ class BrokenFiles:
         self.reasons: dict[str, str] = {}
 
     def add(self, entries: list[tuple[str, str]]) -> None:
-        """Takes note of (name, reason) pairs; raises BrokenFilesError where more than the allowed share is broken."""
+        """Records (name, reason) pairs; raises BrokenFilesError if more than the allowed fraction is broken."""
         for name, reason in entries:
             if name not in self.reasons:
                 self.reasons[name] = reason
@@ -214,7 +214,7 @@ class BrokenFiles:
         check_share(len(self.reasons), self.length, self.max_share, list(self.reasons))
 
     def gather(self) -> None:
-        """Adds what the other processes found, all of which must call this, so that the share is one of all files together."""
+        """Adds the files found by the other processes, so that the fraction is global; every process must call this."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
@@ -224,7 +224,7 @@ class BrokenFiles:
         self.add([])
 
     def summarise(self) -> None:
-        """Lists all that were found, if any."""
+        """Logs the unreadable files, if any."""
         if self.reasons:
             names = "".join(f"\n  {name}" for name in list(self.reasons)[:_LISTED])
             more = f"\n  and {len(self.reasons) - _LISTED} more" if len(self.reasons) > _LISTED else ""
@@ -232,19 +232,19 @@ class BrokenFiles:
 
 
 def _rows(values: Any, chosen: Tensor) -> Any:
-    """The chosen entries of a tensor or list."""
+    """The entries of a tensor or list selected by a mask."""
     return values[chosen] if isinstance(values, Tensor) else [values[row] for row in chosen.nonzero()[:, 0].tolist()]
 
 
 def first_line(error: Exception) -> str:
-    """Kind and message of an error, on one line."""
+    """Type and first line of the message of an error."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def check_share(
     count: int, length: int, max_share: float, names: Sequence[str], option: str = "data.max_bad_share"
 ) -> None:
-    """Raises BrokenFilesError where ``count`` files found broken, of some names, are too many of all ``length``."""
+    """Raises BrokenFilesError if ``count`` broken files, called ``names``, are too many of all ``length``."""
     if count > max_share * length:
         raise BrokenFilesError(
             f"at least {count} of {length} files cannot be read, more than {option}={max_share:g} allows, "
@@ -253,14 +253,14 @@ def check_share(
 
 
 class BatchLoader:
-    """A torch DataLoader that hands out batches of keyed samples.
+    """Wraps a torch DataLoader that yields batches of keyed samples.
 
-    It is deliberately no subclass of DataLoader: Lightning would exchange the sampler of one for its own distributed
-    sampler, and here every process takes its exact share already. Its (empty) state tells Lightning that training can
-    be continued in the middle of an epoch; the position is part of the data module's state.
+    It is deliberately not a subclass of DataLoader: Lightning would replace a DataLoader's sampler with its own distributed
+    sampler, but here the data are already sharded. Its (empty) state tells Lightning that training can resume in the middle
+    of an epoch; the data module's state holds the position.
 
-    ``batches`` says which keys make up each batch, ``broken`` counts the unreadable files. ``replace=False`` leaves out the
-    images that stand in for these; batches may then be smaller, or empty.
+    ``batches`` yields the keys of each batch, ``broken`` counts the unreadable files. ``replace=False`` drops the images that
+    would replace these; batches may then be smaller, or empty.
     """
 
     def __init__(
@@ -289,11 +289,11 @@ class BatchLoader:
         return len(self.batches)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        # The workers start, and the position is asked for, now and not at the first batch.
+        # Starts the workers and asks for the position now, not at the first batch.
         return self._counted(iter(self.loader))
 
     def close(self) -> None:
-        """Ends the workers. Left to the garbage collector, each of them is waited for for seconds."""
+        """Stops the workers; the garbage collector would wait seconds for each of them."""
         iterator = self.loader._iterator
         self.loader._iterator = None
         if iterator is not None and self.loader.num_workers:

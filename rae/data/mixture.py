@@ -1,4 +1,4 @@
-"""Several data sets in one run, each with its share of the steps or of the samples."""
+"""Several data sets in one run, each with a fixed fraction of the steps or samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIXES = ("step", "sample")
 
 
 class MixtureDataset(SeededDataset):
-    """Data sets by name, one behind the other; their samples are augmented as they are alone."""
+    """Concatenation of named data sets; each sample is augmented as in its own data set."""
 
     def __init__(self, parts: Mapping[str, SeededDataset]) -> None:
         self.parts = list(parts.values())
@@ -33,13 +33,13 @@ class MixtureDataset(SeededDataset):
         return int(self.offsets[-1])
 
     def place(self, index: int) -> tuple[int, int]:
-        """Number of the source of a position, and the position in that source."""
+        """Source number of a position, and the position within that source."""
         source = int(np.searchsorted(self.offsets, index, side="right")) - 1
         return source, index - int(self.offsets[source])
 
     @property
     def names_hash(self) -> str | None:
-        """SHA-256 of those of the parts; None where one has none."""
+        """SHA-256 of the hashes of all parts; None if a part has none."""
         hashes = [getattr(part, "names_hash", None) for part in self.parts]
         return (
             None
@@ -48,7 +48,7 @@ class MixtureDataset(SeededDataset):
         )
 
     def augment_seed(self, seed: int, epoch: int, index: int) -> int:
-        """That of the sample in its own source."""
+        """The sample's augmentation seed in its own source."""
         source, own = self.place(index)
         return self.parts[source].augment_seed(seed, epoch, own)
 
@@ -57,7 +57,7 @@ class MixtureDataset(SeededDataset):
         return self.load_many([index], [seed])[0]
 
     def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
-        """The samples of a batch; those of a source are read together."""
+        """The samples of a batch; samples of the same source are read together."""
         places = [self.place(index) for index in indices]
         found: dict[int, Sample] = {}
         for source in dict.fromkeys(source for source, _ in places):
@@ -70,21 +70,21 @@ class MixtureDataset(SeededDataset):
 class MixtureDataModule(ImageDataModule):
     """Images of several data sets, each with its own transform and captions.
 
-    Every source keeps the order, epochs and augmentation that it has alone; ``batch_size``, ``num_workers`` and ``seed`` are the
-    mixture's. Validation goes through the sources one after the other and scores each by itself.
+    Each source keeps its own order, epochs and augmentation, as if used alone; ``batch_size``, ``num_workers`` and ``seed`` are
+    the mixture's. Validation scores the sources one after another, each separately.
 
     Args:
-        sources: By name, ``data``, a data module of images, and ``weight``, above 0 (1 where it is not given).
-        mix: ``step``: all images of a batch, over all processes, are of one source (RAEv2's general recipe); ``sample``: every
-            batch holds images of all.
-        epoch_images: Images of an epoch; None for the mean of the sources' sizes, weighted, as in RAEv2.
+        sources: By name, ``data``, an image data module, and ``weight``, above 0 (default 1).
+        mix: ``step``: all images of a global batch come from one source (RAEv2's general recipe); ``sample``: every batch
+            mixes all sources.
+        epoch_images: Images per epoch; None for the weighted mean of the sources' sizes, as in RAEv2.
         batch_size: Samples per process and step.
-        num_workers: Processes that load ahead.
-        options: The other arguments of :class:`ImageDataModule`; labels of no source go beyond ``num_classes``, and
-            ``max_bad_share`` is that of the files of all sources.
+        num_workers: Loader processes.
+        options: The other arguments of :class:`ImageDataModule`; ``num_classes`` must cover the labels of every source, and
+            ``max_bad_share`` applies to the files of all sources together.
 
     Raises:
-        ValueError: There are no sources; a weight, size or number of classes does not go; or a source holds no images.
+        ValueError: There are no sources; a weight, size or number of classes does not fit; or a source holds no images.
     """
 
     def __init__(
@@ -138,13 +138,13 @@ class MixtureDataModule(ImageDataModule):
         return MixtureDataset({name: source._needed("train") for name, source in self.sources.items()})
 
     def val_dataset(self) -> MixtureDataset | None:
-        """The validation samples of the sources that have some; None if none has."""
+        """The validation samples of all sources that have any; None if none does."""
         found = {name: source._dataset("val") for name, source in self.sources.items()}
         parts = {name: dataset for name, dataset in found.items() if dataset is not None}
         return MixtureDataset(parts) if parts else None
 
     def val_ranges(self) -> dict[str, range]:
-        """Where the validation samples of each source are."""
+        """Positions of the validation samples of each source."""
         dataset = self._dataset("val")
         if not isinstance(dataset, MixtureDataset):
             return {}
@@ -182,7 +182,7 @@ class MixtureDataModule(ImageDataModule):
 
     @staticmethod
     def _check_captions(dataset: MixtureDataset) -> None:
-        """Raises ValueError where a batch would hold samples with and without captions."""
+        """Raises ValueError if batches would mix samples with and without captions."""
         told = {name: "caption" in part[0] for name, part in zip(dataset.names, dataset.parts, strict=True)}
         if len({*told.values()}) > 1:
             having, bare = (next(name for name, has in told.items() if has is wanted) for wanted in (True, False))
@@ -192,7 +192,7 @@ class MixtureDataModule(ImageDataModule):
             )
 
     def _tell(self, sampler: MixtureBatchSampler) -> None:
-        """Says how long an epoch is, and what it is made of."""
+        """Logs the length and composition of an epoch."""
         size = sampler.global_batch_size if self.mix == "step" else 1
         parts = [
             f"{name} {count} {self.mix}s, {count * size / length:.3g} times its {length} images"

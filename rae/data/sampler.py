@@ -1,4 +1,4 @@
-"""Which samples every process sees, in which order: the same for any number of processes and workers."""
+"""Which samples each process sees, and in which order: the same for any number of processes and workers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rae.io.parts import share_range
 from rae.rng import sample_seed
 
 Key = tuple[int, int]
-"""Epoch and position in the data set: all that a sample and its random draws depend on."""
+"""Epoch and position in the data set, which determine a sample and its random draws."""
 
 Position = tuple[int, int]
-"""Epoch, and the number of its global batches that were seen already."""
+"""Epoch, and the number of its global batches already seen."""
 
 
 class ShardedBatchSampler(Sampler[list[Key]]):
-    """Deals an epoch's permutation out in global batches, of which every process takes its part.
+    """Splits an epoch's permutation into global batches, and each of these over the processes.
 
     With W processes and b samples per process, global batch k is ``permutation[k·W·b : (k+1)·W·b]`` and process r takes
     ``[r·b : (r+1)·b]`` of it, so that one process with W·b samples sees the same batches as W with b.
@@ -26,14 +26,14 @@ class ShardedBatchSampler(Sampler[list[Key]]):
     Args:
         length: Samples of the data set.
         batch_size: Samples per process and batch.
-        seed: The run's seed; the permutation depends on it and on the epoch alone.
-        shuffle: False takes the samples in their order.
+        seed: The run's seed; the permutation depends only on it and the epoch.
+        shuffle: False keeps the samples in order.
         num_replicas: Number of processes.
-        rank: This process among them.
-        drop_last: True (training) leaves an incomplete global batch at the end out. False (evaluation) neither leaves
-            out nor repeats a sample: the last global batch is shared out evenly, and where it has less than a sample
-            for each process it is added to the one before. So all processes get as many batches: none waits for ever.
-        position: Called whenever an iteration begins; says the epoch and how many of its global batches to skip.
+        rank: Index of this process.
+        drop_last: True (training) drops an incomplete last global batch. False (evaluation) neither drops nor repeats a
+            sample: the last global batch is split evenly, or, if it has fewer samples than processes, merged into the one
+            before. All processes then get the same number of batches, so none waits forever.
+        position: Called whenever an iteration begins; returns the epoch and how many of its global batches to skip.
     """
 
     def __init__(
@@ -69,29 +69,29 @@ class ShardedBatchSampler(Sampler[list[Key]]):
 
     @property
     def global_batch_size(self) -> int:
-        """Samples that all processes take in one step."""
+        """Samples per step over all processes."""
         return self.batch_size * self.num_replicas
 
     @property
     def facts(self) -> dict[str, int]:
-        """What must agree for the first batches of an epoch to be the same."""
+        """Settings that must match for a run to resume within an epoch."""
         return {"global_batch_size": self.global_batch_size, "length": self.length, "seed": self.seed}
 
     def permutation(self, epoch: int) -> list[int]:
-        """All positions of the data set in the order of an epoch."""
+        """All positions of the data set, in the order of an epoch."""
         if not self.shuffle:
             return list(range(self.length))
         generator = torch.Generator().manual_seed(sample_seed(self.seed, "order", epoch))
         return torch.randperm(self.length, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """This process's batches, from the present position to the end of the epoch."""
-        # Asked now and not at the first batch, which workers fetch ahead.
+        """This process's batches, from the current position to the end of the epoch."""
+        # Called now, not at the first batch, because workers prefetch.
         epoch, start = self.position()
         return self._batches(epoch, start)
 
     def __len__(self) -> int:
-        """Batches of an epoch from its beginning, wherever the present iteration started."""
+        """Number of batches in a whole epoch, wherever the current iteration started."""
         whole, rest = divmod(self.length, self.global_batch_size)
         return whole + (not self.drop_last and rest >= self.num_replicas)
 
@@ -105,7 +105,7 @@ class ShardedBatchSampler(Sampler[list[Key]]):
 
 
 class RangeBatchSampler(Sampler[list[Key]]):
-    """Batches of consecutive positions of epoch 0, none of which reaches over the end of its range."""
+    """Batches of consecutive positions in epoch 0, none crossing the end of its range."""
 
     def __init__(self, ranges: Sequence[range], batch_size: int) -> None:
         self.ranges = ranges

@@ -1,4 +1,4 @@
-"""Tar shards in webdataset's layout, read in any order: every sample exactly once, whatever the number of processes."""
+"""Tar shards in webdataset's layout, read in any order: every sample exactly once, for any number of processes."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from rae.image import IMAGE_ENDINGS
 from rae.io.files import parse_json, write_json
 
 INDEX = "index.json"
-"""Name of the index of a whole folder, which ``rae-shard`` writes."""
+"""Name of the index of a whole folder, written by ``rae-shard``."""
 
 TEXT = "txt"
-"""The ending of files that hold one caption."""
+"""Extension of files that hold one caption."""
 
 
 class Entry(NamedTuple):
-    """Where an image is within its shard, its label, and where its caption is."""
+    """Location of an image within its shard, its label, and the location of its caption."""
 
     key: str
     first: int
-    """First byte."""
+    """Offset of the first byte."""
     size: int
     label: int = -1
     """-1 for none."""
     text_first: int = 0
-    """First byte of the file with the caption."""
+    """Offset of the first byte of the caption file."""
     text_size: int = -1
     """-1 for none."""
 
 
 def index_name(shard: str) -> str:
-    """Name of the index of one shard, which stands beside it."""
+    """Name of the index of one shard, stored beside it."""
     return f"{shard.removesuffix('.tar')}.json"
 
 
 def read_index(shard: str | Path, captions: str | None = None) -> list[Entry]:
-    """Where the images of a shard are; only the headers and the labels (``.cls`` or ``.json`` with ``label``) are read.
+    """Indexes the images of a shard; reads only the headers and the labels (``.cls`` or ``.json`` with ``label``).
 
     Args:
         shard: A tar file.
-        captions: Which file of an image holds its captions: ``txt``, or any other word for its ``.json``.
+        captions: Which file of an image holds its captions: ``txt``, or any other value for its ``.json``.
 
     Raises:
-        ValueError: The file is no tar file, is cut short or damaged, or a label is no whole number.
+        ValueError: The file is not a tar file, is truncated or damaged, or a label is not a whole number of at least 0.
     """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
@@ -85,22 +85,22 @@ def read_index(shard: str | Path, captions: str | None = None) -> list[Entry]:
 
 
 def _label(value: Any, name: str) -> int:
-    """A label as the file of this name gives it; raises ValueError unless it is a whole number of at least 0."""
+    """The label read from the file ``name``; raises ValueError unless it is a whole number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or not 0 <= value < 2**31:
         raise ValueError(f"the label in {name!r} is {str(value)[:40]!r}, but must be a whole number of at least 0")
     return int(value)
 
 
 class TarShards(ImageFiles):
-    """Images inside tar files, at a folder or a pattern of their names, here or at an address (``https://``, ``s3://``, …).
+    """Images in tar files, given by a folder or a pattern, local or at a URL (``https://``, ``s3://``, …).
 
-    ``unlabelled`` gives all images label 0, else there must be a label with each. ``index_path`` is a file that keeps where
-    the images are, so that a later run need not search the shards again; shards of ``rae-shard`` have their own indices.
-    ``captions`` is ``txt`` for a caption in a text file beside each image, or the key of its ``.json`` that holds one or a list.
+    ``unlabelled`` gives all images label 0; otherwise each needs a label. ``index_path`` is a file that caches the locations
+    of the images, so that later runs need not scan the shards again; shards of ``rae-shard`` have their own indices.
+    ``captions`` is ``txt`` for a text file beside each image, or the key of its ``.json`` that holds a caption or a list.
 
     Raises:
         FileNotFoundError: There are no shards.
-        ValueError: There are no images in them, no labels, or an image without caption.
+        ValueError: They hold no images, or an image has no label or no caption.
     """
 
     def __init__(
@@ -137,11 +137,11 @@ class TarShards(ImageFiles):
                 f"{self.name(int(self.text_places[:, 1].argmin()))} has no caption: data.captions={captions} wants a "
                 f".{TEXT if captions == TEXT else 'json'} file with each image"
             )
-        if not self.remote:  # on the network a stretch that is missing ends the run when it is asked for
+        if not self.remote:  # on the network, a missing range stops the run when it is requested
             self._check_sizes()
 
     def _check_sizes(self) -> None:
-        """Names the shards that have fewer bytes than their index says; raises BrokenFilesError for too many images."""
+        """Warns of shards shorter than their index says; raises BrokenFilesError if too many images are missing."""
         sizes = np.array([size_of(shard) for shard in self.shards])
         missing = np.flatnonzero(self.places.sum(1) > sizes[self.shard_of])
         if not len(missing):
@@ -155,7 +155,7 @@ class TarShards(ImageFiles):
         return io.BytesIO(self._read(self._place(self.places, position)))
 
     def captions(self, position: int) -> Sequence[str]:
-        """See :meth:`ImageFiles.captions`; raises ValueError for a file that holds none."""
+        """See :meth:`ImageFiles.captions`; raises ValueError if the file cannot be read."""
         content = self._read(self._place(self.text_places, position))
         if self._caption_key == TEXT:
             return [content.decode()]
@@ -168,7 +168,7 @@ class TarShards(ImageFiles):
         return read_ranges([place])[0] if content is None else content
 
     def load_many(self, indices: Sequence[int], seeds: Sequence[int]) -> list[Sample]:
-        """The samples of a batch; from the network all are fetched at once, so that its delay counts once."""
+        """The samples of a batch; remote ones are fetched all at once, to pay the network latency only once."""
         if self.remote:
             places = [self._place(self.places, index) for index in indices]
             places += [self._place(self.text_places, index) for index in indices if self.captioned]
@@ -188,11 +188,11 @@ class TarShards(ImageFiles):
 
 
 Place = tuple[str, int, int]
-"""A stretch of a file: its path, first byte and size."""
+"""A byte range of a file: path, first byte, size."""
 
 
 def _indexed(shards: list[str], cache: Path | None, captions: str | None) -> list[list[Entry]]:
-    """The index of every shard: the one that stands beside it, that of the cache, or one that is made now."""
+    """The index of every shard: stored beside it, cached, or made now."""
     beside = [_index_beside(shard, captions) for shard in shards]
     if all(entries is not None for entries in beside):
         return [entries for entries in beside if entries is not None]
@@ -209,9 +209,9 @@ def _indexed(shards: list[str], cache: Path | None, captions: str | None) -> lis
 
 
 def _index_beside(shard: str, captions: str | None) -> list[Entry] | None:
-    """The index that ``rae-shard`` wrote with a shard; None where there is none, or it is of a smaller file or other captions.
+    """The index that ``rae-shard`` wrote with a shard; None if missing, or made for a smaller file or other captions.
 
-    A shard that is smaller than its index says keeps it: what is missing then counts as unreadable.
+    A shard smaller than its index says still uses it: the missing images then count as unreadable.
     """
     content = read_json(index_name(shard))
     if not isinstance(content, dict) or "entries" not in content:
@@ -224,9 +224,9 @@ def _index_beside(shard: str, captions: str | None) -> list[Entry] | None:
 
 
 def _entries(listed: Any, name: str) -> list[Entry]:
-    """The entries of an index in a file of this name; raises ValueError where they are none."""
+    """Parses the entries of the index file ``name``; raises ValueError if they are invalid."""
     try:
-        # What rae-shard writes ends with the image's name; former versions knew no captions.
+        # Entries of rae-shard end with the image's name; earlier versions had no captions.
         entries = [Entry(str(key), *map(int, rest[: 5 if len(rest) >= 5 else 3])) for key, *rest in listed]
         if any(entry.first < 0 or entry.size < 0 or entry.label < -1 or entry.text_first < 0 for entry in entries):
             raise ValueError("a negative number")
@@ -240,13 +240,13 @@ def _entries(listed: Any, name: str) -> list[Entry]:
 class ShardsDataModule(ImageFolderDataModule):
     """Images in tar shards (webdataset's layout: ``key.jpg`` beside ``key.cls``), for training and validation.
 
-    Shards are indexed once and then read in any order, so that batches, shares of processes and continued runs are as
-    exact as with folders. Shards on the network are read by range requests, a batch at a time.
+    Shards are indexed once and then read in any order, so batches, sharding over processes and resumed runs are as exact as
+    with folders. Shards on the network are read by range requests, a batch at a time.
 
-    A path is a folder of shards, or a pattern such as ``/data/train-{0000..0146}.tar``, or the address of one of them. In
-    ``index_folder`` the indices of shards that were not made by ``rae-shard`` are kept for later runs; without it the shards
-    are searched in every run. ``captions`` is ``txt`` (a text file beside each image) or the key of its ``.json`` that holds one
-    caption or a list. The ``options`` are those of :class:`~rae.data.folder.ImageFolderDataModule`.
+    A path is a folder of shards, a pattern such as ``/data/train-{0000..0146}.tar``, or the URL of either. ``index_folder``
+    caches the indices of shards not made by ``rae-shard``; without it, these are scanned in every run. ``captions`` is ``txt``
+    (a text file beside each image) or the key of its ``.json`` that holds a caption or a list. The ``options`` are those of
+    :class:`~rae.data.folder.ImageFolderDataModule`.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class ShardsDataModule(ImageFolderDataModule):
         self.index_folder = index_folder
 
     def _class_names(self, path: str) -> list[str]:
-        """Names of the classes, as ``rae-shard`` noted them."""
+        """Names of the classes, as recorded by ``rae-shard``."""
         folder = path.rstrip("/") if is_remote(path) else str(Path(path).expanduser())
         index = None if path.endswith(".tar") or "{" in path or "*" in path else read_json(f"{folder}/{INDEX}")
         return list(index["classes"]) if isinstance(index, dict) and "classes" in index else []

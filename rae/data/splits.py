@@ -1,4 +1,4 @@
-"""Which files make up a split of a data set in Hugging Face's layouts, here or on the hub."""
+"""Finds the files of a split of a data set in Hugging Face's layouts, local or on the hub."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from rae.io.hub import UnansweredError, dataset_url, fetch_dataset, list_dataset
 
 PARQUET = ".parquet"
 ENDINGS = (PARQUET, ".arrow")
-"""Kinds of files that are read."""
+"""Supported file types."""
 _NAMES = {"train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"}
-"""How files of a split are called, after ``datasets``; other splits by their own name."""
+"""File name patterns of the splits, after ``datasets``; other splits match their own name."""
 _PART = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
 
 
 def find_tables(repo: str, split: str, config: str | None, revision: str | None, stream: bool) -> list[str]:
-    """Paths, or with ``stream`` addresses, of the files of a split.
+    """Paths, or with ``stream`` URLs, of the files of a split.
 
     Args:
-        repo: A folder (files of any layout below, or what ``save_to_disk`` of ``datasets`` wrote), or a data set on the hub, whose
-            files are downloaded into the hub's cache.
-        split: Its name.
+        repo: A folder (any layout, or the output of ``save_to_disk`` of ``datasets``), or a data set on the hub, whose files
+            are downloaded into the hub's cache.
+        split: Name of the split.
         config: Which of several data sets in one repository; None for the default one.
         revision: Branch, tag or commit on the hub; None for the newest.
-        stream: Whether files on the hub stay there.
+        stream: Whether to leave files on the hub instead of downloading them.
 
     Raises:
-        FileNotFoundError: There is no such data set, split or configuration, or it may not be read.
-        ValueError: Files are missing, or are of a kind that is not read.
+        FileNotFoundError: The data set, split or configuration does not exist or is not accessible.
+        ValueError: Files are missing or of an unsupported type.
     """
     if Path(repo).expanduser().is_dir():
         return _below(Path(repo).expanduser(), split, config)
@@ -57,10 +57,10 @@ def find_tables(repo: str, split: str, config: str | None, revision: str | None,
 
 
 def files_of(names: Sequence[str], card: Mapping[str, Any], split: str, config: str | None, repo: str) -> list[str]:
-    """Those of a data set's files that make up a split: as its card says, else by their names; for messages, what it is called.
+    """Selects the files of a split, by the data set's card or else by name; ``repo`` is its name for messages.
 
     Raises:
-        FileNotFoundError: There are none.
+        FileNotFoundError: The split has no files.
         ValueError: Some are missing.
     """
     tables = sorted(name for name in names if name.endswith(ENDINGS))
@@ -106,7 +106,7 @@ def _below(root: Path, split: str, config: str | None) -> list[str]:
 
 
 def _saved(file: Path, key: str) -> dict[str, Any]:
-    """A file of ``save_to_disk``; raises ValueError where it does not list what it should."""
+    """Reads a file of ``save_to_disk``; raises ValueError if its list ``key`` is missing or invalid."""
     content = parse_json(file.read_bytes(), str(file))
     found = content.get(key) if isinstance(content, dict) else None
     listed = found if isinstance(found, list) else []
@@ -118,7 +118,7 @@ def _saved(file: Path, key: str) -> dict[str, Any]:
 
 
 def _patterns(card: Mapping[str, Any], split: str, config: str | None, repo: str) -> list[str] | None:
-    """What a card says of the files of a split; None where it says nothing."""
+    """File patterns of a split from a data set's card; None if it gives none."""
     configs = {str(one.get("config_name")): one for one in card.get("configs") or () if isinstance(one, dict)}
     if not configs:
         return None
@@ -144,7 +144,7 @@ def _patterns(card: Mapping[str, Any], split: str, config: str | None, repo: str
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a path is meant by a pattern: a star stays within a folder, two do not."""
+    """Whether a path matches a pattern: ``*`` stays within a folder, ``**`` does not."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
     signs = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return re.fullmatch("".join(signs.get(part, re.escape(part)) for part in parts), name) is not None
@@ -156,7 +156,7 @@ def _is_of(name: str, split: str) -> bool:
 
 
 def _check_parts(names: Sequence[str], repo: str) -> None:
-    """Raises ValueError where files are numbered ``-00003-of-00294`` and not all are there."""
+    """Raises ValueError if files are numbered ``-00003-of-00294`` and some are missing."""
     series: dict[tuple[str, int], set[int]] = {}
     for name in names:
         if match := _PART.search(name):

@@ -1,4 +1,4 @@
-"""Bytes of local files and of objects on the network (http, https, s3, gs, hf, … through fsspec), in stretches."""
+"""Reads byte ranges of local files and of objects on the network (http, https, s3, gs, hf, … through fsspec)."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from rae.io.files import parse_json
 
 _ATTEMPTS = 10
 _FIRST_WAIT = 0.5  # seconds; doubled after each attempt, up to
-_LONGEST_WAIT = 60.0  # so that a server may be away for three minutes
+_LONGEST_WAIT = 60.0  # so that a server may be down for three minutes
 _BLOCK = 512  # bytes of a header in a tar file
 
 
 class UnreachableError(RuntimeError):
-    """The network or the server did not answer: no fault of the image that was asked for."""
+    """The network or the server did not answer; the requested image is not at fault."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address on the network."""
+    """Whether a path is a URL."""
     return "://" in path
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """The file system of an address, of this process, and the path in it; raises ValueError for an unknown protocol."""
+    """This process's file system for a URL, and the path in it; raises ValueError for an unknown protocol."""
     try:
-        # Cached per process by fsspec: connections are not shared with forked workers.
+        # fsspec caches it per process: connections are not shared with forked workers.
         filesystem, path = url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise ValueError(f"{url!r} cannot be opened: {error} (s3:// needs pip install 'rae[s3]')") from error
@@ -42,13 +42,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _patiently(what: str, call: Any) -> Any:
-    """Calls again after ever longer waits, since networks fail now and then; at last raises UnreachableError."""
+    """Retries a call with exponential backoff, since networks fail occasionally; finally raises UnreachableError."""
     for attempt in range(_ATTEMPTS):
         try:
             return call()
-        except FileNotFoundError as error:  # whose message is the address alone
+        except FileNotFoundError as error:  # its message is only the URL
             raise FileNotFoundError(f"{what} cannot be found: check the address") from error
-        except Exception as error:  # every protocol has its own
+        except Exception as error:  # every protocol has its own errors
             if attempt == _ATTEMPTS - 1:
                 raise UnreachableError(
                     f"{what} cannot be read after {_ATTEMPTS} attempts: {type(error).__name__}: {error}; check address, "
@@ -59,18 +59,18 @@ def _patiently(what: str, call: Any) -> Any:
 
 
 def _ask(path: str, method: str, *arguments: Any) -> Any:
-    """What a method of the file system of an address says of the file there."""
+    """Calls a method of the file system of a URL on the file there, with retries."""
     filesystem, name = _filesystem(path)
     return _patiently(path, lambda: getattr(filesystem, method)(name, *arguments))
 
 
 def size_of(path: str) -> int:
-    """Bytes of a file."""
+    """Size of a file in bytes."""
     return int(_ask(path, "size")) if is_remote(path) else Path(path).stat().st_size
 
 
 def read_json(path: str) -> Any:
-    """Content of a JSON file; None where there is none."""
+    """Content of a JSON file; None if it does not exist."""
     if not is_remote(path):
         return parse_json(Path(path).read_bytes(), path) if Path(path).is_file() else None
     try:
@@ -80,7 +80,7 @@ def read_json(path: str) -> Any:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """A file for reading, with seeking."""
+    """Opens a file for reading, with seeking."""
     if not is_remote(path):
         return open(path, "rb")
     file: IO[bytes] = _ask(path, "open", "rb")
@@ -88,7 +88,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 class RangeFile(io.RawIOBase):
-    """A file on the network for reading with seeking; each read is one request of just these bytes, repeated as needed."""
+    """A seekable, read-only file on the network; each read requests exactly its bytes, with retries."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class RangeFile(io.RawIOBase):
         filesystem, name = _filesystem(path)
         try:
             self._file: Any = _patiently(path, lambda: filesystem.open(name, "rb", cache_type="none"))
-        except FileNotFoundError as error:  # which some protocols make of every fault of the server
+        except FileNotFoundError as error:  # some protocols raise this for any server error
             raise UnreachableError(f"{path} cannot be opened: check address, network and credentials") from error
         if getattr(self._file, "size", None) is None or not hasattr(self._file, "_fetch_range"):
             raise UnreachableError(f"{path}: the server does not know range requests; keep the file on this machine")
@@ -112,25 +112,25 @@ class RangeFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to a byte, counted from the beginning, from here or from the end."""
+        """Moves to a byte, relative to the start, the current position or the end."""
         self._position = offset + (0, self._position, self._size)[whence]
         return self._position
 
     def tell(self) -> int:
-        """The byte that is read next."""
+        """Position of the next byte to read."""
         return self._position
 
     def size(self) -> int:
-        """Number of bytes."""
+        """Size in bytes."""
         return self._size
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes, all of them; raises UnreachableError where they cannot be had."""
+        """Reads the next bytes, without short reads; raises UnreachableError if they cannot be fetched."""
         first = self._position
         last = self._size if size < 0 else min(self._size, first + size)
         if first >= last:
             return b""
-        # The cache's fetcher, since seek and read of the file would read ahead.
+        # The cache's fetcher, because the file's own seek and read would read ahead.
         content: bytes = _patiently(self.path, lambda: self._file._fetch_range(first, last))
         if len(content) != last - first:
             raise UnreachableError(
@@ -141,7 +141,7 @@ class RangeFile(io.RawIOBase):
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """Stretches (path, first byte, size) of files; those on the network are all asked for at once."""
+    """Reads byte ranges (path, first byte, size) of files; requests all remote ones at once."""
     if not ranges or not is_remote(ranges[0][0]):
         return [_read_local(*one) for one in ranges]
     filesystem, _ = _filesystem(ranges[0][0])
@@ -167,11 +167,11 @@ def _read_local(path: str, first: int, size: int) -> bytes:
 
 
 def find_tars(path: str, index: str) -> list[str]:
-    """Tar files of a folder (on the network: as its index lists them), or of a pattern such as ``train-{0000..0146}.tar``.
+    """Tar files in a folder (on the network: as listed in its index), or of a pattern such as ``train-{0000..0146}.tar``.
 
     Raises:
-        FileNotFoundError: There are none, or one of those named is missing.
-        ValueError: An index on the network lists none.
+        FileNotFoundError: There are none, one named in the pattern is missing, or a folder on the network has no index.
+        ValueError: The index on the network does not list shards.
     """
     if is_remote(path):
         if path.endswith(".tar") or "{" in path:
@@ -203,12 +203,12 @@ def find_tars(path: str, index: str) -> list[str]:
 
 @contextmanager
 def whole_tar(file: IO[bytes]) -> Iterator[tarfile.TarFile]:
-    """An uncompressed tar file, whose members must all be gone through.
+    """Opens an uncompressed tar file and checks its end; the caller must iterate over all members.
 
-    Python's reader takes damage for the end, and does not look behind it.
+    Python's reader mistakes damage for the end and does not look past it.
 
     Raises:
-        ValueError: The mark of an end, an empty block, is missing where no further header was found, or something follows it.
+        ValueError: The end marker, an empty block, is missing after the last header found, or data follow it.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         yield tar

@@ -1,4 +1,4 @@
-"""Random images: for smoke runs and speed measurements that need no files."""
+"""Random images, for smoke tests and benchmarks without files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rae.rng import sample_seed, uniform
 
 
 class SyntheticDataset(SeededDataset):
-    """Images of coarse random colours, each depending on its position and the seed alone; labels go round."""
+    """Images of coarse random colours that depend only on position and seed; labels cycle through the classes."""
 
     def __init__(self, length: int, image_size: int, num_classes: int, seed: int) -> None:
         self.length = length
@@ -22,7 +22,7 @@ class SyntheticDataset(SeededDataset):
         return self.length
 
     def load(self, index: int, seed: int) -> Sample:
-        """The image at a position; the augmentation's seed is of no consequence."""
+        """The image at a position; ignores the augmentation seed."""
         coarse = -(-self.image_size // 8)
         colours = uniform([sample_seed(self.seed, "image", index)], (3, coarse, coarse))[0]
         image = colours.mul(256).to(torch.uint8).repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -61,7 +61,7 @@ class SyntheticDataModule(ImageDataModule):
         return self._images(self.train_images, "synthetic train")
 
     def val_dataset(self) -> SyntheticDataset | None:
-        """``val_images`` other ones; None for 0."""
+        """``val_images`` different random images; None for 0."""
         return self._images(self.val_images, "synthetic val") if self.val_images else None
 
     def _images(self, count: int, purpose: str) -> SyntheticDataset:

@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files by number: in any order, from this machine or by range requests."""
+"""Random access to rows of Parquet and Arrow files, local or by range requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("data=hub needs pyarrow: pip install 'rae[hub]'") from error
 
-_AT_ONCE = 16  # requests on the network
+_AT_ONCE = 16  # concurrent network requests
 _OPEN = 256  # files that a process keeps open
 
 Row = dict[str, Any]
@@ -30,13 +30,13 @@ Row = dict[str, Any]
 
 
 class Tables:
-    """Rows of files, numbered through in the files' order.
+    """Rows of several files, numbered consecutively in the order of the files.
 
-    A Parquet file can be read in whole row groups alone, so that one row costs as much as all of its group; the last group is kept.
-    Arrow files are mapped into memory: a row costs its own bytes. Every process opens the files for itself.
+    Parquet files are read in whole row groups, so one row costs as much as its group; the last group is cached. Arrow files are
+    memory-mapped: a row costs only its own bytes. Every process opens the files itself.
 
     Args:
-        files: Paths or addresses; Arrow files must lie on this machine.
+        files: Paths or URLs; Arrow files must be local.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -70,13 +70,13 @@ class Tables:
 
     @property
     def facts(self) -> list[tuple[str, int]]:
-        """Name and number of rows of every file."""
+        """Name and row count of every file."""
         ends = [0, *self._ends.tolist()]
         rows = np.diff([ends[block] for block in self._first_blocks])
         return [(file.rsplit("/", 1)[-1], int(count)) for file, count in zip(self.files, rows, strict=True)]
 
     def type_of(self, column: str, option: str) -> pa.DataType:
-        """The type of a column, which ``option`` names; raises ValueError where a file lacks it, or has it in another type."""
+        """Type of a column, set by ``option``; raises ValueError if a file lacks it or the files' types differ."""
         for file, schema in zip(self.files, self._schemas, strict=True):
             if column not in schema.names:
                 raise ValueError(
@@ -91,7 +91,7 @@ class Tables:
         return first
 
     def class_names(self, column: str) -> list[str]:
-        """Names of the classes of a label's column, as Hugging Face's ``ClassLabel`` notes them; empty where none are."""
+        """Class names of a label column, from Hugging Face's ``ClassLabel``; empty if there are none."""
         try:
             features = json.loads((self._schemas[0].metadata or {})[b"huggingface"])["info"]["features"]
             return [str(name) for name in features[column]["names"]]
@@ -106,12 +106,12 @@ class Tables:
         return f"{self.files[file]}:{position - (int(self._ends[first - 1]) if first else 0)}"
 
     def row(self, position: int, columns: Sequence[str]) -> Row:
-        """Some columns of the row of a number; raises whatever pyarrow says of damaged files, and UnreachableError."""
+        """Some columns of one row; raises pyarrow's errors for damaged files, and UnreachableError."""
         block, number = self._place(position)
         return self._rows(block, [number], columns)[0]
 
     def rows(self, positions: Sequence[int], columns: Sequence[str]) -> dict[int, Row]:
-        """Some columns of rows by their numbers, each block read once; those that cannot be read are left out."""
+        """Some columns of several rows, by row number, reading each block once; omits unreadable rows."""
         wanted: dict[int, list[int]] = {}
         for position in sorted(set(positions)):
             wanted.setdefault(self._place(position)[0], []).append(position)
@@ -120,11 +120,11 @@ class Tables:
         def read(blocks: list[int]) -> None:
             for block in blocks:
                 numbers = [self._place(position)[1] for position in wanted[block]]
-                # Of damage nothing is said here: asked for one by one, such rows say so themselves.
+                # Damage is ignored here: reading such a row by itself raises.
                 with suppress(pa.ArrowException, OSError):
                     found.update(zip(wanted[block], self._rows(block, numbers, columns), strict=True))
 
-        if is_remote(self.files[0]):  # several files at once, so that the network's delay counts less
+        if is_remote(self.files[0]):  # several files at once, to hide network latency
             files: dict[int, list[int]] = {}
             for block in wanted:
                 files.setdefault(int(self._files[block]), []).append(block)
@@ -137,7 +137,7 @@ class Tables:
     # --- helpers -----------------------------------------------------------------------------------------------
 
     def _place(self, position: int) -> tuple[int, int]:
-        """Block, and number within it."""
+        """Block, and row number within it."""
         block = int(np.searchsorted(self._ends, position, side="right"))
         return block, position - (int(self._ends[block - 1]) if block else 0)
 
@@ -155,12 +155,12 @@ class Tables:
         return [{name: table.column(name)[row].as_py() for name in columns} for row in numbers]
 
     def _opened(self, file: str) -> Any:
-        if self._process != os.getpid():  # what a forked process inherits is not its own
+        if self._process != os.getpid():  # a forked process must not use inherited files
             self._open, self._held, self._process = OrderedDict(), None, os.getpid()
         opened = self._open.get(file)
         if opened is None:
             opened = self._open[file] = self._read(file)
-            # Other threads may do the same at this moment: what is returned need not be in the table any more.
+            # Other threads may do the same concurrently: the returned file may already have been evicted.
             while len(self._open) > _OPEN:
                 with suppress(KeyError):
                     self._open.popitem(last=False)
@@ -179,7 +179,7 @@ class Tables:
         return list(pa.ipc.open_stream(source))
 
     def _describe(self, file: str) -> tuple[pa.Schema, list[int]]:
-        """Columns and lengths of the blocks."""
+        """Schema and the lengths of the blocks."""
         if not is_remote(file) and not Path(file).is_file():
             raise FileNotFoundError(f"{file!r} does not exist")
         try:

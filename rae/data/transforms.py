@@ -1,7 +1,7 @@
-"""From an image file to a square of bytes: opening, resizing, cropping and flipping.
+"""From an image file to a square uint8 image: opening, resizing, cropping and flipping.
 
-The original resizes whole images with Pillow. ``exact`` does the same, to the last bit; otherwise only what the crop shows is
-resized, by torch's 8-bit kernels, which round after each pass as Pillow's do: pixels differ by at most 2 of 255.
+The original resizes whole images with Pillow. ``exact`` does the same, bit for bit; otherwise only the cropped region is
+resized, by torch's 8-bit kernels, which round after each pass like Pillow's: pixels differ by at most 2 of 255.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MODES = ("random_crop", "center_crop")
 
 
 def open_for(transform: ImageTransform, file: str | Path | IO[bytes]) -> Image.Image:
-    """Opens an image the way a transform wants it: :func:`open_plainly` for an exact one, else :func:`open_rgb`."""
+    """Opens an image for a transform: with :func:`open_plainly` if it is exact, else with :func:`open_rgb`."""
     return open_plainly(file) if transform.exact else open_rgb(file, transform.least)
 
 
@@ -39,7 +39,7 @@ def _shorter_size(image: Image.Image, size: int) -> tuple[int, int]:
 
 
 def random_corner(image: tuple[int, int], size: int, u_top: float, u_left: float) -> tuple[int, int]:
-    """Left and top of a square in an image of some width and height, all places being equally likely for draws in [0, 1)."""
+    """Left and top of a random square in an image (width, height), uniform over all places for draws in [0, 1)."""
     width, height = image
     if min(image) < size:
         raise ValueError(f"size {size} is larger than the image, {width}×{height}; resize the image first")
@@ -48,13 +48,13 @@ def random_corner(image: tuple[int, int], size: int, u_top: float, u_left: float
 
 def resized_crop(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Tensor:
     """The square of :func:`whole_crop`, within 2 grey levels, without resizing the rest; uint8 3×size×size."""
-    # Rows that the square's rows are made of: the cubic filter reaches 2 pixels to each side, more when reducing.
+    # Input rows needed for the square: the cubic filter reaches 2 pixels to each side, more when downscaling.
     ratio = image.height / height
     reach = 2 * max(ratio, 1.0) + 1
     first = max(0, int(top * ratio - reach))
     last = min(image.height, int((top + size) * ratio + reach) + 1)
     rows = _resize_bytes(np.array(image.crop((0, first, image.width, last))), last - first, width)
-    # torch's kernel has no offset: the rows are put where they belong, and what is made of the others is cut off.
+    # torch's kernel takes no offset: the rows are put in place, and the output of the others is cut off.
     column = np.empty((image.height, size, 3), dtype=np.uint8)
     column[first:last] = rows[:, left : left + size]
     square = _resize_bytes(column, height, size)[top : top + size]
@@ -62,36 +62,36 @@ def resized_crop(image: Image.Image, width: int, height: int, left: int, top: in
 
 
 def _resize_bytes(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Antialiased bicubic resize of bytes H×W×3, the layout for which torch has its fast kernel."""
+    """Antialiased bicubic resize of uint8 H×W×3, the layout for which torch has a fast kernel."""
     if pixels.shape[:2] == (height, width):
         return pixels
-    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in this order, else torch takes it for channels-first
+    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in this order, or torch treats it as channels-first
     return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def mirrored(u: float) -> bool:
-    """Whether a uniform draw in [0, 1) means that left and right are exchanged: every other time."""
+    """Whether a uniform draw in [0, 1) means a horizontal flip: with probability 1/2."""
     return u < 0.5
 
 
 def flip_of(seed: int) -> bool:
-    """Whether the image with this seed of its draws is mirrored, where flips are on."""
+    """Whether the image with this augmentation seed is mirrored, if flips are enabled."""
     return mirrored(uniform([seed], (3,))[0, 2].item())
 
 
 class ImageTransform:
-    """Makes an image, opened by :func:`open_for`, a square of bytes, the same for the same seed.
+    """Turns an image opened by :func:`open_for` into a square uint8 image, deterministic given the seed.
 
     Args:
         image_size: Side of the square, in pixels.
         mode: ``random_crop`` (stage 1: shorter side to ``resize``, then a random square) or ``center_crop`` (stage 2
             and evaluation: ADM's crop).
         resize: Shorter side before the random crop; None: 384 for 256 pixels, else ``int(1.5 * image_size)``.
-        flip: Whether to mirror every other image.
-        exact: Whether to open images without their EXIF orientation and transparency and to resize them whole with Pillow, as the
-            original does: identical to the last bit. Otherwise only what the crop shows is resized, with torch's kernels: at
-            most 2 of 255 grey levels away.
-        fast_decode: Whether JPEGs much larger than needed are decoded at a half, a quarter or an eighth of their size.
+        flip: Whether to mirror images with probability 1/2.
+        exact: Whether to ignore EXIF orientation and transparency and to resize whole images with Pillow, as the original
+            does: identical bit for bit. Otherwise only the cropped region is resized, with torch's kernels, within 2 of 255
+            grey levels.
+        fast_decode: Whether to decode JPEGs much larger than needed at a half, a quarter or an eighth of their size.
             Faster, but the pixels differ visibly from the original's.
     """
 
@@ -125,9 +125,9 @@ class ImageTransform:
         self.least = (self.resize if mode == "random_crop" else image_size) if fast_decode else None
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        """An RGB image and the seed of its draws to uint8 3×image_size×image_size."""
+        """Transforms an RGB image, with draws from a seed, to uint8 3×image_size×image_size."""
         size = self.image_size
-        # All three are always drawn: switching the flip on does not move the crops.
+        # All three are always drawn, so that enabling flips does not move the crops.
         u_top, u_left, u_flip = uniform([seed], (3,))[0].tolist()
         if self.mode == "center_crop":
             image = halve(image, size)

@@ -21,7 +21,7 @@ _UNUSED = ("ln_post.", "proj", "attn_pool.")
 class ClipEncoder(TransformerEncoder):
     """The vision transformer of a CLIP model, without pooling and projection.
 
-    Arguments in addition to those of :class:`~rae.encoder.base.Encoder`:
+    Arguments beside those of :class:`~rae.encoder.base.Encoder`:
         model: Name of the open_clip architecture, e.g. ``ViT-L-14``; ``ViT-L-14-quickgelu`` for OpenAI's weights.
         pretrained: Whether to load weights; False keeps random ones.
         checkpoint: Local weight file in open_clip's or timm's naming.

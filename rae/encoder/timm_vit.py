@@ -48,7 +48,7 @@ _UNUSED = ("norm.", "fc_norm.", "head.", "head_dist.", "head_drop.", "attn_pool.
 class TimmEncoder(TransformerEncoder):
     """A timm vision transformer as encoder.
 
-    Arguments in addition to those of :class:`~rae.encoder.base.Encoder`:
+    Arguments beside those of :class:`~rae.encoder.base.Encoder`:
         model: Name of the timm architecture.
         pretrained: Whether to load weights; False keeps random ones.
         checkpoint: Local weight file, in timm's, transformers' or DINOv3's own naming.

@@ -1,4 +1,4 @@
-"""Making shards."""
+"""Packing images into shards."""
 
 from rae.data.packing.origin import find_sources
 from rae.data.packing.pack import ShardPlan, pack

@@ -1,4 +1,4 @@
-"""Where images come from before they are packed: folders, ImageNet's tar files, flat folders with a list of labels."""
+"""Sources of the images to pack: folders, ImageNet's tar files, flat folders with a list of labels."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _LISTS = ("ILSVRC2012_validation_ground_truth.txt", "imagenet_2012_validation_sy
 
 @dataclass(frozen=True)
 class Source:
-    """One image's bytes: a file, or a stretch of a tar file."""
+    """One image's bytes: a file, or a byte range of a tar file."""
 
     name: str  # path relative to the folder or within the tar file
-    label: int  # its class; -1 for none
+    label: int  # class; -1 for none
     file: str  # the file that holds it
-    first: int = 0  # first byte within the file
+    first: int = 0  # offset of the first byte within the file
     size: int | None = None  # number of bytes; None for the whole file
     captions: tuple[str, ...] = ()
 
@@ -37,7 +37,7 @@ class Source:
 
 
 def with_captions(sources: Sequence[Source], file: str | Path, column: str = "text") -> list[Source]:
-    """The images with the captions of a file, see :func:`~rae.data.captions.captions_of`."""
+    """Adds captions from a file to the images, see :func:`~rae.data.captions.captions_of`."""
     found = captions_of([source.name for source in sources], Path(file).expanduser(), column)
     return [replace(source, captions=tuple(texts)) for source, texts in zip(sources, found, strict=True)]
 
@@ -46,14 +46,14 @@ def find_sources(path: str | Path, synsets: str | Path | None = None) -> tuple[l
     """All images of a folder or tar file, sorted by class and name, and the names of the classes.
 
     Args:
-        path: A folder with one subfolder a class; a flat folder; a tar file of images; or a tar file that holds one tar file
-            a class, such as ``ILSVRC2012_img_train.tar``.
-        synsets: Labels of a flat folder or tar file, in the order of the images' names: a text file with one class name an
-            image, or the folder of ImageNet's devkit. Without it a flat folder has no classes, and all labels are -1.
+        path: A folder with one subfolder per class; a flat folder; a tar file of images; or a tar file that holds one tar file
+            per class, such as ``ILSVRC2012_img_train.tar``.
+        synsets: Labels of a flat folder or tar file, in the order of the images' names: a text file with one class name per
+            image, or the folder of ImageNet's devkit. Without it, a flat folder has no classes, and all labels are -1.
 
     Raises:
-        FileNotFoundError: There is no such folder or file.
-        ValueError: There is no image, an empty class, or another number of labels than of images.
+        FileNotFoundError: The folder or file does not exist.
+        ValueError: There are no images, a class is empty, or the numbers of labels and images differ.
     """
     root = Path(path).expanduser()
     if root.is_dir():
@@ -88,7 +88,7 @@ Named = list[tuple[str | None, Source]]
 
 
 def _in_tar(path: Path) -> Named:
-    """Images of a tar file, and of the tar files in it, whose names are those of their classes."""
+    """Images of a tar file and of the tar files inside it, each named after its class."""
     found: Named = []
     try:
         with open(path, "rb") as file, whole_tar(file) as outer:
@@ -124,7 +124,7 @@ def _folder_of(name: str) -> str | None:
 
 
 def _labelled(sources: Sequence[Source], synsets: Path) -> Named:
-    """Images with the classes of a list, which is in the order of their names."""
+    """Images with classes from a list in the order of the images' names."""
     file = (
         next((synsets / name for name in _LISTS if (synsets / name).is_file()), None) if synsets.is_dir() else synsets
     )
@@ -154,7 +154,7 @@ def _labelled(sources: Sequence[Source], synsets: Path) -> Named:
 
 
 def _devkit_names(file: Path) -> dict[int, str]:
-    """WordNet ids by the devkit's own class numbers, which are not in the order of the ids."""
+    """WordNet ids by the devkit's own class numbers, which do not follow the order of the ids."""
     meta = file.parent / "meta.mat"
     if not meta.is_file():
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Packs images into tar shards of webdataset's layout, in parallel, resumably, with checksums and an index."""
+"""Packs images into tar shards in webdataset's layout, in parallel, resumably, with checksums and an index."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from rae.rng import sample_seed
 log = logging.getLogger(__name__)
 
 _KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}  # the others are stored as PNG
-_LISTED = 100  # broken files that are named at the end
+_LISTED = 100  # broken files named at the end
 
 
 @dataclass(frozen=True)
 class ShardPlan:
     """Which image goes into which shard, and how.
 
-    Images whose shorter side is longer than ``resize`` are reduced to it (bicubic) and stored anew; None stores the files as
-    they are, to the last byte.
+    Images whose shorter side exceeds ``resize`` are downscaled to it (bicubic) and re-encoded; None stores the files
+    unchanged, byte for byte.
     """
 
     sources: Sequence[Source]  # in the order of the shards
-    classes: Sequence[str]  # their names; empty for none
-    images_per_shard: int = 1000  # the last shard excepted
+    classes: Sequence[str]  # class names; empty for none
+    images_per_shard: int = 1000  # except for the last shard
     resize: int | None = None
-    quality: int = 95  # of JPEGs that are stored anew
-    check: bool = True  # whether every image is decoded, so that broken ones are left out
-    seed: int | None = None  # of the order that the sources are in, where they were shuffled
+    quality: int = 95  # of re-encoded JPEGs
+    check: bool = True  # whether every image is decoded, to leave out broken ones
+    seed: int | None = None  # of the shuffled order of the sources; None if not shuffled
 
     def __post_init__(self) -> None:
         if not _is_integer(self.images_per_shard) or self.images_per_shard < 1:
@@ -69,11 +69,11 @@ class ShardPlan:
         caption_key: str = "text",
         **options: Any,
     ) -> ShardPlan:
-        """The plan for a folder or tar file, see :func:`~rae.data.packing.origin.find_sources`.
+        """Makes the plan for a folder or tar file, see :func:`~rae.data.packing.origin.find_sources`.
 
-        With ``shuffle`` every shard holds images of all classes: for readers that read shard after shard. Ours draws single
-        images and does not need it. ``captions`` is a file of them, with their
-        column ``caption_key``. ``options`` are the other arguments of the class.
+        ``shuffle`` mixes the classes in every shard, for readers that read shard after shard; ours reads single images and
+        does not need it. ``captions`` is a caption file, ``caption_key`` its column. ``options`` are the other arguments of
+        the class.
         """
         sources, classes = find_sources(images, synsets)
         if captions is not None:
@@ -85,13 +85,13 @@ class ShardPlan:
 
     @property
     def captions(self) -> str | None:
-        """How the captions are read back (``data.captions``): ``txt`` for one each, ``text`` for lists in JSON; None for none."""
+        """The matching ``data.captions``: ``txt`` for one caption per image, ``text`` for lists in JSON; None for none."""
         counts = {len(source.captions) for source in self.sources}
         return None if 0 in counts else TEXT if counts == {1} else "text"
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the shards depend on, in a few words: options, and the hash of all names and labels in their order."""
+        """Summary of what the shards depend on: options, and a hash of all names, labels and captions in order."""
         digest = hashlib.sha256()
         for source in self.sources:
             captions = f"|{json.dumps(source.captions)}" if source.captions else ""
@@ -102,7 +102,7 @@ class ShardPlan:
 
 @dataclass
 class Packed:
-    """What became of one shard."""
+    """Record of one written shard."""
 
     file: str
     images: int
@@ -113,18 +113,18 @@ class Packed:
 
 
 def _is_integer(number: object) -> bool:
-    """Whether it is a whole number; values from a command line may be anything."""
+    """Whether a value is an integer; values from a command line may have any type."""
     return isinstance(number, int) and not isinstance(number, bool)
 
 
 def pack(
     plan: ShardPlan, folder: str | Path, prefix: str = "shard", num_workers: int = 0, max_bad_share: float = 0.01
 ) -> dict[str, Any]:
-    """Writes all shards that are not there yet, and the index once all are.
+    """Writes all missing shards, then the index.
 
-    A shard is complete once its own index stands beside it; a run that was interrupted goes on with the others. The same plan
-    makes the same bytes. ``num_workers`` processes write, 0 in this one. The index that is returned holds counts, classes,
-    sizes and checksums.
+    A shard is complete once its own index exists; an interrupted run continues with the others. The same plan gives the same
+    bytes. ``num_workers`` processes write; with 0, this process does. The returned index holds counts, classes, sizes and
+    checksums.
 
     Raises:
         ValueError: The folder holds shards of another plan, or a number is out of range.
@@ -142,7 +142,7 @@ def pack(
         raise ValueError(f"{str(folder)!r} holds tar files that rae-shard did not write; give another output_dir")
     facts = {**plan.facts, "prefix": prefix}
     parts = Parts(folder, facts, len(plan.sources), plan.images_per_shard, ".tar", prefix)
-    parts.plan = facts  # which has words of its own for these two numbers
+    parts.plan = facts  # uses its own names for these two numbers
     parts.lock()
     paths = [parts.path(part) for part in range(len(parts))]
     packed = {path.name: kept for path in paths if (kept := _kept(path)) is not None}
@@ -150,7 +150,7 @@ def pack(
         log.info("%d of %d shards are there already", len(packed), len(parts))
     writer = _Writer(plan, parts, [part for part, path in enumerate(paths) if path.name not in packed])
     done = sum(shard.images + len(shard.broken) for shard in packed.values())
-    # A DataLoader is a pool of processes that report errors and end with their parent.
+    # A DataLoader serves as a process pool that reports errors and ends with its parent.
     pool = DataLoader(writer, batch_size=None, num_workers=num_workers, in_order=False)
     with tqdm(total=len(plan.sources), initial=done, desc="packing", unit=" image") as bar:
         for result in pool if len(writer) else ():
@@ -161,7 +161,7 @@ def pack(
                 log.warning("%s cannot be read (%s); it is left out", name, reason)
             bar.update(result.images + len(result.broken))
             _check_share(packed, len(plan.sources), max_bad_share)
-    _check_share(packed, len(plan.sources), max_bad_share)  # also where nothing was left to write
+    _check_share(packed, len(plan.sources), max_bad_share)  # also if nothing was left to write
     index = _index([packed[path.name] for path in paths], plan.classes, facts)
     write_json(folder / INDEX, index)
     if index["broken"]:
@@ -191,11 +191,11 @@ def _index(shards: Sequence[Packed], classes: Sequence[str], facts: dict[str, An
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
-    """Compares every shard's size, checksum and content with the index, which is returned.
+    """Compares every shard's size, checksum and number of images with the index, and returns the index.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no index in it.
-        ValueError: Names every shard that is missing or differs.
+        FileNotFoundError: The folder does not exist or holds no index.
+        ValueError: Shards are missing or differ; names them all.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -231,7 +231,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
 
 
 class _Writer(Dataset["Packed | str"]):
-    """Writes a shard when it is asked for; gives what became of it, or the reason why it could not be written."""
+    """Writes a shard on access; returns its record, or the reason why it could not be written."""
 
     def __init__(self, plan: ShardPlan, parts: Parts, missing: Sequence[int]) -> None:
         self.plan = plan
@@ -247,7 +247,7 @@ class _Writer(Dataset["Packed | str"]):
         path = self.parts.path(part)
         try:
             return self._write(self.parts.items(part), path)
-        except OSError as error:  # the disk is full, say
+        except OSError as error:  # e.g. the disk is full
             return f"shard {path.name} cannot be written: {error}"
 
     def _write(self, numbers: range, path: Path) -> Packed:
@@ -260,7 +260,7 @@ class _Writer(Dataset["Packed | str"]):
                     source = self.plan.sources[number]
                     try:
                         extension, content = self._content(source)
-                    except Exception as error:  # decoders raise whatever they like on spoiled bytes
+                    except Exception as error:  # decoders raise all kinds of errors on damaged bytes
                         broken.append((source.name, first_line(error)))
                         continue
                     key = f"{number:08d}"
@@ -278,7 +278,7 @@ class _Writer(Dataset["Packed | str"]):
         return packed
 
     def _captions(self, source: Source) -> dict[str, bytes]:
-        """The file with the captions of an image, by its ending."""
+        """Content of an image's caption file, keyed by its extension."""
         if self.captions is None:
             return {}
         if self.captions == TEXT:
@@ -307,7 +307,7 @@ class _Writer(Dataset["Packed | str"]):
 
 
 def _kept(path: Path) -> Packed | None:
-    """What is known of a shard that is there and whole."""
+    """Record of a complete shard; None if it is missing or incomplete."""
     file = path.with_name(index_name(path.name))
     if not file.is_file() or not path.is_file():
         return None
