@@ -1,4 +1,4 @@
-"""Weights in and out: the original project's, diffusers', our own."""
+"""Reading and writing weights: the original project's, diffusers' and our own formats."""
 
 from rae.formats.bundle import Bundle, assemble
 from rae.formats.denoiser import denoiser_from_config

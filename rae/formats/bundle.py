@@ -1,4 +1,4 @@
-"""What every source of weights becomes: the description of a model, and its tensors. Nothing is built before ``assemble``."""
+"""The common form of all sources of weights: a model's description and tensors. Nothing is built before ``assemble``."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ from rae.io.errors import ConfigError
 from rae.io.tensors import load_strict
 
 PARTS = ("encoder", "decoder", "latent", "flow", "denoiser", "sampler", "guidance", "guide", "text_encoder")
-"""What a model is made of."""
-_MAY_DIFFER = ("input_size",)  # decoders serve other grids
+"""The parts of a model."""
+_MAY_DIFFER = ("input_size",)  # decoders work on other grids too
 _OF_THE_GRID = ("grid", "position_scale")
 _LOADERS: dict[str, Callable[..., None]] = {"decoder": load_decoder, "denoiser": load_denoiser, "guide": load_denoiser}
 
 States = Mapping[str, Callable[[], Mapping[str, Tensor]]]
 Make = Callable[..., Any]
 KINDS = (Described, dimension_shift)
-"""What a description from elsewhere may build or call."""
+"""What an untrusted description may build or call."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model that is not built yet."""
+    """A model that has not been built yet."""
 
     source: str
     """Where it comes from, for messages."""
     description: dict[str, Any] = field(default_factory=dict)
-    """Each of :data:`PARTS` as ``_target_`` and arguments, or None; beside them what else a run's configuration says."""
+    """Each of :data:`PARTS` as ``_target_`` and arguments, or None; also the other entries of a run's configuration."""
     states: States = field(default_factory=dict)
-    """State dicts of the networks and of ``latent``, each read when it is called; in any naming that is known."""
+    """Functions that read the state dicts of the networks and of ``latent``, in any known naming."""
     records: tuple[tuple[str, dict[str, Any] | None], ...] = ()
-    """What each source says of its encoder, see :meth:`rae.encoder.Encoder.record`; ``states`` has the first one's weights."""
+    """Each source's record of its encoder, see :meth:`rae.encoder.Encoder.record`; ``states`` has the first one's weights."""
     text_record: Mapping[str, Any] | None = None
-    """What tells the text encoder, see :meth:`rae.encoder.text.TextEncoder.fingerprint`."""
+    """Fingerprint of the text encoder, see :meth:`rae.encoder.text.TextEncoder.fingerprint`."""
     mapped: bool = False
-    """Whether tensors are mapped from a file and nobody else's, so that networks may take them over."""
+    """Whether tensors are memory-mapped from a file and not shared, so that networks may own them."""
 
     def override(self, changes: Mapping[str, Any]) -> Bundle:
-        """With other parts: what is None in ``changes`` stays."""
+        """Replaces parts; None in ``changes`` keeps the current one."""
         given = {key: value for key, value in changes.items() if value is not None or key not in self.description}
         return replace(self, description={**self.description, **given})
 
     def with_decoder(self, other: Bundle) -> Bundle:
-        """With the decoder of another source, built as that one says; the grid stays.
+        """Uses the decoder of another source, built from its description; the grid stays.
 
         Args:
-            other: What holds the decoder; one that does not describe it, a weight file, must fit this description.
+            other: The source of the decoder; a weight file, which does not describe it, must fit this description.
 
         Raises:
             ConfigError: It holds no decoder.
@@ -80,13 +80,13 @@ class Bundle:
         )
 
     def with_guide(self, other: Bundle) -> Bundle:
-        """With the denoiser of another source as the guide of autoguidance.
+        """Uses the denoiser of another source as the guide of autoguidance.
 
         Args:
-            other: What holds it; one that does not describe it, a weight file, must fit this description's ``guide``.
+            other: Its source; a weight file, which does not describe it, must fit this description's ``guide``.
 
         Raises:
-            ConfigError: It holds no denoiser, or nothing says how it is built.
+            ConfigError: It holds no denoiser, or neither source describes how to build it.
         """
         if "denoiser" not in other.states:
             raise ConfigError(f"guide_checkpoint={other.source} has no denoiser; give a run of stage 2 or its export")
@@ -99,13 +99,13 @@ class Bundle:
         return replace(self, description={**self.description, "guide": described}, states=states)
 
     def without(self, *parts: str) -> Bundle:
-        """Without some parts."""
+        """Removes parts."""
         states = {key: value for key, value in self.states.items() if key not in parts}
         return replace(self, description={**self.description, **dict.fromkeys(parts)}, states=states)
 
     @property
     def wants_guide(self) -> bool:
-        """Whether autoguidance is chosen, alone or as a part."""
+        """Whether autoguidance is chosen, alone or as part of a composition."""
         return any(name.endswith(".AutoGuidance") for name in targets_of(self.description.get("guidance")))
 
     def fill(self, part: str, network: Any) -> None:
@@ -116,7 +116,7 @@ class Bundle:
             network: The network.
 
         Raises:
-            ValueError: There are none, or they do not fit; all keys are listed.
+            ValueError: There are none, or they do not fit; lists all keys.
         """
         if part not in self.states:
             raise ValueError(f"{self.source!r} holds no {part}; it holds {', '.join(self.states) or 'no weights'}")
@@ -124,29 +124,29 @@ class Bundle:
 
 
 def make_part(part: str, description: Any, **objects: Any) -> Any:
-    """Builds one part of a model; None for none.
+    """Builds one part of a model; None stays None.
 
     Args:
         part: Its name.
-        description: What it is; only classes of this library and such as the user named are built.
-        objects: Ready-made arguments.
+        description: Its description; only classes of this library or imported or named by the user are built.
+        objects: Arguments that are already objects.
     """
     return None if description is None else rebuild(description, KINDS, **objects)
 
 
 def assemble(bundle: Bundle, encode: bool = True, make: Make = make_part) -> RAE | Generator:
-    """Builds a model and fills it, strictly.
+    """Builds a model and loads its weights, strictly.
 
     Args:
         bundle: The model.
-        encode: Whether the encoder is built and loaded; sampling and decoding do without.
+        encode: Whether to build and load the encoder; sampling and decoding do not need it.
         make: Builds one part, see :func:`make_part`.
 
     Returns:
-        A generator where there is a denoiser, else an autoencoder, in evaluation mode. torch's global generator is left as it is.
+        A generator if there is a denoiser, else an autoencoder, in evaluation mode. torch's global generator is not advanced.
 
     Raises:
-        ValueError: The weights do not fit, another encoder is meant, or the description makes no model.
+        ValueError: The weights do not fit, the sources used a different encoder, or the description is invalid.
     """
     with _in_words(bundle.source), torch.random.fork_rng(devices=[]):
         autoencoder = assemble_autoencoder(bundle, encode, make)
@@ -176,7 +176,7 @@ def assemble(bundle: Bundle, encode: bool = True, make: Make = make_part) -> RAE
 
 
 def assemble_autoencoder(bundle: Bundle, encode: bool = True, make: Make = make_part) -> RAE:
-    """The autoencoder alone; its decoder is untrained where the bundle holds none. As :func:`assemble` else."""
+    """Builds only the autoencoder, like :func:`assemble`; its decoder is untrained if the bundle holds none."""
     encoder = make("encoder", bundle.description["encoder"]) if encode else None
     if "decoder" in bundle.states:
         decoder = _network(bundle, "decoder", make)
@@ -189,7 +189,7 @@ def assemble_autoencoder(bundle: Bundle, encode: bool = True, make: Make = make_
 
 
 def _text_encoder(bundle: Bundle, make: Make) -> Any:
-    """The text encoder with its weights, where a description names one; it must be the one that the source was made with."""
+    """Builds the text encoder with its weights, if described; it must be the one that the source was made with."""
     described = bundle.description.get("text_encoder")
     if described is None:
         return None
@@ -212,9 +212,9 @@ def _network(bundle: Bundle, part: str, make: Make) -> Any:
 
 
 def _settle(autoencoder: RAE, bundle: Bundle) -> None:
-    """Makes the encoder that of the bundle's sources, and refuses another; without one, compares the sources.
+    """Checks that the sources used this encoder; if none was built, compares the sources' encoders with each other.
 
-    Random weights become those that the first source keeps. The side that images are resized to may differ.
+    An encoder with random weights gets those stored by the first source. The input size may differ.
 
     Raises:
         ValueError: Names what differs.
@@ -234,14 +234,14 @@ def _settle(autoencoder: RAE, bundle: Bundle) -> None:
     known = [(source, record["fingerprint"]) for source, record in bundle.records if record and "fingerprint" in record]
     for source, described in known[1:]:
         first = known[0][1]
-        both = {key: value for key, value in described.items() if key in first}  # an export says less than a run
+        both = {key: value for key, value in described.items() if key in first}  # an export records less than a run
         if found := differences(both, first, _MAY_DIFFER):
             raise ValueError(f"{source} was made with another encoder than {known[0][0]}: {found}")
 
 
 @contextlib.contextmanager
 def _in_words(source: str) -> Iterator[None]:
-    """Says of values that make no model where they stand."""
+    """Turns errors of an invalid description into ValueError, naming the source."""
     try:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Model cards: the ``README.md`` of an export, with the header that the Hugging Face hub reads."""
+"""Model cards: the ``README.md`` of an export, with the metadata header for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rae.io.describe import TARGET
 from rae.io.files import flat, parse_json
 
 CARD = "README.md"
-_LICENCES = {  # the first whose name occurs counts: some architectures are named after others
+_LICENCES = {  # the first match counts: some architectures are named after others
     "eupe": "FAIR Noncommercial Research License",
     "webssl|moco|ijepa": "CC-BY-NC-4.0: not for commercial use",
     r"\bmae\b": "CC-BY-NC-4.0: not for commercial use",
@@ -24,14 +24,14 @@ _LICENCES = {  # the first whose name occurs counts: some architectures are name
     "clip": "MIT (OpenAI's repository)",
 }
 """Licences of encoders' weights."""
-_NAMED = 10  # classes that a card names
+_NAMED = 10  # classes listed on a card
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Scores and the protocol that they were taken by, of a ``scores.json`` of ``rae-evaluate`` or ``rae-reconstruct``.
+    """Reads the scores and their protocol from a ``scores.json`` of ``rae-evaluate`` or ``rae-reconstruct``.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: It holds no scores.
     """
     file = Path(path).expanduser()
@@ -52,17 +52,17 @@ def model_card(
     license: str | None = None,
     trained_on: str | None = None,
 ) -> str:
-    """The card of an export.
+    """Writes the model card of an export.
 
     Args:
-        config: What its ``config.json`` says.
+        config: Content of its ``config.json``.
         source: Where it is loaded from: a hub id, or a folder.
         scores: A ``scores.json``, whose scores and protocol the card lists; None for none.
-        license: The hub's name of the licence, e.g. ``apache-2.0``; None where the owner has not chosen one.
-        trained_on: The data, in words; None where it is not said.
+        license: The hub's name of the licence, e.g. ``apache-2.0``; None if the owner has not chosen one.
+        trained_on: Description of the training data; None if not stated.
 
     Raises:
-        FileNotFoundError: The scores do not exist.
+        FileNotFoundError: The scores file does not exist.
         ValueError: The file holds no scores.
     """
     generator = config["kind"] == "generator"
@@ -119,13 +119,13 @@ def _kind(description: Mapping[str, Any]) -> str:
 
 
 def licence_of(encoder: Mapping[str, Any]) -> str | None:
-    """The licence of an encoder's weights, by the names in its description; None where it is not known."""
+    """The licence of an encoder's weights, from the names in its description; None if unknown."""
     names = re.sub(r"[_./-]", " ", f"{encoder.get('hub_id')} {encoder.get('model')}".lower())
     return next((text for name, text in _LICENCES.items() if re.search(name, names)), None)
 
 
 def _encoder_licence(entry: Mapping[str, Any]) -> str:
-    """What is to be known of the encoder's weights."""
+    """States where the encoder's weights are, and their licence."""
     found = licence_of(entry["model"])
     stored = "are stored here" if entry["stored"] else "come from the hub"
     if found is None or (entry["stored"] and not entry["model"].get("hub_id")):
@@ -139,7 +139,7 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value for a cell; of an absolute path, which says something of a machine, the last part."""
+    """Formats a table cell; an absolute path is reduced to its last part, not to reveal local folders."""
     if isinstance(value, float):
         return f"{value:.5g}"
     text = Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)

@@ -1,4 +1,4 @@
-"""ViT decoders in the original project's and in diffusers' naming: weights in, weights out."""
+"""Reads and writes ViT decoder weights in the original project's and in diffusers' naming."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def _naming(*projects: str) -> Naming:
 
 
 def load_decoder(decoder: ViTDecoder, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
-    """Fills a decoder from weights in our own, the original's or diffusers' naming, strictly.
+    """Loads decoder weights in our own, the original's or diffusers' naming, strictly.
 
     Args:
-        decoder: The decoder to fill.
+        decoder: The decoder to load into.
         state: Its weights; the naming is recognised by the keys.
         source: Where they come from, for messages.
         assign: See :func:`rae.io.tensors.load_strict`.
 
     Raises:
-        ValueError: Weights that do not fit; all keys are listed.
+        ValueError: The weights do not fit; lists all keys.
     """
     if POSITION in state:
         if not is_table(state[POSITION], decoder.position):
@@ -69,7 +69,7 @@ def load_decoder(decoder: ViTDecoder, state: Mapping[str, Tensor], source: str, 
 
 
 def state_from_ours(decoder: ViTDecoder, naming: str) -> dict[str, Tensor]:
-    """The decoder's weights under the keys of ``original`` or ``diffusers``, position table included.
+    """The decoder's weights in the naming ``original`` or ``diffusers``, including the position table.
 
     Args:
         decoder: The decoder.

@@ -1,4 +1,4 @@
-"""Diffusion transformers in the original project's naming: configuration, weights in, weights out."""
+"""Diffusion transformers in the original project's naming: configuration, reading and writing weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _FIXED = re.compile(r"^(pos_embed|(enc_|dec_)?feat_rope\.freqs_(cos|sin))$")
 
 
 def denoiser_from_config(config: Mapping[str, Any]) -> Denoiser:
-    """Builds a denoiser from the original's arguments, with fresh weights.
+    """Builds a denoiser with untrained weights from the original's arguments.
 
     Args:
         config: Arguments of the original class: ``hidden_size``, ``depth``, ``num_heads`` (pairs for DiT-DH, single numbers
@@ -67,13 +67,13 @@ def denoiser_from_config(config: Mapping[str, Any]) -> Denoiser:
 
 
 def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Width, depth, heads and patch of a denoiser, from arguments that are numbers, or pairs for a backbone and a head.
+    """Width, depth, heads and patch size of a denoiser, from arguments that are numbers or (backbone, head) pairs.
 
     Args:
         config: ``hidden_size``, ``depth``, ``num_heads`` and ``patch_size``.
 
     Raises:
-        ValueError: Backbone and head have different patches.
+        ValueError: Backbone and head have different patch sizes.
     """
     width, depth, heads = config["hidden_size"], config["depth"], config["num_heads"]
     patch = config.get("patch_size", 1)
@@ -88,31 +88,31 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_denoiser(denoiser: Denoiser, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
-    """Fills a denoiser from weights in our own or the original's naming, strictly.
+    """Loads denoiser weights in our own, the original's or RAEv2's naming, strictly.
 
     Args:
-        denoiser: The denoiser to fill.
+        denoiser: The denoiser to load into.
         state: Its weights; the naming is recognised by the keys.
         source: Where they come from, for messages.
         assign: See :func:`rae.io.tensors.load_strict`.
 
     Raises:
-        ValueError: Weights that do not fit; all keys are listed.
+        ValueError: The weights do not fit; lists all keys.
     """
     load_strict(denoiser, _in_our_naming(state, denoiser, source), source, assign)
 
 
 def begin_with(denoiser: Denoiser, state: Mapping[str, Tensor], source: str) -> None:
-    """Fills a denoiser that is to be trained further with weights of another, which may know fewer classes and no second time.
+    """Initialises a denoiser for training with another's weights, which may lack some classes and the second time.
 
     Args:
-        denoiser: The denoiser to fill. Where the other knows no second time, this one's embedding of it stays at zero. Its further
-            classes follow the other's, and begin as a copy of the row for "no class": what they draw is anything at first.
+        denoiser: The denoiser to initialise. If the weights lack the second time, its embedding stays at zero. New
+            classes come after the old ones and start as copies of the row for "no class": at first, any image results.
         state: See :func:`load_denoiser`.
         source: See :func:`load_denoiser`.
 
     Raises:
-        ValueError: More classes than the denoiser's, or weights that do not fit; all keys are listed.
+        ValueError: The weights have more classes than the denoiser, or do not fit; lists all keys.
     """
     state = dict(_in_our_naming(state, denoiser, source))
     for key, own in denoiser.state_dict().items():
@@ -124,10 +124,10 @@ def begin_with(denoiser: Denoiser, state: Mapping[str, Tensor], source: str) -> 
 
 
 def _grown(table: Tensor, rows: int, source: str) -> Tensor:
-    """A table of classes, its last row that of "no class", with further rows like the last before it.
+    """Extends a class table to ``rows`` rows with copies of its last row, that of "no class".
 
     Raises:
-        ValueError: It has more rows.
+        ValueError: It already has more rows.
     """
     if len(table) > rows:
         raise ValueError(
@@ -138,7 +138,7 @@ def _grown(table: Tensor, rows: int, source: str) -> Tensor:
 
 
 def _in_our_naming(state: Mapping[str, Tensor], denoiser: Denoiser, source: str) -> Mapping[str, Tensor]:
-    """The weights under the denoiser's own keys; ValueError for RAEv2's where the denoiser is of another kind."""
+    """Renames weights to the denoiser's own keys; raises ValueError for RAEv2's weights if it is of another kind."""
     if any(key.startswith(raev2.MARK) for key in state):
         if not isinstance(denoiser, InContextDiT):
             raise ValueError(
@@ -151,20 +151,20 @@ def _in_our_naming(state: Mapping[str, Tensor], denoiser: Denoiser, source: str)
 
 
 def original_to_ours(state: Mapping[str, Tensor], model: Denoiser) -> dict[str, Tensor]:
-    """Renames the original's keys; its fixed tables are compared with ours and left out.
+    """Renames the original's keys; compares its fixed tables with ours and drops them.
 
     Args:
         state: State dict in the original's naming.
-        model: The denoiser that it is for.
+        model: The denoiser for which it is meant.
 
     Raises:
-        ValueError: A fixed table of the file differs from the one that the architecture implies.
+        ValueError: A fixed table of the file differs from the one implied by the architecture.
     """
     tables, kept = _tables(model), {}
     for key, value in state.items():
         if not _FIXED.match(key):
             kept[key] = value[0] if key == "in_context_posemb" and value.ndim == 3 else value
-        # One that the original stores and does not use may differ.
+        # A table that the original stores but does not use may differ.
         elif key in tables and not is_table(value, tables[key]):
             raise ValueError(
                 f"{key} of the file (shape {tuple(value.shape)}) is not the fixed table of this architecture "
@@ -174,7 +174,7 @@ def original_to_ours(state: Mapping[str, Tensor], model: Denoiser) -> dict[str, 
 
 
 def ours_to_original(model: Denoiser) -> dict[str, Tensor]:
-    """The model's weights under the original's keys, fixed tables included."""
+    """The model's weights under the original's keys, including fixed tables."""
     return _naming(model).from_ours(model.state_dict()) | _tables(model)
 
 
@@ -185,7 +185,7 @@ def _naming(model: Denoiser) -> Naming:
 
 
 def _tables(model: Denoiser) -> dict[str, Tensor]:
-    """The original's fixed buffers, as ours have them."""
+    """The original's fixed buffers, from our model."""
     table = getattr(model, "position", None)
     if isinstance(model, RiT):
         table = F.pad(model.position, (0, 0, 1, 0))  # the class token's row is zero

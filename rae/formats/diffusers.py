@@ -1,7 +1,7 @@
-"""Folders of diffusers' ``AutoencoderRAE``: ``config.json`` and safetensors, read and written.
+"""Reads and writes folders of diffusers' ``AutoencoderRAE``: ``config.json`` and safetensors.
 
-There the latents are normalised by (z − mean) / (std + 1e-5), so an imported model keeps that form. Three kinds of encoder exist;
-their networks follow from a few numbers, and an export is refused where ours differs from what diffusers would build.
+diffusers normalises latents as (z − mean) / (std + 1e-5), so an imported model keeps that form. It has three kinds of encoder,
+each defined by a few numbers; an export is refused if ours differs from what diffusers would build.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from rae.io.tensors import read_file, save_state
 
 CLASS = "AutoencoderRAE"
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-_HEAD = 64  # width of an attention head in all encoders that diffusers builds
-_BASE_GRID = 16  # grid on which diffusers' position table has neighbours one apart, as the original has on all
+_HEAD = 64  # width of an attention head in all of diffusers' encoders
+_BASE_GRID = 16  # grid on which diffusers' position table has unit spacing, which the original has on every grid
 _EPS = 1e-5
 _SIZES = {
     "encoder_hidden_size": 768,
@@ -44,20 +44,20 @@ _SIZES = {
     "decoder_intermediate_size": 2048,
     "patch_size": 16,
 }
-"""Sizes in a configuration, and what diffusers takes for those that it does not say."""
+"""Sizes in a configuration, with diffusers' defaults."""
 _COLOURS = {"encoder_norm_mean": [0.485, 0.456, 0.406], "encoder_norm_std": [0.229, 0.224, 0.225]}
 _KEYS = ("encoder.", "decoder.", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What diffusers fixes about one kind of encoder."""
+    """The fixed properties of one of diffusers' kinds of encoder."""
 
     model: str  # timm's architecture
     act: str
     norm_eps: float
     pos_antialias: bool
-    table: int  # image side that the position table is for
+    table: int  # image side of the position table
     hidden: int | None  # width of the feed-forward layers; None: four times the width
     prefix: int  # class and register tokens
 
@@ -75,7 +75,7 @@ def recognises(path: Path) -> bool:
 
 
 def class_name(path: Path) -> Any:
-    """The class of diffusers that a folder says it is of; None where it says none."""
+    """The diffusers class named by a folder's configuration; None if there is none."""
     try:
         return read_json(path / CONFIG).get("_class_name")
     except (OSError, ValueError):
@@ -83,7 +83,7 @@ def class_name(path: Path) -> Any:
 
 
 def read(path: Path, averaged: bool = True) -> Bundle:
-    """The autoencoder in a folder that diffusers' ``AutoencoderRAE.save_pretrained`` wrote; it encodes and decodes as there.
+    """Reads an autoencoder written by diffusers' ``AutoencoderRAE.save_pretrained``; it encodes and decodes as in diffusers.
 
     Args:
         path: The folder, with ``config.json`` and the weights in one file or several.
@@ -91,7 +91,7 @@ def read(path: Path, averaged: bool = True) -> Bundle:
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: Another class, an option that cannot be followed, or unexpected keys.
+        ValueError: Another class, an unsupported option, or unexpected keys.
     """
     config = _read_config(path)
     state = read_weights(path)
@@ -99,7 +99,7 @@ def read(path: Path, averaged: bool = True) -> Bundle:
         raise ValueError(f"{str(path)!r} holds unexpected keys: {', '.join(unexpected[:20])}")
     grid = config["encoder_input_size"] // config["encoder_patch_size"]
     shape = (config["encoder_hidden_size"], grid, grid)
-    # A stored table is the one that the weights were trained with; diffusers itself builds another on grids other than 16×16.
+    # A stored table is the one used in training; diffusers itself builds a different one on grids other than 16×16.
     spread = _BASE_GRID * config["encoder_patch_size"] / config["encoder_input_size"]
     scale = 1.0 if f"decoder.{POSITION}" in state else spread
     described = {
@@ -179,7 +179,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a model of diffusers, in one file or several."""
+    """Reads the weights of a diffusers model, in one file or several."""
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
         return read_file(folder / WEIGHTS)
@@ -194,7 +194,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _moments(state: Mapping[str, Tensor], shape: tuple[int, int, int]) -> dict[str, Tensor]:
-    """Mean and variance of every position from the buffers, which may be single numbers or carry a batch dimension."""
+    """Mean and variance of every position, from buffers that may be single numbers or have a batch dimension."""
     missing = [key for key in ("_latents_mean", "_latents_std") if key not in state]
     if missing:
         raise ValueError(f"the folder's weights lack {', '.join(missing)}")
@@ -209,20 +209,20 @@ def _moments(state: Mapping[str, Tensor], shape: tuple[int, int, int]) -> dict[s
 
 
 def save_diffusers(autoencoder: RAE, folder: str | Path, generation: int | None = None) -> Path:
-    """Writes an autoencoder as diffusers' ``AutoencoderRAE.from_pretrained`` reads it.
+    """Writes an autoencoder for diffusers' ``AutoencoderRAE.from_pretrained``.
 
     Args:
-        autoencoder: With an encoder that diffusers can build: DINOv2 with registers, SigLIP2 or MAE, last layer.
-        folder: Folder to make; it must not hold such files.
-        generation: Encoder names to write: 4, transformers' in the published files, or 5, those of late 5.x versions; None: the
-            names of the installed transformers, else 4.
+        autoencoder: Its encoder must be one that diffusers can build: DINOv2 with registers, SigLIP2 or MAE, last layer.
+        folder: Folder to create; it must not already hold such files.
+        generation: Naming of the encoder's keys: 4, transformers' in the published files, or 5, that of late 5.x versions; None
+            for the naming of the installed transformers, else 4.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: The folder holds such files.
-        ValueError: diffusers would build another network; every difference is named.
+        FileExistsError: The folder already holds such files.
+        ValueError: diffusers would build a different network; lists every difference.
     """
     folder = Path(folder).expanduser()
     refuse_existing(folder, CONFIG, WEIGHTS)
@@ -280,7 +280,7 @@ def save_diffusers(autoencoder: RAE, folder: str | Path, generation: int | None 
 
 
 def _unused_head(width: int, root: str) -> dict[str, Tensor]:
-    """SigLIP's pooling head, which diffusers builds and never runs; zeros, so that none of its weights is missing."""
+    """Zeros for SigLIP's pooling head, which diffusers builds but never runs, so that no weights are missing."""
     hidden = _KINDS["siglip2"].hidden or 4 * width
     shapes = {
         "probe": (1, 1, width),
@@ -299,10 +299,10 @@ def _unused_head(width: int, root: str) -> dict[str, Tensor]:
 
 
 def _check(encoder: TimmEncoder, decoder: ViTDecoder, name: str, state: Mapping[str, Tensor]) -> None:
-    """Refuses what diffusers would build otherwise.
+    """Checks that diffusers would build the same network.
 
     Raises:
-        ValueError: Names every difference.
+        ValueError: It would not; lists every difference.
     """
     kind, network = _KINDS[name], encoder.network
     block = network.blocks[0]

@@ -1,4 +1,4 @@
-"""Discriminator weights in the original project's naming, and trained heads to begin with."""
+"""Discriminator weights in the original project's naming, and initialisation from trained heads."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def rename_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def begin_heads(discriminator: DinoDiscriminator, source: str) -> None:
-    """Gives a discriminator's heads trained weights to begin with.
+    """Initialises a discriminator's heads with trained weights.
 
     Args:
-        discriminator: The discriminator; its backbone stays.
-        source: A run of stage 1, a training checkpoint of the original (below ``disc``), or a file of the heads alone.
+        discriminator: The discriminator; its backbone stays unchanged.
+        source: A stage-1 run, a training checkpoint of the original (under ``disc``), or a file with only the heads.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
-        ConfigError: It holds no heads, or a backbone in their place.
-        ValueError: They do not fit; all keys are listed.
+        FileNotFoundError: The source does not exist.
+        ConfigError: It holds no heads, or a backbone instead.
+        ValueError: They do not fit; lists all keys.
     """
     path, name = Path(source).expanduser(), f"discriminator_checkpoint={source}"
     if not original.recognises(path):

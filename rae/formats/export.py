@@ -1,8 +1,8 @@
-"""Exported models: ``model.safetensors`` and a ``config.json`` that says everything about them, in a folder or on the hub.
+"""Exported models: ``model.safetensors`` and a self-contained ``config.json``, in a folder or on the hub.
 
-``config.json`` describes each part by its class and arguments, tells how to decode and sample (image size, latent shape, shift,
-prediction, classes) and holds hashes: of the stored weights, and of the encoder's. An encoder whose weights are on the hub is
-named there (repository and revision) instead of stored, and its hash is compared when it is loaded.
+``config.json`` describes each part by its class and arguments, how to decode and sample (image size, latent shape, shift,
+prediction, classes), and holds hashes of the stored weights and of the encoder's. An encoder whose weights are on the hub is
+referenced (repository and revision) instead of stored, and its hash is checked on loading.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FIELDS: dict[str, dict[str, type]] = {
     "encoder": {"model": dict, "stored": bool, "sha256": str},
     "weights": {"file": str, "sha256": str},
 }
-"""What a description must say of a part."""
+"""Required entries of a part's description."""
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -48,21 +48,21 @@ _FIELDS: dict[str, dict[str, type]] = {
 def save(
     model: RAE | Generator, folder: str | Path, store_encoder: bool | None = None, **card: str | Path | None
 ) -> Path:
-    """Exports a model, with a model card where the folder holds no ``README.md``.
+    """Exports a model, with a model card unless the folder already holds a ``README.md``.
 
     Args:
         model: Autoencoder or generator.
-        folder: Folder to make; it must not hold an export.
-        store_encoder: Whether the encoder's weights are stored too; None: unless they come from the hub.
-        card: What the card is to say; see :func:`rae.formats.card.model_card`.
+        folder: Folder to create; it must not already hold an export.
+        store_encoder: Whether to store the encoder's weights too; None stores them unless they come from the hub.
+        card: Content of the card; see :func:`rae.formats.card.model_card`.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: The folder holds an export.
-        FileNotFoundError: The card's scores do not exist.
-        ValueError: The encoder is to be stored and was loaded without weights, or the card's scores are none.
+        FileExistsError: The folder already holds an export.
+        FileNotFoundError: The card's scores file does not exist.
+        ValueError: The encoder should be stored but was loaded without weights, or the card's scores file holds no scores.
     """
     folder = Path(folder).expanduser()
     refuse_existing(folder, CONFIG, WEIGHTS)
@@ -112,14 +112,14 @@ def save(
 
 
 def describe_encoder(autoencoder: RAE, store: bool | None) -> dict[str, Any]:
-    """What an export says of its encoder.
+    """The encoder's entry in an export.
 
     Args:
         autoencoder: The model.
-        store: Whether its weights go into the export; None stores those that cannot be had from the hub.
+        store: Whether to store its weights in the export; None stores them unless they come from the hub.
 
     Raises:
-        ValueError: It is to be stored and was loaded without weights.
+        ValueError: It should be stored but was loaded without weights.
     """
     encoder = autoencoder.encoder
     if encoder is None:
@@ -142,15 +142,15 @@ def describe_encoder(autoencoder: RAE, store: bool | None) -> dict[str, Any]:
 
 
 def encoder_record(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What a bundle notes of an encoder that an export describes."""
+    """A bundle's record of the encoder described by an export."""
     record: dict[str, Any] = {"entry": entry}
-    if entry["sha256"].startswith("published:") or not entry["stored"]:  # former versions hashed resized weights
+    if entry["sha256"].startswith("published:") or not entry["stored"]:  # earlier versions hashed resized weights
         record["fingerprint"] = {"weights": entry["sha256"], "dtype": entry["model"].get("dtype") or "float32"}
     return record
 
 
 def describe_text_encoder(encoder: TextEncoder) -> dict[str, Any]:
-    """What an export says of its text encoder, whose weights it stores unless they come from the hub."""
+    """The text encoder's entry in an export, which stores its weights unless they come from the hub."""
     description = describe(encoder)
     description |= {"checkpoint": None} if "checkpoint" in description else {}
     return {"model": description, "stored": not encoder.recoverable, **encoder.fingerprint()}
@@ -163,16 +163,16 @@ def push(
 
     Args:
         model: Autoencoder or generator.
-        repo_id: ``owner/name``; made where it does not exist.
+        repo_id: ``owner/name``; created if it does not exist.
         private: Whether a new repository is private.
         message: Commit message.
-        options: As for :func:`save`. A card that the repository has is replaced only where something is said for it.
+        options: As for :func:`save`. An existing card in the repository is replaced only if content for it is given.
 
     Returns:
-        The commit's address.
+        URL of the commit.
 
     Raises:
-        ValueError: ``repo_id`` is no ``owner/name``.
+        ValueError: ``repo_id`` is not of the form ``owner/name``.
     """
     if not _HUB_ID.match(repo_id):
         raise ValueError(f"repo_id={repo_id!r} must be owner/name")
@@ -193,14 +193,14 @@ def push(
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of an export: the one given, or the one that a hub id is downloaded to (its cache first).
+    """The folder of an export: a local one, or the download of a hub id (from the cache if possible).
 
     Args:
         source: Folder, or hub id ``owner/name``.
         revision: Branch, tag or commit of the hub's repository; None for main.
 
     Raises:
-        FileNotFoundError: There is no such folder, and the hub cannot be reached or does not know the id.
+        FileNotFoundError: The folder does not exist, and the hub cannot be reached or does not know the id.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -211,11 +211,11 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` of an export says.
+    """Reads and checks the ``config.json`` of an export.
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It is no export of this library, or one of a later format.
+        ValueError: It is not an export of this library, has a later format, or is damaged.
     """
     file = folder / CONFIG
     if not file.is_file():
@@ -239,7 +239,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def unusable(config: Mapping[str, Any], parts: Iterable[str], text: str) -> list[str]:
-    """The parts of which a description says nothing usable; a text encoder, under the name ``text``, may be absent."""
+    """The parts that a description lacks or describes wrongly; a text encoder, called ``text``, may be absent."""
     told = [*parts, *([text] if config.get(text) is not None else [])]
     fields = {**_FIELDS, text: {"model": dict, "stored": bool}}
     return [
@@ -257,15 +257,15 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, averaged: bool = True) -> Bundle:
-    """What an export says of its model, and its weights, which are compared with their hash when they are read.
+    """Reads an export: its description, and its weights, whose hash is checked when they are read.
 
     Args:
         path: The folder.
         averaged: Not used: an export holds one set of weights.
 
     Raises:
-        ValueError: The description is damaged, or asks for what is no part of a model; or, when weights are read, the file is
-            truncated or not the one that was exported.
+        ValueError: The description is damaged or names classes that are not parts of a model; or, when weights are read, the
+            file is truncated or not the exported one.
     """
     config = read_description(path)
     file, wanted = path / config["weights"]["file"], config["weights"]["sha256"]

@@ -1,7 +1,7 @@
-"""Models for ONNX runtimes: ``decoder.onnx``, ``denoiser.onnx``, ``guide.onnx``, and ``onnx.json`` with all that a sampler needs.
+"""ONNX export: ``decoder.onnx``, ``denoiser.onnx``, ``guide.onnx``, and ``onnx.json`` with all that a sampler needs.
 
-The decoder takes normalised latents and undoes the normalisation itself. A denoiser gives velocities, whatever it was trained to
-predict, so that a sampler needs neither the path nor the prediction. Encoder and text encoder are no part of it.
+The decoder takes normalised latents and undoes the normalisation itself. A denoiser returns velocities, whatever it was trained
+to predict, so a sampler needs neither the path nor the prediction. Encoder and text encoder are not exported.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ CONFIG = "onnx.json"
 FORMAT, VERSION = "rae-onnx", 1
 PARTS = ("decoder", "denoiser", "guide")
 FILES = (CONFIG, *(f"{part}.onnx{end}" for part in PARTS for end in ("", ".data")))
-"""All that may be written; ``.data`` holds the weights of networks too large for one file."""
+"""All possible output files; ``.data`` holds the weights of networks too large for one file."""
 OPSET = 20
-"""The first with an operator for GELU; onnxruntime reads it from 1.17 on."""
+"""The first opset with a GELU operator; onnxruntime supports it from 1.17."""
 TOLERANCE = 1e-4
-"""Largest difference from PyTorch's values, divided by the largest of those where it is above 1."""
-_LARGEST = 1_900_000_000  # bytes of weights in one file; protobuf ends at 2 GiB
-_ROWS = 3  # samples that are compared
+"""Maximum difference from PyTorch's output, relative to its largest absolute value if that exceeds 1."""
+_LARGEST = 1_900_000_000  # bytes of weights in one file; protobuf's limit is 2 GiB
+_ROWS = 3  # samples to compare
 log = logging.getLogger(__name__)
-for _name in ("onnx_ir", "onnxscript"):  # which would list every rule that they try
+for _name in ("onnx_ir", "onnxscript"):  # they would log every rule that they try
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 class Images(nn.Module):
-    """The decoder as it is written: normalisation undone, images clamped.
+    """The decoder as exported: undoes the normalisation and clamps the images.
 
     Args:
-        autoencoder: Its encoder is not used.
+        autoencoder: The autoencoder; its encoder is not used.
     """
 
     def __init__(self, autoencoder: RAE) -> None:
@@ -59,11 +59,11 @@ class Images(nn.Module):
 
 
 class Velocities(nn.Module):
-    """A denoiser as it is written: with velocities in place of its predictions.
+    """A denoiser as exported: returns velocities instead of its predictions.
 
     Args:
         denoiser: The denoiser.
-        flow: Makes the velocities.
+        flow: Converts predictions to velocities.
     """
 
     def __init__(self, denoiser: Denoiser, flow: FlowMatching) -> None:
@@ -73,24 +73,24 @@ class Velocities(nn.Module):
         self.names = (["r"] if denoiser.second_time else []) + list(denoiser.condition.names)
 
     def forward(self, x_t: Tensor, t: Tensor, *told: Tensor) -> Any:
-        """x_t B×…, t B and what else it takes, in the order of ``names`` => velocity B×…, or the pair with the base head's."""
+        """x_t B×…, t B and the other inputs, in the order of ``names`` => velocity B×…, or the pair with the base head's."""
         options: dict[str, Any] = {"base": True} if self.denoiser.has_base else {}
         return self.flow.velocity_model(self.denoiser)(x_t, t, **options, **dict(zip(self.names, told, strict=True)))
 
 
 def save_onnx(model: RAE | Generator, folder: str | Path) -> Path:
-    """Writes a model's networks as ONNX, float32, for batches of any size; where onnxruntime is installed, it compares them.
+    """Exports a model's networks to ONNX, float32, any batch size; checks them against PyTorch if onnxruntime is installed.
 
     Args:
-        model: Autoencoder, of which the decoder is written, or generator.
+        model: Autoencoder, of which only the decoder is exported, or generator.
         folder: Folder to write into.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: One of the files is there already.
-        ValueError: A network that cannot be expressed, or one whose values differ by more than :data:`TOLERANCE`.
+        FileExistsError: One of the files already exists.
+        ValueError: A network cannot be exported, or its output differs by more than :data:`TOLERANCE`.
     """
     folder = Path(folder).expanduser()
     refuse_existing(folder, *FILES)
@@ -119,7 +119,7 @@ def save_onnx(model: RAE | Generator, folder: str | Path) -> Path:
 
 
 def describe_sampling(model: Generator) -> dict[str, Any]:
-    """What a sampler of another language needs to know: state, times, guidance, classes and the values that tell nothing."""
+    """What a sampler in another language needs to know: state, times, guidance, classes and null conditions."""
     told = {name: value.flatten()[0].item() for name, value in model.denoiser.condition.nothing(1).items()}
     return {
         "state_shape": list(model.denoiser.state_shape),
@@ -141,7 +141,7 @@ def _draws(rows: int, shape: tuple[int, ...], purpose: str = "state") -> Tensor:
 
 
 def _inputs(denoiser: Denoiser) -> dict[str, Tensor]:
-    """Inputs of which no two samples are alike, by name."""
+    """Inputs by name, with no two samples alike."""
     t = torch.linspace(1.0, 0.1, _ROWS)
     given = {"x_t": _draws(_ROWS, denoiser.state_shape), "t": t}
     given |= {"r": t / 2} if denoiser.second_time else {}
@@ -154,13 +154,13 @@ def _inputs(denoiser: Denoiser) -> dict[str, Tensor]:
         elif nothing.is_floating_point():
             given[name] = _draws(_ROWS, tuple(nothing.shape[1:]), name)
         else:
-            given[name] = numbers % (nothing + 1)  # nothing is the largest, the null label
+            given[name] = numbers % (nothing + 1)  # nothing is the largest value, the null label
     return given
 
 
 @torch.no_grad()
 def write(part: str, network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], folder: Path) -> dict[str, Any]:
-    """Exports one network and compares it; what ``onnx.json`` says of it.
+    """Exports one network, checks it and returns its entry for ``onnx.json``.
 
     Raises:
         ValueError: See :func:`save_onnx`.
@@ -174,7 +174,7 @@ def write(part: str, network: nn.Module, inputs: dict[str, Tensor], outputs: lis
         shapes = [*shapes[:2], tuple(shapes[2:])]  # the rest is one argument, *told
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that all inputs have one batch, among others
+            warnings.simplefilter("ignore")  # e.g. that all inputs share one batch size
             program: Any = torch.onnx.export(
                 network,
                 tuple(inputs.values()),
@@ -185,7 +185,7 @@ def write(part: str, network: nn.Module, inputs: dict[str, Tensor], outputs: lis
                 dynamo=True,
                 verbose=False,
             )
-    except Exception as error:  # what the exporter raises has no common base but this
+    except Exception as error:  # the exporter's errors have no other common base
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"to=onnx: the {part} cannot be expressed in ONNX ({reason}); write the network with torch's own operations, or use "
@@ -209,16 +209,16 @@ def write(part: str, network: nn.Module, inputs: dict[str, Tensor], outputs: lis
 
 
 def compare(part: str, network: nn.Module, inputs: dict[str, Tensor], file: Path) -> float | None:
-    """Largest difference between PyTorch's values and onnxruntime's, for one sample and for several; None without onnxruntime.
+    """Largest difference between PyTorch's and onnxruntime's outputs, for one sample and several; None without onnxruntime.
 
     Args:
         part: Name of the network, for messages.
-        network: In PyTorch.
-        inputs: Tensors B×… by name, in its order.
-        file: The same in ONNX.
+        network: The network in PyTorch.
+        inputs: Its inputs B×… by name, in order.
+        file: The network in ONNX.
 
     Raises:
-        ValueError: It is larger than :data:`TOLERANCE`.
+        ValueError: The difference exceeds :data:`TOLERANCE`.
     """
     if find_spec("onnxruntime") is None:
         log.warning('%s: not compared with PyTorch, since onnxruntime is not installed: pip install "rae[onnx]"', part)

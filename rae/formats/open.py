@@ -1,4 +1,4 @@
-"""Where trained weights come from: a run of ours, an export, diffusers' folder, or a file of the original project."""
+"""Opens trained weights: one of our runs, an export, a diffusers folder, or a file of the original project."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from rae.io.describe import describe
 from rae.io.errors import ConfigError
 
 FORMATS: tuple[ModuleType, ...] = (original, run, diffusers, pipeline, export)
-"""Each has ``recognises(path)`` and ``read(path, averaged)``; the first that recognises a path reads it."""
+"""Formats, each with ``recognises(path)`` and ``read(path, averaged)``; the first that recognises a path reads it."""
 
 
 def find(source: str | Path, revision: str | None = None) -> tuple[ModuleType, Path]:
-    """The format of a source, and where it lies on disk.
+    """Finds the format of a source and its location on disk.
 
     Args:
-        source: A run's folder, a ``.ckpt``, an export, diffusers' folder, a weight file, or the hub id of one of the folders, which
+        source: A run's folder, a ``.ckpt``, an export, a diffusers folder, a weight file, or the hub id of such a folder, which
             is downloaded.
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
+        FileNotFoundError: The source does not exist.
         ValueError: It is none of these.
     """
     path = Path(source).expanduser()
     if not path.exists():
         if "/" not in str(source) or path.is_absolute():
-            run.find_checkpoint(path)  # says that it does not exist
+            run.find_checkpoint(path)  # raises, as it does not exist
         try:
             path = export.resolve(source, revision)
         except FileNotFoundError as error:
@@ -48,11 +48,11 @@ def find(source: str | Path, revision: str | None = None) -> tuple[ModuleType, P
 
 
 def read(source: str | Path, averaged: bool = True, revision: str | None = None) -> Bundle:
-    """What a source says of its model, and its weights; see :func:`find`.
+    """Reads a model's description and weights from a source; see :func:`find`.
 
     Args:
         source: Where the model is.
-        averaged: Whether to take the moving average of the weights, where the source has one.
+        averaged: Whether to use the moving average of the weights, if the source has one.
         revision: Branch, tag or commit on the hub.
     """
     kind, path = find(source, revision)
@@ -61,13 +61,13 @@ def read(source: str | Path, averaged: bool = True, revision: str | None = None)
 
 
 def complete(bundle: Bundle, averaged: bool = True, given: str | None = None, keep_guide: bool = False) -> Bundle:
-    """With the decoder and the guide that a description names elsewhere, and a sampler where it names none.
+    """Adds the decoder and guide that a description references, and the default sampler and guidance if it has none.
 
     Args:
         bundle: The model.
-        averaged: Whether an autoencoder's decoder is the moving average of its weights; a generator's always is.
-        given: Decoder to take instead of the model's own; a denoiser's is named by its ``decoder_checkpoint``.
-        keep_guide: Whether a guide stays where the guidance does without one.
+        averaged: Whether an autoencoder's decoder uses the moving average of its weights; a generator's always does.
+        given: Decoder to use instead of the model's own; a denoiser's is referenced by its ``decoder_checkpoint``.
+        keep_guide: Whether to keep a guide that the guidance does not use.
 
     Raises:
         ConfigError: Something else must be given too.
@@ -86,7 +86,7 @@ def complete(bundle: Bundle, averaged: bool = True, given: str | None = None, ke
         )
     if not generates:
         return bundle
-    unsaid = {"sampler": EulerSampler(PublishedGrid()), "guidance": NoGuidance()}  # published files hold weights alone
+    unsaid = {"sampler": EulerSampler(PublishedGrid()), "guidance": NoGuidance()}  # published files hold only weights
     bundle = bundle.override({name: describe(part) for name, part in unsaid.items() if said.get(name) is None})
     if bundle.wants_guide:
         if said.get("guide_checkpoint") is not None:
@@ -99,14 +99,14 @@ def complete(bundle: Bundle, averaged: bool = True, given: str | None = None, ke
 
 
 def load_denoiser(bundle: Bundle, option: str) -> Denoiser:
-    """The trained denoiser of a run or an export, such as autoguidance steers away from.
+    """Builds the trained denoiser of a run or export, for example a guide for autoguidance.
 
     Args:
         bundle: The run or the export.
         option: The key that named it, for the message.
 
     Raises:
-        ConfigError: It holds no denoiser, or does not say how it is built.
+        ConfigError: It holds no denoiser, or does not describe how to build it.
     """
     described = bundle.description.get("denoiser")
     if described is None or "denoiser" not in bundle.states:
@@ -117,7 +117,7 @@ def load_denoiser(bundle: Bundle, option: str) -> Denoiser:
 
 
 def from_pretrained(kind: type, source: str | Path, revision: str | None, encoder: bool) -> Any:
-    """A model of the kind asked for; see :meth:`rae.io.export.Exportable.from_pretrained`."""
+    """Loads a model of the requested class; see :meth:`rae.io.export.Exportable.from_pretrained`."""
     bundle = read(source, revision=revision)
     if not issubclass(kind, Generator) and "decoder" in bundle.states:
         bundle = bundle.without("denoiser", "guide")

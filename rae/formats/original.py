@@ -1,6 +1,6 @@
 """Files of the original projects: decoder, latent statistics, denoiser, training checkpoints.
 
-Hub: ``nyu-visionx/RAE-collections`` and ``nyu-visionx/RAEv2-models``; the same keys but for the denoisers'.
+Hub: ``nyu-visionx/RAE-collections`` and ``nyu-visionx/RAEv2-models``; the keys are the same except for denoisers.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ LAYOUTS = {
     "original": ("model.pt", "stat.pt", "stage2_model.pt"),
     "raev2": ("decoder.pt", "stats.pt", "checkpoint.pt"),
 }
-"""Names of the files of decoder, statistics and denoiser in the published collections."""
+"""File names of decoder, statistics and denoiser in the published collections."""
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _OF_DENOISERS = ("t_embedder.", "time_embedding.")
 _PREFIXES = ("module.", "_orig_mod.", "net.")  # of DistributedDataParallel, torch.compile and RiT
 
 
 def read_original(path: str | Path, averaged: bool = True) -> dict[str, Tensor]:
-    """The state dict in a file of the original project: plain, or inside a training checkpoint.
+    """Reads a state dict from a file of the original project: plain, or inside a training checkpoint.
 
     Args:
         path: ``.pt``, ``.pth``, ``.bin`` or ``.safetensors``.
-        averaged: Whether the moving average (``ema``) is taken where the file holds one beside ``model``.
+        averaged: Whether to use the moving average (``ema``) if the file holds one besides ``model``.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The file holds no state dict.
     """
     content: Mapping[str, Any] = read_file(path)
@@ -64,14 +64,14 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, averaged: bool = True) -> Bundle:
-    """The weights of a decoder or a denoiser, of a published file or a training checkpoint; what they are of is not said.
+    """Reads the weights of a decoder or denoiser from a published file or training checkpoint, which does not describe them.
 
     Args:
         path: The file.
-        averaged: Whether the moving average is taken where the file holds one.
+        averaged: Whether to use the moving average if the file holds one.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The file holds no state dict.
     """
     state = read_original(path, averaged)
@@ -81,7 +81,7 @@ def read(path: Path, averaged: bool = True) -> Bundle:
 
 
 def statistics(latent: LatentNormalizer) -> dict[str, Tensor]:
-    """Mean and variance as the original's file holds them, whose readers divide by √(var + 1e-5)."""
+    """Mean and variance for the original's statistics file, whose readers divide by √(var + 1e-5)."""
     scale = latent.scale.double()
     var = latent.var if latent.form == "variance" and latent.eps == 1e-5 else (scale.square() - 1e-5).float()
     return {"mean": latent.mean.clone(), "var": var.clone()}
@@ -90,18 +90,18 @@ def statistics(latent: LatentNormalizer) -> dict[str, Tensor]:
 def save_original(
     autoencoder: RAE, folder: str | Path, denoiser: Denoiser | None = None, layout: str = "original"
 ) -> Path:
-    """Writes decoder, latent statistics and, with a denoiser, its weights as the original projects read them.
+    """Writes decoder, latent statistics and, optionally, a denoiser's weights in the original projects' format.
 
     Args:
         autoencoder: Its decoder and latent statistics are written.
         folder: Folder to write into.
-        denoiser: Written too, where it is given.
+        denoiser: Also written if given.
         layout: ``original``: ``model.pt``, ``stat.pt``, ``stage2_model.pt``; ``raev2``: ``decoder.pt``, ``stats.pt`` and
             ``checkpoint.pt``, which holds the weights as ``ema``.
 
     Raises:
-        FileExistsError: One of the files is there already.
-        ValueError: An unknown layout, or a model that readers of the layout would take for another.
+        FileExistsError: One of the files already exists.
+        ValueError: Unknown layout, or a model that readers of the layout would misinterpret.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
@@ -141,10 +141,10 @@ def save_original(
 
 
 def refuse_existing(folder: Path, *names: str) -> None:
-    """Refuses to write over an earlier export.
+    """Checks that no earlier export would be overwritten.
 
     Raises:
-        FileExistsError: Names the first file that is there.
+        FileExistsError: Names the first file that already exists.
     """
     for name in names:
         if (folder / name).exists():

@@ -1,4 +1,4 @@
-"""Every key of the original project's YAML files and what becomes of it here: one table, made of a few rules."""
+"""Table of all keys of the original project's YAML files and their translation, built from a few rules."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rae.io.errors import ConfigError
 # --- rules -------------------------------------------------------------------------------------------------------
 
 Rule = Callable[[Translation, Any], Any]
-"""What becomes of a value of the original: our keys with their values, as :meth:`Translation.put` takes them, or the reason why
-nothing is set, or a function that gives the value in our configuration. A value that cannot be had raises a ConfigError."""
+"""Translates a value of the original: returns our keys with their values, as for :meth:`Translation.put`; or the reason why
+nothing is set; or a function that returns the value in our configuration. Raises ConfigError for an unsupported value."""
 
 
 def put(ours: str, convert: Callable[[Any], Any] = lambda value: value, also: Mapping[str, Any] | None = None) -> Rule:
-    """The value, converted, goes to a key of ours; ``also`` holds further keys with their fixed values."""
+    """Sets one of our keys to the converted value; ``also`` holds further keys with fixed values."""
     return lambda t, value: {ours: convert(value), **(also or {})}
 
 
 def choose(group: str, names: Mapping[Any, str], name_of: Callable[[Any], Any] = lambda value: value) -> Rule:
-    """The value, or a name made of it, is the choice of a group; any other than these is refused."""
+    """The value, or a name derived from it, selects a group's choice; names other than these are rejected."""
 
     def rule(t: Translation, value: Any) -> Mapping[str, str]:
         if (name := name_of(value)) not in names:
@@ -35,17 +35,17 @@ def choose(group: str, names: Mapping[Any, str], name_of: Callable[[Any], Any] =
 
 
 def leave(why: str) -> Rule:
-    """Nothing is set."""
+    """Sets nothing."""
     return lambda t, value: why
 
 
 def derived(ours: Callable[[Any], Any]) -> Rule:
-    """Nothing is set: the value follows from others, and is compared with that of our configuration."""
+    """Sets nothing: the value follows from others and is compared with that of our configuration."""
     return lambda t, value: ours
 
 
 def only(*values: Any, why: str) -> Rule:
-    """There is but this; another value is refused."""
+    """Accepts only these values; others are rejected."""
 
     def rule(t: Translation, value: Any) -> str:
         if value not in values:
@@ -56,7 +56,7 @@ def only(*values: Any, why: str) -> Rule:
 
 
 def same_as(other: str, why: str) -> Rule:
-    """The value must be that of another key of the original, which is translated."""
+    """The value must equal that of another key of the original, which is translated."""
 
     def rule(t: Translation, value: Any) -> str:
         if t.source.get(other) != value:
@@ -67,13 +67,13 @@ def same_as(other: str, why: str) -> Rule:
 
 
 def when(test: str | Callable[[Translation], bool], rule: Rule, otherwise: Rule) -> Rule:
-    """One rule for a kind of configuration, or where a test holds, another one for the rest."""
+    """Uses one rule for a kind of configuration, or if a test holds, and another otherwise."""
     holds = test if callable(test) else lambda t: t.kind == test
     return lambda t, value: (rule if holds(t) else otherwise)(t, value)
 
 
 def first_of(rule: Rule, *keys: str) -> dict[str, Rule]:
-    """Several keys of the original mean the same, and the first of them that is given decides."""
+    """Several keys of the original mean the same; the first one given takes precedence."""
 
     def behind(earlier: Sequence[str], t: Translation, value: Any) -> Any:
         deciding = next((key for key in earlier if t.source.get(key) is not None), None)
@@ -83,7 +83,7 @@ def first_of(rule: Rule, *keys: str) -> dict[str, Rule]:
 
 
 def _encoder(t: Translation, value: Any) -> Mapping[str, str]:
-    """The original's class, together with what the name of its weights holds."""
+    """Selects the encoder by the original's class and the name of its weights."""
     names = [f"stage_1.params.{name}" for name in ("encoder_params.dinov2_path", "encoder_params.model_name")]
     name = next((str(t.source[at]) for at in (*names, "stage_1.params.encoder_config_path") if t.source.get(at)), "")
     found = [choice for cls, pattern, choice in ENCODERS if cls == value and re.search(pattern, name, re.IGNORECASE)]
@@ -103,7 +103,7 @@ def _time(t: Translation, value: Any) -> Mapping[str, Any]:
 
 
 def _batch(t: Translation, value: Any) -> Mapping[str, int]:
-    """The global batch is shared out to processes and micro-batches."""
+    """Divides the global batch over processes and micro-batches."""
     whole = t.source.get("training.global_batch_size") is not None
     parts = t.devices * int(t.source.get("training.grad_accum_steps", 1)) if whole else 1
     if int(value) % parts:
@@ -112,13 +112,13 @@ def _batch(t: Translation, value: Any) -> Mapping[str, int]:
 
 
 def _interval(t: Translation, value: Any) -> Mapping[str, list[float]]:
-    """Both ends become one value; the sampling files write them with a dash."""
+    """Combines both ends into one value; the sampling files spell them with a dash."""
     ends = {name.replace("-", "_"): float(end) for name, end in t.source.items() if name.startswith("guidance.t")}
     return {"guidance.interval": [ends.get("guidance.t_min", 0.0), ends.get("guidance.t_max", 1.0)]}
 
 
 def _sizes(backbone: str, head: str) -> Rule:
-    """A number for the backbone, or a list with that of the head."""
+    """A number for the backbone, or a list that also has the head's."""
     return lambda t, value: dict(zip((backbone, head), map(int, _listed(value)), strict=False))
 
 
@@ -151,12 +151,12 @@ ENCODERS = (
     ("SigLIP2wNorm", r"so400m.*p(atch)?16", "siglip2_so400m"),
     ("MAEwNorm", r"base", "mae"),
 )
-"""The original's class, what the name of its weights holds, our choice."""
+"""The original's class, a pattern in the name of its weights, our choice."""
 DENOISERS = {
     **{"DiTwDDTHead": "dit_dh_{size}", "LightningDiT": "dit_{size}"},
     **{"DiTwDDTHeadIG": "in_context_dit_dh_xl", "LightningDiTIG": "in_context_dit_xl"},  # RAEv2's
 }
-_WIDTHS = {384: "s", 768: "b", 1024: "l", 1152: "xl"}  # of the backbone, and the files in conf/denoiser that have them
+_WIDTHS = {384: "s", 768: "b", 1024: "l", 1152: "xl"}  # of the backbone, and the files in conf/denoiser with them
 _SELDOM = leave("only training uses it")
 _ENCODER = leave("the choice of the encoder says it; encoder.checkpoint=FILE reads its weights from a file")
 _PICTURES = leave("pictures are made at every validation: trainer.val_check_interval=…")
@@ -175,7 +175,7 @@ _NOISY_SOLVERS = {"Euler": "sde_euler", "Heun": "sde_heun"}
 _NOISE = {
     "diffusion_form": put(
         "sampler.diffusion",
-        lambda value: str(value).lower().replace("inccreasing", "increasing"),  # as spelt there
+        lambda value: str(value).lower().replace("inccreasing", "increasing"),  # spelt so in the original
     ),
     "diffusion_norm": put("sampler.norm", float),
     "last_step": put("sampler.last_step", lambda value: str(value or "none").lower()),
@@ -187,13 +187,13 @@ _FRESH = leave("a training begins with fresh weights, or continues a run of its 
 
 
 def _denoiser(section: str, node: str) -> dict[str, Rule]:
-    """The keys of a denoiser, the model's own or the guide's: the original's section, our config node."""
+    """Rules for the keys of a denoiser, the model's or the guide's: the original's section, our config node."""
     own, target = node == "denoiser", f"{section}.target"
     dropout = when("stage2", put("training.label_dropout", float), _SELDOM)
     fixed, table = only(True, why="LightningDiT always has its position table"), put(f"{node}.position_table", bool)
 
     def network(t: Translation, value: Any) -> Mapping[str, str]:
-        """The file of the nearest width."""
+        """Selects the file with the nearest width."""
         if (name := str(value).rpartition(".")[2]) not in DENOISERS:
             raise ConfigError(f"{value} is none of {', '.join(DENOISERS)}")
         width = int(_listed(t.source.get(f"{section}.params.hidden_size", max(_WIDTHS)))[0])
@@ -297,7 +297,7 @@ TABLE: dict[str, Rule] = {
     "eval.eval_model": put(f"{_SCORED}.live", bool),
     "eval.data_path": put("data.val_path"),
     "eval.reference_npz_path": when(
-        "stage1",  # whose packed images do not say what they are of
+        "stage1",  # its packed images do not say what they show
         put(f"{_SCORED}.metric.reference", also={f"{_SCORED}.metric.assume_kind": "validation"}),
         put(f"{_SCORED}.metric.reference"),
     ),
@@ -341,4 +341,4 @@ TABLE: dict[str, Rule] = {
         for name, rule in _NOISE.items()
     },
 }
-"""Keys of all configurations."""
+"""Rules for the keys of all configurations."""

@@ -1,4 +1,4 @@
-"""A YAML file of the original project, or of RAEv2, as one of ours: an experiment for ``rae-train``, or a model for the rest."""
+"""Translates YAML files of the original project or RAEv2 into ours: experiments for ``rae-train``, models for other commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rae.io.errors import ConfigError
 from rae.io.files import flat
 
 Compose = Callable[[Sequence[str]], Mapping[str, Any]]
-"""Our configuration of a training, as plain values, for overrides."""
+"""Composes our training configuration, as plain values, from overrides."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "stage_1": {
@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gan.disc.scheduler": {"type": "linear", "warmup_from_zero": False},
     "gan.loss": {"perceptual_weight": 0.0, "disc_weight": 0.0, "disc_start": 0, "lpips_start": 0},
 }
-"""What the original takes where a section does not have a key, as far as our defaults are others."""
+"""The original's defaults for missing keys of a section, where they differ from ours."""
 NOISY_DEFAULTS = {
     "params.sampling_method": "Euler",
     "params.num_steps": 250,
@@ -39,7 +39,7 @@ NOISY_DEFAULTS = {
     "params.last_step": "Mean",
     "params.last_step_size": 0.04,
 }
-"""The same for the sampler of the mode SDE."""
+"""The same for the sampler in SDE mode."""
 ELSEWHERE = {
     "autoencoder": dict.fromkeys(
         ("gan", "eval", "transport", "sampler", "guidance", "misc"), "an autoencoder has none of it"
@@ -48,13 +48,13 @@ ELSEWHERE = {
     "stage2": {"guidance": "pictures of a run are unguided; rae-sample guides", "gan": "stage 1 has it"},
     "sample": {"gan": "stage 1 has it", "eval": "rae-evaluate has it"},
 }
-"""Sections that a kind of configuration has no use for, and why."""
-_ALWAYS = ("image_size", "data.num_classes")  # what a model has to say although training has a default for it
+"""Sections that a kind of configuration does not use, and why."""
+_ALWAYS = ("image_size", "data.num_classes")  # required for a model, although training has defaults
 _SIDE, _PATCH = "stage_1.params.encoder_input_size", "stage_1.params.decoder_patch_size"
 
 
 def add_defaults(t: Translation) -> None:
-    """Fills in what the original takes where a section does not have a key."""
+    """Fills in the original's defaults for missing keys."""
     given = list(t.source)
 
     def has(section: str) -> bool:
@@ -64,14 +64,14 @@ def add_defaults(t: Translation) -> None:
         if has(section) or (section in ("transport", "sampler") and has("stage_2")):
             for name, value in values.items():
                 t.source.setdefault(f"{section}.{name}", value)
-    if has("training") and "training.scheduler.type" not in given:  # the spelling of the first release
+    if has("training") and "training.scheduler.type" not in given:  # spelling of the first release
         t.source.setdefault("training.schedule_type", "linear")
     if has("gan.loss"):
         t.source.setdefault("gan.loss.disc_upd_start", t.source["gan.loss.disc_start"])
 
 
 def kind_of(source: Mapping[str, Any]) -> str:
-    """Whether the original's file is for an autoencoder, the training of a stage, or sampling."""
+    """Kind of the original's file: an autoencoder, training of stage 1 or 2, or sampling."""
     trains = any(key.startswith(("training.", "gan.")) for key in source)
     if any(key.startswith("stage_2.") for key in source):
         return "stage2" if trains else "sample"
@@ -79,15 +79,15 @@ def kind_of(source: Mapping[str, Any]) -> str:
 
 
 def translate(content: Mapping[str, Any], compose: Compose, devices: int = 8) -> Translation:
-    """Finds the counterpart of every key, and keeps what differs from the chosen groups' own values.
+    """Finds the counterpart of every key, and keeps the values that differ from the chosen groups' own.
 
     Args:
-        content: The original's YAML file, its interpolations resolved.
-        compose: Composes our configuration of what was found.
-        devices: Processes that the global batch is shared out to.
+        content: The original's YAML file, with interpolations resolved.
+        compose: Composes our configuration from the overrides found.
+        devices: Number of processes over which the global batch is divided.
 
     Raises:
-        ConfigError: Values that cannot be had; all of them are named.
+        ConfigError: Some values are not supported; lists them all.
     """
     source = {key: value for key, value in flat(content).items() if value != {}}
     t, table = Translation(source, kind_of(source), devices), TABLE
@@ -118,7 +118,7 @@ def translate(content: Mapping[str, Any], compose: Compose, devices: int = 8) ->
 
 
 def _check_needed(t: Translation) -> None:
-    """Refuses a file without decoder, a guide of no kind, and sides that no image size can be made of."""
+    """Marks as refused: a missing decoder, a guide without a class, and sides that give no valid image size."""
     if "decoder" not in t.choices:
         t.refused.setdefault("stage_1.params.decoder_config_path", "must be given")
     if "denoiser@guide" not in t.choices and any(key.startswith("guidance.guidance_model.") for key in t.derived):
@@ -139,7 +139,7 @@ def _refuse(t: Translation) -> None:
 
 
 def _add_unsaid(t: Translation) -> None:
-    """Stage, processes and arithmetic, which the original's scripts say."""
+    """Adds stage, processes and precision, which the original sets in its scripts."""
     t.put("matmul", "tf32", "the original's scripts")
     if t.kind == "stage1":
         t.put("loss.adaptive", "per_process", "the original's scripts")
@@ -161,7 +161,7 @@ def _choose_guidance(t: Translation) -> None:
 
 
 def _compare(t: Translation, compose: Compose) -> None:
-    """Takes out of the translation what the chosen groups say already, and compares what is derived."""
+    """Drops values that the chosen groups already have, and compares derived values."""
     stage = {"autoencoder": "1", "sample": "2"}.get(t.kind, t.kind[-1])
     groups = [f"stage={stage}", *(choice(*item) for item in t.choices.items() if item[0] != "stage")]
     base = compose(groups)

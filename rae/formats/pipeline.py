@@ -1,8 +1,8 @@
-"""Generators as folders of diffusers' ``DiffusionPipeline``, which draws without this library; written, and read back.
+"""Writes and reads generators as folders of diffusers' ``DiffusionPipeline``, which samples without this library.
 
-``model_index.json`` says flow, sampler, guidance, classes and encoder; ``transformer/`` and ``guide/`` hold denoisers, ``vae/``
-diffusers' own ``AutoencoderRAE`` or, where that would be another network, our decoder with the latent statistics. The Python files
-are for diffusers alone: reading a folder back runs none of them. Folders of diffusers' pull request 13231 are read too.
+``model_index.json`` holds flow, sampler, guidance, classes and encoder; ``transformer/`` and ``guide/`` hold denoisers, ``vae/``
+diffusers' own ``AutoencoderRAE`` or, if that would build a different network, our decoder with the latent statistics. The Python
+files are only for diffusers: reading a folder runs none of them. Folders of diffusers' pull request 13231 are read too.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ CODE = "pipeline.py"
 FORMAT = 1
 PIPELINE, TRANSFORMER, DECODER, TEXT_ENCODER = "RAEPipeline", "RAETransformer", "RAEDecoder", "RAETextEncoder"
 FILES = (INDEX, CODE, "transformer", "guide", "vae", "scheduler", "text_encoder", "tokenizer")
-"""What is written."""
-_EXTRA = "rae.safetensors"  # in vae/: weights that diffusers has no place for
-_DIFFUSERS = "0.42.0"  # the version that these folders are written for
+"""The files and folders written."""
+_EXTRA = "rae.safetensors"  # in vae/: weights that have no place in diffusers
+_DIFFUSERS = "0.42.0"  # the version for which these folders are written
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _WITHOUT = ("AdaptiveSampler",)  # torchdiffeq's
 
@@ -46,19 +46,19 @@ _WITHOUT = ("AdaptiveSampler",)  # torchdiffeq's
 
 
 def save_pipeline(model: Generator, folder: str | Path, store_encoder: bool | None = None) -> Path:
-    """Writes a generator as ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` of diffusers reads it.
+    """Writes a generator for diffusers' ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``.
 
     Args:
         model: The generator.
-        folder: Folder to make; it must not hold such files.
-        store_encoder: As of :func:`rae.formats.export.save`. diffusers' own ``AutoencoderRAE`` always holds the encoder.
+        folder: Folder to create; it must not already hold such files.
+        store_encoder: As in :func:`rae.formats.export.save`. diffusers' own ``AutoencoderRAE`` always holds the encoder.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: The folder holds such files.
-        ValueError: An adaptive sampler, a language model of random weights or a class of another library.
+        FileExistsError: The folder already holds such files.
+        ValueError: The model has an adaptive sampler, a language model with random weights, or a class of another library.
     """
     folder = Path(folder).expanduser()
     refuse_existing(folder, *FILES)
@@ -94,7 +94,7 @@ def _index(model: Generator) -> dict[str, Any]:
 
 
 def _save_text_encoder(encoder: TextEncoder, folder: Path) -> dict[str, Any]:
-    """Writes the text encoder; what the index says of it."""
+    """Writes the text encoder and returns its entry in the index."""
     index: dict[str, Any] = {"text": describe_text_encoder(encoder)}
     if isinstance(encoder, TransformersTextEncoder):
         for name, part in (("text_encoder", encoder.network), ("tokenizer", encoder.tokenizer)):
@@ -111,7 +111,7 @@ def _normalisation(latent: LatentNormalizer) -> dict[str, Any]:
 
 
 def _refuse(model: Generator, index: Mapping[str, Any]) -> None:
-    """Raises ValueError for what the files of a folder cannot do."""
+    """Raises ValueError for features that the written files do not support."""
     networks = [describe(part) for part in (model.denoiser, model.guide, model.text_encoder) if part is not None]
     names = targets_of([*networks, index["sampler"], index["guidance"], index["flow"]])
     if foreign := [name for name in names if not name.startswith("rae.")]:
@@ -134,11 +134,11 @@ def _refuse(model: Generator, index: Mapping[str, Any]) -> None:
 
 
 def _save_autoencoder(autoencoder: RAE, folder: Path, store: bool | None) -> tuple[list[str], dict[str, Any]]:
-    """Writes the decoder; its class for diffusers, and what the index says of the encoder."""
+    """Writes the decoder; returns its class for diffusers and the encoder's entry in the index."""
     latent = autoencoder.latent
     try:
         save_diffusers(autoencoder, folder)
-    except ValueError:  # diffusers would build another network
+    except ValueError:  # diffusers would build a different network
         entry = describe_encoder(autoencoder, store)
         stored = entry["stored"] and autoencoder.encoder is not None
         if stored:
@@ -147,7 +147,7 @@ def _save_autoencoder(autoencoder: RAE, folder: Path, store: bool | None) -> tup
         config = {"description": describe(autoencoder.decoder), "normalisation": _normalisation(latent)}
         _save_model(folder, DECODER, config, _state("decoder", autoencoder.decoder) | moments)
         return [_save_code(folder, "decoder"), DECODER], entry
-    save_state(prefixed("latent", latent.state_dict()), folder / _EXTRA)  # diffusers' form of them is rounded
+    save_state(prefixed("latent", latent.state_dict()), folder / _EXTRA)  # diffusers stores them rounded
     return ["diffusers", diffusers.CLASS], describe_encoder(autoencoder, True)
 
 
@@ -161,7 +161,7 @@ def _save_model(folder: Path, name: str, config: Mapping[str, Any], state: Mappi
 
 
 def _save_code(folder: Path, component: str) -> str:
-    """Writes the file with a component's class; its name without ending."""
+    """Writes the file with a component's class; returns its name without extension."""
     name = f"rae_{component}"
     write_text(folder / f"{name}.py", single_file(f"rae.formats.components.{component}", f"The {component} of rae."))
     return name
@@ -171,15 +171,15 @@ def _save_code(folder: Path, component: str) -> str:
 
 
 def recognises(path: Path) -> bool:
-    """Whether a folder holds a pipeline of diffusers, or a denoiser alone."""
+    """Whether a folder holds a diffusers pipeline, or only a denoiser."""
     return (path / INDEX).is_file() or class_name(path) in (TRANSFORMER, pull_request_13231.TRANSFORMER)
 
 
 def read(path: Path, averaged: bool = True) -> Bundle:
-    """The generator in a folder that :func:`save_pipeline` or diffusers' pull request 13231 wrote; no code of the folder is run.
+    """Reads a generator written by :func:`save_pipeline` or diffusers' pull request 13231, without running the folder's code.
 
     Args:
-        path: The folder, or one of a ``transformer`` or ``guide`` in it, which is a denoiser alone.
+        path: The folder, or its ``transformer`` or ``guide`` folder, which is only a denoiser.
         averaged: Not used: such a folder holds one set of weights.
 
     Raises:
@@ -232,7 +232,7 @@ def _check_index(file: Path, index: Mapping[str, Any]) -> None:
 
 
 def _denoiser(folder: Path) -> tuple[dict[str, Any], Any]:
-    """Description and weights of a denoiser's folder."""
+    """Description and weights in a denoiser's folder."""
     config = read_json(folder / CONFIG)
     if config.get("_class_name") == pull_request_13231.TRANSFORMER:
         return pull_request_13231.denoiser(folder, config)
@@ -263,7 +263,7 @@ def _autoencoder(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any]
     states = {name: partial(_part, folder / WEIGHTS, name) for name in ("decoder", "latent")}
     if any(key.startswith("encoder.") for key in kept):
         states["encoder"] = partial(_part, extra, "encoder")
-    elif entry["stored"]:  # a copy that diffusers made
+    elif entry["stored"]:  # a copy saved by diffusers
         return {**described, "encoder": None}, states, None
     return described, states, encoder_record(entry)
 

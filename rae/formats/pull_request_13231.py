@@ -1,7 +1,7 @@
 """Folders of diffusers' pull request 13231: ``RAEDiTPipeline`` and ``RAEDiT2DModel``, DiT-DH for class labels.
 
-Their names are the original's but for attention, whose three maps are apart, and feed-forward layers, in which SwiGLU's value
-stands before its gate. Guidance and steps are arguments of that pipeline's call and not stored.
+Names are the original's except in attention, whose three projections are separate, and in feed-forward layers, where SwiGLU's
+value precedes its gate. Guidance and steps are call arguments of that pipeline and not stored.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _STEPS = 50  # that pipeline's default
 
 
 def read(path: Path, index: Mapping[str, Any], autoencoder: Bundle) -> Bundle:
-    """The generator in a folder that ``RAEDiTPipeline.save_pretrained`` wrote, without guidance and with 50 steps of Euler.
+    """Reads a generator written by ``RAEDiTPipeline.save_pretrained``, without guidance and with 50 Euler steps.
 
     Args:
         path: The folder.
-        index: What its ``model_index.json`` says.
-        autoencoder: What its ``vae`` holds.
+        index: Content of its ``model_index.json``.
+        autoencoder: Content of its ``vae``.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: An option that cannot be followed.
+        ValueError: An unsupported option.
     """
     described, state = denoiser(path / "transformer", read_json(path / "transformer" / "config.json"))
     if (names := class_names(index)) is None:
@@ -57,7 +57,7 @@ def read(path: Path, index: Mapping[str, Any], autoencoder: Bundle) -> Bundle:
 
 
 def class_names(index: Mapping[str, Any]) -> list[str] | None:
-    """Names of the classes 0, 1, … in a ``model_index.json``, where diffusers sorts them as texts; None if they are unusable."""
+    """Names of the classes 0, 1, … in a ``model_index.json``, where diffusers sorts them as strings; None if invalid."""
     names = index.get("id2label") or {}
     if not (isinstance(names, dict) and all(label.isdecimal() for label in names)):
         return None
@@ -65,14 +65,14 @@ def class_names(index: Mapping[str, Any]) -> list[str] | None:
 
 
 def denoiser(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]:
-    """Description and weights, in the original's naming, of a folder that ``RAEDiT2DModel.save_pretrained`` wrote.
+    """Description and weights, in the original's naming, of a folder written by ``RAEDiT2DModel.save_pretrained``.
 
     Args:
         folder: The folder.
-        config: What its ``config.json`` says.
+        config: Content of its ``config.json``.
 
     Raises:
-        ValueError: An option that cannot be followed.
+        ValueError: An unsupported option.
     """
     given = {key: _pair(config.get(key)) if key in _PAIRS else value for key, value in config.items()}
     given |= {"input_size": config.get("sample_size")}
@@ -95,7 +95,7 @@ def _pair(value: Any) -> Any:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in the original's naming."""
+    """Reads the weights and renames them to the original's naming."""
     state, out = read_weights(folder), {}
     for key, value in state.items():
         if ".mlp.net.0.proj." in key and _is_gated(key, state):
@@ -110,13 +110,13 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _is_gated(key: str, state: Mapping[str, Tensor]) -> bool:
-    """Whether a feed-forward layer is SwiGLU: its first map makes twice what its second takes."""
+    """Whether a feed-forward layer is SwiGLU: its first projection outputs twice the input width of its second."""
     layer = key.partition(".net.")[0]
     return state[f"{layer}.net.0.proj.weight"].shape[0] == 2 * state[f"{layer}.net.2.weight"].shape[1]
 
 
 def _shift(file: Path) -> float:
-    """The shift of the times that the scheduler says."""
+    """The scheduler's time shift."""
     config = {"shift": 1.0, **read_json(file)}
     unread = ("shift_terminal", "invert_sigmas", "stochastic_sampling")
     odd = [key for key, value in config.items() if (key.startswith("use_") or key in unread) and value]

@@ -1,6 +1,6 @@
-"""Files of RAEv2 (``nyu-visionx/RAEv2-models``): denoisers in their own naming, and what a collection of them holds.
+"""Denoisers of RAEv2 (``nyu-visionx/RAEv2-models``) in their own naming.
 
-Decoders, latent statistics and training checkpoints have the layout of the first RAE's, which :mod:`rae.formats.original` reads.
+Decoders, latent statistics and training checkpoints have the first RAE's layout, which :mod:`rae.formats.original` reads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rae.denoiser import InContextDiT, InContextDiTDH
 from rae.io.names import Naming, is_table
 
 MARK = "ctx_embedder."
-"""Begins some keys of every state dict in this naming, and of no other."""
+"""Key prefix that identifies this naming: every such state dict has it, and no other."""
 _NAMES = {
     "t_embedder.W": "time_embedding.frequencies",
     "t_embedder.learnable_tokens": "time_tokens",
@@ -52,14 +52,14 @@ _PIECES = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "ml
 
 
 def to_ours(state: Mapping[str, Tensor], model: InContextDiT) -> dict[str, Tensor]:
-    """Renames RAEv2's keys and joins what we have in one piece; its rotary tables are compared with ours and left out.
+    """Renames RAEv2's keys and joins weights that we store in one piece; compares its rotary tables with ours and drops them.
 
     Args:
         state: State dict in RAEv2's naming.
-        model: The denoiser that it is for.
+        model: The denoiser for which it is meant.
 
     Raises:
-        ValueError: A rotary table differs from the one that the architecture implies: other token counts or another grid.
+        ValueError: A rotary table differs from the one implied by the architecture: other token counts or another grid.
     """
     tables, kept = _tables(model), {}
     for key, value in state.items():
@@ -76,7 +76,7 @@ def to_ours(state: Mapping[str, Tensor], model: InContextDiT) -> dict[str, Tenso
 
 
 def from_ours(model: InContextDiT) -> dict[str, Tensor]:
-    """The denoiser's weights under RAEv2's keys, rotary tables included."""
+    """The denoiser's weights under RAEv2's keys, including rotary tables."""
     return _tables(model) | _naming(model).from_ours(model.state_dict())
 
 
@@ -87,13 +87,13 @@ def _naming(model: InContextDiT) -> Naming:
 
 
 def _tables(model: InContextDiT) -> dict[str, Tensor]:
-    """RAEv2's rotary buffers, as ours have them."""
+    """RAEv2's rotary buffers, from our model."""
     if isinstance(model, InContextDiTDH):
         return rotary_tables({"enc_rope": model.backbone_rope, "dec_rope": model.head_rope})
     return rotary_tables({"rope": model.backbone_rope})
 
 
 def rotary_tables(ropes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tables of rotary embeddings, where there are any, by what the projects call them."""
+    """Tables of rotary embeddings, if any, under the projects' names."""
     present = {name: rope for name, rope in ropes.items() if rope is not None}
     return {f"{name}.freqs_{part}": getattr(rope, part) for name, rope in present.items() for part in ("cos", "sin")}

@@ -1,4 +1,4 @@
-"""What a YAML file of RAEv2 has beside those of the first project: names of encoders, and keys of its denoiser and objective."""
+"""Additions of RAEv2's YAML files to the first project's: encoder names, and keys of the denoiser and objective."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ ENCODERS = {
     **{("mocov3", size): f"mocov3_{size}" for size in "sbl"},
     ("jepa", "h"): "ijepa_h",
 }
-"""Family and size in the project's names of encoders -> our choice."""
+"""Family and size in the project's encoder names -> our choice."""
 FUSIONS = {"dinov2mls": "mean", "dinov3mls": "mean_plus_pooled", "siglip2mls": "mean_plus_pooled", "eupemls": "sum"}
-"""Families that take several layers, and what becomes of them."""
+"""Families that use several layers -> our fusion."""
 LAYERS = {"s16": "2.5.8.11", "b16": "2.5.8.11", "l16": "5.11.17.23", "h16plus": "8.16.24.31"}
-"""Layers of DINOv3 where a name has none."""
+"""Default layers of DINOv3, for names without any."""
 _NAME = re.compile(r"([a-z0-9]+)-[a-z0-9]+-(\w+?)(?:\[([^\]]*)\])?")
 
 
 def encoder_key(source: Mapping[str, Any]) -> str | None:
-    """The key that names an encoder as ``TYPE-ARCH-CONFIG``; None in the files of the first project."""
+    """The key that names an encoder as ``TYPE-ARCH-CONFIG``; None in files of the first project."""
     families = {family for family, _ in ENCODERS} | FUSIONS.keys()
     for key, value in source.items():
         found = _NAME.fullmatch(value) if key.startswith("stage_1.params.") and isinstance(value, str) else None
@@ -47,7 +47,7 @@ def encoder_key(source: Mapping[str, Any]) -> str | None:
 
 
 def _encoder(t: Translation, name: str) -> Mapping[str, Any]:
-    """Encoder, layers and last norm, from the project's name (``dinov3mls-vit-l16[layers=1.2.3]``)."""
+    """Encoder, layers and final norm, from the project's name (``dinov3mls-vit-l16[layers=1.2.3]``)."""
     found = _NAME.fullmatch(name)
     assert found
     family, size, flags = found[1], found[2], [flag for flag in (found[3] or "").split(",") if flag]
@@ -78,7 +78,7 @@ def _encoder(t: Translation, name: str) -> Mapping[str, Any]:
 
 
 def _strength(value: Any) -> float:
-    """Those up to 1 are no guidance."""
+    """Scales up to 1 mean no guidance."""
     return max(1.0, float(value))
 
 
@@ -119,11 +119,11 @@ RULES: dict[str, Rule] = {
     "ig_interval": put("guidance.interval", _floats),
     "cfg_interval": put("guidance.cfg_interval", _floats),
 }
-"""What becomes of keys, by their last part; the others are as in the first project."""
+"""Rules for keys, by their last part; all others are as in the first project."""
 
 
 def rules(source: Mapping[str, Any], encoder: str) -> dict[str, Rule]:
-    """The rules for the keys of a file that are others than the first project's; ``encoder`` is the key that names the encoder."""
+    """Rules for a file's keys that differ from the first project's; ``encoder`` is the key that names the encoder."""
     return {key: RULES[last] for key in source if (last := key.rpartition(".")[2]) in RULES} | {
         encoder: _encoder,
         "stage_1.target": leave("the autoencoder's class is rae.autoencoder.RAE"),
@@ -133,7 +133,7 @@ def rules(source: Mapping[str, Any], encoder: str) -> dict[str, Rule]:
 
 
 def choose_guidance(t: Translation) -> None:
-    """Internal, classifier-free, both, or none."""
+    """Chooses internal guidance, classifier-free guidance, both, or none."""
     internal, cfg = (t.values.get(f"guidance.{name}", (1.0, ""))[0] for name in ("scale", "cfg_scale"))
     null_scale = t.values.get("guidance.null_scale", (None, ""))[0]
     if internal > 1 or (cfg > 1 and null_scale not in (None, 1.0)):

@@ -1,4 +1,4 @@
-"""Checkpoints of training runs: which file, which configuration, and the trained weights of one part."""
+"""Checkpoints of training runs: file, configuration, and trained weights of each part."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from rae.io.names import below
 from rae.io.tensors import check_file, is_state, map_file
 
 NETWORKS = {"decoder": "autoencoder.decoder", "denoiser": "denoiser"}
-"""Names of trained parts inside the training modules."""
+"""Names of the trained parts inside the training modules."""
 LAST = Path("checkpoints") / "last.ckpt"
-"""Where a run keeps its newest checkpoint, below its folder."""
+"""A run's newest checkpoint, relative to its folder."""
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint file of a run.
 
     Args:
-        path: A run's folder, which stands for its last checkpoint, or a checkpoint file.
+        path: A run's folder, which means its last checkpoint, or a checkpoint file.
 
     Raises:
         FileNotFoundError: Neither exists.
@@ -43,14 +43,13 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Opens a checkpoint without reading its tensors, which are mapped from the file and not compared with their checksums.
+    """Opens a checkpoint without reading its tensors, which are memory-mapped without checking their checksums.
 
     Args:
-        file: From :func:`find_checkpoint`; of a folder, the tensors that are shared out are
-            :class:`~rae.formats.shares.Shared`.
+        file: From :func:`find_checkpoint`; in a folder, sharded tensors are :class:`~rae.formats.shares.Shared`.
 
     Raises:
-        ValueError: The file is truncated or damaged, holds objects other than tensors and containers, or is no checkpoint.
+        ValueError: The file is truncated or damaged, holds objects other than tensors and containers, or is not a checkpoint.
     """
     checkpoint = read_shares(file) if file.is_dir() else map_file(file)
     if not isinstance(checkpoint, dict):
@@ -65,8 +64,8 @@ def read_step(path: str | Path) -> int:
     """Number of optimiser steps taken before the checkpoint was written.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: The file is no checkpoint of a training run.
+        FileNotFoundError: The checkpoint does not exist.
+        ValueError: The file is not a checkpoint of a training run.
     """
     file = find_checkpoint(path)
     step = read_checkpoint(file).get("global_step")
@@ -76,18 +75,18 @@ def read_step(path: str | Path) -> int:
 
 
 def content_hash(path: str | Path) -> str:
-    """SHA-256 that tells a checkpoint's content, of the checksums that it holds; tensors are not read.
+    """SHA-256 that identifies a checkpoint's content, computed from its checksums without reading tensors.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: The file is no checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
+        ValueError: The file is not a checkpoint.
     """
     file = find_checkpoint(path)
     try:
         records = []
         for part in _files(file):
             with zipfile.ZipFile(part) as archive:
-                # Names begin with that of the file.
+                # Entry names begin with the name of the file, which is dropped.
                 records += [
                     (entry.filename.partition("/")[2], entry.CRC, entry.file_size) for entry in archive.infolist()
                 ]
@@ -101,10 +100,10 @@ def _files(file: Path) -> list[Path]:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The resolved configuration that a run was trained with, which every one of its checkpoints holds.
+    """The resolved configuration of a run, stored in each of its checkpoints.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: The file holds no configuration.
     """
     file = find_checkpoint(path)
@@ -115,11 +114,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def read_encoder(path: str | Path) -> dict[str, Any] | None:
-    """What a run keeps of its encoder, see :meth:`rae.encoder.Encoder.record`; None where it keeps nothing.
+    """A run's record of its encoder, see :meth:`rae.encoder.Encoder.record`; None if it has none.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: The file is no checkpoint of a training run.
+        FileNotFoundError: The checkpoint does not exist.
+        ValueError: The file is not a checkpoint of a training run.
     """
     file = find_checkpoint(path)
     record = read_checkpoint(file).get("encoder")
@@ -133,15 +132,15 @@ def read_encoder(path: str | Path) -> dict[str, Any] | None:
 
 
 def trained_weights(path: str | Path, network: str, averaged: bool = True) -> dict[str, Tensor]:
-    """Weights of one trained part.
+    """Reads the weights of one trained part.
 
     Args:
         path: A run's folder or checkpoint file.
         network: Name of the part inside the training module, e.g. ``denoiser`` or ``autoencoder.decoder``.
-        averaged: Whether to take the moving average of the weights, where the run kept one.
+        averaged: Whether to use the moving average of the weights, if the run has one.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: The run did not train this part, or the file is damaged.
     """
     file = find_checkpoint(path)
@@ -167,10 +166,10 @@ def trained_weights(path: str | Path, network: str, averaged: bool = True) -> di
 
 
 def check_whole(path: str | Path) -> None:
-    """Reads a whole checkpoint and compares its checksums; one that holds none passes.
+    """Reads a whole checkpoint and verifies its checksums; one without checksums passes.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: It is damaged.
     """
     file = find_checkpoint(path)
@@ -180,12 +179,12 @@ def check_whole(path: str | Path) -> None:
 
 
 def usable(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """What a checkpoint's configuration may say: values, and how to build the parts of a model from this library's classes.
+    """The safe entries of a checkpoint's configuration: values, and descriptions of model parts built from known classes.
 
-    The rest, such as optimisers and loggers, is left out, as are data sets of unknown classes.
+    Other entries, such as optimisers and loggers, are dropped, as are data sets of unknown classes.
 
     Args:
-        config: The configuration as it stands in the file.
+        config: The configuration as stored in the file.
         source: The file, for messages.
 
     Raises:
@@ -209,15 +208,15 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, averaged: bool = True) -> Bundle:
-    """What a run trained, and the configuration that it was trained with.
+    """Reads a run's trained weights and configuration.
 
     Args:
         path: The run's folder or a checkpoint.
-        averaged: Whether to take the moving average of the weights, where the run kept one.
+        averaged: Whether to use the moving average of the weights, if the run has one.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: The file is no checkpoint of a training run, or its configuration names what is no part of a model.
+        FileNotFoundError: The checkpoint does not exist.
+        ValueError: The file is not a checkpoint of a training run, or its configuration names classes that are not model parts.
     """
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file)

@@ -1,4 +1,4 @@
-"""Checkpoints that are a folder: ``share_N.pt`` holds process N's rows of the tensors that are shared out, ``meta.pt`` the rest."""
+"""Checkpoints stored as a folder: ``share_N.pt`` holds process N's rows of the sharded tensors, ``meta.pt`` the rest."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from rae.io.files import write_atomically
 from rae.io.tensors import map_file
 
 REST = "meta.pt"
-"""What stands in a shared tensor's place there has its shape and type alone (device ``meta``)."""
+"""File with everything else; sharded tensors are replaced by placeholders with shape and dtype only (device ``meta``)."""
 _COUNT = "shares"
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A tensor of which each file holds some rows, mapped from there.
+    """A sharded tensor: each file holds some of its rows, memory-mapped.
 
     Attributes:
-        shape: Of the whole.
-        pieces: The rows of each file, in order.
+        shape: Shape of the whole tensor.
+        pieces: The rows in each file, in order.
     """
 
     shape: torch.Size
     pieces: tuple[Tensor, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        return self  # never changed
+        return self  # immutable
 
     def rows(self, begin: int, end: int) -> Tensor:
-        """Some of its rows.
+        """A range of rows.
 
         Args:
-            begin: The first.
-            end: The one behind the last.
+            begin: The first row.
+            end: One past the last row.
         """
         found, first = [], 0
         for piece in self.pieces:
@@ -52,12 +52,12 @@ class Shared:
 
 
 def changed(value: Any, kind: type | tuple[type, ...], change: Callable[[Any], Any]) -> Any:
-    """Nested dicts, lists and tuples with every value of a kind replaced, in order.
+    """Copies nested dicts, lists and tuples, replacing every value of some type, in order.
 
     Args:
-        value: Anything; it stays as it is.
-        kind: What is replaced.
-        change: Gives the replacement.
+        value: Any value; it is not modified.
+        kind: Type of the values to replace.
+        change: Returns the replacement.
     """
     if isinstance(value, kind):
         return change(value)
@@ -74,27 +74,27 @@ def write_share(folder: Path, number: int, pieces: list[Tensor]) -> None:
     Args:
         folder: The folder.
         number: The process.
-        pieces: Its rows of every shared tensor, in the order in which their places stand in the rest.
+        pieces: Its rows of every sharded tensor, in the order of their placeholders in the rest.
     """
     write_atomically(folder / f"share_{number:05d}.pt", lambda file: torch.save(pieces, file))
 
 
 def write_rest(folder: Path, rest: dict[str, Any], count: int) -> None:
-    """Writes what is not shared out.
+    """Writes everything that is not sharded.
 
     Args:
         folder: The folder.
-        rest: The checkpoint, with tensors on the device ``meta`` in the places of shared ones.
-        count: How many shares there are.
+        rest: The checkpoint, with tensors on the device ``meta`` as placeholders for sharded ones.
+        count: Number of shares.
     """
     write_atomically(folder / REST, lambda file: torch.save({**rest, _COUNT: count}, file))
 
 
 def read_shares(folder: Path) -> dict[str, Any]:
-    """Opens such a folder; tensors are mapped and not compared with their checksums, shared ones are :class:`Shared`.
+    """Opens such a folder; tensors are memory-mapped without checking checksums, sharded ones are :class:`Shared`.
 
     Raises:
-        ValueError: A file is missing, damaged or another's, or holds objects other than tensors and containers.
+        ValueError: A file is missing, damaged or of another checkpoint, or holds objects other than tensors and containers.
     """
     rest = map_file(folder / REST)
     count = rest.pop(_COUNT, None) if isinstance(rest, dict) else None
@@ -120,15 +120,15 @@ def read_shares(folder: Path) -> dict[str, Any]:
 
 
 def share_files(folder: Path) -> list[Path]:
-    """The files of the shares in order."""
+    """The share files, in order."""
     return sorted(folder.glob("share_*.pt"))
 
 
 def _shared(folder: Path, place: Tensor, pieces: list[Any]) -> Shared:
-    """The tensor of some pieces, whose shapes must make up the whole's."""
+    """Makes a tensor from its pieces, whose shapes must add up to the whole."""
 
     def fits(piece: Any) -> bool:
-        # A tensor that is not contiguous may be far larger than its file.
+        # A non-contiguous tensor may be far larger than its file.
         return (
             isinstance(piece, Tensor)
             and not piece.is_meta

@@ -1,7 +1,7 @@
-"""One Python file out of several modules of this library: what diffusers loads from a folder, where ``rae`` is not installed.
+"""Merges modules of this library into one Python file, which diffusers loads from a folder without ``rae`` installed.
 
-The file holds all of one module and, of the modules below ``rae`` that it imports, the classes, functions and constants that it
-needs, word for word and in the order of the imports. Nothing is imported to write it, and nothing depends on the model.
+The file holds all of one module and, from the ``rae`` modules that it imports, the classes, functions and constants that it
+needs, verbatim and in import order. Writing it imports nothing, and its content does not depend on the model.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from __future__ import annotations
 
 @dataclass(frozen=True, eq=False)
 class _Statement:
-    """A class, function or constant at the top of a module."""
+    """A class, function or constant at the top level of a module."""
 
     text: str
     meaning: str
-    """Without comments."""
+    """Its code without comments."""
     uses: frozenset[str]
     """All names in it."""
 
 
 @dataclass(frozen=True)
 class _Module:
-    """The names that a module binds at its top, and where they come from."""
+    """The top-level names of a module, and where they come from."""
 
     own: dict[str, _Statement] = field(default_factory=dict)
-    """In their order."""
+    """Names defined here, in order."""
     ours: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Module below ``rae`` and name there, of an imported name."""
+    """Names imported from ``rae`` -> module, and name in it."""
     others: dict[str, str] = field(default_factory=dict)
-    """Import statement of a name from elsewhere."""
+    """Names imported from elsewhere -> import statement."""
 
 
 def single_file(module: str, title: str) -> str:
-    """The text of a file that holds a module of this library with all that it needs of others.
+    """Source of a file that holds a module of this library and everything that it needs from others.
 
     Args:
         module: Its dotted name.
         title: First line of the file.
 
     Raises:
-        ValueError: Two things of one name, or a statement that cannot be moved.
+        ValueError: Two objects have the same name, or a statement cannot be moved.
     """
     wanted: set[_Statement] = set()
     imports: set[str] = set()
-    meant: dict[str, str] = {}  # what each name of the file stands for
+    meant: dict[str, str] = {}  # what each name in the file means
 
     def bind(name: str, meaning: str, place: str) -> None:
         if meant.setdefault(name, meaning) != meaning:
@@ -109,7 +109,7 @@ def _read(name: str) -> _Module:
             first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", ()))])
             last: ast.stmt = node
             if following is not None and _is_text(following) and not isinstance(node, ast.ClassDef):
-                last = following  # what is said below a constant
+                last = following  # the docstring below a constant
             uses = frozenset(one.id for one in ast.walk(node) if isinstance(one, ast.Name))
             statement = _Statement("\n".join(lines[first - 1 : last.end_lineno]), ast.unparse(node), uses)
             module.own.update(dict.fromkeys(_defined(node), statement))
@@ -145,7 +145,7 @@ def _is_text(node: ast.stmt) -> bool:
 
 @cache
 def _ordered(module: str) -> list[str]:
-    """Modules in an order in which each stands behind those that it imports."""
+    """The module and those that it imports, each after its own imports."""
     order: dict[str, None] = {}
     for other in dict.fromkeys(place for place, _ in _read(module).ours.values()):
         order |= dict.fromkeys(_ordered(other))

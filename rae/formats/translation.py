@@ -1,4 +1,4 @@
-"""What a YAML file of another project becomes: choices and values of ours, and the text of the file that holds them."""
+"""Translation of another project's YAML file: our choices and values, and the text of the resulting file."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from typing import Any
 import yaml
 
 SAMPLING = ("sampler", "guidance")
-"""Groups of the command line, not of a model."""
+"""Groups given on the command line, not in a model's file."""
 
 
 @dataclass
 class Translation:
-    """What a configuration of the original becomes, ``source`` being its values by dotted key, defaults filled in."""
+    """Translation of an original configuration; ``source`` holds its values by dotted key, with defaults filled in."""
 
     source: dict[str, Any]
     kind: str
-    """``autoencoder`` or ``sample``: a trained model; ``stage1`` or ``stage2``: a training."""
+    """``autoencoder`` or ``sample`` for a trained model; ``stage1`` or ``stage2`` for training."""
     devices: int = 8
     choices: dict[str, str] = field(default_factory=dict)
     """Group -> choice."""
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    """Our dotted key -> value, and the original's key that it comes from."""
+    """Our dotted key -> value, and the original's key."""
     used: dict[str, str] = field(default_factory=dict)
-    """The original's keys that have a counterpart -> our key or group."""
+    """The original's keys with a counterpart -> our key or group."""
     left: dict[str, str] = field(default_factory=dict)
-    """The original's keys that nothing is set for -> why; in ``refused`` those whose values cannot be had."""
+    """The original's keys for which nothing is set -> why; ``refused`` has those with unsupported values."""
     refused: dict[str, str] = field(default_factory=dict)
     derived: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
-    """The original's keys that follow from others here -> their value in our configuration."""
+    """The original's keys that follow from others here -> function of our configuration that returns their value."""
 
     @property
     def trains(self) -> bool:
-        """Whether it is a training."""
+        """Whether this is a training configuration."""
         return self.kind in ("stage1", "stage2")
 
     @property
     def noisy(self) -> bool:
-        """Whether the sampler adds noise in every step."""
+        """Whether the sampler adds noise at every step."""
         return str(self.source.get("sampler.mode", "ODE")).upper() == "SDE"
 
     def put(self, key: str, value: Any, origin: str) -> None:
-        """Sets one of our keys for a key of the original; ``/group`` chooses a file of a group in ``conf/``."""
+        """Sets one of our keys for a key of the original; ``/group`` selects a file of a group in ``conf/``."""
         if key.startswith("/"):
             key = key.removeprefix("/")
             self.choices[key] = value
@@ -56,7 +56,7 @@ class Translation:
             self.used[origin] = key
 
     def take(self, origin: str, result: Any) -> None:
-        """Notes what a rule says of a key of the original, see :data:`rae.formats.original_keys.Rule`."""
+        """Records a rule's result for a key of the original, see :data:`rae.formats.original_keys.Rule`."""
         if isinstance(result, str):
             self.left[origin] = result
         elif callable(result):
@@ -66,17 +66,17 @@ class Translation:
                 self.put(key, value, origin)
 
     def leave_unguided(self, keys: Iterable[str]) -> None:
-        """Takes those of our keys that are strengths without effect out again."""
+        """Removes our guidance keys that have no effect."""
         for key in [key for key in keys if key in self.values]:
             self.left[self.values.pop(key)[1]] = "scales up to 1 are no guidance, in the original too"
 
     def unchanged(self) -> list[str]:
-        """The original's keys, with their values, for which the chosen files have the same value already."""
+        """The original's keys, with values, that the chosen files already set to the same."""
         changed = {*self.values, *self.choices}
         return [f"{key}={self.source[key]}" for key, ours in self.used.items() if ours not in changed]
 
     def reasons(self) -> dict[str, list[str]]:
-        """Why nothing is set -> the original's keys, with their values, that this is the reason for."""
+        """Reasons for setting nothing -> the original's keys, with values, to which they apply."""
         found: dict[str, list[str]] = {}
         for key, why in self.left.items():
             found.setdefault(why, []).append(f"{key}={self.source[key]}")
@@ -84,7 +84,7 @@ class Translation:
 
 
 def choice(group: str, name: str) -> str:
-    """The override that chooses a file of a group."""
+    """The override that selects a file of a group."""
     return f"{'+' if '@' in group else ''}{group}={name}"
 
 
@@ -92,19 +92,19 @@ def choice(group: str, name: str) -> str:
 
 
 def override(key: str, value: Any) -> str:
-    """``key=value`` as Hydra reads it."""
+    """``key=value`` in Hydra's syntax."""
     plain = isinstance(value, str) and re.fullmatch(r"[\w./+-]+", value)
     return f"{key}={value if plain else json.dumps(value)}"
 
 
 def overrides(t: Translation) -> list[str]:
-    """The whole translation as overrides: of ``rae-train``, or of the sampler and guidance of a model."""
+    """The translation as overrides: all of it for ``rae-train``, or sampler and guidance for a model."""
     chosen = [choice(*item) for item in t.choices.items() if t.trains or item[0] in SAMPLING]
     return chosen + [override(key, t.values[key][0]) for key in t.values if t.trains or key.startswith(SAMPLING)]
 
 
 def render(t: Translation, name: str, origin: str) -> str:
-    """The text of the YAML file: of an experiment of that name, or of a model; ``origin`` is the original's file."""
+    """The text of the YAML file, for an experiment called ``name`` or a model; ``origin`` is the original's file."""
     lines = ["# @package _global_", f"# Translated from {origin} of the original project by rae-convert.", "defaults:"]
     for group, chosen in t.choices.items():
         if t.trains or group not in SAMPLING:
@@ -125,7 +125,7 @@ def render(t: Translation, name: str, origin: str) -> str:
 
 
 def _nested(texts: Mapping[str, str], indent: str = "") -> Iterator[str]:
-    """The lines of a YAML file with texts by dotted key."""
+    """The lines of a YAML file, from texts by dotted key."""
     for name in dict.fromkeys(key.partition(".")[0] for key in texts):
         if name in texts:
             yield f"{indent}{name}: {texts[name]}"
@@ -136,7 +136,7 @@ def _nested(texts: Mapping[str, str], indent: str = "") -> Iterator[str]:
 
 
 def commands(t: Translation, name: str, folder: str) -> list[str]:
-    """What to type, ``folder`` being that of ``--config-dir``: with the file, and for training without it too."""
+    """Commands that use the file, found in ``folder`` by ``--config-dir``; for training also one without it."""
     where, rest = f"--config-dir {shlex.quote(folder)}", " ".join(shlex.quote(one) for one in overrides(t))
     if t.trains:
         return [f"rae-train {where} experiment={name} data.train_path=…", f"rae-train {rest} data.train_path=…"]

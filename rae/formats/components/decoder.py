@@ -1,4 +1,4 @@
-"""Decoder and latent statistics as a model of diffusers, for encoders that ``AutoencoderRAE`` cannot build."""
+"""Decoder and latent statistics as a diffusers model, for encoders that ``AutoencoderRAE`` cannot build."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rae.decoder import ViTDecoder
 from rae.formats.components.make import by_name, make
 
 DECODERS = by_name(ViTDecoder)
-"""What a description may name."""
+"""Classes that a description may name."""
 
 
 class Statistics(nn.Module):
@@ -31,11 +31,11 @@ class Statistics(nn.Module):
 
 
 class RAEDecoder(ModelMixin, ConfigMixin):
-    """Decodes normalised latents to images; there is no encoder.
+    """Decodes normalised latents to images; has no encoder.
 
     Args:
-        description: What the decoder is: ``_target_`` names the class, the rest are its arguments.
-        normalisation: ``shape`` of the latents, and ``eps`` and ``form`` of their normalisation: they were divided by √(var + eps)
+        description: Description of the decoder: ``_target_`` names the class, the rest are its arguments.
+        normalisation: ``shape`` of the latents, and ``eps`` and ``form`` of their normalisation: division by √(var + eps)
             (``variance``) or √var + eps (``deviation``).
     """
 
@@ -46,7 +46,7 @@ class RAEDecoder(ModelMixin, ConfigMixin):
         self.latent = Statistics(normalisation["shape"])
 
     def decode(self, z: Tensor, return_dict: bool = True) -> Any:
-        """Normalised latents B×C×h×w => images B×3×H×W in [0, 1] units, not clamped, as ``sample``."""
+        """Normalised latents B×C×h×w => images B×3×H×W on the [0, 1] scale, not clamped, as ``sample``."""
         how, var = self.config["normalisation"], self.latent.var
         scale = (var + how["eps"]).sqrt() if how["form"] == "variance" else var.sqrt() + how["eps"]
         images = self.decoder((z * scale + self.latent.mean).to(z.dtype))

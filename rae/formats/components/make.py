@@ -1,4 +1,4 @@
-"""From descriptions to objects, without the library."""
+"""Builds objects from descriptions, without the library."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rae.io.describe import TARGET
 
 
 def make(description: Any, classes: Mapping[str, Any]) -> Any:
-    """Makes the object that a description of ``config.json`` says, of this file's classes alone.
+    """Builds the object described in a ``config.json``, using only this file's classes.
 
     Args:
-        description: ``_target_`` names the class, the rest are its arguments; plain values are returned as they are.
+        description: ``_target_`` names the class, the rest are its arguments; plain values are returned unchanged.
         classes: Classes by name.
 
     Raises:
-        ValueError: Another class.
+        ValueError: The class is not one of these.
     """
     if isinstance(description, list | tuple):
         return [make(item, classes) for item in description]

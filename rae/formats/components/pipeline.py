@@ -1,4 +1,4 @@
-"""Sampling as a pipeline of diffusers: the guidance, the samplers and the random numbers of ``rae``."""
+"""Sampling as a diffusers pipeline, with the guidance, samplers and random numbers of ``rae``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SAMPLERS = by_name(
     StochasticHeunSampler,
     JumpSampler,
 )
-"""What a description of the sampler may name, beside paths and grids."""
+"""Classes that a description of the sampler may name, besides paths and grids."""
 GUIDANCES = by_name(
     NoGuidance,
     ClassifierFreeGuidance,
@@ -64,18 +64,18 @@ GUIDANCES = by_name(
     ClassifierFreeZeroStarGuidance,
     ComposedGuidance,
 )
-"""What a description of the guidance may name."""
+"""Classes that a description of the guidance may name."""
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class LanguageModel(TransformersTextEncoder):
-    """A language model of transformers and its tokenizer, as they are loaded already.
+    """An already loaded language model from transformers, with its tokenizer.
 
     Args:
         network: The model.
         tokenizer: Its tokenizer.
         features: Width of the features.
-        tokens: Largest length; longer prompts are cut.
+        tokens: Maximum length; longer prompts are truncated.
     """
 
     def __init__(self, network: Any, tokenizer: Any, features: int, tokens: int) -> None:
@@ -86,24 +86,24 @@ class LanguageModel(TransformersTextEncoder):
 
 
 class RAEPipeline(DiffusionPipeline):
-    """Draws images of given classes or prompts.
+    """Generates images for given classes or prompts.
 
     Args:
         transformer: The denoiser.
         vae: Decodes normalised latents: ``decode(z).sample``.
-        scheduler: Its ``config.shift`` moves the times of every sampler; steps of the Euler sampler are its own.
+        scheduler: Its ``config.shift`` shifts the times of every sampler; it performs the steps of the Euler sampler.
         guide: The weaker denoiser that autoguidance steers away from.
-        text_encoder: Makes features of prompts, for a denoiser that is told a text.
-        tokenizer: That of a language model; None for text encoders of ``rae``.
+        text_encoder: Encodes prompts, for a denoiser conditioned on text.
+        tokenizer: Tokenizer of a language model; None for text encoders of ``rae``.
         flow: Description of the objective: prediction and path.
         sampler: Description of the sampler and its grid of times.
         guidance: Description of the guidance.
         id2label: Names of the classes by number.
-        encoder: What ``rae`` notes of the encoder; not used here.
-        latent: What ``rae`` notes of the latents' normalisation; not used here.
-        text: What ``rae`` notes of the text encoder.
+        encoder: Record of the encoder for ``rae``; not used here.
+        latent: Record of the latents' normalisation for ``rae``; not used here.
+        text: Record of the text encoder for ``rae``.
         negative_prompt: What classifier-free guidance steers away from; None for the null text.
-        rae_format: Version of this form of folder.
+        rae_format: Version of this folder format.
     """
 
     transformer: Any
@@ -113,7 +113,7 @@ class RAEPipeline(DiffusionPipeline):
     text_encoder: Any
     tokenizer: Any
     model_cpu_offload_seq: Any = "text_encoder->guide->transformer->vae"
-    _optional_components: Any = ["guide", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers looks for a list)
+    _optional_components: Any = ["guide", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers expects a list)
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class RAEPipeline(DiffusionPipeline):
             rae_format=rae_format,
         )
         told = {key: flow[key] for key in ("path", "prediction", "time_floor") if key in flow}
-        self._flow = FlowMatching(**make(told, PATHS))  # the rest of an objective is for training
+        self._flow = FlowMatching(**make(told, PATHS))  # the rest of the objective is only for training
         self._sampler = make(sampler, {**SAMPLERS, **GRIDS, **PATHS})
         self._guidance = make(guidance, GUIDANCES)
         names = id2label or {}
@@ -173,26 +173,26 @@ class RAEPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Draws images.
+        """Generates images.
 
         Args:
             class_labels: One class or several, by number or name.
-            prompt: One prompt or several, for a model that is told a text.
-            negative_prompt: What classifier-free guidance steers away from; None for that of the export.
-            num_inference_steps: Steps of the sampler; None for those that the model was exported with.
-            guidance_scale: Strength of the guidance, 1 for none; None for that of the export.
-            generator: Draws the noise, where ``latents`` and ``seed`` are not given.
-            latents: Noise to begin with, B×C×h×w.
-            seed: Draws the noise as ``rae-sample seed=…`` does: sample i depends on the seed and i alone.
-            indices: Numbers of the samples in the set of ``seed``; 0, 1, … where not given.
-            conditions: What denoisers take that are not told a class, tensors B×… by name.
+            prompt: One prompt or several, for a text-conditioned model.
+            negative_prompt: What classifier-free guidance steers away from; None for the exported one.
+            num_inference_steps: Sampler steps; None for the exported number.
+            guidance_scale: Guidance scale, 1 for none; None for the exported one.
+            generator: Random generator for the noise, if ``latents`` and ``seed`` are not given.
+            latents: Initial noise, B×C×h×w.
+            seed: Seed for the same noise as ``rae-sample seed=…``: sample i depends only on the seed and i.
+            indices: Numbers i of the samples under ``seed``; 0, 1, … by default.
+            conditions: Inputs of denoisers not conditioned on a class, tensors B×… by name.
             output_type: ``pil``: images as ``rae-sample`` writes them; ``np``: float B×H×W×3 in [0, 1]; ``pt``: float B×3×H×W;
                 ``latent``: normalised latents B×C×h×w.
             return_dict: Whether to return an object with ``images``, or a tuple.
 
         Raises:
-            ValueError: An unknown class or output, a wrong number of steps, noise of another shape, a guidance that needs what is
-                not there, or weights of another type than float32.
+            ValueError: Unknown class or output, invalid number of steps, noise of the wrong shape, guidance whose requirements
+                are not met, or weights that are not float32.
         """
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(OUTPUTS)}")
@@ -245,7 +245,7 @@ class RAEPipeline(DiffusionPipeline):
     def _told(
         self, labels: Classes | None, prompt: str | Sequence[str] | None, conditions: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
-        """What the denoiser is told."""
+        """The denoiser's conditions."""
         if sum(given is not None for given in (labels, prompt, conditions)) != 1:
             raise ValueError(
                 "give one of class_labels, prompt and, for models that are told something else, conditions"
@@ -260,7 +260,7 @@ class RAEPipeline(DiffusionPipeline):
         return told
 
     def _velocity(self, network: Any) -> Callable[..., Any]:
-        """A network as a velocity field."""
+        """Wraps a network as a velocity field."""
 
         def call(x: Tensor, t: Tensor, **conditions: Any) -> Any:
             heads = network(x, t, return_dict=False, **conditions)
@@ -270,12 +270,12 @@ class RAEPipeline(DiffusionPipeline):
         return field
 
     def _walk(self, velocity: Any, x: Tensor, sampler: Any, step_noise: Any, update: Callable[[], Any]) -> Tensor:
-        """From noise to data; Euler's steps are the scheduler's, over the grid's own times."""
+        """Integrates from noise to data; the scheduler performs Euler steps, over the grid's own times."""
         if type(sampler) is not EulerSampler:
             shift = self.scheduler.config.shift
             drawn: Tensor = sampler.sample(velocity, x, shift, step_noise, lambda number, t, state: update())
             return drawn
-        times = sampler.grid.times(1.0).tolist()  # the scheduler shifts them, and ends them with 0
+        times = sampler.grid.times(1.0).tolist()  # the scheduler shifts them and appends 0
         self.scheduler.set_timesteps(sigmas=times if times[-1] > 0 else times[:-1], device=x.device)
         sigmas = self.scheduler.sigmas.tolist()
         for number in range(sampler.grid.steps):

@@ -1,4 +1,4 @@
-"""Our own small text encoder as a model of diffusers; language models are transformers' own."""
+"""Our own small text encoder as a diffusers model; language models use transformers' own classes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rae.encoder.text import WordTextEncoder
 from rae.formats.components.make import by_name, make
 
 TEXT_ENCODERS = by_name(WordTextEncoder)
-"""What a description may name."""
+"""Classes that a description may name."""
 
 
 class RAETextEncoder(ModelMixin, ConfigMixin):
-    """A text encoder of ``rae``; its weights are those of ``rae``, below ``encoder.``.
+    """A text encoder of ``rae``, with ``rae``'s weights under ``encoder.``.
 
     Args:
-        description: What it is: ``_target_`` names the class, the rest are its arguments.
+        description: ``_target_`` names the class, the rest are its arguments.
     """
 
     @register_to_config

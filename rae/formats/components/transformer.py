@@ -1,4 +1,4 @@
-"""The denoiser as a model of diffusers."""
+"""The denoiser as a diffusers model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rae.formats.components.make import by_name, make
 from rae.layers import unchecked
 
 DENOISERS = by_name(DiT, DiTDH, InContextDiT, InContextDiTDH, RiT, LabelTokens, NavigationTokens, TextTokens)
-"""What a description may name."""
+"""Classes that a description may name."""
 
 
 class RAETransformer(ModelMixin, ConfigMixin):
-    """A denoiser of ``rae``; its weights are those of ``rae``, below ``denoiser.``.
+    """A denoiser of ``rae``, with ``rae``'s weights under ``denoiser.``.
 
     Args:
-        description: What it is: ``_target_`` names the class, the rest are its arguments.
+        description: ``_target_`` names the class, the rest are its arguments.
     """
 
     @register_to_config
@@ -40,15 +40,15 @@ class RAETransformer(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         **conditions: Any,
     ) -> Any:
-        """What the denoiser predicts.
+        """Returns the denoiser's prediction.
 
         Args:
-            hidden_states: Normalised latents between data and noise, B×C×h×w.
+            hidden_states: Noisy normalised latents, B×C×h×w.
             timestep: Times in [0, 1] (0 = data, 1 = noise), B or one for all.
             class_labels: Labels B in [0, num_classes]; ``num_classes`` means no class.
-            return_dict: Whether to return an object with ``sample``, or the tuple of the heads: prediction and, with ``base=True``,
-                that of the base head.
-            conditions: What denoisers take that are not told a label, by name; ``r`` and ``base``.
+            return_dict: Whether to return an object with ``sample``, or a tuple: the prediction and, with ``base=True``, that of
+                the base head.
+            conditions: Other conditions by name, for denoisers not conditioned on a label; also ``r`` and ``base``.
         """
         times = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(len(hidden_states))
         told = conditions if class_labels is None else {"label": class_labels, **conditions}
