@@ -1,1 +1,1 @@
-"""Files, tensors in files, the hub, objects that know their arguments, long work in parts."""
+"""Files, tensor files, the hub, self-describing objects, long jobs in parts."""

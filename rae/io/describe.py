@@ -1,4 +1,4 @@
-"""Objects that know the arguments they were made with, so that an exported model can say what it is and be made again."""
+"""Objects that record their constructor arguments, so that an exported model can be described and rebuilt."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any, TypeVar
 
 TARGET = "_target_"
 T = TypeVar("T", bound="Described")
-_DEEPEST = 40  # levels of a description; a model's has about five
+_DEEPEST = 40  # maximum nesting of a description; a model's has about five levels
 _trusted: set[str] = set()
 
 
 class Described:
-    """Base of classes whose constructor arguments are kept, as given, in ``arguments``."""
+    """Base of classes that keep their constructor arguments, as given, in ``arguments``."""
 
     arguments: dict[str, Any]
 
     @classmethod
     def renewed(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments that a former version wrote, as the class takes them now."""
+        """Converts arguments written by an earlier version to the current ones."""
         return dict(arguments)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = cls.__init__ is not object.__init__
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:] if own else []
-        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # else that of __new__ is shown
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # else help shows __new__'s
 
     def __new__(cls: type[T], *args: Any, **kwargs: Any) -> T:
-        """Keeps the arguments."""
+        """Records the arguments."""
         made = super().__new__(cls)
         try:
             bound = inspect.signature(cls).bind(*args, **kwargs)
-        except TypeError:  # the constructor itself says what is wrong; a copy is made without arguments
+        except TypeError:  # the constructor itself reports what is wrong; copies are made without arguments
             return made
         bound.apply_defaults()
         arguments = dict(bound.arguments)
@@ -48,11 +48,11 @@ class Described:
 
 
 class Buildable:
-    """Base of classes beside a model's parts that a run's configuration may name: data modules of images."""
+    """Base of the classes besides model parts that a run's configuration may name: image data modules."""
 
 
 def describe(value: Any) -> Any:
-    """A :class:`Described` object, or containers of them, as JSON: ``_target_`` names the class, the rest its arguments."""
+    """Describes a :class:`Described` object, or containers of them, as JSON: ``_target_`` names the class, the rest arguments."""
     if isinstance(value, Described):
         return {TARGET: public_name(type(value)), **{key: describe(item) for key, item in value.arguments.items()}}
     if isinstance(value, Mapping):
@@ -67,10 +67,10 @@ def describe(value: Any) -> Any:
 
 
 def rebuild(description: Any, kinds: tuple[Any, ...] = (Described,), **changes: Any) -> Any:
-    """Makes the object that :func:`describe` described.
+    """Builds the object described by :func:`describe`.
 
-    Only classes of this library are made, and such ones of other modules as are imported already: a description from elsewhere
-    runs no code. Plain values are returned as they are.
+    Only builds classes of this library, of modules already imported, or named by the user (:func:`trust`): an untrusted
+    description runs no code. Plain values are returned unchanged.
 
     Args:
         description: A description.
@@ -78,7 +78,7 @@ def rebuild(description: Any, kinds: tuple[Any, ...] = (Described,), **changes: 
         changes: Arguments to replace in the outermost object.
 
     Raises:
-        ValueError: A class that is unknown, or arguments that it does not take.
+        ValueError: Unknown class, or arguments that it does not take.
     """
     if isinstance(description, list):
         return [rebuild(item, kinds) for item in description]
@@ -96,13 +96,13 @@ def rebuild(description: Any, kinds: tuple[Any, ...] = (Described,), **changes: 
 
 
 def renewed(description: Any) -> Any:
-    """A description with the arguments of a former version as its class takes them now; unknown classes stay as they are."""
+    """Converts a description from an earlier version to its class's current arguments; unknown classes stay unchanged."""
     kind = _known(description)
     return description if kind is None else kind.renewed(description)
 
 
 def completed(description: Any) -> Any:
-    """The same with every argument that it leaves to its class's default, so that those of two versions can be compared."""
+    """Like :func:`renewed`, but adds all default arguments, so that descriptions of two versions can be compared."""
     kind = _known(description)
     if kind is None:
         return description
@@ -121,9 +121,9 @@ def _known(description: Any) -> type[Described] | None:
 
 
 def check(description: Any, source: str, kinds: tuple[Any, ...] = (Described,), level: int = 0) -> None:
-    """Raises ValueError for a description, from a source elsewhere, that would build anything but ``kinds``.
+    """Raises ValueError if an untrusted description from ``source`` would build anything but ``kinds``.
 
-    That is: an unknown class, another special key of Hydra, an interpolation, a value that is not plain, or endless nesting.
+    Rejects unknown classes, Hydra's other special keys, interpolations, values that are not plain, and too deep nesting.
     """
     if level > _DEEPEST:
         raise ValueError(f"{source} is refused: its configuration is nested more than {_DEEPEST} levels deep")
@@ -147,7 +147,7 @@ def check(description: Any, source: str, kinds: tuple[Any, ...] = (Described,), 
 
 
 def targets_of(description: Any) -> list[str]:
-    """Names of all classes that a description would build, itself and inside it."""
+    """Names of all classes that a description would build, including nested ones."""
     if isinstance(description, Mapping):
         own = [str(description[TARGET])] if TARGET in description else []
         return own + [name for value in description.values() for name in targets_of(value)]
@@ -157,22 +157,22 @@ def targets_of(description: Any) -> list[str]:
 
 
 def trust(targets: Iterable[str]) -> None:
-    """Lets descriptions from elsewhere build these classes too, which the user has named; their modules are imported then."""
+    """Lets untrusted descriptions also build these classes, named by the user; their modules are then imported."""
     _trusted.update(targets)
 
 
 def public_name(kind: type) -> str:
-    """Dotted name of a class, in the package that offers it where there is one."""
+    """Dotted name of a class, in the package that exports it if there is one."""
     package = kind.__module__.rpartition(".")[0]
     offered = package.startswith("rae.") and getattr(importlib.import_module(package), kind.__qualname__, None) is kind
     return f"{package if offered else kind.__module__}.{kind.__qualname__}"
 
 
 def find(target: Any, kinds: tuple[Any, ...] = (Described,)) -> Any:
-    """The class or function of a dotted name from elsewhere.
+    """Looks up the class or function of an untrusted dotted name.
 
     Raises:
-        ValueError: It is neither a class of this library nor one that the user has imported or named, or none of ``kinds``.
+        ValueError: It is neither a class of this library nor imported or named by the user, or is not one of ``kinds``.
     """
     target, classes = str(target), tuple(kind for kind in kinds if inspect.isclass(kind))
     module, _, name = target.rpartition(".")

@@ -1,19 +1,19 @@
-"""The error of a configuration."""
+"""Configuration errors."""
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and what it takes, or the nearest right one."""
+    """The configuration is invalid; the message names the key and what it accepts, or the nearest valid key."""
 
 
 _PATHS = {
     "LatentsDataModule": "/path/to/latents/train (rae-cache-latents makes them)",
     "ShardsDataModule": "'/path/to/train-{0000..0146}.tar' (or a folder of .tar files)",
 }
-"""What ``data.train_path`` looks like, by the data module's class; for all others it is a folder."""
+"""Examples of ``data.train_path`` by data module class; for all others it is a folder."""
 
 
 def no_train_path(kind: str, key: str = "data") -> ConfigError:
-    """The error of a data module, by the name of its class and its key, that is not told where its training samples are."""
+    """The error for a data module, given its class name and key, whose training samples have no path."""
     if kind == "HubDataModule":
         return ConfigError(
             f"{key}.repo is not given; add {key}.repo=owner/name (a data set on the hub), or the path of a folder"

@@ -1,4 +1,4 @@
-"""Models that are written to a folder or to the hub, and had back from there by name."""
+"""Models that can be saved to a folder or the hub and loaded back by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T", bound="Exportable")
 
 
 def _format(module: str) -> Any:
-    """A module of the formats, by name: they know the models, which do not know them."""
+    """Imports a format module by name: formats depend on the models, but not the reverse."""
     return importlib.import_module(f"rae.formats.{module}")
 
 
@@ -19,33 +19,33 @@ class Exportable:
 
     @classmethod
     def from_pretrained(cls: type[T], source: str | Path, revision: str | None = None, encoder: bool = True) -> T:
-        """Loads an exported model in evaluation mode, a generator with the sampler, guidance and guide it was exported with.
+        """Loads an exported model in evaluation mode; a generator has its exported sampler, guidance and guide.
 
         Args:
-            source: Folder, or ``owner/name`` on the Hugging Face hub. An autoencoder is also had from an exported generator and
-                from diffusers' ``AutoencoderRAE``.
+            source: Folder, or ``owner/name`` on the Hugging Face hub. An autoencoder also loads from an exported generator or
+                diffusers' ``AutoencoderRAE``.
             revision: Branch, tag or commit on the hub.
-            encoder: Whether the encoder's weights are loaded too; without them the model decodes and samples, and cannot encode.
+            encoder: Whether to load the encoder's weights too; without them the model can decode and sample, but not encode.
 
         Raises:
-            FileNotFoundError: There is no such folder or repository.
-            ValueError: The files are not what their description says, or are of another kind of model.
+            FileNotFoundError: The folder or repository does not exist.
+            ValueError: The files do not match their description, or hold another kind of model.
         """
         model: T = _format("open").from_pretrained(cls, source, revision, encoder)
         return model
 
     def save_pretrained(self, folder: str | Path, store_encoder: bool | None = None, **card: str | Path | None) -> Path:
-        """Writes ``model.safetensors`` and a self-describing ``config.json``, from which :meth:`from_pretrained` makes it again.
+        """Writes ``model.safetensors`` and a self-describing ``config.json``, for :meth:`from_pretrained`.
 
-        The encoder's weights are stored unless they come from the hub, or as ``store_encoder`` says. A folder that holds an
-        export already raises FileExistsError. A ``README.md`` is the model's card, which says more with ``scores`` (a
-        ``scores.json``), ``license`` (the hub's name of one) and ``trained_on`` (words); one that is there already stays.
+        Stores the encoder's weights unless they come from the hub, or as set by ``store_encoder``. Raises FileExistsError if the
+        folder already holds an export. Writes a model card, ``README.md``, unless there is one; it can include ``scores`` (a
+        ``scores.json``), ``license`` (the hub's name for it) and ``trained_on`` (a text).
         """
         written: Path = _format("export").save(self, folder, store_encoder, **card)
         return written
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what :meth:`save_pretrained` writes to ``owner/name``, made where it does not exist; the commit's address.
+        """Uploads the files of :meth:`save_pretrained` to ``owner/name``, created if needed; returns the commit's URL.
 
         The ``options`` are those of :func:`rae.formats.export.push`.
         """

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON, hashes, and what differs between two sets of values."""
+"""Atomic file writes, JSON, hashes, and differences between two sets of values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-_LISTED = 6  # differences that an error spells out
+_LISTED = 6  # differences listed in an error
 
 
 def file_hash(path: str | Path) -> str:
@@ -24,30 +24,30 @@ def file_hash(path: str | Path) -> str:
 
 
 def parse_json(content: bytes, name: str) -> Any:
-    """What JSON says; raises ValueError, with the name of where it is from, for no JSON or one nested beyond any use."""
+    """Parses JSON; raises ValueError, naming its source ``name``, if it is invalid or too deeply nested."""
     try:
         return json.loads(content)
     except RecursionError:
         raise ValueError(f"{name!r} is no usable JSON: it is nested too deeply") from None
-    except ValueError as error:  # also of bytes that are no text
+    except ValueError as error:  # also for bytes that are not text
         raise ValueError(f"{name!r} is no usable JSON: {error}") from error
 
 
 def parse_json_lines(text: str, name: str) -> dict[int, Any]:
-    """What JSON says on every line that is not blank, by the line's number; raises as :func:`parse_json`.
+    """Parses the JSON on every non-blank line, by line number; raises like :func:`parse_json`.
 
-    A line ends with a line feed alone: texts in JSON may hold other separators, such as U+2028.
+    Only a line feed ends a line: JSON strings may hold other separators, such as U+2028.
     """
     lines = enumerate(text.split("\n"), 1)
     return {number: parse_json(line.encode(), f"{name}, line {number}") for number, line in lines if line.strip()}
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Values by name, in a JSON file of a downloaded folder.
+    """Reads a JSON object, for example from a downloaded folder.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no usable JSON, or holds something else.
+        FileNotFoundError: The file does not exist.
+        ValueError: It is not valid JSON, or not an object.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,19 +59,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> Path:
-    """Writes values by name as JSON, atomically; what JSON does not know is written as text."""
+    """Writes a JSON object atomically; values of other types are written as strings."""
     return write_text(path, json.dumps(dict(values), indent=2, default=str))
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Writes a text as UTF-8, atomically."""
+    """Writes text as UTF-8, atomically."""
     return write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:
-    """Writes a file under a temporary name beside it and renames it, so that no reader ever sees half of it.
+    """Writes a temporary file beside the target and renames it, so that no reader ever sees a partial file.
 
-    ``write`` is called with the open binary file; the file's folder is made where it is missing.
+    Calls ``write`` with the open binary file; creates the folder if needed.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        if hasattr(os, "O_DIRECTORY"):  # else the new name might not outlast a loss of power
+        if hasattr(os, "O_DIRECTORY"):  # else the rename might not survive a power failure
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(folder)
@@ -95,7 +95,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a whole folder, where there is one."""
+    """Removes a file, link or whole folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -103,14 +103,14 @@ def remove(path: Path) -> None:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Says in words which values, as JSON holds them, differ between two plans, the first six; empty where none does."""
+    """Describes which values, as stored in JSON, differ between two plans, up to six; empty if none do."""
     found = [f"{key} was {_short(old)} and is now {_short(new)}" for key, old, new in differing(before, now)]
     more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
     return ", ".join(found[:_LISTED]) + more
 
 
 def differing(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys, below ``key``, whose values differ between nested mappings, with both values."""
+    """Dotted keys, under ``key``, whose values differ between nested mappings, with both values."""
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return [] if old == new else [(key, old, new)]
     prefix = f"{key}." if key else ""
@@ -118,7 +118,7 @@ def differing(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted keys that begin with a prefix; lists, and mappings without a key, are values."""
+    """Flattens nested values to dotted keys with a prefix; lists and empty mappings count as values."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         inner = isinstance(value, Mapping) and len(value) > 0

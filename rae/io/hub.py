@@ -1,4 +1,4 @@
-"""Where weights of frozen networks and data sets come from: here, else a cache, else a download, else one error that says so."""
+"""Finds weights of frozen networks and data sets: local, else cached, else downloaded, else one clear error."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.
 
 
 def cached_file(url: str) -> Path:
-    """Where torch's hub keeps what was downloaded from an address."""
+    """Path in torch's hub cache of the download from a URL."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
 
 
 def find_file(given: str | None, url: str, what: str, remedy: str) -> Path:
-    """The local file that was given, else that of an address, which is downloaded into torch's hub cache once.
+    """The given local file, or else that of a URL, downloaded once into torch's hub cache.
 
     Args:
-        given: The local file; None where none was given.
-        url: The address; the file's name ends with the beginning of its SHA-256, as that of torch's files does.
-        what: What is in the file, for messages.
-        remedy: What to give where it cannot be had.
+        given: The local file; None for none.
+        url: The URL; the file's name ends with a prefix of its SHA-256, as for torch's files.
+        what: What the file holds, for messages.
+        remedy: Option that gives a local file, for messages.
 
     Raises:
-        FileNotFoundError: The given file does not exist, or the other one can neither be found nor downloaded.
+        FileNotFoundError: The given file does not exist, or without one, the URL is neither cached nor can be downloaded.
     """
     if given is not None:
         file = Path(given).expanduser()
@@ -68,18 +68,18 @@ def read_weights(
     option: str = "encoder.checkpoint",
     names: Sequence[str] = HUB_FILES,
 ) -> dict[str, Tensor]:
-    """Reads a state dict from the local file, or else from the hub (its cache first).
+    """Reads a state dict from a local file, or else from the hub (from its cache if possible).
 
     Args:
         checkpoint: Local file.
         hub_id: Repository on the Hugging Face hub.
         revision: Branch, tag or commit of the repository.
         option: Name of the option that gives the local file, for messages.
-        names: Files of the repository, of which the first that is there is read.
+        names: Files of the repository; the first that exists is read.
 
     Raises:
         FileNotFoundError: No file and no connection; names the repository, the cache and the option.
-        ValueError: The file is no state dict.
+        ValueError: The file holds no state dict.
     """
     if checkpoint is not None:
         state = read_file(checkpoint)
@@ -96,13 +96,13 @@ def read_weights(
 
 
 def fetch_weights(hub_id: str, revision: str | None, option: str, names: Sequence[str] = HUB_FILES) -> Path:
-    """The weight file of a repository, from the hub's cache where it is there; arguments and errors of :func:`read_weights`."""
+    """The weight file of a repository, from the hub's cache if possible; arguments and errors as in :func:`read_weights`."""
     problem: Exception | None = None
     cached_only = False
     for name in names:
         try:
             return Path(hf_hub_download(hub_id, name, revision=revision, local_files_only=cached_only))
-        except LocalEntryNotFoundError as error:  # no connection: the cache may hold another name, without asking again
+        except LocalEntryNotFoundError as error:  # no connection: the cache may hold another name; do not ask again
             problem = problem if cached_only else error
             cached_only = True
         except (RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
@@ -115,7 +115,7 @@ def fetch_weights(hub_id: str, revision: str | None, option: str, names: Sequenc
 
 
 def fetch(hub_id: str, name: str, revision: str | None, folder: Path) -> Path:
-    """One file of a repository, put below ``folder`` under its own name; one that is there is kept, a part of one completed.
+    """Downloads one file of a repository to ``folder``, under its own name; keeps an existing file, resumes a partial one.
 
     Raises:
         FileNotFoundError: It cannot be downloaded.
@@ -127,7 +127,7 @@ def fetch(hub_id: str, name: str, revision: str | None, folder: Path) -> Path:
 
 
 def fetch_all(hub_id: str, revision: str | None, folder: Path | None = None, patterns: list[str] | None = None) -> Path:
-    """A whole repository, or its files of some patterns, put below ``folder``, or into the hub's cache.
+    """Downloads a repository, or its files that match some patterns, to ``folder`` or the hub's cache.
 
     Raises:
         FileNotFoundError: It cannot be downloaded.
@@ -139,7 +139,7 @@ def fetch_all(hub_id: str, revision: str | None, folder: Path | None = None, pat
 
 
 def published_hashes(hub_id: str, names: Sequence[str] | None, revision: str | None) -> dict[str, str]:
-    """SHA-256 of the large files of a repository, as the hub says them; small ones have none there.
+    """SHA-256 of the large files of a repository, from the hub, which has none for small files.
 
     Args:
         hub_id: Repository on the Hugging Face hub.
@@ -147,7 +147,7 @@ def published_hashes(hub_id: str, names: Sequence[str] | None, revision: str | N
         revision: Branch, tag or commit of the repository.
 
     Raises:
-        FileNotFoundError: The hub cannot be asked.
+        FileNotFoundError: The hub cannot be queried.
     """
     api = HfApi()
     try:
@@ -162,7 +162,7 @@ def published_hashes(hub_id: str, names: Sequence[str] | None, revision: str | N
 
 
 def check_hash(path: Path, expected: str) -> None:
-    """Compares a file with a SHA-256; raises ValueError where it is another."""
+    """Checks a file's SHA-256; raises ValueError if it differs."""
     if (found := file_hash(path)) != expected:
         raise ValueError(
             f"{str(path)!r} is not the hub's file: SHA-256 {found[:16]}…, there {expected[:16]}…; delete it and fetch it again"
@@ -170,20 +170,20 @@ def check_hash(path: Path, expected: str) -> None:
 
 
 class DatasetFiles(NamedTuple):
-    """What is in a data set on the hub."""
+    """Content of a data set on the hub."""
 
     commit: str
     names: list[str]
-    """Paths of all files, from the repository's root."""
+    """Paths of all files, relative to the repository's root."""
     card: dict[str, Any]
-    """The head of its README, which may say what the splits are made of."""
+    """The header of its README, which may define the splits."""
 
 
 def list_dataset(repo: str, revision: str | None) -> DatasetFiles:
-    """Looks at a data set on the hub, and whether it may be read.
+    """Lists a data set on the hub, and checks access to it.
 
     Raises:
-        FileNotFoundError: It, or its revision, does not exist; it is gated; or the hub cannot be reached.
+        FileNotFoundError: The data set or its revision does not exist; access is gated; or the hub cannot be reached.
     """
     try:
         info = HfApi().dataset_info(repo, revision=revision)
@@ -196,10 +196,10 @@ def list_dataset(repo: str, revision: str | None) -> DatasetFiles:
 
 
 def fetch_dataset(repo: str, revision: str | None, names: list[str] | None = None) -> Path:
-    """Files of a data set, by their paths, in the hub's cache; None for those that are there already, without asking the hub.
+    """Downloads files of a data set, by path, to the hub's cache; None uses those already there, without asking the hub.
 
     Raises:
-        FileNotFoundError: They cannot be had.
+        FileNotFoundError: They are not available.
     """
     try:
         return Path(
@@ -212,7 +212,7 @@ def fetch_dataset(repo: str, revision: str | None, names: list[str] | None = Non
 
 
 def dataset_url(repo: str, commit: str, name: str) -> str:
-    """Address of a file of a data set, for fsspec."""
+    """URL of a file of a data set, for fsspec."""
     return f"hf://datasets/{repo}@{commit}/{name}"
 
 
@@ -221,7 +221,7 @@ class UnansweredError(FileNotFoundError):
 
 
 def _no_dataset(repo: str, revision: str | None, error: Exception) -> FileNotFoundError:
-    """What an error of the hub means for a data set."""
+    """Explains an error of the hub for a data set."""
     page = f"{constants.ENDPOINT}/datasets/{repo}"
     if isinstance(error, GatedRepoError):
         why = f"is gated: ask for access at {page}, then log in with `hf auth login`, or set HF_TOKEN"

@@ -1,4 +1,4 @@
-"""Keys of state dicts from one naming to another, and layers that one of the two has in pieces."""
+"""Renames keys of state dicts between two naming schemes, and joins or splits layers that one of them has in pieces."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class Naming:
     """How another project names the weights of a network."""
 
     outer: Mapping[str, str]
-    """Beginnings of keys outside of blocks, theirs -> ours; whole parts of the key, and the first that fits counts."""
+    """Key prefixes outside blocks, theirs -> ours; only whole dotted parts match, and the first match counts."""
     inner: Mapping[str, str] = field(default_factory=dict)
-    """The same inside a block, below its number."""
+    """The same inside a block, after its number."""
     blocks: str = "blocks"
-    """What they call the blocks."""
+    """Their name of the blocks."""
     stacks: Mapping[str, int] = field(default_factory=lambda: {"blocks": 0})
-    """What we call them -> the number that the first of a stack has there."""
+    """Our name of a stack of blocks -> their number of its first block."""
     pieces: Pieces = field(default_factory=dict)
-    """Layers of a block that we have in one piece, by our names."""
+    """Layers that we store in one piece, by our names -> their pieces."""
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict of theirs under our keys; what no name fits keeps its own."""
+        """Renames their state dict to our keys; unknown keys stay unchanged."""
         out = {}
         for key, value in state.items():
             if block := re.fullmatch(rf"{self.blocks}\.(\d+)\.(.+)", key):
@@ -42,7 +42,7 @@ class Naming:
         return join(out, self.pieces)
 
     def from_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict of ours under their keys."""
+        """Renames our state dict to their keys."""
         outer, inner = ({ours: theirs for theirs, ours in names.items()} for names in (self.outer, self.inner))
         out = {}
         for key, value in split(state, self.pieces).items():
@@ -56,17 +56,17 @@ class Naming:
 
 
 def prefixed(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with a name before their keys."""
+    """Adds a prefix to all keys."""
     return {f"{name}.{key}": value for key, value in state.items()}
 
 
 def below(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights whose keys begin with a name, without it."""
+    """The weights whose keys have a prefix, with the prefix removed."""
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
 def renamed(key: str, names: Mapping[str, str]) -> str:
-    """A key with another beginning, whole parts of it only; one that no name fits is returned as it is."""
+    """Replaces the prefix of a key, matching only whole dotted parts; an unknown key is returned unchanged."""
     for old, new in names.items():
         if key == old or key.startswith(f"{old}."):
             return new + key[len(old) :]
@@ -74,7 +74,7 @@ def renamed(key: str, names: Mapping[str, str]) -> str:
 
 
 def join(state: Mapping[str, Tensor], layers: Pieces) -> dict[str, Tensor]:
-    """Joins the pieces of layers where all of them are there."""
+    """Joins the pieces of layers if all of them are present."""
     out = dict(state)
     for layer, pieces in layers.items():
         for key in [key for key in out if f".{pieces[0]}." in key]:
@@ -98,5 +98,5 @@ def split(state: Mapping[str, Tensor], layers: Pieces) -> dict[str, Tensor]:
 
 
 def is_table(value: Tensor, own: Tensor) -> bool:
-    """Whether a stored table, which is not trained, is the one that a network has."""
+    """Whether a stored, untrained table equals the network's own."""
     return own.shape == value.shape and torch.allclose(own.cpu(), value.to(own.dtype), atol=1e-4)

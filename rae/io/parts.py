@@ -1,4 +1,4 @@
-"""Long work in numbered parts: each is kept in a file of its own, so that the work can be stopped, continued and shared out."""
+"""Long jobs in numbered parts, each in its own file, so that they can be stopped, resumed and divided among processes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PLAN = "plan.json"
 
 
 class Parts:
-    """The parts of ``count`` items in a folder, each of ``size`` but the last, divided the same way for any number of processes.
+    """Parts of ``count`` items in a folder, each of ``size`` except the last, the same for any number of processes.
 
-    ``plan`` is all that the results depend on; parts of another plan are never mixed in. Files are called ``prefix``, number
-    and ``suffix``.
+    ``plan`` is everything that the results depend on; parts of different plans are never mixed. File names consist of
+    ``prefix``, number and ``suffix``.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Parts:
         return math.ceil(self.count / self.size)
 
     def items(self, part: int) -> range:
-        """Numbers of the items of a part."""
+        """Numbers of the items in a part."""
         return range(part * self.size, min((part + 1) * self.size, self.count))
 
     def path(self, part: int) -> Path:
@@ -45,9 +45,9 @@ class Parts:
         return self.folder / f"{self.prefix}-{part:06d}{self.suffix}"
 
     def lock(self, *others: Path | None) -> None:
-        """Marks the folder as this work's, see :func:`lock_plan`, and removes what a killed process left half-written.
+        """Reserves the folder for this job, see :func:`lock_plan`, and removes partial files left by a killed process.
 
-        As much may have been left in ``others``: further folders that the work writes into and nothing else does.
+        Also cleans up ``others``: further folders that only this job writes into.
         """
         lock_plan(self.folder, self.plan)
         for stale in self.folder.glob(f".{self.prefix}-*.tmp"):
@@ -57,11 +57,11 @@ class Parts:
                 stale.unlink(missing_ok=True)
 
     def missing(self) -> list[int]:
-        """Parts that are not done yet."""
+        """Parts not done yet."""
         return [part for part in range(len(self)) if not self.path(part).exists()]
 
     def remove(self) -> None:
-        """Removes all parts and, where nothing else is in it, the folder."""
+        """Removes all parts and, if then empty, the folder."""
         for part in range(len(self)):
             self.path(part).unlink(missing_ok=True)
         (self.folder / PLAN).unlink(missing_ok=True)
@@ -70,17 +70,17 @@ class Parts:
 
 
 def share_range(count: int, rank: int, world_size: int) -> range:
-    """The neighbouring items of ``count`` that fall to one of several processes: in order of the ranks, all but equally many."""
+    """One process's range of ``count`` items: consecutive, in order of the ranks, with sizes that differ by at most one."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 def share(parts: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """The parts that fall to one of several processes."""
+    """The parts assigned to one of several processes."""
     return list(parts[rank::world_size])
 
 
 def lock_plan(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Writes ``plan.json``, all that results depend on, into a folder; raises ValueError where another one is there."""
+    """Writes ``plan.json``, everything that results depend on; raises ValueError if the folder has a different one."""
     file = folder / PLAN
     plan = json.loads(json.dumps(plan, default=str))
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Published reference statistics by name: which file each one is, of which images, and where it comes from."""
+"""Published reference statistics by name: file, images and origin of each."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = "references"
-"""Where the files are looked for, below the working folder."""
+"""Where the files are searched, relative to the working folder."""
 _ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 _RAEV2 = "the data set nanovisionx/nanogen-evals-stats on the Hugging Face hub"
 
 
 class Published(NamedTuple):
-    """What a name stands for."""
+    """A published reference."""
 
     file: str
     kind: str  # training or validation
     image_size: int
-    detector: str | None  # whose features it holds; None where the file says so itself
+    detector: str | None  # whose features it holds; None if the file itself says so
     source: str  # where it comes from
 
 
@@ -41,18 +41,18 @@ PUBLISHED = {
         )
     },
 }
-"""ADM's VIRTUAL batches; JiT's statistics of the training set, which RAEv2's gFID is against; those of FDr6 beside ADM's."""
+"""ADM's VIRTUAL batches; JiT's training set statistics, used for RAEv2's gFID; those that FDr6 uses besides ADM's."""
 
 
 def reference_file(reference: str | Path, option: str = "reference") -> tuple[Path, Published | None]:
-    """The file of a reference, and what is known of it where a name was given.
+    """The file of a reference and, if given by name, its entry.
 
     Args:
         reference: A file, or a name of :data:`PUBLISHED`.
-        option: What the reference was given with, for the message.
+        option: Option that gives the reference, for the message.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     published = PUBLISHED.get(str(reference))
     if published is None:

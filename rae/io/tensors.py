@@ -1,4 +1,4 @@
-"""Tensors in files: safe reading, strict loading, content hashes."""
+"""Tensor files: safe reading, strict loading, content hashes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from torch import Tensor, nn
 
 from rae.io.files import write_atomically
 
-_LISTED = 12  # keys of a mismatch that an error spells out
+_LISTED = 12  # mismatched keys listed in an error
 _FORMER = {
     "attn.q_norm.bias": "qk_norm=true with norm=rms used to be LayerNorm on queries and keys and is RMSNorm now, as in the "
     "original; weights of the former kind cannot be converted: train anew"
 }
-"""What keys that a network no longer has say of their file, by the keys' ending."""
+"""Explanations of obsolete keys, by their suffix."""
 
 
 def read_file(path: str | Path) -> Any:
-    """Reads a ``.safetensors`` file or a file written by ``torch.save``, to the CPU, never executing code from it.
+    """Reads a ``.safetensors`` file or a file written by ``torch.save`` to the CPU, never executing code from it.
 
-    The former holds a dict of tensors, which are mapped and read where they are used; changes of them stay out of the file. The
-    latter holds any tensors and plain containers.
+    The former holds a dict of tensors, memory-mapped and read on use; modifying them does not change the file. The latter
+    holds any tensors and plain containers.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The file is truncated, not a weight file, or holds pickled objects other than tensors and containers.
     """
     path = Path(path).expanduser()
@@ -55,20 +55,20 @@ def read_file(path: str | Path) -> Any:
 
 
 def map_file(path: Path) -> Any:
-    """Opens a file of ``torch.save``; tensors are mapped from it and not compared with their checksums, all else is."""
+    """Opens a file of ``torch.save``, memory-mapping its tensors; verifies all checksums except the tensors'."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
-        content = read_file(path)  # says what is wrong, or can do without mapping
+        content = read_file(path)  # reports what is wrong, or works without mapping
     check_file(path, ())
     return content
 
 
 def check_file(path: str | Path, tensors: Iterable[Tensor] | None = None) -> None:
-    """Compares the checksums in a file of ``torch.save``, which ``torch.load`` does not look at.
+    """Verifies the checksums in a file of ``torch.save``, which ``torch.load`` ignores.
 
-    Files without checksums, and of other formats, pass; a damaged one raises ValueError. ``tensors`` are those that count,
-    read or mapped from the file, beside all that is no tensor; None for everything in the file.
+    Files without checksums, or in other formats, pass; a damaged one raises ValueError. ``tensors`` are those to check, read or
+    mapped from the file, besides everything that is not a tensor; None checks the whole file.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -82,29 +82,29 @@ def check_file(path: str | Path, tensors: Iterable[Tensor] | None = None) -> Non
             else:
                 for entry in entries:
                     if "/data/" not in entry.filename:
-                        archive.read(entry)  # compares
+                        archive.read(entry)  # verifies its checksum
                 known = {(entry.file_size, entry.CRC) for entry in entries}
                 storages = {tensor.data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.numel()}
                 parts = (torch.empty(0, dtype=torch.uint8).set_(part).numpy() for part in storages.values())
                 damaged = any((part.size, zlib.crc32(part.data)) not in known for part in parts)
-    except Exception as error:  # zipfile has no common base for what it raises
+    except Exception as error:  # zipfile's errors have no common base
         raise ValueError(f"{str(path)!r} is damaged: {error}; take another copy of it") from error
     if damaged:
         raise ValueError(f"{str(path)!r} is damaged: its content does not fit its checksums; take another copy of it")
 
 
 def is_state(content: Any) -> bool:
-    """Whether what a file holds is a state dict: tensors by name."""
+    """Whether a file's content is a state dict: tensors by name."""
     return isinstance(content, Mapping) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     )
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
-    """Loads a state dict; raises ValueError, with its source, unless keys and shapes are exactly the module's.
+    """Loads a state dict; raises ValueError, naming its source, unless keys and shapes exactly match the module's.
 
-    ``assign`` makes the module take over the tensors themselves instead of their values, which saves memory and time; they must
-    then be nobody else's. Those of another type are converted in any case.
+    ``assign`` makes the module use the tensors themselves instead of copying their values, which saves memory and time; nothing
+    else may then use them. Tensors of another dtype are converted in any case.
     """
     own = module.state_dict()
     if problems := mismatches(own, state):
@@ -115,7 +115,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, ass
 
 
 def mismatches(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What keeps a state dict from being loaded strictly where there is an own one, in words; empty where nothing does."""
+    """Describes why a state dict cannot be loaded strictly over ``own``; empty if it can."""
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     shapes = [
@@ -133,7 +133,7 @@ def mismatches(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors, independent of their order and device."""
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors, independent of their order and device."""
     digest = hashlib.sha256()
     for key in sorted(state):
         tensor = state[key].detach().cpu().contiguous()
@@ -145,9 +145,9 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 def save_state(
     state: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None, below: str | None = None
 ) -> Path:
-    """Writes tensors atomically: as safetensors, with texts as metadata, where the name ends so, else in PyTorch's format.
+    """Writes tensors atomically: as safetensors with string metadata if the extension says so, else in PyTorch's format.
 
-    The latter may hold them ``below`` a name, as training checkpoints do.
+    In the latter, ``below`` nests them under a name, as in training checkpoints.
     """
     path = Path(path).expanduser()
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
