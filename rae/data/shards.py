@@ -155,7 +155,7 @@ class TarShards(ImageFiles):
         return io.BytesIO(self._read(self._place(self.places, position)))
 
     def captions(self, position: int) -> Sequence[str]:
-        """See :meth:`ImageFiles.captions`; raises ValueError if the file cannot be read."""
+        """See :meth:`ImageFiles.captions`; raises ValueError if the file cannot be parsed."""
         content = self._read(self._place(self.text_places, position))
         if self._caption_key == TEXT:
             return [content.decode()]
