@@ -11,9 +11,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-
 from rae.cli.main import train
+from rae.training.module import TrainingModule
 from rae.training.stage1 import Stage1Module
 
 
@@ -43,14 +42,14 @@ def arm(place: str, step: int) -> None:
 
         Path.replace = half
     else:
-        begin = L.LightningModule.on_train_batch_start
+        begin = TrainingModule.on_train_batch_start
 
-        def start(self: L.LightningModule, *args: Any) -> Any:
+        def start(self: TrainingModule, *args: Any) -> Any:
             if self.trainer.global_step == step:
                 die()
             return begin(self, *args)
 
-        L.LightningModule.on_train_batch_start = start
+        TrainingModule.on_train_batch_start = start
 
 
 if __name__ == "__main__":
