@@ -24,6 +24,7 @@ from rae.io.files import write_json
 from rae.jobs.images import checked_path, open_images
 from rae.jobs.processes import first, start
 from rae.jobs.samples import write_npz
+from rae.metric.contract import identity_of
 from rae.metric.protocol import differences, in_words, protocol_of
 from rae.report.neighbours import write_sheet
 from rae.report.progress import report_runs
@@ -113,7 +114,7 @@ def _scored(
                 shown.extend(images[0][: (cfg.neighbours or 0) - len(shown)])
         log.info("computing the scores")
         scores |= {f"{name}{ending}": float(value) for name, value in metric.compute().items()}
-    identity = {**source.identity, "metric": getattr(metric, "identity", None), "versions": versions()}
+    identity = {**source.identity, "metric": identity_of(metric), "versions": versions()}
     return scores, {**identity, "protocol": protocol_of(identity)}, shown
 
 

@@ -23,6 +23,7 @@ from rae.image import to_float, to_uint8
 from rae.io.errors import ConfigError
 from rae.io.files import write_json
 from rae.jobs.processes import start
+from rae.metric.contract import identity_of
 from rae.metric.spectrum import LatentSpectrum
 from rae.report.probe import plot_probe
 from rae.report.table import markdown, versions
@@ -79,7 +80,7 @@ def probe(cfg: DictConfig) -> None:
         "eigenvalues": spectrum.eigenvalues().tolist(),
         "position_variance": spectrum.position_variance().tolist(),
     }
-    identity = {"model": model_identity(cfg, run, autoencoder), "metric": metric.identity, "versions": versions()}
+    identity = {"model": model_identity(cfg, run, autoencoder), "metric": identity_of(metric), "versions": versions()}
     save_config(run, folder)
     write_json(folder / "probe.json", {**found, **pictures, "identity": identity})
     plot_probe({**found, **pictures}, folder / "probe.png")

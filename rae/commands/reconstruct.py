@@ -23,7 +23,7 @@ from rae.io.parts import Parts, share_range
 from rae.io.tensors import state_hash
 from rae.jobs.processes import batches_of, begin, first, start
 from rae.jobs.samples import check_interpolations, pick, save_part, write_npz
-from rae.metric import check_contract
+from rae.metric.contract import check_contract, identity_of
 from rae.metric.functional import psnr
 from rae.metric.protocol import protocol_of
 from rae.report.table import table, versions, write_scores
@@ -142,7 +142,7 @@ def reconstruct(cfg: DictConfig) -> None:
         write_grid(originals, parts, labels, folder)
         if cfg.interpolations:
             write_interpolations(cfg, autoencoder, originals, fabric.device, folder)
-        known = {"samples": identity, "metric": metric.identity}
+        known = {"samples": identity, "metric": identity_of(metric)}
         write_scores(folder, scores, {**known, "protocol": protocol_of(known), "versions": versions()})
         parts.remove()
         print(table(scores))

@@ -38,5 +38,10 @@ def check_contract(metric: Any) -> None:
             f"metric {kind.__name__} has no {' and no '.join(missing)}: a metric is a class with update, compute and reset "
             "(rae.metric.Scores)"
         )
-    if callable(getattr(metric, "identity", None)):
+    if callable(identity_of(metric)):
         raise ValueError(f"identity of metric {kind.__name__} is a method; make it a property that returns a dict")
+
+
+def identity_of(metric: Any) -> Any:
+    """What tells a metric's scores from others: its ``identity``, or None if it has none."""
+    return getattr(metric, "identity", None)

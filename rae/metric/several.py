@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rae.metric.contract import identity_of
+
 
 class MetricSet(nn.Module):
     """Feeds every image to all of its metrics, given by name; a metric that is None is skipped.
@@ -60,7 +62,7 @@ class MetricSet(nn.Module):
     @property
     def identity(self) -> dict[str, Any]:
         """Every metric's identity by name."""
-        return {name: metric.identity for name, metric in self.metrics.items()}
+        return {name: identity_of(metric) for name, metric in self.metrics.items()}
 
 
 def update_arguments(

@@ -15,6 +15,7 @@ from rae.generator import PRECISIONS
 from rae.image import QUANTIZE
 from rae.io.files import write_json
 from rae.metric import Scores, check_contract
+from rae.metric.contract import identity_of
 from rae.metric.protocol import protocol_of
 from rae.training.ema import find_ema
 from rae.training.per_step import PerStep, at_least_one
@@ -147,7 +148,7 @@ class Evaluation(PerStep):
             pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
         if trainer.is_global_zero:
             folder = Path(self.folder or Path(trainer.default_root_dir) / "evaluation")
-            identity = {**self.identity, "metric": getattr(self.metric, "identity", None)}
+            identity = {**self.identity, "metric": identity_of(self.metric)}
             rules = protocol_of({"samples": self.identity, "metric": identity["metric"]})
             seen = (trainer.fit_loop.epoch_loop.batch_idx + 1) / max(1.0, float(trainer.num_training_batches))
             when = {"step": self.scored_step, "epoch": trainer.current_epoch + seen}

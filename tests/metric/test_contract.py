@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
-from rae.metric import ReconstructionMetrics, check_contract
+from rae.metric import MetricSet, ReconstructionMetrics, check_contract
+from rae.metric.contract import identity_of
 
 
 class Brightness:
@@ -24,6 +26,14 @@ def test_a_class_without_a_base_is_a_metric():
     check_contract(Brightness)
     check_contract(Brightness())
     check_contract(ReconstructionMetrics(detector=None, perceptual=None))
+
+
+def test_an_identity_may_be_left_out():
+    class Part(Brightness, nn.Module):
+        pass
+
+    assert identity_of(Brightness()) is None
+    assert MetricSet(part=Part()).identity == {"part": None}
 
 
 def test_what_is_missing_is_named():
