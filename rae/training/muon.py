@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Muon, Optimizer
 
+from rae.training.strategy import full_tensor
+
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -69,8 +71,7 @@ class PolarExpressMuon(Muon):
 
 def _orthogonalized(update: Tensor, group: dict[str, Any]) -> Tensor:
     """Orthogonalises a whole matrix; if it is sharded (FSDP2), every process gathers it and keeps its shard."""
-    matrix = update.full_tensor() if isinstance(update, DTensor) else update
-    whole = orthogonalize(matrix, group["eps"], DTYPES[group["dtype"]]).to(update.dtype)
+    whole = orthogonalize(full_tensor(update), group["eps"], DTYPES[group["dtype"]]).to(update.dtype)
     if not isinstance(update, DTensor):
         return whole
     everywhere = [Replicate()] * update.device_mesh.ndim
